@@ -1,0 +1,86 @@
+"""A name becomes an encoder `[N, 3, H, W] -> [N, F]` and its width F.
+
+The CIFAR family of He et al. (CVPR 2016, section 4.2: 16/32/64 channels, parameter-free shortcuts) is built here
+because no library keeps it; everything else is timm's.
+"""
+
+import difflib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from equipoise.errors import UserError
+
+_BLOCKS_PER_STAGE = {"resnet8": 1, "resnet20": 3, "resnet32": 5}
+_TIMM_NAMES = {"resnext50": "resnext50_32x4d"}  # the authors' spelling
+
+
+def create_encoder(name: str, pretrained: bool = False) -> tuple[nn.Module, int]:
+    """The encoder called `name` and its width F. Raises UserError for an unknown name or missing weights."""
+    if name in _BLOCKS_PER_STAGE:
+        if pretrained:
+            raise UserError(f"there are no pretrained weights for {name}; set model.pretrained to false")
+        return SmallResNet(_BLOCKS_PER_STAGE[name]), SmallResNet.width
+    import timm  # two seconds, and the small networks need none of it
+
+    timm_name = _TIMM_NAMES.get(name, name)
+    if timm_name.split(".")[0] not in timm.list_models():
+        valid = [*_BLOCKS_PER_STAGE, *timm.list_models()]
+        close = difflib.get_close_matches(name, valid, n=3) or ["resnet32", "resnet50", "resnext50_32x4d"]
+        raise UserError(f"no encoder is called '{name}'; did you mean {' or '.join(close)}?")
+    try:
+        encoder = timm.create_model(timm_name, pretrained=pretrained, num_classes=0)
+    except (OSError, RuntimeError) as error:
+        if not pretrained:
+            raise
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"the pretrained weights of {timm_name} could not be had ({reason}); connect to the network or set "
+            "model.pretrained to false"
+        ) from None
+    return encoder, int(encoder.num_features)  # pyright: ignore[reportArgumentType] an int on every timm model
+
+
+class SmallResNet(nn.Module):
+    """ResNet for small images: a 3x3 stem and three stages of 16, 32 and 64 channels; 6 n + 2 layers."""
+
+    width = 64
+
+    def __init__(self, blocks_per_stage: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(16)
+        blocks: list[nn.Module] = []
+        width_in = 16
+        for width in (16, 32, 64):
+            for position in range(blocks_per_stage):
+                blocks.append(_Block(width_in, width, stride=2 if width > 16 and position == 0 else 1))
+                width_in = width
+        self.blocks = nn.Sequential(*blocks)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)
+
+    def forward(self, images_N3HW: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.stem(images_N3HW)), inplace=True)
+        return self.blocks(x).mean((2, 3))
+
+
+class _Block(nn.Module):
+    def __init__(self, width_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width_in, width, 3, stride=stride, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(width)
+        self.stride = stride
+        self.padding = (width - width_in) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norm1(self.conv1(x)), inplace=True)
+        y = self.norm2(self.conv2(y))
+        if self.stride > 1 or self.padding:
+            # Option A of the paper: every second pixel, new channels zero. It adds no parameters.
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
+        return F.relu(torch.add(x, y), inplace=True)

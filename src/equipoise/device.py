@@ -1,0 +1,61 @@
+"""Words become a device and a precision; the machine becomes a description."""
+
+import platform
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+
+from equipoise.errors import UserError
+
+
+def choose_device(name: str) -> torch.device:
+    """'auto' takes cuda, then mps, then cpu. Raises UserError for one that is not there."""
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        name = next(device for device, there in available.items() if there)
+    if not available[name]:
+        raise UserError(f"this machine has no {name} device that torch {torch.__version__} can use; try --device auto")
+    return torch.device(name)
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """'auto' takes bf16 where the device computes in it: elsewhere it would be emulated, and slower than fp32."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp32"
+    return "bf16" if device.type == "cpu" and _cpu_computes_bf16() else "fp32"
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """The context in which the forward pass runs."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def describe_machine(device: torch.device) -> dict[str, str | int]:
+    """What a figure must be quoted with."""
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _cpu_field("model name") or platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    }
+
+
+def _cpu_computes_bf16() -> bool:
+    flags = _cpu_field("flags").split()
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def _cpu_field(name: str) -> str:
+    """A field of the first processor, as Linux describes it; '' elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")

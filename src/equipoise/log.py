@@ -1,0 +1,71 @@
+"""Numbers of a training run become JSON lines, TensorBoard curves and a line of progress."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+_SECONDS_BETWEEN_PLAIN_LINES = 10.0
+
+
+class RunLog:
+    """`metrics.jsonl` and TensorBoard events of a run folder."""
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        self._lines = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._curves = SummaryWriter(str(folder / "tensorboard"))
+
+    def write(self, kind: str, step: int, epoch: int, values: dict[str, float | None]) -> None:
+        """One line, `kind` 'train' or 'validation', after `step` steps; `None` (absent) is no point of a curve."""
+        self._lines.write(json.dumps({"kind": kind, "step": step, "epoch": epoch, **values}) + "\n")
+        self._lines.flush()
+        for name, value in values.items():
+            if value is not None:
+                self._curves.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        self._lines.close()
+        self._curves.close()
+
+
+class ProgressLine:
+    """Where training is: epoch, loss terms, images/s, time left. In a terminal one line that changes; elsewhere, as
+    in a file, a plain line now and then. With `shown` false, nothing."""
+
+    def __init__(self, steps: int, epochs: int, shown: bool) -> None:
+        self._steps, self._epochs = steps, epochs
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._plain = shown and not sys.stdout.isatty()
+        self._last_plain = time.monotonic()
+        if shown and sys.stdout.isatty():
+            columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TimeRemainingColumn())
+            self._bar = Progress(*columns, TextColumn("left"), transient=True)
+            self._task = self._bar.add_task("starting", total=steps)
+            self._bar.start()
+
+    def update(self, step: int, epoch: int, values: dict[str, float], rate: float) -> None:
+        """After `step` steps, in `epoch` (from 0), at `rate` images/s."""
+        terms = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
+        text = f"epoch {epoch + 1}/{self._epochs}  {terms}  {rate:,.0f} images/s"
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=step, description=text)
+        elif self._plain and (
+            step == self._steps or time.monotonic() - self._last_plain > _SECONDS_BETWEEN_PLAIN_LINES
+        ):
+            print(f"step {step}/{self._steps}  {text}", flush=True)
+            self._last_plain = time.monotonic()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a `metrics.jsonl`."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

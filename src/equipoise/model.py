@@ -1,0 +1,109 @@
+"""The two-branch network: images become `logits_BC`, `features_BVD` and `prototypes_CD`.
+
+Shapes: B images, V contrastive views, C classes, D width of the contrastive features, F width of the encoder,
+N images that pass the encoder together.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from equipoise.backbones import create_encoder
+
+COSINE_SCALE = 30.0
+
+
+class Outputs(NamedTuple):
+    """`features_BVD` and `prototypes_CD` are None where there is no contrastive branch."""
+
+    logits_BC: Tensor
+    features_BVD: Tensor | None
+    prototypes_CD: Tensor | None
+
+
+class TwoBranchNetwork(nn.Module):
+    """An encoder with a classifier and, beside it, the contrastive branch of BCL (Zhu et al., CVPR 2022, fig. 3).
+
+    Call it with uint8 images `[N, 3, H, W]` for `logits_NC`: normalisation is inside. Training calls
+    `training_outputs`.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        encoder: str,
+        classes: int,
+        *,
+        classifier: str = "cosine",
+        contrastive: bool = True,
+        hidden_dim: int = 0,
+        feature_dim: int = 128,
+        pretrained: bool = False,
+        mean: Sequence[float] = (0.485, 0.456, 0.406),
+        std: Sequence[float] = (0.229, 0.224, 0.225),
+    ) -> None:
+        """Raises UserError for an encoder that is not known or whose weights cannot be had."""
+        super().__init__()
+        self.encoder, width = create_encoder(encoder, pretrained)
+        self.classifier = CosineClassifier(width, classes) if classifier == "cosine" else nn.Linear(width, classes)
+        hidden = hidden_dim or width
+        self.projection = _projection(width, hidden, feature_dim) if contrastive else None
+        self.prototype_projection = _projection(width, hidden, feature_dim) if contrastive else None
+        self.register_buffer("mean", 255 * torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images_N3HW: Tensor) -> Tensor:
+        """`logits_NC` of uint8 images, with no prior added: their argmax is the prediction."""
+        return self._classify(self._encode(images_N3HW))
+
+    def training_outputs(self, images_N3HW: Tensor, views: int) -> Outputs:
+        """What the losses need of a training batch of uint8 images, view-major: N = `views` * B.
+
+        The first B images go to the classifier, the rest (V = `views` - 1) to the contrastive branch. All pass the
+        encoder and its BatchNorm together, as in the authors' code.
+        """
+        batch = len(images_N3HW) // views
+        hidden_NF = self._encode(images_N3HW)
+        logits_BC = self._classify(hidden_NF[:batch])
+        if self.projection is None or self.prototype_projection is None:
+            return Outputs(logits_BC, None, None)
+        with torch.autocast(images_N3HW.device.type, enabled=False):
+            # View 0 is projected too, and dropped: the authors' BatchNorm statistics are over all views.
+            features_ND = F.normalize(self.projection(hidden_NF), dim=1)
+            prototypes_CD = F.normalize(self.prototype_projection(self.classifier.weight), dim=1)
+        features_BVD = features_ND.unflatten(0, (views, batch))[1:].transpose(0, 1)
+        return Outputs(logits_BC, features_BVD, prototypes_CD)
+
+    def _encode(self, images_N3HW: Tensor) -> Tensor:
+        images_N3HW = images_N3HW.contiguous(memory_format=torch.channels_last)
+        return self.encoder((images_N3HW - self.mean) / self.std).float()
+
+    def _classify(self, hidden_NF: Tensor) -> Tensor:
+        # In float32 under autocast too: at scale 30, bfloat16 would round logits to steps of an eighth.
+        with torch.autocast(hidden_NF.device.type, enabled=False):
+            return self.classifier(hidden_NF)
+
+
+class CosineClassifier(nn.Module):
+    """`30 * cos(h, W)`: each class weight starts as a random direction of length 1."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(F.normalize(torch.empty(classes, width).uniform_(-1, 1), dim=1))
+
+    def forward(self, hidden_NF: Tensor) -> Tensor:
+        return COSINE_SCALE * F.linear(F.normalize(hidden_NF, dim=1), F.normalize(self.weight, dim=1))
+
+
+def _projection(width: int, hidden: int, feature_dim: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(width, hidden),
+        nn.BatchNorm1d(hidden),
+        nn.ReLU(inplace=True),
+        nn.Linear(hidden, feature_dim),
+    )

@@ -1,0 +1,113 @@
+"""One entry of a list becomes a decoded image, uint8 `[H, W, 3]`, RGB."""
+
+import io
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from equipoise.errors import UserError
+from equipoise.lists import EncodedImages, ImageFiles, ImageList, PixelArrays
+
+Pixels = npt.NDArray[np.uint8]
+
+cv2.setNumThreads(0)  # the loader's processes are the parallelism; threads inside each would fight for the cores
+
+
+def decode(images: ImageList, index: int) -> Pixels:
+    """The image at `index`, upright (its EXIF orientation applied). Raises UserError naming the file."""
+    source = images.images
+    if isinstance(source, PixelArrays):
+        return source.pixels_NHW3[index]
+    try:
+        return decode_bytes(_content(images, index))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise _unreadable(images, index, error) from None
+
+
+def decode_bytes(content: bytes) -> Pixels:
+    """An image file's bytes as pixels.
+
+    JPEG that ends as JPEG should is read by OpenCV, which is the fastest; all else by Pillow, which refuses what is
+    broken where OpenCV would fill the missing half with gray. Raises OSError or ValueError for a broken file.
+    """
+    if content[:3] == b"\xff\xd8\xff" and content[-2:] == b"\xff\xd9":
+        pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB)
+        if pixels is not None:
+            return pixels.astype(np.uint8, copy=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            with Image.open(io.BytesIO(content)) as image:
+                return np.asarray(_as_rgb(ImageOps.exif_transpose(image)))
+        except Image.DecompressionBombWarning as warning:
+            raise ValueError(str(warning)) from None
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits a pixel: Pillow's own conversion would clip, not scale
+        scaled = np.asarray(image).astype(np.float64) / 257
+        return Image.fromarray(np.rint(scaled).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # straight to RGB, Pillow warns
+    return image.convert("RGB")
+
+
+def decode_all(images: ImageList, size: int) -> Pixels:
+    """All images as `[N, size, size, 3]`, for sets small enough to stay in memory.
+
+    An image of another size is resized with Pillow's antialiased bilinear filter. Raises UserError naming a file
+    that cannot be read.
+    """
+    pixels_NHW3 = np.empty((len(images), size, size, 3), np.uint8)
+    for index in range(len(images)):
+        pixels = decode(images, index)
+        if pixels.shape[:2] != (size, size):
+            pixels = np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR))
+        pixels_NHW3[index] = pixels
+    return pixels_NHW3
+
+
+def unreadable(images: ImageList) -> Iterator[UserError]:
+    """An error for every image whose file cannot be opened or whose header is no image's. Pixels are not decoded."""
+    if isinstance(images.images, PixelArrays):
+        return
+
+    def check(index: int) -> UserError | None:
+        path = images.images.name(index) if isinstance(images.images, ImageFiles) else None
+        try:
+            # Of a file, only the header is read.
+            with Image.open(path if path else io.BytesIO(_content(images, index))):
+                return None
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            return _unreadable(images, index, error)
+
+    with ThreadPoolExecutor(8) as pool:
+        for error in pool.map(check, range(len(images)), chunksize=64):
+            if error is not None:
+                yield error
+
+
+def _content(images: ImageList, index: int) -> bytes:
+    source = images.images
+    if isinstance(source, ImageFiles):
+        return (source.root / source.paths[index]).read_bytes()
+    assert isinstance(source, EncodedImages)
+    content = source.content(index)
+    if content is None:
+        raise ValueError("it has no bytes")
+    return content
+
+
+def _unreadable(images: ImageList, index: int, error: Exception) -> UserError:
+    if isinstance(error, UnidentifiedImageError):
+        reason = "it is no image"
+    elif isinstance(error, OSError) and error.strerror:
+        reason = error.strerror.lower()
+    else:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return UserError(f"{images.images.name(index)} cannot be read ({reason}); repair or remove it")

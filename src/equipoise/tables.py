@@ -1,0 +1,102 @@
+"""What the command line shows: plans, data sets and figures as tables in the terminal."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from equipoise.lists import Found, ImageList, imbalance_factor
+from equipoise.metrics import shot_group
+
+_ROWS_SHOWN = 40
+_BAR = 30
+
+
+def print_plan(plan: Mapping[str, str]) -> None:
+    """What a run is about to do."""
+    table = Table.grid(padding=(0, 2))
+    for name, value in plan.items():
+        table.add_row(f"[bold]{name}[/bold]", escape(value))
+    Console().print(table)
+
+
+def print_figures(results: Sequence[tuple[str, Mapping[str, Any]]], title: str, metrics: Mapping[str, Any]) -> None:
+    """Accuracy of one or more models side by side, in percent: overall, by shot group, and of each class.
+
+    `results` pairs a heading with figures as in `metrics.json`; `metrics` gives the class names and training counts.
+    """
+    table = Table(box=SIMPLE, title=title, title_justify="left", title_style="bold")
+    table.add_column("")
+    table.add_column("training images", justify="right")
+    for heading, _ in results:
+        table.add_column(heading, justify="right")
+
+    names, counts = metrics["class_names"], metrics["train_counts"]
+    table.add_row("overall (top-1)", f"{sum(counts):,}", *(_percent(figure["top1"]) for _, figure in results))
+    limits = {"many": "more than 100", "medium": "20 to 100", "few": "fewer than 20"}
+    for group, limit in limits.items():
+        classes = sum(shot_group(count) == group for count in counts)
+        label = f"{group} ({classes} {'class' if classes == 1 else 'classes'})"
+        table.add_row(label, limit, *(_percent(figure[group]) for _, figure in results))
+    table.add_section()
+    for index in _shown(counts):
+        if index is None:
+            table.add_row("…", "", *("" for _ in results))
+        else:
+            shares = (_percent(figure["per_class"][index]) for _, figure in results)
+            table.add_row(escape(str(names[index])), f"{counts[index]:,}", *shares)
+    console = Console()
+    console.print(table)
+    if len(counts) > _ROWS_SHOWN:
+        console.print(f"({_ROWS_SHOWN} of {len(counts):,} classes; all of them are in metrics.json)")
+
+
+def print_data(path: str, found: Found, problems: Sequence[str]) -> None:
+    """What lies at `path`: format, parts, a bar for each class, imbalance factor, problems."""
+    console = Console()
+    console.print(f"[bold]{escape(path)}[/bold]: {found.kind}", highlight=False)
+    for part, images in found.parts.items():
+        _print_counts(console, part, images)
+    if problems:
+        console.print(f"\n[bold]problems ({len(problems)})[/bold]")
+        for problem in problems[:_ROWS_SHOWN]:
+            console.print(f"- {escape(problem)}", soft_wrap=True, highlight=False)
+        if len(problems) > _ROWS_SHOWN:
+            console.print(f"… and {len(problems) - _ROWS_SHOWN:,} more")
+    else:
+        console.print("\nno problems found")
+
+
+def _print_counts(console: Console, part: str, images: ImageList) -> None:
+    counts = images.class_counts
+    filled = [count for count in counts if count]
+    factor = f", imbalance factor {imbalance_factor(filled):.4g}" if filled else ""
+    console.print(f"\n[bold]{part}[/bold]: {len(images):,} images, {len(counts):,} classes{factor}", highlight=False)
+    table = Table.grid(padding=(0, 1))
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_column()
+    for index in _shown(counts):
+        if index is None:
+            table.add_row("…", "", "")
+            continue
+        length = counts[index] / max(counts) * _BAR
+        # A class that has images has a bar, however short.
+        bar = "█" * int(length) + ("▌" if length % 1 >= 0.5 or 0 < length < 1 else "")
+        table.add_row(escape(images.class_names[index]), f"{counts[index]:,}", bar)
+    console.print(table)
+
+
+def _shown(counts: Sequence[int]) -> list[int | None]:
+    """Which classes to show: all, or the largest and the smallest with a gap (None) between them."""
+    if len(counts) <= _ROWS_SHOWN:
+        return list(range(len(counts)))
+    by_size = sorted(range(len(counts)), key=lambda index: -counts[index])
+    return [*by_size[: _ROWS_SHOWN // 2], None, *by_size[-_ROWS_SHOWN // 2 :]]
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}"

@@ -1,0 +1,347 @@
+"""A recipe becomes a run folder. Here is the training loop, and the only `optimizer.step()`.
+
+`prepare` reads the data and refuses what cannot be trained, before anything is written; `fit` trains.
+"""
+
+import math
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from equipoise.checkpoint import Checkpoint, atomic_file, create_network, state_on_cpu
+from equipoise.device import autocast, choose_device, choose_precision, describe_machine
+from equipoise.errors import UserError
+from equipoise.evaluate import predict
+from equipoise.lists import DIGITS, Parts, imbalance_factor
+from equipoise.loader import Batches, open_batches, steps_per_epoch, worker_count
+from equipoise.log import ProgressLine, RunLog
+from equipoise.losses import (
+    balanced_contrastive_loss,
+    log_prior,
+    logit_adjusted_cross_entropy,
+    supervised_contrastive_loss,
+)
+from equipoise.metrics import accuracy
+from equipoise.model import Outputs, TwoBranchNetwork
+from equipoise.optim import create_sgd, learning_rate
+from equipoise.pixels import unreadable
+from equipoise.recipe import Recipe, recipe_toml
+from equipoise.run import BEST, LAST, RECIPE, RECORD, Run, evaluate_run, open_data, view_settings, write_json
+
+Terms = dict[str, Tensor]
+
+
+class NonFiniteLossError(UserError):
+    """A loss term became infinite or not a number; the optimizer has not moved since."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a training run is about to do. Nothing has been written yet."""
+
+    recipe: Recipe
+    parts: Parts
+    device: torch.device
+    precision: str
+    steps_per_epoch: int
+    folder: Path
+
+    def describe(self) -> dict[str, str]:
+        """The plan for people: what, and its value."""
+        train = self.parts.train
+        counts, names = train.class_counts, train.class_names
+        largest, smallest = counts.index(max(counts)), counts.index(min(counts))
+        held = {name: len(part) for name, part in self.parts.named().items() if name != "train"}
+        return {
+            "recipe": f"{self.recipe.name}, method {self.recipe.method}, seed {self.recipe.seed}",
+            "data": f"{self.recipe.data.path} ({self.parts.kind})",
+            "images": f"{len(train):,} to train on"
+            + "".join(f", {count:,} for {name}" for name, count in held.items()),
+            "classes": f"{len(counts):,}, from {counts[largest]:,} images ({names[largest]}) "
+            f"to {counts[smallest]:,} ({names[smallest]}): imbalance factor {imbalance_factor(counts):.4g}",
+            "network": f"{self.recipe.model.encoder} at {self.recipe.views.size} pixels, "
+            f"{self.recipe.model.classifier} classifier",
+            "device": f"{self.device}, {self.precision}",
+            "steps": f"{self.recipe.epochs} epochs of {self.steps_per_epoch:,}: "
+            f"{self.recipe.epochs * self.steps_per_epoch:,} steps of {self.recipe.batch_size} images",
+            "run folder": str(self.folder),
+        }
+
+
+def prepare(recipe: Recipe, out: str | Path | None = None) -> Plan:
+    """Read the data and check that `recipe` can be trained on it, into the folder `out`.
+
+    Raises UserError for what the user must put right; writes nothing.
+    """
+    folder = Path(out) if out else _default_folder(recipe)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is not empty; name another folder with --out")
+    if recipe.data.path not in (DIGITS, ""):
+        # Absolute, so that the recipe.toml of the run can be trained again from anywhere.
+        absolute = str(Path(recipe.data.path).expanduser().resolve())
+        recipe = replace(recipe, data=replace(recipe.data, path=absolute))
+    if recipe.optim.warmup_epochs > recipe.epochs:
+        warmup = f"optim.warmup_epochs ({recipe.optim.warmup_epochs})"
+        raise UserError(f"{warmup} must not exceed epochs ({recipe.epochs}); shorten the one or lengthen the other")
+    parts = open_data(recipe)
+    if recipe.batch_size > len(parts.train):
+        raise UserError(
+            f"batch_size ({recipe.batch_size}) is larger than the training part ({len(parts.train)} images); "
+            f"set --batch-size {max(2, len(parts.train) // 4)} or so"
+        )
+    for part in parts.named().values():
+        for error in unreadable(part):
+            raise error
+    device = choose_device(recipe.device)
+    return Plan(
+        recipe,
+        parts,
+        device,
+        choose_precision(recipe.precision, device),
+        steps_per_epoch(len(parts.train), recipe.batch_size),
+        folder,
+    )
+
+
+def train(recipe: Recipe, out: str | Path | None = None, progress: bool = True) -> Run:
+    """Train `recipe` into the folder `out` (default: `runs/RECIPE-METHOD-TIME`) and score what came of it.
+
+    Raises UserError for what the user must put right, and leaves no folder behind then; NonFiniteLossError if the loss
+    became infinite or not a number.
+    """
+    return fit(prepare(recipe, out), progress)
+
+
+def fit(plan: Plan, progress: bool = True) -> Run:
+    """Carry out `plan`. See `train`."""
+    recipe, parts, device = plan.recipe, plan.parts, plan.device
+    # All that can fail for a reason of the user's comes before the folder is made.
+    views = view_settings(recipe)
+    workers = worker_count(recipe.workers)
+    batches = open_batches(parts.train, views, device, workers)
+    validation = open_batches(parts.validation, views, device, workers) if parts.validation else None
+    torch.manual_seed(recipe.seed)
+    network = create_network(recipe, len(parts.train.class_names), recipe.model.pretrained)
+    network = network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] torch's stub lacks it
+
+    created = not plan.folder.exists()
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        _write_record(plan)
+        _loop(plan, network.to(device), batches, validation, progress)
+        evaluate_run(plan.folder, parts, device.type)
+    except NonFiniteLossError:
+        raise  # what was logged up to here shows how it came about
+    except (UserError, KeyboardInterrupt):
+        if not (plan.folder / LAST).exists():
+            _remove(plan.folder, created)
+        raise
+    return Run(plan.folder)
+
+
+def _loop(plan: Plan, network: TwoBranchNetwork, batches: Batches, validation: Batches | None, progress: bool) -> None:
+    recipe = plan.recipe
+    terms_of = loss_terms(recipe, plan.parts.train.class_counts, plan.device)
+    optimizer = create_sgd(network.parameters(), recipe.optim.lr, recipe.optim.momentum, recipe.optim.weight_decay)
+    log = RunLog(plan.folder)
+    line = ProgressLine(recipe.epochs * plan.steps_per_epoch, recipe.epochs, progress)
+    best: tuple[float, int] | None = None
+    step = 0
+    try:
+        for epoch in range(recipe.epochs):
+            network.train()
+            rate = _set_learning_rate(optimizer, recipe, epoch)
+            images_seen, since = 0, time.perf_counter()
+            for batch in batches.training(recipe.seed, epoch, recipe.batch_size):
+                # What a network may draw in its forward pass (dropout, stochastic depth) follows from the step.
+                torch.manual_seed(_step_seed(recipe.seed, step))
+                with autocast(plan.device, plan.precision):
+                    outputs = network.training_outputs(batch.images_VB3SS.flatten(0, 1), views=len(batch.images_VB3SS))
+                terms, loss = terms_of(outputs, batch.labels_B)
+                optimizer.zero_grad()
+                loss.backward()
+                # Read after backward() is under way: a device is then waited for only as far as its forward pass.
+                values = dict(zip(terms, torch.stack([*terms.values()]).tolist(), strict=True))
+                _refuse_non_finite(values, step, epoch, rate)
+                optimizer.step()
+                step += 1
+                images_seen += len(batch.labels_B)
+                if step % recipe.log_every == 0 or step % plan.steps_per_epoch == 0:
+                    speed = images_seen / (time.perf_counter() - since)
+                    log.write("train", step, epoch, {**values, "lr": rate, "images_per_second": round(speed, 1)})
+                    line.update(step, epoch, values, speed)
+                    images_seen, since = 0, time.perf_counter()
+            if validation is not None:
+                score = _validate(network, validation, plan.parts, log, step, epoch)
+                if best is None or score > best[0]:
+                    best = (score, epoch + 1)
+            checkpoint = _checkpoint(plan, network, optimizer, epoch + 1, step, best)
+            checkpoint.save(plan.folder / LAST)
+            if best is not None and best[1] == epoch + 1:
+                checkpoint.save(plan.folder / BEST)
+    finally:
+        line.close()
+        log.close()
+
+
+def loss_terms(
+    recipe: Recipe, class_counts: tuple[int, ...], device: torch.device
+) -> Callable[[Outputs, Tensor], tuple[Terms, Tensor]]:
+    """The objective of the recipe's method: outputs and labels to its named terms (`loss` is the total) and the total.
+
+    bcl: alpha * logit-adjusted cross-entropy + beta * balanced contrastive loss. supcon+la: the same with the
+    supervised contrastive loss. The others have one term, with weight 1.
+    """
+    loss, method = recipe.loss, recipe.method
+    log_prior_C = log_prior(torch.tensor(class_counts)).to(device, torch.float32)
+
+    def terms_of(outputs: Outputs, labels_B: Tensor) -> tuple[Terms, Tensor]:
+        if method == "ce":
+            total = F.cross_entropy(outputs.logits_BC.float(), labels_B)
+            return {"loss": total.detach()}, total
+        classification = logit_adjusted_cross_entropy(outputs.logits_BC, labels_B, log_prior_C, loss.tau)
+        if method == "logit-adjusted":
+            return {"loss": classification.detach()}, classification
+        assert outputs.features_BVD is not None
+        assert outputs.prototypes_CD is not None
+        if method == "bcl":
+            contrastive = balanced_contrastive_loss(
+                outputs.features_BVD, labels_B, outputs.prototypes_CD, loss.temperature
+            )
+        else:
+            contrastive = supervised_contrastive_loss(outputs.features_BVD, labels_B, loss.temperature)
+        total = loss.alpha * classification + loss.beta * contrastive
+        terms = {"loss": total, "classification": classification, "contrastive": contrastive}
+        return {name: term.detach() for name, term in terms.items()}, total
+
+    return terms_of
+
+
+def _refuse_non_finite(values: dict[str, float], step: int, epoch: int, rate: float) -> None:
+    wrong = [name for name, value in values.items() if not math.isfinite(value)]
+    if wrong:
+        term = wrong[-1]  # the total is first; a part that is wrong says more
+        raise NonFiniteLossError(
+            f"step {step + 1} (epoch {epoch + 1}): the loss term '{term}' is {values[term]}; the weights were not "
+            f"changed by it. Lower the learning rate (now {rate:g}) or warm up longer"
+        )
+
+
+def _set_learning_rate(optimizer: torch.optim.Optimizer, recipe: Recipe, epoch: int) -> float:
+    optim = recipe.optim
+    rate = learning_rate(
+        epoch,
+        lr=optim.lr,
+        epochs=recipe.epochs,
+        warmup_epochs=optim.warmup_epochs,
+        schedule=optim.schedule,
+        milestones=optim.milestones,
+    )
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate
+
+
+def _step_seed(seed: int, step: int) -> int:
+    return (seed * 1_000_003 + step) % 2**63
+
+
+def _validate(
+    network: TwoBranchNetwork, validation: Batches, parts: Parts, log: RunLog, step: int, epoch: int
+) -> float:
+    """The mean per-class accuracy on the validation part. It chooses the best checkpoint, since a part cut from
+    long-tailed training images is long-tailed itself: its top-1 would choose for the frequent classes."""
+    predictions, labels = predict(network, validation)
+    scored = accuracy(predictions, labels, parts.train.class_counts)
+    values = {
+        "top1": scored.top1,
+        "mean_per_class": scored.mean_per_class,
+        "many": scored.many,
+        "medium": scored.medium,
+        "few": scored.few,
+    }
+    log.write("validation", step, epoch, values)
+    return scored.mean_per_class
+
+
+def _checkpoint(
+    plan: Plan,
+    network: TwoBranchNetwork,
+    optimizer: torch.optim.Optimizer,
+    epoch: int,
+    step: int,
+    best: tuple[float, int] | None,
+) -> Checkpoint:
+    train_list = plan.parts.train
+    return Checkpoint(
+        plan.recipe,
+        train_list.class_names,
+        train_list.class_counts,
+        epoch,
+        step,
+        best,
+        state_on_cpu(network),
+        optimizer.state_dict(),
+    )
+
+
+def _default_folder(recipe: Recipe) -> Path:
+    method = recipe.method.replace("+", "-")
+    stem = f"{recipe.name}-{method}-{time.strftime('%Y%m%d-%H%M%S')}"
+    candidates = [Path("runs") / stem, *(Path("runs") / f"{stem}-{n}" for n in range(2, 100))]
+    return next(folder for folder in candidates if not folder.exists())
+
+
+def _remove(folder: Path, created: bool) -> None:
+    """Take back a folder, or what was put into one that was there, empty."""
+    shutil.rmtree(folder)
+    if not created:
+        folder.mkdir()
+
+
+def _write_record(plan: Plan) -> None:
+    with atomic_file(plan.folder / RECIPE) as file:
+        file.write(recipe_toml(plan.recipe).encode())
+    parts = plan.parts
+    record: dict[str, Any] = {
+        "command": shlex.join(sys.argv),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in ("equipoise", "torch", "torchvision", "timm", "numpy")},
+        },
+        "machine": describe_machine(plan.device),
+        "precision": plan.precision,
+        "git": _git_state(),
+        "data": {
+            "kind": parts.kind,
+            "fingerprints": {name: part.fingerprint() for name, part in parts.named().items()},
+            "images": {name: len(part) for name, part in parts.named().items()},
+        },
+        "class_counts": dict(zip(parts.train.class_names, parts.train.class_counts, strict=True)),
+    }
+    write_json(plan.folder / RECORD, record)
+
+
+def _git_state() -> dict[str, Any] | None:
+    """Commit of the working directory and whether it has changes; None outside a repository or without git."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None

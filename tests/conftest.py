@@ -1,0 +1,34 @@
+"""What several test files use: golden numbers, small pictures on disk, and shape checks switched on."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text(encoding="utf-8"))
+
+
+def draw_picture(path: Path, label: int, seed: int, size: tuple[int, int] = (40, 32)) -> None:
+    """A picture whose class can be seen: a bright band, at a height that belongs to the label, on noise."""
+    width, height = size
+    pixels = np.random.default_rng(seed).integers(0, 90, (height, width, 3), dtype=np.uint8)
+    band = height // 6
+    pixels[(label + 1) * band : (label + 2) * band] += 150
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+def draw_folder(root: Path, counts: dict[str, int], suffix: str = ".png") -> Path:
+    """A folder of class folders with that many pictures each."""
+    for label, (name, count) in enumerate(counts.items()):
+        for number in range(count):
+            draw_picture(root / name / f"{number}{suffix}", label, seed=1000 * label + number)
+    return root
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Three classes of 12, 6 and 3 pictures."""
+    return draw_folder(tmp_path / "my pictures", {"ant": 12, "bee": 6, "cat": 3})
