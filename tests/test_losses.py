@@ -7,13 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from beartype import beartype
+from conftest import GOLDEN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import Float, Int, jaxtyped
 from torch import Tensor
 
 import equipoise
-from conftest import GOLDEN
 from equipoise.losses import (
     balanced_contrastive_loss,
     log_prior,
@@ -206,7 +206,9 @@ def test_float32_under_bf16_autocast():
 
 def test_supcon_is_bcl_without_prototypes_where_all_are_alike():
     """Same features, one class: averaging divides every term alike, so the two differ by log(members) only."""
-    features = F.normalize(torch.randn(5, 2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(8)), dim=-1)
+    features = F.normalize(
+        torch.randn(5, 2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(8)), dim=-1
+    )
     labels = torch.zeros(5, dtype=torch.long)
     supcon = supervised_contrastive_loss(features, labels, 0.3)
     # The prototype as one of the features: BCL over nine anchors of ten columns.

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-
 from conftest import GOLDEN
+
 from equipoise.metrics import accuracy, shot_group
 
 
@@ -16,9 +16,7 @@ def test_shot_accuracy_golden():
     assert result.top1 == pytest.approx(np.mean(np.array(case["predictions"]) == np.array(case["labels"])))
 
 
-@pytest.mark.parametrize(
-    ("count", "group"), [(101, "many"), (100, "medium"), (20, "medium"), (19, "few"), (1, "few")]
-)
+@pytest.mark.parametrize(("count", "group"), [(101, "many"), (100, "medium"), (20, "medium"), (19, "few"), (1, "few")])
 def test_shot_group_limits(count, group):
     assert shot_group(count) == group
 

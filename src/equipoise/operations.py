@@ -338,9 +338,7 @@ def _bicubic(images_N3HW: Tensor, x_NHW: Tensor, y_NHW: Tensor) -> Tensor:
     return total.view(images_N3HW.shape)
 
 
-def affine(
-    images_N3HW: Tensor, matrix_N23: Tensor, fill_3: Sequence[float], interpolation: Interpolation
-) -> Tensor:
+def affine(images_N3HW: Tensor, matrix_N23: Tensor, fill_3: Sequence[float], interpolation: Interpolation) -> Tensor:
     """PIL's Image.transform(size, AFFINE, coefficients, interpolation, fillcolor=fill).
 
     `matrix_N23` takes the centre (x + 0.5, y + 0.5) of an output pixel to a point of the input; a pixel whose

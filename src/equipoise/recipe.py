@@ -201,7 +201,7 @@ def _field_spellings() -> list[str]:
 
 def nearest(word: str, valid: list[str]) -> str:
     """'; did you mean ...?' where something valid is near, else the whole list if it is short."""
-    close = list(dict.fromkeys(difflib.get_close_matches(word, valid, n=3, cutoff=0.5)))
+    close = list(dict.fromkeys(difflib.get_close_matches(word, valid, n=3, cutoff=0.6)))
     if close:
         return f"; did you mean {' or '.join(close)}?"
     return f"; there are: {', '.join(valid)}" if len(valid) <= 12 else ""

@@ -433,6 +433,7 @@ def _auto_augment_argument(name: str, magnitude_B: Array, sign_B: Array, side: i
         "Rotate": lambda: 30 * magnitude_B * sign_B,
         "ShearX": lambda: 0.3 * magnitude_B * sign_B,
         "ShearY": lambda: 0.3 * magnitude_B * sign_B,
-        "TranslateX": lambda: 150 / 331 * side * magnitude_B * sign_B,
-        "TranslateY": lambda: 150 / 331 * side * magnitude_B * sign_B,
+        # Whole pixels, and the other way round than in timm.
+        "TranslateX": lambda: -np.trunc(150 / 331 * side * magnitude_B * sign_B),
+        "TranslateY": lambda: -np.trunc(150 / 331 * side * magnitude_B * sign_B),
     }.get(name, lambda: np.zeros_like(magnitude_B))()

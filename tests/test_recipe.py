@@ -1,0 +1,154 @@
+"""Recipes: every shipped one loads, every wrong one is refused with a sentence that helps."""
+
+import dataclasses
+import tomllib
+
+import pytest
+
+from equipoise import UserError, load_recipe
+from equipoise.recipe import (
+    Recipe,
+    field_value,
+    find_field,
+    override,
+    recipe_fields,
+    recipe_from_table,
+    recipe_toml,
+    shipped_recipes,
+)
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_recipes_say_what_they_are(name):
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert len(recipe.summary) < 100
+    header = shipped_recipes()[name].read_text(encoding="utf-8")
+    assert "Source:" in header
+    assert "Command: equipoise train" in header
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_toml_round_trip(name, tmp_path):
+    recipe = load_recipe(name, lr=0.037, milestones=[0.5, 3])
+    path = tmp_path / "mine.toml"
+    path.write_text(recipe_toml(recipe), encoding="utf-8")
+    assert load_recipe(path) == recipe
+
+
+def test_method_file_values():
+    """The CIFAR column of the hyper-parameters."""
+    recipe = load_recipe("cifar10-lt")
+    assert (recipe.epochs, recipe.batch_size, recipe.model.encoder) == (200, 256, "resnet32")
+    assert (recipe.model.hidden_dim, recipe.model.feature_dim) == (512, 128)
+    assert (recipe.loss.alpha, recipe.loss.beta, recipe.loss.temperature, recipe.loss.tau) == (2.0, 0.6, 0.1, 1.0)
+    assert (recipe.optim.lr, recipe.optim.momentum, recipe.optim.weight_decay) == (0.15, 0.9, 5e-4)
+
+
+def test_cifar_recipes_differ_in_their_data_only():
+    ten, hundred = load_recipe("cifar10-lt"), load_recipe("cifar100-lt")
+    same = dataclasses.replace(
+        hundred,
+        name=ten.name,
+        summary=ten.summary,
+        views=dataclasses.replace(hundred.views, mean=ten.views.mean, std=ten.views.std),
+    )
+    assert same == ten
+
+
+def test_every_field_by_each_of_its_names():
+    for field in recipe_fields():
+        names = {field.key, field.path[-1], field.path[-1].replace("_", "-"), *field.names}
+        assert {find_field(name) for name in names} == {field}
+        assert field.setting.help
+
+
+def test_overrides_take_text_and_values():
+    recipe = load_recipe(
+        "digits-lt", epochs="3", lr="0.5", blur="yes", milestones="1 2", mean=[0.1, 0.2, 0.3], **{"loss.beta": 2}
+    )
+    assert (recipe.epochs, recipe.optim.lr, recipe.views.blur) == (3, 0.5, True)
+    assert (recipe.optim.milestones, recipe.views.mean, recipe.loss.beta) == ((1.0, 2.0), (0.1, 0.2, 0.3), 2.0)
+    assert isinstance(recipe.loss.beta, float)
+    assert field_value(recipe, find_field("temp")) == 0.1
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        ("lr", -0.1, "optim.lr must be above 0, not -0.1"),
+        ("lr", "fast", "optim.lr must be a number, not 'fast'"),
+        ("lr", float("nan"), "optim.lr must be a number, not nan"),
+        ("lr", True, "optim.lr must be a number, not True"),
+        ("epochs", 0, "epochs must be at least 1, not 0"),
+        ("epochs", 2.5, "epochs must be a whole number, not 2.5"),
+        ("epochs", "1e3", "epochs must be a whole number, not '1e3'"),
+        ("holdout", 0.9, "data.holdout must be at most 0.5, not 0.9"),
+        ("device", "gpu", "device must be one of auto, cpu, cuda, mps, not 'gpu'"),
+        ("method", "BCL", "method must be one of bcl, ce, logit-adjusted, supcon+la, not 'BCL'"),
+        ("pretrained", "maybe", "model.pretrained must be true or false, not 'maybe'"),
+        ("pretrained", 1, "model.pretrained must be true or false, not 1"),
+        ("mean", "0.1 0.2", "views.mean must be 3 numbers, not '0.1 0.2'"),
+        ("milestones", 5, "optim.milestones must be a list of numbers, not 5"),
+        ("std", [0.2, 0, 0.2], "views.std must be above 0, not [0.2, 0, 0.2]"),
+        ("data", 7, "data.path must be text, not 7"),
+        ("method", ["bcl"], "method must be one of bcl, ce, logit-adjusted, supcon+la, not ['bcl']"),
+    ],
+)
+def test_refused_values(key, value, sentence):
+    with pytest.raises(UserError) as error:
+        load_recipe("digits-lt", **{key: value})
+    assert str(error.value) == sentence
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("digit-lt", "no recipe is called 'digit-lt'; did you mean digits-lt?"),
+        ("zzz", "no recipe is called 'zzz'; there are: cifar10-lt, cifar100-lt, digits-lt, pictures"),
+        ("absent.toml", "no recipe file at absent.toml"),
+    ],
+)
+def test_unknown_recipes(name, sentence):
+    with pytest.raises(UserError) as error:
+        load_recipe(name)
+    assert str(error.value) == sentence
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("epoch = 3", "no recipe field is called 'epoch'; did you mean epochs?"),
+        ("lr = 0.1", "no recipe field is called 'lr'; write optim.lr"),
+        ("[optim]\nlearning = 1", "no recipe field is called 'optim.learning'"),
+        ("[optimizer]\nlr = 1", "no section is called [optimizer]; did you mean optim?"),
+        ("optim = 3", "optim is a section; write [optim] and its fields below it"),
+        ("[optim]\nlr = -1", "optim.lr must be above 0, not -1"),
+        ("epochs = [", "is not valid TOML"),
+    ],
+)
+def test_wrong_files(text, sentence, tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        load_recipe(path)
+    assert str(error.value).startswith(str(path))
+    assert sentence in str(error.value)
+
+
+def test_unknown_override():
+    with pytest.raises(
+        UserError, match=r"no recipe field is called 'temprature'; did you mean temperature or loss.temperature"
+    ):
+        load_recipe("digits-lt", temprature=1)
+
+
+def test_the_written_file_is_complete():
+    table = tomllib.loads(recipe_toml(Recipe()))
+    assert {field.key for field in recipe_fields()} == {
+        key if not isinstance(value, dict) else f"{key}.{leaf}"
+        for key, value in table.items()
+        for leaf in (value if isinstance(value, dict) else [None])
+    }
+    assert recipe_from_table(table, "here") == Recipe()
+    assert override(Recipe(), find_field("seed"), 4).seed == 4

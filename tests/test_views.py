@@ -1,0 +1,164 @@
+"""Views: the policies' tables and random parameters against torchvision and timm, and what they depend on."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import stats
+from timm.data import auto_augment as timm_augment
+from torchvision.transforms import AutoAugment, AutoAugmentPolicy, RandomResizedCrop, v2
+
+from equipoise import views
+from equipoise.draws import uniforms
+from equipoise.views import ViewSettings, evaluation_view, photo_views, small_views, view_kinds
+
+
+def numbers(count: int, seed: int = 0) -> views._Numbers:
+    return views._Numbers(uniforms(seed, 0, np.arange(count), 0, 64))
+
+
+def pictures(count: int, side: int = 32) -> torch.Tensor:
+    """Smooth coloured noise, uint8 [N, 3, side, side]."""
+    noise = torch.rand(count, 3, 6, 6, generator=torch.Generator().manual_seed(count))
+    return (255 * torch.nn.functional.interpolate(noise, (side, side), mode="bilinear")).to(torch.uint8)
+
+
+ALL = [
+    ViewSettings("digits", ("cls", "sim", "sim"), 16),
+    ViewSettings("cifar", ("cls", "rand", "sim"), 32),
+    ViewSettings("cifar", ("cls", "rand", "rand"), 32, blur=True),
+]
+
+
+def test_view_kinds():
+    assert view_kinds("sim-sim", contrastive=True) == ("cls", "sim", "sim")
+    assert view_kinds("sim-rand", contrastive=True) == ("cls", "rand", "sim")
+    assert view_kinds("rand-rand", contrastive=True) == ("cls", "rand", "rand")
+    assert view_kinds("rand-rand", contrastive=False) == ("cls",)
+
+
+@pytest.mark.parametrize("settings", ALL, ids=lambda settings: f"{settings.policy}-{settings.kinds[1]}")
+def test_small_views_do_not_depend_on_the_batch(settings):
+    images, indices = pictures(24, settings.size), np.arange(100, 124)
+    together = small_views(images, settings, 1, 2, indices)
+    assert together.shape == (3, 24, 3, settings.size, settings.size)
+    assert together.dtype == torch.uint8
+    alone = torch.cat([small_views(images[i : i + 1], settings, 1, 2, indices[i : i + 1]) for i in range(24)], dim=1)
+    assert (together.int() - alone.int()).abs().max() <= 1, "float sums may differ in their last bit, not more"
+    assert (together == alone).float().mean() > 0.999
+    assert not torch.equal(together, small_views(images, settings, 1, 3, indices)), "another epoch"
+    assert not torch.equal(together[1], together[2]), "two views of one kind"
+
+
+def test_photo_views_do_not_depend_on_the_batch():
+    random = np.random.default_rng(0)
+    photos = [random.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in [(50, 70), (200, 40), (33, 33)]]
+    settings = ViewSettings("photos", ("cls", "sim", "rand"), 24)
+    together = photo_views(photos, settings, 0, 0, np.array([5, 6, 7]))
+    assert together.shape == (3, 3, 3, 24, 24)
+    for position, photo in enumerate(photos):
+        alone = photo_views([photo], settings, 0, 0, np.array([5 + position]))[:, 0]
+        assert (together[:, position].int() - alone.int()).abs().max() <= 1
+
+
+def test_digits_are_never_flipped():
+    """A picture dark on the left stays dark on the left in every view."""
+    images = torch.zeros(200, 3, 16, 16, dtype=torch.uint8)
+    images[..., 8:] = 255
+    made = small_views(images, ViewSettings("digits", ("cls", "sim", "sim"), 16), 0, 0, np.arange(200)).float()
+    assert bool((made[..., 8:].mean((2, 3, 4)) > made[..., :8].mean((2, 3, 4))).all())
+
+
+def test_half_of_the_photographs_and_cifar_views_are_flipped():
+    images = torch.zeros(2000, 3, 32, 32, dtype=torch.uint8)
+    images[..., 16:] = 255
+    sim = small_views(images, ViewSettings("cifar", ("sim",), 32), 0, 0, np.arange(2000))[0].float()
+    flipped = (sim[..., :16].mean((1, 2, 3)) > sim[..., 16:].mean((1, 2, 3))).float().mean()
+    assert abs(flipped - 0.5) < 5 * np.sqrt(0.25 / 2000)
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (300, 400), (500, 60)])
+def test_boxes_are_those_of_random_resized_crop(height, width):
+    """Every coordinate of 2,000 boxes has torchvision's distribution (Kolmogorov-Smirnov)."""
+    count = 2000
+    ours = views.random_boxes(numbers(count), np.full(count, height), np.full(count, width), 0.2)
+    image = torch.empty(3, height, width)
+    torch.manual_seed(0)
+    theirs = np.array([RandomResizedCrop.get_params(image, [0.2, 1.0], [3 / 4, 4 / 3]) for _ in range(count)]).T
+    for name, mine, reference in zip(("top", "left", "height", "width"), ours, theirs, strict=True):
+        assert stats.ks_2samp(mine, reference).pvalue > 1e-4, name
+    top, left, box_height, box_width = ours
+    assert (top >= 0).all()
+    assert (left >= 0).all()
+    assert (top + box_height <= height).all()
+    assert (left + box_width <= width).all()
+
+
+def test_auto_augment_is_torchvisions_policy():
+    theirs = AutoAugment(AutoAugmentPolicy.CIFAR10)
+    policies = [tuple((name, p, magnitude or 0) for name, p, magnitude in pair) for pair in theirs.policies]
+    assert list(views.AUTO_AUGMENT) == policies
+    space = theirs._augmentation_space(10, (32, 32))
+    bins, ones = np.arange(10) / 9, np.ones(10)
+    for name, (magnitudes, signed) in space.items():
+        for sign in (1.0, -1.0) if signed else (1.0,):
+            ours = views._auto_augment_argument(name, bins, sign * ones, 32)
+            expected = magnitudes.expand(10).numpy() * sign
+            if name in ("Brightness", "Color", "Contrast", "Sharpness"):
+                expected = 1 + expected
+            if name.startswith("Translate"):
+                expected = -np.trunc(expected)  # _apply_op's int()
+            assert ours == pytest.approx(expected, abs=1e-4), name
+
+
+def test_rand_augment_has_timms_operations_and_arguments(monkeypatch):
+    monkeypatch.setattr(timm_augment, "_randomly_negate", lambda value: value)
+    timm_name = {"TranslateX": "TranslateXRel", "TranslateY": "TranslateYRel"}
+    assert [timm_name.get(name, name) for name in views._RAND_AUGMENT] == timm_augment._RAND_TRANSFORMS
+    for level in (0.0, 3.3, 7.77, 9.5, 10.0):
+        for name in views._RAND_AUGMENT:
+            to_argument = timm_augment.LEVEL_TO_ARG[timm_name.get(name, name)]
+            if to_argument is not None:
+                (expected,) = to_argument(level, {})
+                scale = 48 if name.startswith("Translate") else 1
+                ours = views._rand_augment_argument(name, np.array([level / 10]), np.ones(1), 48)
+                assert ours[0] == pytest.approx(expected * scale), name
+
+
+def mean_and_spread(images: torch.Tensor) -> np.ndarray:
+    """Two numbers of each image that every operation moves."""
+    pixels = images.float().flatten(1)
+    return np.stack([pixels.mean(1).numpy(), pixels.std(1).numpy()])
+
+
+@pytest.mark.parametrize("name", ["auto", "rand", "jitter"])
+def test_policies_change_pixels_as_the_reference_does(name):
+    """One picture, 3,000 draws: mean and spread of the results have the reference's distribution."""
+    count = 3000
+    picture = pictures(1)
+    batch = picture.expand(count, -1, -1, -1).contiguous()
+    image = v2.functional.to_pil_image(picture[0])
+    torch.manual_seed(1)
+    if name == "auto":
+        ours = views.auto_augment(batch, numbers(count))
+        reference = AutoAugment(AutoAugmentPolicy.CIFAR10)
+    elif name == "rand":
+        ours = views.rand_augment(batch, numbers(count), (0.485, 0.456, 0.406))
+        np.random.seed(1)
+        reference = timm_augment.rand_augment_transform("rand-m10-n2-mstd0.5", {"img_mean": (124, 116, 104)})
+    else:
+        ours = views._jitter(batch, numbers(count), 0.4, 0.4, 0.4, 0.1, probability=0.8)
+        reference = v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)
+    theirs = torch.stack([v2.functional.pil_to_tensor(reference(image)) for _ in range(count)])
+    for what, mine, expected in zip(("mean", "spread"), mean_and_spread(ours), mean_and_spread(theirs), strict=True):
+        # Rounded: untouched pictures, a lump of equal values, would else differ in the last bit of a float.
+        assert stats.ks_2samp(mine.round(0), expected.round(0)).pvalue > 1e-4, what
+    unchanged = [float((made == picture).flatten(1).all(1).float().mean()) for made in (ours, theirs)]
+    assert abs(unchanged[0] - unchanged[1]) < 5 * np.sqrt(2 * 0.25 / count)
+
+
+@pytest.mark.parametrize("size", [(300, 400), (500, 333), (224, 224), (97, 1000)])
+def test_evaluation_view_is_torchvisions(size):
+    photo = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    reference = v2.Compose([v2.Resize(256), v2.CenterCrop(224)])(Image.fromarray(photo))
+    assert (evaluation_view(photo, 224) == np.asarray(reference)).all()
