@@ -32,3 +32,12 @@ def draw_folder(root: Path, counts: dict[str, int], suffix: str = ".png") -> Pat
 def pictures(tmp_path: Path) -> Path:
     """Three classes of 12, 6 and 3 pictures."""
     return draw_folder(tmp_path / "my pictures", {"ant": 12, "bee": 6, "cat": 3})
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """Real data sets, which lie beside the checkout where they are available; they are not part of the project."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("the real data sets (../shared/data) are not here")
+    return folder

@@ -21,6 +21,7 @@ from equipoise.lists import (
     open_parts,
     training_problems,
 )
+from equipoise.pixels import decode
 
 
 def image_list(counts: list[int]) -> ImageList:
@@ -263,3 +264,12 @@ def test_hold_out():
     assert hold_out(full, 0.1)[1].fingerprint() == validation.fingerprint()
     with pytest.raises(UserError, match=r"no class has three images, .* set data.holdout to 0"):
         hold_out(image_list([2, 2]), 0.5)
+
+
+def test_cifar10_as_published_for_the_datasets_library(shared_data):
+    parts = open_parts(str(shared_data / "cifar10"), imbalance="exponential", imbalance_factor=100)
+    assert parts.kind == "Parquet"
+    assert list(parts.train.class_counts) == GOLDEN["long_tail_counts"]["cifar10_if100"]
+    assert parts.test is not None
+    assert parts.test.class_counts == (1000,) * 10
+    assert decode(parts.test, 9999).shape == (32, 32, 3)

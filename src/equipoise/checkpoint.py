@@ -4,6 +4,7 @@ import contextlib
 import os
 import pickle
 import tempfile
+import warnings
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,9 @@ class Checkpoint:
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read what `Checkpoint.save` wrote, onto the CPU. Raises UserError for anything else."""
     try:
-        table = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is odd about a file that is then refused
+            table = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint at {path}") from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError):

@@ -29,10 +29,10 @@ def print_figures(results: Sequence[tuple[str, Mapping[str, Any]]], title: str, 
     `results` pairs a heading with figures as in `metrics.json`; `metrics` gives the class names and training counts.
     """
     table = Table(box=SIMPLE, title=title, title_justify="left", title_style="bold")
-    table.add_column("")
-    table.add_column("training images", justify="right")
+    table.add_column("", no_wrap=True)
+    table.add_column("training\nimages", justify="right", no_wrap=True)
     for heading, _ in results:
-        table.add_column(heading, justify="right")
+        table.add_column(heading.replace(" ", "\n"), justify="right")
 
     names, counts = metrics["class_names"], metrics["train_counts"]
     table.add_row("overall (top-1)", f"{sum(counts):,}", *(_percent(figure["top1"]) for _, figure in results))

@@ -1,0 +1,53 @@
+# Everything starts from `make setup`: a virtual environment in .venv with the package, editable, and its command.
+# Each step is done once; what it made is newer than pyproject.toml until that changes, so a second call needs no network.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help setup demo test check results clean
+
+help:
+	@echo "make demo     train on the built-in digits: BCL, and plain cross-entropy beside it"
+	@echo "make setup    .venv with the command .venv/bin/equipoise"
+	@echo "make test     all tests"
+	@echo "make check    ruff, pyright, import contracts"
+	@echo "make results  the table of docs/results.md for Digits-LT (20 runs, about 10 minutes on two cores)"
+	@echo "make clean    remove .venv and caches; runs/ stays"
+
+setup: .venv/.setup
+
+demo: setup
+	$(BIN)/equipoise train
+
+test: .venv/.test
+	$(BIN)/python -m pytest
+
+check: .venv/.check
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+results: setup
+	$(BIN)/python -m benchmarks.digits_lt
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "equipoise needs Python 3.11 or newer, but $(PYTHON) is older or missing; try: make PYTHON=python3.12"; exit 2; }
+	@# Some systems ship Python without ensurepip: then the system's pip fills the environment.
+	$(PYTHON) -m venv .venv || { $(PYTHON) -m venv --clear --without-pip .venv && $(PYTHON) -m pip --python .venv install pip; }
+
+.venv/.setup: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[parquet]'
+	@touch $@
+
+.venv/.test: .venv/.setup
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $@
+
+.venv/.check: .venv/.test
+	$(BIN)/python -m pip install --quiet --editable '.[check]'
+	@touch $@
+
+clean:
+	rm -rf .venv build src/*.egg-info .ruff_cache .import_linter_cache .hypothesis

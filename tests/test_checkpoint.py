@@ -1,0 +1,85 @@
+"""Checkpoints: whole or not there, the same when read, and never executed."""
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from equipoise import UserError, load_recipe
+from equipoise.checkpoint import Checkpoint, atomic_file, create_network, load_checkpoint, state_on_cpu
+
+
+@pytest.fixture
+def checkpoint() -> Checkpoint:
+    recipe = load_recipe("digits-lt", method="supcon+la", milestones="0.5 3")
+    network = create_network(recipe, 3, pretrained=False)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+    return Checkpoint(
+        recipe, ("a", "b", "c"), (9, 5, 1), 4, 20, (0.75, 3), state_on_cpu(network), optimizer.state_dict()
+    )
+
+
+def test_round_trip(checkpoint, tmp_path):
+    checkpoint.save(tmp_path / "last.pt")
+    read = load_checkpoint(tmp_path / "last.pt")
+    assert read.recipe == checkpoint.recipe
+    assert (read.class_names, read.class_counts, read.epoch, read.step, read.best) == (
+        ("a", "b", "c"), (9, 5, 1), 4, 20, (0.75, 3)
+    )  # fmt: skip
+    assert read.weights.keys() == checkpoint.weights.keys()
+    assert all(torch.equal(read.weights[name], value) for name, value in checkpoint.weights.items())
+    assert read.optimizer["param_groups"] == checkpoint.optimizer["param_groups"]
+    network = read.build()
+    assert not network.training
+    assert network(torch.zeros(2, 3, 16, 16, dtype=torch.uint8)).shape == (2, 3)
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
+    path = tmp_path / "last.pt"
+    path.write_bytes(b"old")
+
+    def write_half() -> None:
+        with atomic_file(path) as file:
+            file.write(b"half")
+            raise RuntimeError("power")
+
+    with pytest.raises(RuntimeError, match="power"):
+        write_half()
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["last.pt"]
+
+
+class Payload:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return (Path.touch, (self.mark,))
+
+
+@pytest.mark.parametrize("content", ["payload", "payload-pickle", "text", "empty", "half", "other"])
+def test_what_is_no_checkpoint_is_refused_and_not_run(content, checkpoint, tmp_path):
+    path, mark = tmp_path / "last.pt", tmp_path / "executed"
+    if content == "payload":
+        torch.save({"format": 1, "recipe": Payload(mark)}, path)
+    elif content == "payload-pickle":
+        path.write_bytes(pickle.dumps(Payload(mark)))
+    elif content == "half":
+        checkpoint.save(path)
+        path.write_bytes(path.read_bytes()[:5000])
+    elif content == "other":
+        torch.save({"state_dict": {}}, path)
+    else:
+        path.write_text({"text": "hello", "empty": ""}[content])
+    with pytest.raises(UserError) as error:
+        load_checkpoint(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not mark.exists()
+
+
+def test_absent(tmp_path):
+    with pytest.raises(UserError, match="there is no checkpoint at"):
+        load_checkpoint(tmp_path / "none.pt")
