@@ -194,7 +194,6 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer_moves(spoilt, tmp_
     ("overrides", "sentence"),
     [
         ({"batch_size": 343}, "batch_size (343) is larger than the training part (342 images); set --batch-size 85"),
-        ({"warmup_epochs": 3}, "optim.warmup_epochs (3) must not exceed epochs (2)"),
         ({"encoder": "resnet9000"}, "no encoder is called 'resnet9000'"),
         ({"imbalance_factor": 200}, "leaves class '9' without images"),
         ({"data": ""}, "name a folder with --data FOLDER"),

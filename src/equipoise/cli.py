@@ -156,8 +156,9 @@ def _add_train(commands: Any, words: list[str]) -> None:
         if field.key in ("name", "summary"):
             continue
         section = field.path[0] if len(field.path) == 2 else "run"
-        group = groups.setdefault(section, command.add_argument_group(f"{section} (shown: {named})"))
-        _add_field(group, field, field_value(shown, field))
+        if section not in groups:
+            groups[section] = command.add_argument_group(f"{section} (shown: {named})")
+        _add_field(groups[section], field, field_value(shown, field))
 
 
 def _add_field(group: Any, field: Field, default: Any) -> None:

@@ -24,7 +24,8 @@ def learning_rate(
     """The learning rate of `epoch` (from 0), constant within it, as in the authors' code.
 
     Linear warm-up reaches `lr` in epoch `warmup_epochs - 1`. Then 'cosine' ends one step above 0, and 'step'
-    multiplies by 0.1 at each milestone passed; a milestone below 1 is a share of `epochs`.
+    multiplies by 0.1 at each milestone passed; a milestone below 1 is a share of `epochs`. A run shorter than its
+    warm-up ends within it.
     """
     if epoch < warmup_epochs:
         return lr * (epoch + 1) / warmup_epochs

@@ -92,9 +92,6 @@ def prepare(recipe: Recipe, out: str | Path | None = None) -> Plan:
         # Absolute, so that the recipe.toml of the run can be trained again from anywhere.
         absolute = str(Path(recipe.data.path).expanduser().resolve())
         recipe = replace(recipe, data=replace(recipe.data, path=absolute))
-    if recipe.optim.warmup_epochs > recipe.epochs:
-        warmup = f"optim.warmup_epochs ({recipe.optim.warmup_epochs})"
-        raise UserError(f"{warmup} must not exceed epochs ({recipe.epochs}); shorten the one or lengthen the other")
     parts = open_data(recipe)
     if recipe.batch_size > len(parts.train):
         raise UserError(
