@@ -15,7 +15,7 @@ from equipoise.backbones import create_encoder
 @pytest.mark.parametrize(("name", "parameters"), [("resnet8", 75_000), ("resnet20", 269_000), ("resnet32", 461_000)])
 def test_small_resnets(name, parameters):
     """He et al. give 0.27M and 0.46M for 20 and 32 layers, classifier included (640 weights)."""
-    encoder, width = create_encoder(name)
+    encoder, width = create_encoder(name, 32)
     layers = [module for module in encoder.modules() if isinstance(module, torch.nn.Conv2d)]
     assert len(layers) + 1 == int(name.removeprefix("resnet"))
     assert sum(p.numel() for p in encoder.parameters()) == pytest.approx(parameters, rel=0.01)
@@ -25,7 +25,7 @@ def test_small_resnets(name, parameters):
 
 def test_shortcut_passes_every_second_pixel_and_adds_no_parameters():
     """With all convolutions zero, only the shortcuts are left: the stem's channels, subsampled, between zeros."""
-    encoder, _ = create_encoder("resnet8")
+    encoder, _ = create_encoder("resnet8", 16)
     encoder.eval()
     stem = []
     with torch.no_grad():
@@ -40,19 +40,30 @@ def test_shortcut_passes_every_second_pixel_and_adds_no_parameters():
     assert features[:, 40:].abs().max() == 0
 
 
-@pytest.mark.parametrize(("name", "width"), [("resnet18", 512), ("resnext50", 2048), ("vit_tiny_patch16_224", 192)])
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [("resnet18", 512), ("resnext50", 2048), ("vit_tiny_patch16_224", 192), ("mobilenetv3_small_050", 1024)],
+)
 def test_timm_encoders(name, width):
-    encoder, found = create_encoder(name)
-    size = 224 if name.startswith("vit") else 64
+    size = 48 if name.startswith("vit") else 64
+    encoder, found = create_encoder(name, size)
+    assert encoder.training
     assert found == width
     assert encoder.eval()(torch.zeros(1, 3, size, size)).shape == (1, width)
 
 
 def test_unknown_and_missing():
     with pytest.raises(UserError, match=r"no encoder is called 'resnet33'; did you mean .*resnet32"):
-        create_encoder("resnet33")
+        create_encoder("resnet33", 32)
     with pytest.raises(UserError, match=r"there are no pretrained weights for resnet32; set model.pretrained to false"):
-        create_encoder("resnet32", pretrained=True)
+        create_encoder("resnet32", 32, pretrained=True)
+
+
+def test_what_an_encoder_does_not_take_is_said():
+    with pytest.raises(UserError, match=r"vit_tiny_patch16_224 .* 8 pixels .*; change --size or --arch"):
+        create_encoder("vit_tiny_patch16_224", 8)
+    with pytest.raises(UserError, match=r"timm cannot build resnet18.nonsense .*nonsense"):
+        create_encoder("resnet18.nonsense", 64)
 
 
 def test_pretrained_weights_out_of_reach(tmp_path):
@@ -61,7 +72,7 @@ def test_pretrained_weights_out_of_reach(tmp_path):
 from equipoise import UserError
 from equipoise.backbones import create_encoder
 try:
-    create_encoder("resnet18", pretrained=True)
+    create_encoder("resnet18", 64, pretrained=True)
 except UserError as error:
     print(error)
 """

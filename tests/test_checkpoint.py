@@ -17,7 +17,15 @@ def checkpoint() -> Checkpoint:
     network = create_network(recipe, 3, pretrained=False)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
     return Checkpoint(
-        recipe, ("a", "b", "c"), (9, 5, 1), 4, 20, (0.75, 3), state_on_cpu(network), optimizer.state_dict()
+        recipe,
+        ("a", "b", "c"),
+        (9, 5, 1),
+        4,
+        20,
+        (0.75, 3),
+        state_on_cpu(network),
+        optimizer.state_dict(),
+        {"train": "f00"},
     )
 
 
@@ -59,7 +67,7 @@ class Payload:
         return (Path.touch, (self.mark,))
 
 
-@pytest.mark.parametrize("content", ["payload", "payload-pickle", "text", "empty", "half", "other"])
+@pytest.mark.parametrize("content", ["payload", "payload-pickle", "text", "empty", "half", "other", "incomplete"])
 def test_what_is_no_checkpoint_is_refused_and_not_run(content, checkpoint, tmp_path):
     path, mark = tmp_path / "last.pt", tmp_path / "executed"
     if content == "payload":
@@ -69,6 +77,8 @@ def test_what_is_no_checkpoint_is_refused_and_not_run(content, checkpoint, tmp_p
     elif content == "half":
         checkpoint.save(path)
         path.write_bytes(path.read_bytes()[:5000])
+    elif content == "incomplete":
+        torch.save({"format": 1, "best": None}, path)
     elif content == "other":
         torch.save({"state_dict": {}}, path)
     else:

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import draw_folder, draw_picture
@@ -73,13 +75,13 @@ def test_version(capsys):
 @pytest.mark.slow
 def test_train_without_arguments_is_the_demo(tmp_path):
     """Shortened by flags; the run folder is the default one."""
-    done = run("train", "--epochs", "2", "--warmup_epochs=1", cwd=tmp_path)
+    done = run("train", "--epochs", "2", "--log_every=5", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     text = done.stdout
     for said in ("no recipe named: taking 'digits-lt'", "342 to train on, 500 for test", "imbalance factor 62"):
         assert said in text
     assert "2 epochs of 6: 12 steps of 64 images" in text
-    assert re.search(r"step 12/12 +epoch 2/2 +loss \d.* contrastive \d.* images/s", text)
+    assert re.search(r"step 12/12 +epoch 2/2 +loss \d.* contrastive \d.* images/s +0:00:00 left", text)
     assert re.search(r"training *\n +images +bcl +ce", text)
     assert re.search(r"few \(5 classes\) +fewer than 20 +[\d.]+ +[\d.]+", text)
     assert re.search(r"^ +9 +2 +[\d.]+ +[\d.]+", text, re.MULTILINE), "each class with its training count"
@@ -89,7 +91,7 @@ def test_train_without_arguments_is_the_demo(tmp_path):
     ]  # fmt: skip
     metrics = json.loads((tmp_path / folders[0] / "metrics.json").read_text())
     assert metrics["method"] == "bcl"
-    assert json.loads((tmp_path / folders[0] / "run.json").read_text())["command"].endswith("--warmup_epochs=1")
+    assert json.loads((tmp_path / folders[0] / "run.json").read_text())["command"].endswith("--log_every=5")
 
 
 @pytest.mark.slow
@@ -125,7 +127,7 @@ def test_train_own_pictures_then_evaluate(pictures, tmp_path):
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_every_shipped_recipe_trains(name, tmp_path, capsys):
     """One epoch of each, on data of its kind."""
-    words = ["train", name, "--epochs", "1", "--warmup-epochs", "0", "--out", str(tmp_path / "run"), "--workers", "0"]
+    words = ["train", name, "--epochs", "1", "--out", str(tmp_path / "run"), "--workers", "0"]
     if name != "digits-lt":
         count = 12 if name == "pictures" else 25
         for part in ("train", "test"):
@@ -183,21 +185,48 @@ def test_evaluate_a_folder_that_is_no_run(capsys, pictures):
 
 
 def test_interrupt_before_the_first_checkpoint_leaves_nothing(tmp_path):
-    """A real Ctrl-C on a real process."""
+    """A real Ctrl-C on a real process, in a first epoch of 171 steps."""
     out = tmp_path / "run"
     process = subprocess.Popen(
-        [sys.executable, "-m", "equipoise", "train", "--out", str(out), "--set", "batch_size=4"],
+        [sys.executable, "-m", "equipoise", "train", "--out", str(out), "--set", "batch_size=2"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     deadline = time.monotonic() + 60
-    while not (out / "run.json").exists():
+    while not (out / "metrics.jsonl").exists():
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(2)
     _, said = process.communicate(timeout=30)
     assert process.returncode == 130
     assert said.strip() == "equipoise: interrupted"
-    assert not out.exists() or (out / "last.pt").exists()
+    assert not out.exists()
+
+
+def test_what_the_system_refuses_is_one_line(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    said = refusal(capsys, "train", "--out", str(tmp_path / "file" / "run"))
+    assert str(tmp_path / "file") in said
+    assert "not a directory" in said
+
+
+def test_pictures_without_the_flag(capsys, pictures):
+    assert refusal(capsys, "train", str(pictures)).endswith(f"to train on the pictures in it: --data {pictures}")
+
+
+@pytest.mark.slow
+def test_cifar100_as_published(tmp_path, capsys):
+    """Parquet with a fine and a coarse label."""
+    for part in ("train", "test"):
+        images = []
+        for number in range(24):
+            draw_picture(tmp_path / "x.png", number % 2, number, size=(32, 32))
+            images.append({"bytes": (tmp_path / "x.png").read_bytes(), "path": None})
+        labels = {"fine_label": [number % 2 for number in range(24)], "coarse_label": [0] * 24}
+        (tmp_path / "data").mkdir(exist_ok=True)
+        pq.write_table(pa.table({"img": images, **labels}), tmp_path / "data" / f"{part}-00000-of-00001.parquet")
+    words = ["train", "cifar100-lt", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")]
+    assert main([*words, "--epochs", "1", "-b", "8", "--imbalance-factor", "2", "--method", "ce"]) == 0
+    assert "from 12 images (0) to 6 (1)" in capsys.readouterr().out
 
 
 # ---- data

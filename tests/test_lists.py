@@ -69,10 +69,11 @@ def test_nested_hidden_and_other_files(pictures):
     draw_picture(pictures / "ant" / "2021" / "deep.JPG", 0, 1)
     (pictures / "ant" / ".hidden.png").write_bytes(b"")
     (pictures / ".cache").mkdir()
+    draw_picture(pictures / "bee" / ".thumbnails" / "0.png", 0, 1)
     (pictures / "bee" / "notes.txt").write_text("no picture")
     found = find_parts(str(pictures))
     assert found.parts["train"].class_counts == (13, 6, 3)
-    assert found.notes == (f"{pictures}: 2 files that are not images by their ending were passed over",)
+    assert found.notes == (f"{pictures}: 1 files that are not images by their ending were passed over",)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,11 @@ def test_nested_hidden_and_other_files(pictures):
             "cow is no class of the training part (2 classes); remove it",
         ),
         (lambda root: draw_folder(root / "test", {"ant": 1, "bee": 1}), "has no training part; name it train/"),
-        (lambda root: (root / "train").mkdir(), "train has no class folders in it"),
+        (lambda root: (root / "train").mkdir(), "holds no images in its class folders"),
+        (
+            lambda root: [draw_folder(root / part, {"ant": 1, "bee": 1}) for part in ("train", "val", "validation")],
+            "has two validation parts, val/ and validation/; keep one of them",
+        ),
     ],
 )
 def test_refused_folders(make, sentence, tmp_path):
@@ -126,8 +131,38 @@ def test_scoring_another_folder_keeps_the_labels_of_the_model(tmp_path):
     draw_folder(tmp_path, {"bee": 2, "cat": 1})
     images = open_part(str(tmp_path), "test", ("ant", "bee", "cat"))
     assert images.class_counts == (0, 2, 1)
-    with pytest.raises(UserError, match="cat is no class of the training part"):
+    with pytest.raises(UserError, match="has a class 'cat' that the model does not know"):
         open_part(str(tmp_path), "test", ("ant", "bee"))
+
+
+def test_scoring_takes_all_only_of_what_is_not_divided(tmp_path):
+    draw_folder(tmp_path / "train", {"ant": 2, "bee": 1})
+    with pytest.raises(UserError, match=r"has no test part; it has train: choose one with --split"):
+        open_part(str(tmp_path), "test", ("ant", "bee"))
+    assert len(open_part(str(tmp_path), "train", ("ant", "bee"))) == 3
+
+
+def test_scoring_parquet_maps_labels_by_name(tmp_path):
+    features = {"label": {"names": ["dog", "cat"], "_type": "ClassLabel"}}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    write_parquet(tmp_path / "test.parquet", [0, 0, 1], metadata=metadata)
+    assert open_part(str(tmp_path), "test", ("cat", "dog", "emu")).class_counts == (1, 2, 0)
+    write_parquet(tmp_path / "test.parquet", [0, 5, 1, 1, 1, 1])
+    with pytest.raises(UserError, match="has label 5, but the model knows the classes 0 to 2"):
+        open_part(str(tmp_path), "test", ("cat", "dog", "emu"))
+
+
+def test_a_class_called_train(tmp_path):
+    draw_folder(tmp_path, {"bus": 3, "train": 2})
+    assert open_parts(str(tmp_path)).train.class_names == ("bus", "train")
+
+
+def test_a_folder_beside_the_parts_is_noted(tmp_path):
+    draw_folder(tmp_path / "train", {"ant": 2, "bee": 1})
+    draw_folder(tmp_path / "raw", {"x": 1})
+    found = find_parts(str(tmp_path))
+    assert list(found.parts) == ["train"]
+    assert "these folders are no part and were passed over: raw" in found.notes[0]
 
 
 def test_fingerprint_changes_with_content_labels_and_names(tmp_path):
@@ -188,10 +223,11 @@ def test_parquet_columns_that_are_not_plain(tmp_path):
     ("labels", "sentence"),
     [
         ([0, -1, 1], "row 1 has label -1, which is out of range"),
-        ([0, 2], "class '1' has no training images"),
+        ([0, 2, 2], "class '1' has no training images"),
         ([0, 0], "has one class only"),
         ([], "has no rows"),
         ([0, None], "must hold a whole number in every row"),
+        ([1700000000, 1700000001], "label 1700000001 is out of range: there are 2 rows only"),
     ],
 )
 def test_refused_labels(labels, sentence, tmp_path):
@@ -206,6 +242,14 @@ def test_a_test_label_that_training_does_not_know(tmp_path):
     write_parquet(tmp_path / "test.parquet", [0, 7])
     with pytest.raises(UserError, match=r"test.parquet: row 1 has label 7, which is out of range"):
         open_parts(str(tmp_path))
+
+
+def test_parquet_files_of_no_part_are_not_trained_on(tmp_path):
+    write_parquet(tmp_path / "train.parquet", [0, 1])
+    write_parquet(tmp_path / "extra.parquet", [0, 1, 1])
+    found = find_parts(str(tmp_path))
+    assert found.parts["train"].class_counts == (1, 1)
+    assert "extra.parquet" in found.notes[0]
 
 
 def test_no_parquet(tmp_path):

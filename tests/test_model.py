@@ -1,5 +1,6 @@
 """The network against its formulas."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -10,7 +11,7 @@ IMAGES = torch.randint(0, 256, (12, 3, 16, 16), generator=torch.Generator().manu
 
 def network(**settings) -> TwoBranchNetwork:
     torch.manual_seed(0)
-    return TwoBranchNetwork("resnet8", 5, **{"hidden_dim": 24, "feature_dim": 8, **settings})
+    return TwoBranchNetwork("resnet8", 5, **{"size": 16, "hidden_dim": 24, "feature_dim": 8, **settings})
 
 
 def test_cosine_classifier_is_scale_thirty():
@@ -53,10 +54,12 @@ def test_without_a_contrastive_branch_there_is_nothing_of_it():
     assert not any("projection" in name for name, _ in model.named_parameters())
 
 
-def test_every_parameter_gets_a_gradient():
-    model = network()
+@pytest.mark.parametrize("prototypes", [True, False])
+def test_every_parameter_gets_a_gradient(prototypes):
+    model = network(prototypes=prototypes)
     outputs = model.training_outputs(IMAGES, views=3)
-    (outputs.logits_BC.sum() + outputs.features_BVD.sum() + outputs.prototypes_CD.sum()).backward()
+    assert (outputs.prototypes_CD is None) != prototypes
+    sum(output.sum() for output in outputs if output is not None).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 

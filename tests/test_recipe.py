@@ -51,6 +51,7 @@ def test_cifar_recipes_differ_in_their_data_only():
         hundred,
         name=ten.name,
         summary=ten.summary,
+        data=dataclasses.replace(hundred.data, label_column=ten.data.label_column),
         views=dataclasses.replace(hundred.views, mean=ten.views.mean, std=ten.views.std),
     )
     assert same == ten

@@ -15,12 +15,15 @@ import equipoise
 from equipoise import UserError, load_recipe, training
 from equipoise.checkpoint import load_checkpoint
 from equipoise.lists import open_parts
-from equipoise.log import read_lines
 from equipoise.losses import log_prior, logit_adjusted_cross_entropy, supervised_contrastive_loss
 from equipoise.model import Outputs
 from equipoise.training import NonFiniteLossError, loss_terms, prepare, train
 
 QUICK = {"epochs": 2, "warmup_epochs": 0, "log_every": 4, "device": "cpu"}
+
+
+def json_lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def small_pictures_recipe(folder, **overrides):
@@ -43,7 +46,7 @@ def test_run_folder_of_a_benchmark(method, tmp_path):
     assert record["versions"]["torch"] == metadata.version("torch")
     assert {"command", "machine", "git", "precision", "started"} <= record.keys()
 
-    lines = read_lines(run.path / "metrics.jsonl")
+    lines = json_lines(run.path / "metrics.jsonl")
     terms = {"loss", "classification", "contrastive"} if method in ("bcl", "supcon+la") else {"loss"}
     assert [line["step"] for line in lines] == [4, 6, 8, 12]
     for line in lines:
@@ -76,7 +79,7 @@ def test_best_is_chosen_on_validation_and_test_is_reported_apart(tmp_path):
     draw_folder(folder / "test", {"ant": 3, "bee": 3, "cat": 3})
     run = train(small_pictures_recipe(folder, epochs=4, holdout=0.3), tmp_path / "run", progress=False)
     assert (run.path / "best.pt").is_file()
-    scores = [line["mean_per_class"] for line in read_lines(run.path / "metrics.jsonl") if line["kind"] == "validation"]
+    scores = [line["mean_per_class"] for line in json_lines(run.path / "metrics.jsonl") if line["kind"] == "validation"]
     assert len(scores) == 4
     best = load_checkpoint(run.path / "best.pt")
     assert best.epoch == 1 + scores.index(max(scores))
@@ -204,6 +207,79 @@ def test_refused_before_anything_is_written(overrides, sentence, tmp_path):
         train(load_recipe("digits-lt", **{**QUICK, **overrides}), tmp_path / "run", progress=False)
     assert sentence in str(error.value)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("encoder", ["resnet9000", "vit_tiny_patch16_224"])
+def test_an_encoder_that_does_not_fit_leaves_no_folder(encoder, pictures, tmp_path):
+    with pytest.raises(UserError, match=r"resnet9000|change --size or --arch"):
+        train(small_pictures_recipe(pictures, encoder=encoder, size=8), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_inside_the_data_is_refused(pictures, monkeypatch):
+    with pytest.raises(UserError, match="would lie inside the data; name one outside with --out"):
+        prepare(small_pictures_recipe(pictures), pictures / "run")
+    monkeypatch.chdir(pictures)
+    with pytest.raises(UserError, match="would lie inside the data"):
+        prepare(small_pictures_recipe("."))
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path, monkeypatch):
+    """Both are planned before either is there, as in a sweep that starts in one second."""
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe("digits-lt", **{**QUICK, "epochs": 1, "method": "ce"})
+    plan = prepare(recipe)
+    first, second = training.fit(plan, progress=False), training.fit(plan, progress=False)
+    assert first.path != second.path
+    named = prepare(recipe, "mine")
+    training.fit(named, progress=False)
+    with pytest.raises(UserError, match="another run is writing into mine"):
+        training.fit(named, progress=False)
+
+
+@pytest.mark.slow
+def test_a_run_is_not_scored_on_data_that_has_changed(pictures, tmp_path):
+    run = train(small_pictures_recipe(pictures, epochs=1), tmp_path / "run", progress=False)
+    before = (run.path / "metrics.json").read_bytes()
+    (pictures / "ant" / "0.png").rename(pictures / "ant" / "new.png")
+    for call in (run.evaluate, lambda: run.evaluate(split="validation")):
+        with pytest.raises(UserError, match=r"the train part of .* is not what .* was trained with .*--data"):
+            call()
+    assert (run.path / "metrics.json").read_bytes() == before
+    (pictures / "dog").mkdir()
+    (pictures / "ant" / "new.png").rename(pictures / "dog" / "0.png")
+    with pytest.raises(UserError, match="has a class 'dog' that the model does not know"):
+        run.evaluate(data=str(pictures))
+    with pytest.raises(UserError, match="has a class '0' that the model does not know"):
+        run.evaluate(data="digits")
+
+
+@pytest.mark.slow
+def test_a_broken_test_image_does_not_lose_the_run(tmp_path):
+    draw_folder(tmp_path / "data" / "train", {"ant": 6, "bee": 4})
+    draw_folder(tmp_path / "data" / "test", {"ant": 2, "bee": 2})
+    broken = tmp_path / "data" / "test" / "bee" / "1.png"
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:200])
+    run = tmp_path / "run"
+    with pytest.raises(UserError, match=r"bee/1.png cannot be read .*Training is done and kept; then: equipoise"):
+        train(small_pictures_recipe(tmp_path / "data", epochs=1), run, progress=False)
+    broken.write_bytes(whole)
+    assert equipoise.Run(run).evaluate()["test"]["images"] == 4
+    # Small images are decoded before training: there is nothing to keep.
+    broken.write_bytes(whole[:200])
+    with pytest.raises(UserError, match=r"bee/1.png cannot be read \([^)]*\); repair or remove it$"):
+        train(load_recipe("cifar10-lt", data=str(tmp_path / "data"), imbalance_factor=1, batch_size=4,
+                          encoder="resnet8"), tmp_path / "small", progress=False)  # fmt: skip
+    assert not (tmp_path / "small").exists()
+
+
+@pytest.mark.slow
+def test_training_in_bf16(tmp_path):
+    recipe = load_recipe("digits-lt", **{**QUICK, "epochs": 1, "precision": "bf16"})
+    run = train(recipe, tmp_path / "run", progress=False)
+    assert json.loads((run.path / "run.json").read_text())["precision"] == "bf16"
+    assert 0 < json_lines(run.path / "metrics.jsonl")[-1]["loss"] < 50
 
 
 def test_a_folder_in_use_is_refused(tmp_path):

@@ -5,6 +5,7 @@ because no library keeps it; everything else is timm's.
 """
 
 import difflib
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,30 +17,47 @@ _BLOCKS_PER_STAGE = {"resnet8": 1, "resnet20": 3, "resnet32": 5}
 _TIMM_NAMES = {"resnext50": "resnext50_32x4d"}  # the authors' spelling
 
 
-def create_encoder(name: str, pretrained: bool = False) -> tuple[nn.Module, int]:
-    """The encoder called `name` and its width F. Raises UserError for an unknown name or missing weights."""
+def create_encoder(name: str, size: int, pretrained: bool = False) -> tuple[nn.Module, int]:
+    """The encoder called `name` for images of `size` pixels, and its width F.
+
+    Raises UserError for an unknown name, weights that cannot be had, or a size the encoder does not take.
+    """
     if name in _BLOCKS_PER_STAGE:
         if pretrained:
             raise UserError(f"there are no pretrained weights for {name}; set model.pretrained to false")
         return SmallResNet(_BLOCKS_PER_STAGE[name]), SmallResNet.width
+    encoder = _timm_encoder(_TIMM_NAMES.get(name, name), size, pretrained)
+    try:
+        # What timm calls num_features is not the width of what every one of its encoders returns: so try.
+        with torch.inference_mode():
+            features = encoder.eval()(torch.zeros(1, 3, size, size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{name} does not take images of {size} pixels ({reason}); change --size or --arch") from None
+    if features.ndim != 2:
+        raise UserError(f"{name} gives features of shape {list(features.shape)[1:]}, not one vector; change --arch")
+    return encoder.train(), features.shape[1]
+
+
+def _timm_encoder(name: str, size: int, pretrained: bool) -> nn.Module:
     import timm  # two seconds, and the small networks need none of it
 
-    timm_name = _TIMM_NAMES.get(name, name)
-    if timm_name.split(".")[0] not in timm.list_models():
+    if name.split(".")[0] not in timm.list_models():
         valid = [*_BLOCKS_PER_STAGE, *timm.list_models()]
         close = difflib.get_close_matches(name, valid, n=3) or ["resnet32", "resnet50", "resnext50_32x4d"]
         raise UserError(f"no encoder is called '{name}'; did you mean {' or '.join(close)}?")
     try:
-        encoder = timm.create_model(timm_name, pretrained=pretrained, num_classes=0)
-    except (OSError, RuntimeError) as error:
-        if not pretrained:
-            raise
+        fixed = getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False)
+        options: dict[str, Any] = {"img_size": size} if fixed else {}
+        return timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
+    except (OSError, RuntimeError, TypeError) as error:
         reason = str(error).splitlines()[0]
+        if not pretrained:
+            raise UserError(f"timm cannot build {name} at {size} pixels ({reason}); change --size or --arch") from None
         raise UserError(
-            f"the pretrained weights of {timm_name} could not be had ({reason}); connect to the network or set "
+            f"the pretrained weights of {name} could not be had ({reason}); connect to the network or set "
             "model.pretrained to false"
         ) from None
-    return encoder, int(encoder.num_features)  # pyright: ignore[reportArgumentType] an int on every timm model
 
 
 class SmallResNet(nn.Module):

@@ -23,7 +23,8 @@ FORMAT = 1
 @dataclass(frozen=True)
 class Checkpoint:
     """What a file holds. `epoch` and `step` are the numbers done; `best` is the highest score on the validation
-    part so far (mean per-class accuracy) and the epoch it was reached in, or None."""
+    part so far (mean per-class accuracy) and the epoch it was reached in, or None. `fingerprints`: the data's, by
+    part."""
 
     recipe: Recipe
     class_names: tuple[str, ...]
@@ -33,6 +34,7 @@ class Checkpoint:
     best: tuple[float, int] | None
     weights: dict[str, Tensor]
     optimizer: dict[str, Any]
+    fingerprints: dict[str, str]
 
     def save(self, path: Path) -> None:
         """Write to `path`, which holds the old file or the whole new one at any moment."""
@@ -48,6 +50,7 @@ class Checkpoint:
                     "best": self.best,
                     "weights": self.weights,
                     "optimizer": self.optimizer,
+                    "fingerprints": self.fingerprints,
                 },
                 file,
             )
@@ -71,17 +74,21 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise UserError(f"{path} is not a checkpoint that can be read (damaged, or no checkpoint)") from None
     if not isinstance(table, dict) or table.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of this version of equipoise")
-    best = table["best"]
-    return Checkpoint(
-        recipe=recipe_from_table(table["recipe"], str(path)),
-        class_names=tuple(table["class_names"]),
-        class_counts=tuple(table["class_counts"]),
-        epoch=table["epoch"],
-        step=table["step"],
-        best=None if best is None else (best[0], best[1]),
-        weights=table["weights"],
-        optimizer=table["optimizer"],
-    )
+    try:
+        best = table["best"]
+        return Checkpoint(
+            recipe=recipe_from_table(table["recipe"], str(path)),
+            class_names=tuple(table["class_names"]),
+            class_counts=tuple(table["class_counts"]),
+            epoch=table["epoch"],
+            step=table["step"],
+            best=None if best is None else (best[0], best[1]),
+            weights=table["weights"],
+            optimizer=table["optimizer"],
+            fingerprints=table["fingerprints"],
+        )
+    except (KeyError, TypeError, IndexError):
+        raise UserError(f"{path} is an incomplete checkpoint; use another one of the run") from None
 
 
 def create_network(recipe: Recipe, classes: int, pretrained: bool) -> TwoBranchNetwork:
@@ -90,7 +97,9 @@ def create_network(recipe: Recipe, classes: int, pretrained: bool) -> TwoBranchN
         recipe.model.encoder,
         classes,
         classifier=recipe.model.classifier,
+        size=recipe.views.size,
         contrastive=recipe.method in ("bcl", "supcon+la"),
+        prototypes=recipe.method == "bcl",
         hidden_dim=recipe.model.hidden_dim,
         feature_dim=recipe.model.feature_dim,
         pretrained=pretrained,

@@ -5,6 +5,7 @@ their own names; their checks, and so the messages, are the recipe's.
 """
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -41,17 +42,24 @@ Train image classifiers on long-tailed data with Balanced Contrastive Learning (
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command line `words` (default: this process's) and return its exit code: 2 for what the user must put
     right, 130 when interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # file names may be no valid text
     try:
         return _run(list(sys.argv[1:] if words is None else words))
     except UserError as error:
         print(f"equipoise: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("equipoise: interrupted", file=sys.stderr)
-        return 130
     except BrokenPipeError:  # `equipoise recipes | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # no permission, no space, a file where a folder is needed
+        where = f": {error.filename}" if error.filename else ""
+        print(f"equipoise: {(error.strerror or str(error)).lower()}{where}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("equipoise: interrupted", file=sys.stderr)
+        return 130
 
 
 def _run(words: list[str]) -> int:
@@ -220,7 +228,7 @@ def _train(options: argparse.Namespace) -> None:
         plans.append(
             prepare(
                 replace(recipe, method=beside),
-                folder.with_name(f"{folder.name}-{beside}") if options.out else None,
+                Path(f"{folder.resolve()}-{beside}") if options.out else None,
             )
         )
     if remark:
@@ -278,8 +286,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         results = [(part, metrics[part])]
         of_data = f"-{Path(options.data).resolve().name}" if options.data else ""
         written = Path(options.out or checkpoint.with_name(f"metrics-{checkpoint.stem}{of_data}-{part}.json"))
-        if not written.parent.is_dir():
-            raise UserError(f"there is no folder {written.parent} to write {written.name} into")
+        if not written.parent.is_dir() or written.is_dir():
+            raise UserError(f"--out must be a file in a folder that is there, not {written}")
         write_json(written, metrics)
     print_figures(results, f"{metrics['method']}: accuracy, percent", metrics)
     print(f"written: {written}")

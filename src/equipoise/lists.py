@@ -5,6 +5,7 @@ nothing of decoding (`pixels.py`) and reads no pixels.
 """
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -61,7 +62,7 @@ class ImageFiles:
         return str(self.root / self.paths[index])
 
     def digest(self) -> str:
-        return _sha256("\0".join(self.paths).encode())
+        return _sha256(os.fsencode("\0".join(self.paths)))
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class ImageList:
 
     def fingerprint(self) -> str:
         """SHA-256 over names of classes, labels, and paths (of files) or contents (of images in memory)."""
-        names = "\0".join(self.class_names).encode()
+        names = os.fsencode("\0".join(self.class_names))
         return _sha256(names + self.labels_N.tobytes() + self.images.digest().encode())
 
 
@@ -147,6 +148,8 @@ class Found:
 
     kind: str  # 'class folders', 'Parquet', 'embedded digits'
     parts: dict[str, ImageList]
+    divided: bool  # into parts by their names; else all of it is called 'train'
+    named: bool = True  # the classes have names, not just numbers
     notes: tuple[str, ...] = ()  # what is odd, but no error
 
 
@@ -168,26 +171,21 @@ class Parts:
 # ---------------------------------------------------------------------------------------------- opening
 
 
-def find_parts(
-    path: str, image_column: str = "", label_column: str = "", class_names: tuple[str, ...] | None = None
-) -> Found:
+def find_parts(path: str, image_column: str = "", label_column: str = "") -> Found:
     """What lies at `path`: 'digits', a folder of class folders, a Parquet file or a folder of them.
 
     Above the class folders there may be `train/`, `val/` and `test/`; Parquet files belong to the part that their
-    name begins with. `class_names` are those of a trained model, where its labels are to be used. Raises UserError
-    for what cannot be read, and for labels that do not fit the classes.
+    name begins with. Raises UserError for what cannot be read.
     """
     if path == DIGITS:
         return _open_digits()
     if not path:
         raise UserError("this recipe needs data: name a folder with --data FOLDER")
-    root = Path(path).expanduser()
+    root = Path(os.path.expanduser(path))
     if not root.exists():
         raise UserError(f"there is no file or folder at {root}")
     tables = _parquet_files(root)
-    if tables:
-        return _open_parquet(tables, image_column, label_column, class_names)
-    return _open_class_folders(root, class_names)
+    return _open_parquet(tables, image_column, label_column) if tables else _open_class_folders(root)
 
 
 def open_parts(
@@ -195,15 +193,15 @@ def open_parts(
     *,
     image_column: str = "",
     label_column: str = "",
-    imbalance: str = "none",
+    imbalance: str = "exponential",
     imbalance_factor: float = 1.0,
     holdout: float = 0.0,
 ) -> Parts:
     """The data set at `path` (see `find_parts`) to train on.
 
-    `imbalance` cuts a long tail out of the training part; then, where there is no validation part, the share
-    `holdout` of the training images becomes one. Raises UserError for what cannot be a training set: nothing there,
-    an empty class, one class only.
+    An `imbalance_factor` above 1 cuts a long tail of that shape out of the training part; then, where there is no
+    validation part, the share `holdout` of the training images becomes one. Raises UserError for what cannot be a
+    training set: nothing there, an empty class, one class only.
     """
     found = find_parts(path, image_column, label_column)
     if "train" not in found.parts:
@@ -211,7 +209,7 @@ def open_parts(
     train, validation = found.parts["train"], found.parts.get("validation")
     for problem in training_problems(train):
         raise UserError(problem)
-    if imbalance != "none":
+    if imbalance_factor > 1:
         train = long_tailed(train, imbalance_factor, imbalance)
     if validation is None and holdout > 0:
         train, validation = hold_out(train, holdout)
@@ -223,12 +221,24 @@ def open_part(
 ) -> ImageList:
     """The images at `path` on which a model of these classes is to be scored: its part `part`, or all of them where
     it is not divided into parts. Raises UserError where they do not fit the classes."""
-    parts = find_parts(path, image_column, label_column, class_names).parts
-    if part in parts:
-        return parts[part]
-    if len(parts) == 1:
-        return next(iter(parts.values()))
-    raise UserError(f"{path} has no {part} part; it has {', '.join(parts)}: choose one with --split")
+    found = find_parts(path, image_column, label_column)
+    if part not in found.parts and found.divided:
+        raise UserError(f"{path} has no {part} part; it has {', '.join(found.parts)}: choose one with --split")
+    images = found.parts[part if found.divided else "train"]
+    if not found.named:
+        beyond = images.labels_N[images.labels_N >= len(class_names)]
+        if len(beyond):
+            raise UserError(
+                f"{path} has label {beyond[0]}, but the model knows the classes 0 to {len(class_names) - 1}"
+            )
+        return replace(images, class_names=class_names)
+    seen = [name for name, count in zip(images.class_names, images.class_counts, strict=True) if count]
+    unknown = [name for name in seen if name not in class_names]
+    if unknown:
+        raise UserError(f"{path} has a class '{unknown[0]}' that the model does not know; score it without that class")
+    of_model = {name: label for label, name in enumerate(class_names)}
+    labels_N = np.array([of_model.get(name, 0) for name in images.class_names], np.int64)[images.labels_N]
+    return replace(images, labels_N=labels_N, class_names=class_names)
 
 
 def training_problems(train: ImageList) -> list[str]:
@@ -254,31 +264,45 @@ def _open_digits() -> Found:
     )
     test = np.concatenate([np.flatnonzero(labels == digit)[-_DIGITS_TEST_PER_CLASS:] for digit in range(10)])
     rest = np.setdiff1d(np.arange(len(labels)), test)
-    return Found("embedded digits", {"train": everything.take(rest), "test": everything.take(np.sort(test))})
+    parts = {"train": everything.take(rest), "test": everything.take(np.sort(test))}
+    return Found("embedded digits", parts, divided=True)
 
 
 def _folders(folder: Path) -> list[Path]:
     return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _open_class_folders(root: Path, class_names: tuple[str, ...] | None) -> Found:
+def _open_class_folders(root: Path) -> Found:
     if not root.is_dir():
         raise UserError(f"{root} is a file, but no Parquet file; name a folder of class folders")
     folders = _folders(root)
     if not folders:
         raise UserError(f"{root} has no sub-folders; put the images of each class in a folder of its own there")
-    part_folders = {_PARTS[folder.name.lower()]: folder for folder in folders if folder.name.lower() in _PARTS}
-    # A lone `test` may be the name of a class; above class folders there are only parts.
-    if "train" not in part_folders and len(part_folders) < len(folders):
-        part_folders = {"train": root}
-    if class_names is None:
-        first = part_folders.get("train", next(iter(part_folders.values())))
-        class_names = tuple(folder.name for folder in _folders(first))
-        if not class_names:
-            raise UserError(f"{first} has no class folders in it")
     notes: list[str] = []
-    parts = {part: _class_folders(folder, class_names, notes) for part, folder in part_folders.items()}
-    return Found("class folders", parts, tuple(notes))
+    part_folders = _part_folders(root, folders, notes)
+    divided = bool(part_folders)
+    first = part_folders.get("train", next(iter(part_folders.values()))) if divided else root
+    names = tuple(folder.name for folder in _folders(first))
+    lists = {part: _class_folders(folder, names, notes) for part, folder in (part_folders or {"train": root}).items()}
+    return Found("class folders", lists, divided, notes=tuple(notes))
+
+
+def _part_folders(root: Path, folders: list[Path], notes: list[str]) -> dict[str, Path]:
+    """The folders that are parts; none where all are classes. `train` may be a class: then it holds pictures, not
+    folders."""
+    candidates = [folder for folder in folders if folder.name.lower() in _PARTS and _folders(folder)]
+    others = [folder.name for folder in folders if folder not in candidates]
+    parts: dict[str, Path] = {}
+    for folder in candidates:
+        part = _PARTS[folder.name.lower()]
+        if part in parts:
+            raise UserError(f"{root} has two {part} parts, {parts[part].name}/ and {folder.name}/; keep one of them")
+        parts[part] = folder
+    if others and "train" not in parts:
+        return {}
+    if others:
+        notes.append(f"{root}: beside train/, these folders are no part and were passed over: {', '.join(others)}")
+    return parts
 
 
 def _class_folders(root: Path, names: tuple[str, ...], notes: list[str]) -> ImageList:
@@ -292,7 +316,9 @@ def _class_folders(root: Path, names: tuple[str, ...], notes: list[str]) -> Imag
         # rglob so that a class may be sorted into further folders; sorted so that every machine sees one order.
         folder = root / name
         files = sorted(entry for entry in folder.rglob("*") if entry.is_file()) if folder.is_dir() else []
-        images = [entry for entry in files if entry.suffix.lower() in SUFFIXES and entry.name[0] != "."]
+        # Hidden folders hold thumbnails and notebook checkpoints: copies of images that are there already.
+        files = [entry for entry in files if not any(part[0] == "." for part in entry.relative_to(folder).parts)]
+        images = [entry for entry in files if entry.suffix.lower() in SUFFIXES]
         others += len(files) - len(images)
         paths += [entry.relative_to(root).as_posix() for entry in images]
         labels += [label] * len(images)
@@ -312,28 +338,39 @@ def _parquet_files(root: Path) -> list[Path]:
     return sorted([*root.glob("*.parquet"), *root.glob("data/*.parquet")])
 
 
-def _open_parquet(
-    files: list[Path], image_column: str, label_column: str, class_names: tuple[str, ...] | None
-) -> Found:
+def _open_parquet(files: list[Path], image_column: str, label_column: str) -> Found:
     by_part: dict[str, list[Path]] = {}
+    others: list[Path] = []
     for file in files:
-        word = file.stem.replace("_", "-").split("-")[0].lower()
-        by_part.setdefault(_PARTS.get(word, "train"), []).append(file)
-    columns = {part: _read_parquet(part_files, image_column, label_column) for part, part_files in by_part.items()}
+        part = _PARTS.get(file.stem.replace("_", "-").split("-")[0].lower())
+        if part:
+            by_part.setdefault(part, []).append(file)
+        else:
+            others.append(file)
+    divided = bool(by_part)
+    notes = [f"{file}: no part's name (train, val, test) begins its own, passed over" for file in others if divided]
+    columns = {
+        part: _read_parquet(part_files, image_column, label_column)
+        for part, part_files in (by_part or {"train": others}).items()
+    }
     _, labels, named = columns.get("train", next(iter(columns.values())))
-    class_names = class_names or named or tuple(str(label) for label in range(int(labels.max()) + 1))
+    if not named and labels.max() >= len(labels):
+        raise UserError(f"{files[0]}: label {labels.max()} is out of range: there are {len(labels)} rows only")
+    names = named or tuple(str(label) for label in range(int(labels.max()) + 1))
     parts: dict[str, ImageList] = {}
-    for part, (column, labels, _) in columns.items():
-        origin = ", ".join(str(file) for file in by_part[part])
-        wrong = np.flatnonzero((labels < 0) | (labels >= len(class_names)))
+    for part, (column, labels, own_names) in columns.items():
+        origin = ", ".join(str(file) for file in by_part.get(part, others))
+        wrong = np.flatnonzero((labels < 0) | (labels >= len(names)))
         if len(wrong):
             raise UserError(
                 f"{origin}: row {wrong[0]} has label {labels[wrong[0]]}, which is out of range: the classes are "
-                f"0 to {len(class_names) - 1}"
+                f"0 to {len(names) - 1}"
             )
+        if own_names != named:
+            raise UserError(f"{origin} names its classes differently from the training part; make them agree")
         images = EncodedImages(origin, column, np.arange(len(labels)))
-        parts[part] = ImageList(origin, images, labels, class_names)
-    return Found("Parquet", parts)
+        parts[part] = ImageList(origin, images, labels, names)
+    return Found("Parquet", parts, divided, bool(named), tuple(notes))
 
 
 def _read_parquet(files: list[Path], image_column: str, label_column: str) -> tuple[Any, Indices, tuple[str, ...]]:
@@ -407,7 +444,7 @@ def long_tail_counts(largest: int, classes: int, imbalance_factor: float, shape:
     """Images kept of each class (Cao et al., NeurIPS 2019, section 4).
 
     'exponential': class c keeps `int(largest * (1 / imbalance_factor) ** (c / (classes - 1)))`.
-    'step': the second half of the classes keeps `int(largest / imbalance_factor)`.
+    'step': the second half of the classes keeps `int(largest * (1 / imbalance_factor))`.
     """
     if shape == "step":
         head = classes // 2
@@ -417,7 +454,8 @@ def long_tail_counts(largest: int, classes: int, imbalance_factor: float, shape:
 
 def long_tailed(full: ImageList, imbalance_factor: float, shape: str) -> ImageList:
     """The benchmark's long-tail subset: numpy's legacy generator with seed 0 shuffles each class's indices in label
-    order, and the first n of it are kept.
+    order, and the first n of it are kept. Which images these are depends on the order of `full`: of CIFAR as Parquet,
+    whose rows are in another order than the archive's, they are not the images of the literature's subset.
 
     The largest class keeps as many images as the smallest class of `full` has, so that the shape is exact. Raises
     UserError where the smallest class would be left empty.

@@ -27,7 +27,7 @@ Indices = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Batch:
-    """`images_VB3SS`: uint8, channels-last in memory; evaluation batches have one view. All on the device."""
+    """`images_VB3SS`: uint8; evaluation batches have one view. All on the device."""
 
     images_VB3SS: Tensor
     labels_B: Tensor
@@ -81,21 +81,24 @@ class SmallImages:
         self._labels_N = torch.from_numpy(images.labels_N)
         self._settings = settings
         self._device = device
+        # The operations need float64 here and there, which Apple's devices do not have.
+        self._view_device = torch.device("cpu") if device.type == "mps" else device
 
     def _gather(self, indices_B: Indices) -> tuple[Tensor, Tensor]:
         rows = torch.from_numpy(indices_B)
-        images_BSS3 = self._pixels_NSS3[rows].to(self._device)
-        return images_BSS3.permute(0, 3, 1, 2), self._labels_N[rows].to(self._device)
+        images_BSS3 = self._pixels_NSS3[rows].to(self._view_device)
+        return images_BSS3.permute(0, 3, 1, 2), self._labels_N[rows]
 
     def training(self, seed: int, epoch: int, batch_size: int) -> Iterator[Batch]:
         for indices_B in _epoch_batches(len(self._labels_N), seed, epoch, batch_size):
             images_B3SS, labels_B = self._gather(indices_B)
-            yield Batch(small_views(images_B3SS, self._settings, seed, epoch, indices_B), labels_B)
+            views = small_views(images_B3SS, self._settings, seed, epoch, indices_B)
+            yield Batch(views.to(self._device), labels_B.to(self._device))
 
     def evaluation(self, batch_size: int) -> Iterator[Batch]:
         for indices_B in _in_order(len(self._labels_N), batch_size):
             images_B3SS, labels_B = self._gather(indices_B)
-            yield Batch(images_B3SS[None], labels_B)
+            yield Batch(images_B3SS[None].to(self._device), labels_B.to(self._device))
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 import json
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
@@ -42,7 +42,7 @@ class ProgressLine:
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._plain = shown and not sys.stdout.isatty()
-        self._last_plain = time.monotonic()
+        self._start = self._last_plain = time.monotonic()
         if shown and sys.stdout.isatty():
             columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TimeRemainingColumn())
             self._bar = Progress(*columns, TextColumn("left"), transient=True)
@@ -53,19 +53,14 @@ class ProgressLine:
         """After `step` steps, in `epoch` (from 0), at `rate` images/s."""
         terms = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
         text = f"epoch {epoch + 1}/{self._epochs}  {terms}  {rate:,.0f} images/s"
+        now = time.monotonic()
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=step, description=text)
-        elif self._plain and (
-            step == self._steps or time.monotonic() - self._last_plain > _SECONDS_BETWEEN_PLAIN_LINES
-        ):
-            print(f"step {step}/{self._steps}  {text}", flush=True)
-            self._last_plain = time.monotonic()
+        elif self._plain and (step == self._steps or now - self._last_plain > _SECONDS_BETWEEN_PLAIN_LINES):
+            left = (now - self._start) / step * (self._steps - step)
+            print(f"step {step}/{self._steps}  {text}  {timedelta(seconds=round(left))} left", flush=True)
+            self._last_plain = now
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a `metrics.jsonl`."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

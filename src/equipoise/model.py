@@ -17,7 +17,7 @@ COSINE_SCALE = 30.0
 
 
 class Outputs(NamedTuple):
-    """`features_BVD` and `prototypes_CD` are None where there is no contrastive branch."""
+    """`features_BVD` is None without a contrastive branch, `prototypes_CD` where that has no prototypes."""
 
     logits_BC: Tensor
     features_BVD: Tensor | None
@@ -39,21 +39,26 @@ class TwoBranchNetwork(nn.Module):
         encoder: str,
         classes: int,
         *,
+        size: int,
         classifier: str = "cosine",
         contrastive: bool = True,
+        prototypes: bool = True,
         hidden_dim: int = 0,
         feature_dim: int = 128,
         pretrained: bool = False,
         mean: Sequence[float] = (0.485, 0.456, 0.406),
         std: Sequence[float] = (0.229, 0.224, 0.225),
     ) -> None:
-        """Raises UserError for an encoder that is not known or whose weights cannot be had."""
+        """`size`: the side of the images, pixels. `contrastive` adds the projection, `prototypes` the second one.
+
+        Raises UserError for an encoder that is not known, or does not take that size, or whose weights cannot be had.
+        """
         super().__init__()
-        self.encoder, width = create_encoder(encoder, pretrained)
+        self.encoder, width = create_encoder(encoder, size, pretrained)
         self.classifier = CosineClassifier(width, classes) if classifier == "cosine" else nn.Linear(width, classes)
         hidden = hidden_dim or width
         self.projection = _projection(width, hidden, feature_dim) if contrastive else None
-        self.prototype_projection = _projection(width, hidden, feature_dim) if contrastive else None
+        self.prototype_projection = _projection(width, hidden, feature_dim) if contrastive and prototypes else None
         self.register_buffer("mean", 255 * torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
@@ -70,12 +75,16 @@ class TwoBranchNetwork(nn.Module):
         batch = len(images_N3HW) // views
         hidden_NF = self._encode(images_N3HW)
         logits_BC = self._classify(hidden_NF[:batch])
-        if self.projection is None or self.prototype_projection is None:
+        if self.projection is None:
             return Outputs(logits_BC, None, None)
         with torch.autocast(images_N3HW.device.type, enabled=False):
             # View 0 is projected too, and dropped: the authors' BatchNorm statistics are over all views.
             features_ND = F.normalize(self.projection(hidden_NF), dim=1)
-            prototypes_CD = F.normalize(self.prototype_projection(self.classifier.weight), dim=1)
+            prototypes_CD = (
+                F.normalize(self.prototype_projection(self.classifier.weight), dim=1)
+                if self.prototype_projection is not None
+                else None
+            )
         features_BVD = features_ND.unflatten(0, (views, batch))[1:].transpose(0, 1)
         return Outputs(logits_BC, features_BVD, prototypes_CD)
 

@@ -1,6 +1,7 @@
 """One entry of a list becomes a decoded image, uint8 `[H, W, 3]`, RGB."""
 
 import io
+import struct
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,18 @@ from equipoise.lists import EncodedImages, ImageFiles, ImageList, PixelArrays
 
 Pixels = npt.NDArray[np.uint8]
 
+# What decoders raise for a file that is no good image.
+_BROKEN = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    struct.error,
+    cv2.error,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+
 cv2.setNumThreads(0)  # the loader's processes are the parallelism; threads inside each would fight for the cores
 
 
@@ -25,7 +38,7 @@ def decode(images: ImageList, index: int) -> Pixels:
         return source.pixels_NHW3[index]
     try:
         return decode_bytes(_content(images, index))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except _BROKEN as error:
         raise _unreadable(images, index, error) from None
 
 
@@ -41,11 +54,8 @@ def decode_bytes(content: bytes) -> Pixels:
             return pixels.astype(np.uint8, copy=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            with Image.open(io.BytesIO(content)) as image:
-                return np.asarray(_as_rgb(ImageOps.exif_transpose(image)))
-        except Image.DecompressionBombWarning as warning:
-            raise ValueError(str(warning)) from None
+        with Image.open(io.BytesIO(content)) as image:
+            return np.asarray(_as_rgb(ImageOps.exif_transpose(image)))
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
@@ -83,10 +93,11 @@ def unreadable(images: ImageList) -> Iterator[UserError]:
             # Of a file, only the header is read.
             with Image.open(path if path else io.BytesIO(_content(images, index))):
                 return None
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except _BROKEN as error:
             return _unreadable(images, index, error)
 
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(8) as pool, warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
         for error in pool.map(check, range(len(images)), chunksize=64):
             if error is not None:
                 yield error

@@ -9,7 +9,7 @@ import difflib
 import math
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -35,9 +35,6 @@ class Setting:
     length: int | None = None
 
 
-Positive = Setting("", above=0)
-
-
 @dataclass(frozen=True)
 class Data:
     path: Annotated[
@@ -47,10 +44,11 @@ class Data:
     image_column: Annotated[str, Setting("Parquet: column with the image bytes ('' finds it)")] = ""
     label_column: Annotated[str, Setting("Parquet: column with the integer label ('' finds it)")] = ""
     imbalance: Annotated[
-        Literal["none", "exponential", "step"],
-        Setting("shape of the long tail cut out of the training part"),
-    ] = "none"
-    imbalance_factor: Annotated[float, Setting("largest class count / smallest class count", at_least=1)] = 1.0
+        Literal["exponential", "step"], Setting("shape of the long tail that imbalance_factor cuts")
+    ] = "exponential"
+    imbalance_factor: Annotated[
+        float, Setting("cut a long tail: largest class / smallest class (1: train on all images)", at_least=1)
+    ] = 1.0
     holdout: Annotated[
         float,
         Setting(
@@ -116,7 +114,8 @@ class Optim:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that determines a training run. Frozen; change it with `load_recipe(..., **overrides)`."""
+    """Everything that determines a training run. Make and change one with `load_recipe(name, **overrides)`, which
+    checks every value."""
 
     name: Annotated[str, Setting("the recipe's name, part of the run folder's")] = "custom"
     summary: Annotated[str, Setting("one line for `equipoise recipes`")] = ""
@@ -278,7 +277,7 @@ def _number(value: Any, kind: type) -> float | int | None:
         return None
     try:
         number = kind(value)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         return None
     return number if math.isfinite(number) else None
 
@@ -314,7 +313,7 @@ def shipped_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
-def load_recipe(name: str | Path, **overrides: Any) -> Recipe:
+def load_recipe(name: str | Path, /, **overrides: Any) -> Recipe:
     """The recipe called `name`: a shipped one, or a path to a TOML file.
 
     `overrides` are fields by their own name (`epochs=3`, `lr=0.05`, `imbalance_factor=50`) or flag name
@@ -327,11 +326,13 @@ def load_recipe(name: str | Path, **overrides: Any) -> Recipe:
     if path.is_dir() and (path / "recipe.toml").is_file():
         path = path / "recipe.toml"  # a run folder: train the same again
     if not path.is_file():
-        if path.suffix == ".toml" or path.is_dir():
+        if path.is_dir():
+            raise UserError(f"{path} is a folder, not a recipe; to train on the pictures in it: --data {path}")
+        if path.suffix == ".toml":
             raise UserError(f"no recipe file at {path}")
         raise UserError(f"no recipe is called '{name}'{nearest(str(name), list(shipped))}")
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid TOML: {error}") from None
     recipe = recipe_from_table(table, str(path))
@@ -350,8 +351,3 @@ def recipe_toml(recipe: Recipe) -> str:
     import tomli_w
 
     return tomli_w.dumps(recipe_table(recipe))
-
-
-def section_names() -> list[str]:
-    """The recipe's sections, in order."""
-    return [field.name for field in fields(Recipe) if is_dataclass(field.type)]

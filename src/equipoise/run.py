@@ -83,7 +83,7 @@ def evaluate_run(path: Path, parts: Parts | None = None, device: str = "auto") -
     """
     last = load_checkpoint(path / LAST)
     best = load_checkpoint(path / BEST) if (path / BEST).is_file() else None
-    parts = parts or open_data(last.recipe)
+    parts = parts or _unchanged_data(last, path)
     scored = {"validation": parts.validation, "test": parts.test}
 
     def block(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def evaluate_checkpoint(
     """
     checkpoint = load_checkpoint(path)
     if data is None:
-        parts = open_data(checkpoint.recipe).named()
+        parts = _unchanged_data(checkpoint, path).named()
         if split not in parts:
             raise UserError(f"the data of {path} has no {split} part; it has {', '.join(parts)}")
         images = parts[split]
@@ -128,6 +128,19 @@ def evaluate_checkpoint(
         split: _score(checkpoint, images, device),
         **_classes(checkpoint),
     }
+
+
+def _unchanged_data(checkpoint: Checkpoint, path: Path) -> Parts:
+    """What the checkpoint was trained and scored on. Raises UserError if it has changed since: labels would shift, and
+    images trained on would be held out."""
+    parts = open_data(checkpoint.recipe)
+    for name, images in parts.named().items():
+        if images.fingerprint() != checkpoint.fingerprints.get(name):
+            raise UserError(
+                f"the {name} part of {checkpoint.recipe.data.path} is not what {path} was trained with (images were "
+                "added, removed or renamed); restore it, or score other data with --data"
+            )
+    return parts
 
 
 def _classes(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -145,4 +158,5 @@ def _score(checkpoint: Checkpoint, images: ImageList, device_name: str) -> dict[
 def write_json(path: Path, value: Any) -> None:
     """JSON, indented, complete or not there at all."""
     with atomic_file(path) as file:
-        file.write((json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+        # A file name that is no UTF-8 is kept readable rather than refused.
+        file.write((json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))

@@ -3,7 +3,9 @@
 `prepare` reads the data and refuses what cannot be trained, before anything is written; `fit` trains.
 """
 
+import itertools
 import math
+import os
 import platform
 import shlex
 import shutil
@@ -57,6 +59,7 @@ class Plan:
     precision: str
     steps_per_epoch: int
     folder: Path
+    folder_named: bool  # by the user; else another name will do if it is taken meanwhile
 
     def describe(self) -> dict[str, str]:
         """The plan for people: what, and its value."""
@@ -85,12 +88,14 @@ def prepare(recipe: Recipe, out: str | Path | None = None) -> Plan:
 
     Raises UserError for what the user must put right; writes nothing.
     """
-    folder = Path(out) if out else _default_folder(recipe)
+    folder = Path(os.path.expanduser(out)) if out else _default_folder(recipe)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not empty; name another folder with --out")
+    if recipe.data.path not in (DIGITS, "") and folder.resolve().is_relative_to(Path(recipe.data.path).resolve()):
+        raise UserError(f"the run folder {folder} would lie inside the data; name one outside with --out")
     if recipe.data.path not in (DIGITS, ""):
         # Absolute, so that the recipe.toml of the run can be trained again from anywhere.
-        absolute = str(Path(recipe.data.path).expanduser().resolve())
+        absolute = str(Path(os.path.expanduser(recipe.data.path)).resolve())
         recipe = replace(recipe, data=replace(recipe.data, path=absolute))
     parts = open_data(recipe)
     if recipe.batch_size > len(parts.train):
@@ -109,6 +114,7 @@ def prepare(recipe: Recipe, out: str | Path | None = None) -> Plan:
         choose_precision(recipe.precision, device),
         steps_per_epoch(len(parts.train), recipe.batch_size),
         folder,
+        bool(out),
     )
 
 
@@ -129,22 +135,30 @@ def fit(plan: Plan, progress: bool = True) -> Run:
     workers = worker_count(recipe.workers)
     batches = open_batches(parts.train, views, device, workers)
     validation = open_batches(parts.validation, views, device, workers) if parts.validation else None
+    if parts.test is not None:
+        open_batches(parts.test, views, device, workers)  # small images are decoded by it: better now than at the end
     torch.manual_seed(recipe.seed)
     network = create_network(recipe, len(parts.train.class_names), recipe.model.pretrained)
     network = network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] torch's stub lacks it
 
     created = not plan.folder.exists()
-    plan.folder.mkdir(parents=True, exist_ok=True)
+    while not _claim(plan.folder):
+        if plan.folder_named:
+            raise UserError(f"another run is writing into {plan.folder}; name another folder with --out")
+        plan = replace(plan, folder=_default_folder(recipe))
     try:
         _write_record(plan)
         _loop(plan, network.to(device), batches, validation, progress)
-        evaluate_run(plan.folder, parts, device.type)
     except NonFiniteLossError:
         raise  # what was logged up to here shows how it came about
-    except (UserError, KeyboardInterrupt):
+    except (UserError, OSError, KeyboardInterrupt):
         if not (plan.folder / LAST).exists():
             _remove(plan.folder, created)
         raise
+    try:
+        evaluate_run(plan.folder, parts, device.type)
+    except UserError as error:
+        raise UserError(f"{error}. Training is done and kept; then: equipoise evaluate {plan.folder}") from None
     return Run(plan.folder)
 
 
@@ -152,6 +166,7 @@ def _loop(plan: Plan, network: TwoBranchNetwork, batches: Batches, validation: B
     recipe = plan.recipe
     terms_of = loss_terms(recipe, plan.parts.train.class_counts, plan.device)
     optimizer = create_sgd(network.parameters(), recipe.optim.lr, recipe.optim.momentum, recipe.optim.weight_decay)
+    fingerprints = {name: part.fingerprint() for name, part in plan.parts.named().items()}
     log = RunLog(plan.folder)
     line = ProgressLine(recipe.epochs * plan.steps_per_epoch, recipe.epochs, progress)
     best: tuple[float, int] | None = None
@@ -167,27 +182,38 @@ def _loop(plan: Plan, network: TwoBranchNetwork, batches: Batches, validation: B
                 with autocast(plan.device, plan.precision):
                     outputs = network.training_outputs(batch.images_VB3SS.flatten(0, 1), views=len(batch.images_VB3SS))
                 terms, loss = terms_of(outputs, batch.labels_B)
+                read_terms = _start_reading(terms)
                 optimizer.zero_grad()
                 loss.backward()
-                # Read after backward() is under way: a device is then waited for only as far as its forward pass.
-                values = dict(zip(terms, torch.stack([*terms.values()]).tolist(), strict=True))
+                values = read_terms()
                 _refuse_non_finite(values, step, epoch, rate)
                 optimizer.step()
                 step += 1
                 images_seen += len(batch.labels_B)
+                speed = images_seen / (time.perf_counter() - since)
+                line.update(step, epoch, values, speed)
                 if step % recipe.log_every == 0 or step % plan.steps_per_epoch == 0:
-                    speed = images_seen / (time.perf_counter() - since)
                     log.write("train", step, epoch, {**values, "lr": rate, "images_per_second": round(speed, 1)})
-                    line.update(step, epoch, values, speed)
                     images_seen, since = 0, time.perf_counter()
             if validation is not None:
                 score = _validate(network, validation, plan.parts, log, step, epoch)
                 if best is None or score > best[0]:
                     best = (score, epoch + 1)
-            checkpoint = _checkpoint(plan, network, optimizer, epoch + 1, step, best)
-            checkpoint.save(plan.folder / LAST)
+            checkpoint = Checkpoint(
+                recipe=recipe,
+                class_names=plan.parts.train.class_names,
+                class_counts=plan.parts.train.class_counts,
+                epoch=epoch + 1,
+                step=step,
+                best=best,
+                weights=state_on_cpu(network),
+                optimizer=optimizer.state_dict(),
+                fingerprints=fingerprints,
+            )
+            # The best first: a last checkpoint never speaks of a best one that is not there.
             if best is not None and best[1] == epoch + 1:
                 checkpoint.save(plan.folder / BEST)
+            checkpoint.save(plan.folder / LAST)
     finally:
         line.close()
         log.close()
@@ -212,8 +238,8 @@ def loss_terms(
         if method == "logit-adjusted":
             return {"loss": classification.detach()}, classification
         assert outputs.features_BVD is not None
-        assert outputs.prototypes_CD is not None
         if method == "bcl":
+            assert outputs.prototypes_CD is not None
             contrastive = balanced_contrastive_loss(
                 outputs.features_BVD, labels_B, outputs.prototypes_CD, loss.temperature
             )
@@ -224,6 +250,26 @@ def loss_terms(
         return {name: term.detach() for name, term in terms.items()}, total
 
     return terms_of
+
+
+def _start_reading(terms: Terms) -> Callable[[], dict[str, float]]:
+    """Send the terms to the host now, before the backward pass is queued; the function returned waits for them alone.
+
+    So a GPU goes on with the backward pass while its loss is looked at.
+    """
+    values = torch.stack([*terms.values()])
+    if values.device.type != "cuda":
+        return lambda: dict(zip(terms, values.tolist(), strict=True))
+    on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    on_host.copy_(values, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def read() -> dict[str, float]:
+        arrived.synchronize()
+        return dict(zip(terms, on_host.tolist(), strict=True))
+
+    return read
 
 
 def _refuse_non_finite(values: dict[str, float], step: int, epoch: int, rate: float) -> None:
@@ -273,39 +319,33 @@ def _validate(
     return scored.mean_per_class
 
 
-def _checkpoint(
-    plan: Plan,
-    network: TwoBranchNetwork,
-    optimizer: torch.optim.Optimizer,
-    epoch: int,
-    step: int,
-    best: tuple[float, int] | None,
-) -> Checkpoint:
-    train_list = plan.parts.train
-    return Checkpoint(
-        plan.recipe,
-        train_list.class_names,
-        train_list.class_counts,
-        epoch,
-        step,
-        best,
-        state_on_cpu(network),
-        optimizer.state_dict(),
-    )
-
-
 def _default_folder(recipe: Recipe) -> Path:
     method = recipe.method.replace("+", "-")
     stem = f"{recipe.name}-{method}-{time.strftime('%Y%m%d-%H%M%S')}"
-    candidates = [Path("runs") / stem, *(Path("runs") / f"{stem}-{n}" for n in range(2, 100))]
-    return next(folder for folder in candidates if not folder.exists())
+    # A sweep may start several runs in one second.
+    return next(path for n in itertools.count(1) if not (path := Path("runs") / (stem + f"-{n}" * (n > 1))).exists())
+
+
+def _claim(folder: Path) -> bool:
+    """Make the folder, or take an empty one; of two runs that want it, one gets it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        (folder / RECORD).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
 
 
 def _remove(folder: Path, created: bool) -> None:
     """Take back a folder, or what was put into one that was there, empty."""
-    shutil.rmtree(folder)
-    if not created:
-        folder.mkdir()
+    if created:
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink()
 
 
 def _write_record(plan: Plan) -> None:
