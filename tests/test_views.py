@@ -1,5 +1,7 @@
 """Views: the policies' tables and random parameters against torchvision and timm, and what they depend on."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -51,8 +53,8 @@ def test_small_views_do_not_depend_on_the_batch(settings):
 
 
 def test_photo_views_do_not_depend_on_the_batch():
-    random = np.random.default_rng(0)
-    photos = [random.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in [(50, 70), (200, 40), (33, 33)]]
+    generator = np.random.default_rng(0)
+    photos = [generator.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in [(50, 70), (200, 40), (33, 33)]]
     settings = ViewSettings("photos", ("cls", "sim", "rand"), 24)
     together = photo_views(photos, settings, 0, 0, np.array([5, 6, 7]))
     assert together.shape == (3, 3, 3, 24, 24)
@@ -127,8 +129,8 @@ def test_rand_augment_has_timms_operations_and_arguments(monkeypatch):
 
 def mean_and_spread(images: torch.Tensor) -> np.ndarray:
     """Two numbers of each image that every operation moves."""
-    pixels = images.float().flatten(1)
-    return np.stack([pixels.mean(1).numpy(), pixels.std(1).numpy()])
+    pixels = images.float()
+    return np.stack([pixels.mean((1, 2, 3)).numpy(), pixels.std((2, 3)).mean(1).numpy()])
 
 
 @pytest.mark.parametrize("name", ["auto", "rand", "jitter"])
@@ -162,3 +164,43 @@ def test_evaluation_view_is_torchvisions(size):
     photo = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     reference = v2.Compose([v2.Resize(256), v2.CenterCrop(224)])(Image.fromarray(photo))
     assert (evaluation_view(photo, 224) == np.asarray(reference)).all()
+
+
+JITTERED = v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)
+POLICIES = {
+    ("cifar", "cls"): [v2.RandomCrop(32, 4), v2.RandomHorizontalFlip(), AutoAugment(AutoAugmentPolicy.CIFAR10)],
+    ("cifar", "sim"): [v2.RandomResizedCrop(32, (0.2, 1)), v2.RandomHorizontalFlip(), JITTERED, v2.RandomGrayscale()],
+    ("photos", "cls"): [
+        v2.RandomResizedCrop(32, (0.08, 1)),
+        v2.RandomHorizontalFlip(),
+        v2.ColorJitter(0.4, 0.4, 0.4),
+        timm_augment.rand_augment_transform("rand-m10-n2-mstd0.5", {"img_mean": (124, 116, 104)}),
+    ],
+    ("photos", "sim"): [v2.RandomResizedCrop(32, (0.08, 1)), v2.RandomHorizontalFlip(), JITTERED, v2.RandomGrayscale()],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "geometry"])
+@pytest.mark.parametrize(("policy", "kind"), POLICIES)
+def test_views_have_the_references_distribution(policy, kind, whole, monkeypatch):
+    """A gradient from black to red and across to blue: its spread tells how large a piece was cropped."""
+    count = 1500
+    ramp = np.linspace(0, 255, 32)
+    picture = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None, ::-1] / 2 + 60, 255 - ramp[None]), -1)
+    picture = picture.astype(np.uint8)
+    monkeypatch.setattr(views, "_cutout", lambda view, _: view)  # a square of zeros would drown the rest
+    if not whole:
+        monkeypatch.setattr(views, "_recolour", lambda view, *_: view)
+    settings = ViewSettings(policy, (kind,), 32)
+    if policy == "photos":
+        ours = photo_views([picture] * count, settings, 0, 0, np.arange(count))[0]
+    else:
+        batch = torch.from_numpy(picture).permute(2, 0, 1).expand(count, -1, -1, -1).contiguous()
+        ours = small_views(batch, settings, 0, 0, np.arange(count))[0]
+    torch.manual_seed(2)
+    np.random.seed(2)
+    random.seed(2)
+    reference = v2.Compose(POLICIES[policy, kind][: None if whole else 2])
+    theirs = torch.stack([v2.functional.pil_to_tensor(reference(Image.fromarray(picture))) for _ in range(count)])
+    for what, mine, expected in zip(("mean", "spread"), mean_and_spread(ours), mean_and_spread(theirs), strict=True):
+        assert stats.ks_2samp(mine.round(0), expected.round(0)).pvalue > 1e-4, what
