@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -113,6 +114,10 @@ def test_train_own_pictures_then_evaluate(pictures, tmp_path):
     assert re.search(r"training +validation +validation *\n +images +last +best", done.stdout)
     assert json.loads((out / "metrics.json").read_text()) == before
 
+    done = run("evaluate", str(out / "best.pt"))
+    assert done.returncode == 0, done.stderr
+    assert f"written: {out / 'metrics-best-validation.json'}" in done.stdout
+
     done = run("evaluate", str(out / "best.pt"), "--data", str(pictures), "--split", "test")
     assert done.returncode == 0, done.stderr
     written = out / "metrics-best-my pictures-test.json"
@@ -159,6 +164,7 @@ def test_every_shipped_recipe_trains(name, tmp_path, capsys):
         (["train", "--method", "bcl2"], "method must be one of bcl, ce, logit-adjusted, supcon+la, not 'bcl2'"),
         (["train", "--device", "tpu"], "device must be one of auto, cpu, cuda, mps, not 'tpu'"),
         (["train", "--beside", "none"], "argument --beside: invalid choice: 'none'"),
+        (["train", "--out", ""], "--out names no folder"),
         (["train", "--epochs"], "argument --epochs: expected one argument"),
         (["evaluate", "nowhere"], "there is no run folder or checkpoint at nowhere"),
         (["data", "nowhere"], "there is no file or folder at nowhere"),
@@ -190,12 +196,14 @@ def test_interrupt_before_the_first_checkpoint_leaves_nothing(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "equipoise", "train", "--out", str(out), "--set", "batch_size=2"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # A job in the background, as CI may be, is started deaf to Ctrl-C, and its children with it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     deadline = time.monotonic() + 60
     while not (out / "metrics.jsonl").exists():
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(2)
+    process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=30)
     assert process.returncode == 130
     assert said.strip() == "equipoise: interrupted"

@@ -157,7 +157,8 @@ def _add_train(commands: Any, words: list[str]) -> None:
     )
     _add_set(command)
     # Defaults are shown as the recipe on the command line has them.
-    named = next((word for word in words if word in shipped_recipes()), _DEMO)
+    default = _OWN_FOLDER if "--data" in words else _DEMO
+    named = next((word for word in words if word in shipped_recipes()), default)
     shown = load_recipe(named) if {"-h", "--help"} & set(words) else Recipe()
     groups: dict[str, Any] = {}
     for field in recipe_fields():
@@ -213,6 +214,8 @@ def _chosen_recipe(options: argparse.Namespace) -> tuple[Recipe, str]:
 
 
 def _train(options: argparse.Namespace) -> None:
+    if options.out == "":
+        raise UserError("--out names no folder")
     recipe, remark = _chosen_recipe(options)
     demo = options.recipe is None and recipe.data.path == "digits"
     beside = options.beside or ("ce" if demo else None)
@@ -257,7 +260,11 @@ def _add_evaluate(commands: Any) -> None:
     command = _add_command(commands, "evaluate", "score a run or a checkpoint", _evaluate)
     command.add_argument("target", metavar="RUN_OR_CHECKPOINT", help="a run folder, or a .pt file")
     command.add_argument("--data", help="other data of the same classes (default: the run's own)")
-    command.add_argument("--split", choices=("train", "validation", "test"), help="the part to score")
+    command.add_argument(
+        "--split",
+        choices=("train", "validation", "test"),
+        help="the part to score (default: test, or validation where there is no test)",
+    )
     command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     command.add_argument("--out", metavar="FILE", help="where to write the figures (default: beside the checkpoint)")
 
@@ -281,8 +288,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         written = target / METRICS
     else:
         checkpoint = target / LAST if target.is_dir() else target
-        part = options.split or "test"
-        metrics = evaluate_checkpoint(checkpoint, options.data, part, options.device)
+        metrics = evaluate_checkpoint(checkpoint, options.data, options.split, options.device)
+        part = metrics["split"]
         results = [(part, metrics[part])]
         of_data = f"-{Path(options.data).resolve().name}" if options.data else ""
         written = Path(options.out or checkpoint.with_name(f"metrics-{checkpoint.stem}{of_data}-{part}.json"))

@@ -17,8 +17,8 @@ class RunLog:
     def __init__(self, folder: Path) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        self._lines = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._curves = SummaryWriter(str(folder / "tensorboard"))
+        self._lines = (folder / "metrics.jsonl").open("a", encoding="utf-8")
 
     def write(self, kind: str, step: int, epoch: int, values: dict[str, float | None]) -> None:
         """One line, `kind` 'train' or 'validation', after `step` steps; `None` (absent) is no point of a curve."""

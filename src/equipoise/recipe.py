@@ -261,11 +261,11 @@ def _checked(field: Field, value: Any) -> Any:
     for number in numbers:
         assert number is not None
         if setting.above is not None and not number > setting.above:
-            raise refuse(f"above {setting.above:g}")
+            raise refuse(f"above {setting.above:.12g}")
         if setting.at_least is not None and not number >= setting.at_least:
-            raise refuse(f"at least {setting.at_least:g}")
+            raise refuse(f"at least {setting.at_least:.12g}")
         if setting.at_most is not None and not number <= setting.at_most:
-            raise refuse(f"at most {setting.at_most:g}")
+            raise refuse(f"at most {setting.at_most:.12g}")
     return converted
 
 

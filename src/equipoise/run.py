@@ -106,9 +106,10 @@ def evaluate_run(path: Path, parts: Parts | None = None, device: str = "auto") -
 
 
 def evaluate_checkpoint(
-    path: Path, data: str | None = None, split: str = "test", device: str = "auto"
+    path: Path, data: str | None = None, split: str | None = None, device: str = "auto"
 ) -> dict[str, Any]:
-    """Score one checkpoint on the part `split` of `data` (None: what it was trained on).
+    """Score one checkpoint on the part `split` of `data` (None: what it was trained on). Without a `split` it is the
+    test part, or the validation part where the data trained on has no test part.
 
     Returns a table like `metrics.json`, with that part alone. Raises UserError where there is no such part or its
     classes are not the checkpoint's.
@@ -116,15 +117,18 @@ def evaluate_checkpoint(
     checkpoint = load_checkpoint(path)
     if data is None:
         parts = _unchanged_data(checkpoint, path).named()
+        split = split or ("test" if "test" in parts else "validation")
         if split not in parts:
             raise UserError(f"the data of {path} has no {split} part; it has {', '.join(parts)}")
         images = parts[split]
     else:
+        split = split or "test"
         columns = checkpoint.recipe.data
         images = open_part(data, split, checkpoint.class_names, columns.image_column, columns.label_column)
     return {
         "method": checkpoint.recipe.method,
         "epoch": checkpoint.epoch,
+        "split": split,
         split: _score(checkpoint, images, device),
         **_classes(checkpoint),
     }

@@ -149,8 +149,9 @@ def fit(plan: Plan, progress: bool = True) -> Run:
     try:
         _write_record(plan)
         _loop(plan, network.to(device), batches, validation, progress)
-    except NonFiniteLossError:
-        raise  # what was logged up to here shows how it came about
+    except NonFiniteLossError as error:
+        # The folder stays: what was logged up to here shows how it came about.
+        raise NonFiniteLossError(f"{error}. The log is in {plan.folder}") from None
     except (UserError, OSError, KeyboardInterrupt):
         if not (plan.folder / LAST).exists():
             _remove(plan.folder, created)
@@ -328,24 +329,28 @@ def _default_folder(recipe: Recipe) -> Path:
 
 def _claim(folder: Path) -> bool:
     """Make the folder, or take an empty one; of two runs that want it, one gets it."""
-    folder.mkdir(parents=True, exist_ok=True)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / RECORD).touch(exist_ok=False)
     except FileExistsError:
         return False
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise UserError(f"the run folder {folder} cannot be made ({reason}); name another with --out") from None
     return True
 
 
 def _remove(folder: Path, created: bool) -> None:
     """Take back a folder, or what was put into one that was there, empty."""
-    if created:
-        shutil.rmtree(folder, ignore_errors=True)
-        return
-    for entry in folder.iterdir():
-        if entry.is_dir():
-            shutil.rmtree(entry, ignore_errors=True)
-        else:
-            entry.unlink()
+    for _ in range(20):
+        for entry in [folder] if created else list(folder.iterdir()):
+            if entry.is_dir():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink(missing_ok=True)
+        if not folder.exists() or (not created and not any(folder.iterdir())):
+            return
+        time.sleep(0.1)  # TensorBoard's thread may be writing its file still
 
 
 def _write_record(plan: Plan) -> None:
