@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test check results clean
+.PHONY: help setup demo test check results rehearsal clean
 
 help:
 	@echo "make demo     train on the built-in digits: BCL, and plain cross-entropy beside it"
@@ -12,6 +12,7 @@ help:
 	@echo "make test     all tests"
 	@echo "make check    ruff, pyright, import contracts"
 	@echo "make results  the table of docs/results.md for Digits-LT (20 runs, about 10 minutes on two cores)"
+	@echo "make rehearsal [PHOTOS=folder]  the BCL authors' commands on miniature ImageNet-LT and iNaturalist 2018"
 	@echo "make clean    remove .venv and caches; runs/ stays"
 
 setup: .venv/.setup
@@ -30,6 +31,9 @@ check: .venv/.check
 
 results: setup
 	$(BIN)/python -m benchmarks.digits_lt
+
+rehearsal: setup
+	$(BIN)/python -m benchmarks.rehearsal $(if $(PHOTOS),"$(PHOTOS)")
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -26,6 +28,14 @@ def draw_folder(root: Path, counts: dict[str, int], suffix: str = ".png") -> Pat
         for number in range(count):
             draw_picture(root / name / f"{number}{suffix}", label, seed=1000 * label + number)
     return root
+
+
+def write_parquet(path, labels, column="img", label_column="label", metadata=None, **more):
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    images = pa.array([{"bytes": b"not decoded here", "path": "x.jpg"} for _ in labels], kind)
+    table = pa.table({column: images, label_column: pa.array(labels, pa.int64()), **more})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table.replace_schema_metadata(metadata), path)
 
 
 @pytest.fixture

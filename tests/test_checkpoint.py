@@ -14,7 +14,7 @@ from equipoise.checkpoint import Checkpoint, atomic_file, create_network, load_c
 @pytest.fixture
 def checkpoint() -> Checkpoint:
     recipe = load_recipe("digits-lt", method="supcon+la", milestones="0.5 3")
-    network = create_network(recipe, 3, pretrained=False)
+    network = create_network(recipe, 3, start=False)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
     return Checkpoint(
         recipe,

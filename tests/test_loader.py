@@ -5,9 +5,9 @@ import torch
 from conftest import draw_folder
 
 from equipoise import UserError
-from equipoise.lists import find_parts
 from equipoise.loader import Photographs, SmallImages, open_batches, steps_per_epoch, worker_count
 from equipoise.pixels import decode
+from equipoise.sources import find_parts
 from equipoise.views import ViewSettings, evaluation_view
 
 CPU = torch.device("cpu")

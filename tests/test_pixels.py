@@ -10,8 +10,8 @@ from conftest import draw_folder
 from PIL import Image
 
 from equipoise import UserError
-from equipoise.lists import find_parts
 from equipoise.pixels import decode, decode_all, decode_bytes, unreadable
+from equipoise.sources import find_parts
 
 
 def encoded(image: Image.Image, kind: str, **options) -> bytes:

@@ -5,6 +5,8 @@ because no library keeps it; everything else is timm's.
 """
 
 import difflib
+import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,19 +16,29 @@ from torch import Tensor, nn
 from equipoise.errors import UserError
 
 _BLOCKS_PER_STAGE = {"resnet8": 1, "resnet20": 3, "resnet32": 5}
+_AUTHORS_ENCODERS = ("resnet50", "resnext50_32x4d")
 _TIMM_NAMES = {"resnext50": "resnext50_32x4d"}  # the authors' spelling
 
 
-def create_encoder(name: str, size: int, pretrained: bool = False) -> tuple[nn.Module, int]:
+def create_encoder(name: str, size: int, pretrained: bool = False, weights: str | Path = "") -> tuple[nn.Module, int]:
     """The encoder called `name` for images of `size` pixels, and its width F.
 
-    Raises UserError for an unknown name, weights that cannot be had, or a size the encoder does not take.
+    It starts from random weights, or with `pretrained` from those of timm's hub, or from the file `weights`: of timm or
+    torchvision, `.safetensors` or what torch saves, with or without its classifier. Nothing in the file is executed.
+
+    Raises UserError for an unknown name, weights that cannot be had or do not fit, or a size the encoder does not take.
     """
     if name in _BLOCKS_PER_STAGE:
         if pretrained:
             raise UserError(f"there are no pretrained weights for {name}; set model.pretrained to false")
-        return SmallResNet(_BLOCKS_PER_STAGE[name]), SmallResNet.width
-    encoder = _timm_encoder(_TIMM_NAMES.get(name, name), size, pretrained)
+        encoder: nn.Module = SmallResNet(_BLOCKS_PER_STAGE[name])
+        if weights:
+            _load_weights(encoder, name, Path(weights))
+        return encoder, SmallResNet.width
+    # A file is asked for by name: it stands in for the hub.
+    encoder = _timm_encoder(_TIMM_NAMES.get(name, name), size, pretrained and not weights)
+    if weights:
+        _load_weights(encoder, name, Path(weights))
     try:
         # What timm calls num_features is not the width of what every one of its encoders returns: so try.
         with torch.inference_mode():
@@ -49,15 +61,72 @@ def _timm_encoder(name: str, size: int, pretrained: bool) -> nn.Module:
     try:
         fixed = getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False)
         options: dict[str, Any] = {"img_size": size} if fixed else {}
+        if not pretrained and name in _AUTHORS_ENCODERS:
+            options["zero_init_last"] = False  # as the authors' code starts them
         return timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
     except (OSError, RuntimeError, TypeError) as error:
         reason = str(error).splitlines()[0]
         if not pretrained:
             raise UserError(f"timm cannot build {name} at {size} pixels ({reason}); change --size or --arch") from None
         raise UserError(
-            f"the pretrained weights of {name} could not be had ({reason}); connect to the network or set "
-            "model.pretrained to false"
+            f"the pretrained weights of {name} could not be had ({reason}); connect to the network, name a file of "
+            "them with --weights FILE, or set --pretrained false"
         ) from None
+
+
+def _load_weights(encoder: nn.Module, name: str, file: Path) -> None:
+    """Put the weights of a file into the encoder, all of them. Raises UserError where any is missing or differs."""
+    state = _read_weights(file)
+    if not isinstance(encoder, SmallResNet):
+        state = _as_timm_has_them(state, encoder)
+    expected = encoder.state_dict()
+    # What a classifier above the encoder would be called is not looked at.
+    missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
+    differing = [key for key in expected if key in state and state[key].shape != expected[key].shape]
+    for keys, how in ((missing, "are not in it"), (differing, "have another shape in it")):
+        if keys:
+            raise UserError(
+                f"{file} does not hold the weights of {name}: {len(keys):,} of {len(expected):,} {how} "
+                f"(first: {keys[0]})"
+            )
+    encoder.load_state_dict({key: state.get(key, value) for key, value in expected.items()})
+
+
+def _read_weights(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file by name, without the wrappings that training programs put around them."""
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            table: Any = load_file(file)
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of what is odd about a file that is then refused
+                table = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"there is no file of weights at {file}") from None
+    except Exception as error:  # either library raises what it likes for a damaged file; nothing in it is executed
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        raise UserError(f"{file} cannot be read as weights ({reason})") from None
+    for wrapping in ("state_dict_ema", "model_ema", "state_dict", "model"):
+        if isinstance(table, dict) and isinstance(table.get(wrapping), dict):
+            table = table[wrapping]
+    if not isinstance(table, dict) or not all(isinstance(value, Tensor) for value in table.values()):
+        raise UserError(f"{file} does not hold tensors by name, as a file of weights does")
+    return {str(key).removeprefix("module."): value for key, value in table.items()}
+
+
+def _as_timm_has_them(state: dict[str, Tensor], encoder: nn.Module) -> dict[str, Tensor]:
+    """Through timm's own conversion, where there is one: other names, position embeddings of another size."""
+    import importlib
+
+    convert = getattr(importlib.import_module(type(encoder).__module__), "checkpoint_filter_fn", None)
+    if convert is None:
+        return state
+    try:
+        return convert(state, encoder)
+    except (KeyError, ValueError, RuntimeError, AttributeError, TypeError):
+        return state  # of another architecture: then its names say so
 
 
 class SmallResNet(nn.Module):

@@ -6,25 +6,28 @@ import pickle
 import tempfile
 import warnings
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
 
+from equipoise.authors import from_authors, is_authors_table, numpy_scalars, to_authors
 from equipoise.errors import UserError
 from equipoise.model import TwoBranchNetwork
 from equipoise.recipe import Recipe, recipe_from_table, recipe_table
 
 FORMAT = 1
+AUTHORS = "authors"  # the name of a recipe of which only the model is known
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """What a file holds. `epoch` and `step` are the numbers done; `best` is the highest score on the validation
     part so far (mean per-class accuracy) and the epoch it was reached in, or None. `fingerprints`: the data's, by
-    part."""
+    part. Of a file of the BCL authors, which does not say what it was trained on, `class_counts` is empty, the class
+    names are numbers, and of the recipe only the model is known."""
 
     recipe: Recipe
     class_names: tuple[str, ...]
@@ -39,41 +42,40 @@ class Checkpoint:
     def save(self, path: Path) -> None:
         """Write to `path`, which holds the old file or the whole new one at any moment."""
         with atomic_file(path) as file:
-            torch.save(
-                {
-                    "format": FORMAT,
-                    "recipe": recipe_table(self.recipe),
-                    "class_names": list(self.class_names),
-                    "class_counts": list(self.class_counts),
-                    "epoch": self.epoch,
-                    "step": self.step,
-                    "best": self.best,
-                    "weights": self.weights,
-                    "optimizer": self.optimizer,
-                    "fingerprints": self.fingerprints,
-                },
-                file,
-            )
+            torch.save({**_described(self), "weights": self.weights, "optimizer": self.optimizer}, file)
 
     def build(self) -> TwoBranchNetwork:
         """The network with these weights, on the CPU, in evaluation mode."""
-        network = create_network(self.recipe, len(self.class_names), pretrained=False)
-        network.load_state_dict(self.weights)
+        network = create_network(self.recipe, len(self.class_names), start=False)
+        try:
+            network.load_state_dict(self.weights)
+        except RuntimeError:
+            raise UserError(
+                f"the checkpoint's weights do not fit the {self.recipe.model.encoder} and {len(self.class_names):,} "
+                "classes that it names; use another one"
+            ) from None
         return network.eval()
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read what `Checkpoint.save` wrote, onto the CPU. Raises UserError for anything else."""
+    """Read what `Checkpoint.save` or the BCL authors' code wrote, onto the CPU. Raises UserError for anything else."""
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), numpy_scalars():
             warnings.simplefilter("ignore")  # of what is odd about a file that is then refused
             table = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint at {path}") from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError):
         raise UserError(f"{path} is not a checkpoint that can be read (damaged, or no checkpoint)") from None
+    if is_authors_table(table):
+        return _from_authors(table, path)
     if not isinstance(table, dict) or table.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of this version of equipoise")
+    return _from_table(table, table, path)
+
+
+def _from_table(table: dict[str, Any], state: dict[str, Any], path: Path) -> Checkpoint:
+    """What `table` says of a run, with the weights and the optimizer that `state` holds."""
     try:
         best = table["best"]
         return Checkpoint(
@@ -83,16 +85,91 @@ def load_checkpoint(path: Path) -> Checkpoint:
             epoch=table["epoch"],
             step=table["step"],
             best=None if best is None else (best[0], best[1]),
-            weights=table["weights"],
-            optimizer=table["optimizer"],
+            weights=state["weights"],
+            optimizer=state["optimizer"],
             fingerprints=table["fingerprints"],
         )
     except (KeyError, TypeError, IndexError):
         raise UserError(f"{path} is an incomplete checkpoint; use another one of the run") from None
 
 
-def create_network(recipe: Recipe, classes: int, pretrained: bool) -> TwoBranchNetwork:
-    """The network that `recipe` describes."""
+def _from_authors(table: dict[str, Any], path: Path) -> Checkpoint:
+    """A checkpoint of the BCL authors' code, or one that was written in their layout here."""
+    read = from_authors(table, str(path))
+    names = parameter_names(read.weights)
+    momentum = read.momentum
+    optimizer = {
+        "state": {index: {"momentum_buffer": momentum[name]} for index, name in enumerate(names) if name in momentum},
+        "param_groups": [],
+    }
+    if isinstance(table.get("equipoise"), dict):
+        return _from_table(table["equipoise"], {"weights": read.weights, "optimizer": optimizer}, path)
+    unknown = Recipe(name=AUTHORS)
+    model = replace(
+        unknown.model,
+        encoder=read.arch,
+        classifier="linear" if read.classifier == "linear" else "cosine",
+        hidden_dim=read.hidden_dim,
+        feature_dim=read.feature_dim,
+    )
+    return Checkpoint(
+        recipe=replace(unknown, model=model),
+        class_names=tuple(str(label) for label in range(read.classes)),
+        class_counts=(),
+        epoch=read.epoch,
+        step=0,
+        best=None,
+        weights=read.weights,
+        optimizer=optimizer,
+        fingerprints={},
+    )
+
+
+def save_for_authors(checkpoint: Checkpoint, path: Path) -> None:
+    """Write `checkpoint` in the layout of the BCL authors' code, with what theirs leaves out under a key of its own.
+
+    Raises UserError for a model that their code does not have.
+    """
+    names = parameter_names(checkpoint.weights)
+    states = checkpoint.optimizer["state"]
+    recipe = checkpoint.recipe
+    table = to_authors(
+        checkpoint.weights,
+        {name: states[index]["momentum_buffer"] for index, name in enumerate(names) if index in states},
+        arch=recipe.model.encoder,
+        classifier=recipe.model.classifier,
+        epoch=checkpoint.epoch,
+        best_top1=checkpoint.best[0] if checkpoint.best else None,
+        extra=_described(checkpoint),
+        param_groups=checkpoint.optimizer["param_groups"],
+    )
+    with atomic_file(path) as file:
+        torch.save(table, file)
+
+
+def _described(checkpoint: Checkpoint) -> dict[str, Any]:
+    """All of a checkpoint but its tensors."""
+    return {
+        "format": FORMAT,
+        "recipe": recipe_table(checkpoint.recipe),
+        "class_names": list(checkpoint.class_names),
+        "class_counts": list(checkpoint.class_counts),
+        "epoch": checkpoint.epoch,
+        "step": checkpoint.step,
+        "best": checkpoint.best,
+        "fingerprints": checkpoint.fingerprints,
+    }
+
+
+def parameter_names(weights: dict[str, Tensor]) -> list[str]:
+    """The names of a network's parameters in the order in which an optimizer numbers them: a state without
+    BatchNorm's counters and averages."""
+    buffers = ("running_mean", "running_var", "num_batches_tracked")
+    return [name for name in weights if name.rpartition(".")[2] not in buffers]
+
+
+def create_network(recipe: Recipe, classes: int, start: bool) -> TwoBranchNetwork:
+    """The network that `recipe` describes; with `start`, from the pretrained weights that it may name."""
     return TwoBranchNetwork(
         recipe.model.encoder,
         classes,
@@ -102,7 +179,8 @@ def create_network(recipe: Recipe, classes: int, pretrained: bool) -> TwoBranchN
         prototypes=recipe.method == "bcl",
         hidden_dim=recipe.model.hidden_dim,
         feature_dim=recipe.model.feature_dim,
-        pretrained=pretrained,
+        pretrained=start and recipe.model.pretrained,
+        weights=recipe.model.weights if start else "",
         mean=recipe.views.mean,
         std=recipe.views.std,
     )

@@ -13,6 +13,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
+from equipoise.authors_flags import (
+    BEST,
+    LAST,
+    LOG,
+    add_authors_flags,
+    authors_folder,
+    authors_overrides,
+    milestones_of,
+    recipe_of_dataset,
+    truth,
+)
 from equipoise.errors import UserError
 from equipoise.recipe import (
     Field,
@@ -29,12 +40,22 @@ from equipoise.recipe import (
 
 _DEMO = "digits-lt"
 _OWN_FOLDER = "pictures"
+# What `sources.recognise` finds, the recipe for it, and its name in a sentence.
+_RECOGNISED = {
+    "digits": (_DEMO, "the built-in digits"),
+    "imagenet-lt": ("imagenet-lt", "an ImageNet-2012 folder"),
+    "inat2018": ("inat2018", "an iNaturalist 2018 folder"),
+    "places-lt": ("places-lt", "a Places-LT folder"),
+    "cifar10": ("cifar10-lt", "CIFAR-10"),
+    "cifar100": ("cifar100-lt", "CIFAR-100"),
+}
 
 _DESCRIPTION = """\
 Train image classifiers on long-tailed data with Balanced Contrastive Learning (BCL, CVPR 2022).
 
   equipoise train                          the demo: digits with a long tail, BCL beside plain cross-entropy
-  equipoise train --data FOLDER            your own pictures: one sub-folder a class
+  equipoise train --data FOLDER            your own pictures: one sub-folder a class; or ImageNet, iNaturalist 2018,
+                                           CIFAR, which are recognised
   equipoise train cifar10-lt --data FOLDER a recipe of the literature
 """
 
@@ -105,9 +126,8 @@ def _parser(words: list[str]) -> argparse.ArgumentParser:
     _add_train(commands, words)
     _add_evaluate(commands)
     _add_command(commands, "recipes", "the recipes that come with the package", _recipes)
-    data = _add_command(commands, "data", "what lies in a folder: classes, counts, problems", _data)
-    data.add_argument("path", metavar="PATH", help="folder of class folders, Parquet file or folder, or 'digits'")
-    _add_set(data)
+    _add_data(commands)
+    _add_export(commands)
     return parser
 
 
@@ -147,7 +167,7 @@ def _add_train(commands: Any, words: list[str]) -> None:
         nargs="?",
         metavar="RECIPE",
         help=f"a shipped recipe ({', '.join(shipped_recipes())}) or a TOML file; "
-        f"without one: {_DEMO}, or {_OWN_FOLDER} where --data names a folder",
+        f"without one: {_DEMO}, or where --data names a folder, what is recognised there, else {_OWN_FOLDER}",
     )
     command.add_argument("--out", metavar="FOLDER", help="the run folder (default: runs/RECIPE-METHOD-TIME)")
     command.add_argument(
@@ -156,6 +176,7 @@ def _add_train(commands: Any, words: list[str]) -> None:
         help="train this method too, under the same recipe, and show both (the demo: ce)",
     )
     _add_set(command)
+    add_authors_flags(command)
     # Defaults are shown as the recipe on the command line has them.
     default = _OWN_FOLDER if "--data" in words else _DEMO
     named = next((word for word in words if word in shipped_recipes()), default)
@@ -171,10 +192,13 @@ def _add_train(commands: Any, words: list[str]) -> None:
 
 
 def _add_field(group: Any, field: Field, default: Any) -> None:
-    flags = [f"-{name}" if len(name) == 1 else f"--{name}" for name in field.names]
+    # One letter works with one dash or two: the authors' README writes `--p`.
+    flags = [flag for name in field.names for flag in ([f"-{name}", f"--{name}"] if len(name) == 1 else [f"--{name}"])]
     arguments: dict[str, Any] = {"metavar": field.path[-1].upper()}
     if get_origin(field.type) is Literal:
-        arguments["metavar"] = "|".join(get_args(field.type))
+        arguments["metavar"] = "|".join(choice for choice in get_args(field.type) if choice)
+        if field.key == "optim.schedule":  # or the authors' milestones, see `milestones_of`
+            arguments["nargs"] = "+"
     elif field.type is bool:
         arguments |= {"metavar": "true|false", "nargs": "?", "const": "true"}
     elif get_origin(field.type) is tuple:
@@ -194,46 +218,87 @@ def _overrides(options: argparse.Namespace) -> list[tuple[Field, Any]]:
         settings.append((find_field(key.strip()), value.strip()))
     for field in recipe_fields():
         value = getattr(options, field.key, None)
-        if value is not None:
+        if value is not None and field.key != "optim.schedule":
             settings.append((field, value))
+    if hasattr(options, "use_norm"):
+        settings += [*milestones_of(options), *authors_overrides(options)]
     return settings
 
 
 def _chosen_recipe(options: argparse.Namespace) -> tuple[Recipe, str]:
     """The recipe with its overrides, and a remark where it was not named."""
     overrides = _overrides(options)
-    data = {field.key: value for field, value in overrides}.get("data.path", "digits")
+    path = {field.key: value for field, value in overrides}.get("data.path")
     name, remark = options.recipe, ""
+    if options.dataset is not None:
+        of_dataset = recipe_of_dataset(options.dataset)
+        if name not in (None, of_dataset):
+            raise UserError(f"--dataset {options.dataset} means the recipe {of_dataset}, not {name}; drop one of them")
+        name = of_dataset
+
+    from equipoise.sources import recognise
+
+    lies_there = recognise(path) if path else ("" if name else "digits")
+    fitting, spoken = _RECOGNISED.get(lies_there, (_OWN_FOLDER, ""))
+    published = {recipe for recipe, _ in _RECOGNISED.values() if recipe != _DEMO}
     if name is None:
-        name = _DEMO if data == "digits" else _OWN_FOLDER
-        remark = f"no recipe named: taking '{name}' (equipoise recipes lists them all)"
+        name = fitting
+        there = f"{path} is {spoken}, so " if path and spoken else ""
+        remark = f"no recipe named: {there}taking '{name}' (equipoise recipes lists them all)"
+    elif lies_there and name in published and name != fitting:
+        raise UserError(
+            f"the recipe {name} is not for {path}: that is {spoken}; take {fitting}, or name another folder"
+        )
     recipe = load_recipe(name)
     for field, value in overrides:
         recipe = override(recipe, field, value)
     return recipe, remark
 
 
+def _resumed_recipe(options: argparse.Namespace) -> Recipe | None:
+    """With `--resume` and neither a recipe nor data named, the recipe is the checkpoint's own."""
+    overrides = _overrides(options)
+    named = options.recipe or options.dataset or "data.path" in {field.key for field, _ in overrides}
+    if not options.resume or named:
+        return None
+
+    from equipoise.run import recipe_of
+
+    recipe = recipe_of(Path(options.resume))
+    for field, value in overrides:
+        recipe = override(recipe, field, value)
+    return recipe
+
+
 def _train(options: argparse.Namespace) -> None:
     if options.out == "":
         raise UserError("--out names no folder")
-    recipe, remark = _chosen_recipe(options)
-    demo = options.recipe is None and recipe.data.path == "digits"
+    reload, evaluate = truth("--reload", options.reload), truth("--evaluate", options.evaluate)
+    if reload or evaluate:
+        _score_resumed(options, "test" if reload else "validation")
+        return
+    resumed_recipe = _resumed_recipe(options)
+    recipe, remark = (resumed_recipe, "") if resumed_recipe else _chosen_recipe(options)
+    demo = not (options.recipe or options.dataset or options.resume) and recipe.data.path == "digits"
+    if options.beside and options.resume:
+        raise UserError("--resume goes on with one run: drop --beside")
     beside = options.beside or ("ce" if demo else None)
     if beside == recipe.method:
         beside = None
+    # The seed's commands name no recipe and expect their run where the authors' README looks for it.
+    unnamed = not (options.recipe or resumed_recipe)
+    authors_style = unnamed and recipe.data.benchmark in ("imagenet-lt", "inat2018")
+    root_log = options.root_log or (LOG if authors_style else None)
+    out = options.out or (authors_folder(root_log, recipe) if root_log else None)
 
     from equipoise.tables import print_figures, print_plan
     from equipoise.training import fit, prepare
 
-    plans = [prepare(recipe, options.out)]
+    plans = [prepare(recipe, out, options.resume)]
     if beside:
         folder = plans[0].folder
-        plans.append(
-            prepare(
-                replace(recipe, method=beside),
-                Path(f"{folder.resolve()}-{beside}") if options.out else None,
-            )
-        )
+        other = replace(recipe, method=beside)
+        plans.append(prepare(other, Path(f"{folder.resolve()}-{beside}") if out else None))
     if remark:
         print(remark)
     runs: list[Any] = []
@@ -251,6 +316,38 @@ def _train(options: argparse.Namespace) -> None:
         print_figures(results, f"accuracy on the {part} part, percent", runs[0].metrics)
     for run in runs:
         print(f"run folder: {run.path}")
+    if root_log and not options.out:
+        _export_for_authors(runs[0].path)
+
+
+def _export_for_authors(run: Path) -> None:
+    """The run's checkpoints under the authors' names and in their layout, where a run can be written so."""
+    from equipoise.run import BEST as BEST_OF_RUN
+    from equipoise.run import LAST as LAST_OF_RUN
+    from equipoise.run import export_to_authors
+
+    for ours, theirs in ((LAST_OF_RUN, LAST), (BEST_OF_RUN, BEST)):
+        if (run / ours).is_file():
+            try:
+                export_to_authors(run / ours, run / theirs)
+            except UserError as error:  # a method or an encoder that their model does not have
+                print(f"not written in the authors' layout: {error}")
+                return
+            print(f"written: {run / theirs}")
+
+
+def _score_resumed(options: argparse.Namespace, part: str) -> None:
+    """`--reload True --resume CHECKPOINT`: score it, train nothing."""
+    flag = "--reload" if part == "test" else "--evaluate"
+    if not options.resume:
+        raise UserError(f"{flag} scores a checkpoint: name it with --resume CHECKPOINT")
+    if options.beside or options.out:
+        raise UserError(f"{flag} trains nothing: drop {'--beside' if options.beside else '--out'}")
+    overrides = _overrides(options)
+    data = {field.key: value for field, value in overrides}.get("data.path")
+    if data:
+        _chosen_recipe(options)  # for its refusal of a data set that is not the one named
+    _score_checkpoint(Path(options.resume), data, part, overrides, None)
 
 
 # ---------------------------------------------------------------------------------------------- the others
@@ -258,45 +355,69 @@ def _train(options: argparse.Namespace) -> None:
 
 def _add_evaluate(commands: Any) -> None:
     command = _add_command(commands, "evaluate", "score a run or a checkpoint", _evaluate)
-    command.add_argument("target", metavar="RUN_OR_CHECKPOINT", help="a run folder, or a .pt file")
+    command.add_argument(
+        "target", metavar="RUN_OR_CHECKPOINT", help="a run folder, a .pt file, or the authors' .pth.tar"
+    )
     command.add_argument("--data", help="other data of the same classes (default: the run's own)")
     command.add_argument(
         "--split",
         choices=("train", "validation", "test"),
         help="the part to score (default: test, or validation where there is no test)",
     )
-    command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     command.add_argument("--out", metavar="FILE", help="where to write the figures (default: beside the checkpoint)")
+    command.add_argument("--logits", metavar="FILE", help="write the logits of every image too, as .npz")
+    _add_set(command)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
     target = Path(options.target)
-    if not target.exists():
-        raise UserError(f"there is no run folder or checkpoint at {target}")
+    overrides = [*_overrides(options), (find_field("device"), options.device)]
+    if not target.is_dir() or options.data or options.split or options.out or options.logits or options.set:
+        _score_checkpoint(target, options.data, options.split, overrides, options.out, options.logits)
+        return
 
-    from equipoise.run import LAST, METRICS, evaluate_checkpoint, evaluate_run, write_json
+    from equipoise.run import METRICS, evaluate_run
     from equipoise.tables import print_figures
 
-    if target.is_dir() and not (options.data or options.split or options.out):
-        metrics = evaluate_run(target, device=options.device)
-        results = [
-            (f"{part} {checkpoint}", metrics[checkpoint][part])
-            for part in ("validation", "test")
-            for checkpoint in ("last", "best")
-            if metrics[checkpoint] and metrics[checkpoint][part]
-        ]
-        written = target / METRICS
-    else:
-        checkpoint = target / LAST if target.is_dir() else target
-        metrics = evaluate_checkpoint(checkpoint, options.data, options.split, options.device)
-        part = metrics["split"]
-        results = [(part, metrics[part])]
-        of_data = f"-{Path(options.data).resolve().name}" if options.data else ""
-        written = Path(options.out or checkpoint.with_name(f"metrics-{checkpoint.stem}{of_data}-{part}.json"))
-        if not written.parent.is_dir() or written.is_dir():
-            raise UserError(f"--out must be a file in a folder that is there, not {written}")
-        write_json(written, metrics)
+    metrics = evaluate_run(target, device=options.device)
+    results = [
+        (f"{part} {checkpoint}", metrics[checkpoint][part])
+        for part in ("validation", "test")
+        for checkpoint in ("last", "best")
+        if metrics[checkpoint] and metrics[checkpoint][part]
+    ]
     print_figures(results, f"{metrics['method']}: accuracy, percent", metrics)
+    print(f"written: {target / METRICS}")
+
+
+def _score_checkpoint(
+    target: Path,
+    data: str | None,
+    part: str | None,
+    overrides: Sequence[tuple[Field, Any]],
+    out: str | None,
+    logits: str | None = None,
+) -> None:
+    """Score one checkpoint (of a run: the last), show and write its figures."""
+    from equipoise.run import LAST as LAST_OF_RUN
+    from equipoise.run import evaluate_checkpoint, find_checkpoint, write_json, write_logits
+    from equipoise.tables import print_figures
+
+    checkpoint = target / LAST_OF_RUN if target.is_dir() else find_checkpoint(target)
+    for flag, file in (("--out", out), ("--logits", logits)):
+        if file is not None and (not Path(file).absolute().parent.is_dir() or Path(file).is_dir()):
+            raise UserError(f"{flag} must be a file in a folder that is there, not {file}")
+    metrics, predictions = evaluate_checkpoint(checkpoint, data, part, overrides, keep_logits=logits is not None)
+    scored: str = metrics["split"]
+    print_figures([(scored, metrics[scored])], f"{metrics['method']}: accuracy, percent", metrics)
+    if logits is not None:
+        write_logits(Path(logits), predictions, metrics["class_names"])
+        print(f"written: {logits}")
+    of_data = f"-{Path(data).resolve().name}" if data else ""
+    stem = checkpoint.name.partition(".pt")[0]
+    written = Path(out or checkpoint.with_name(f"metrics-{stem}{of_data}-{scored}.json"))
+    write_json(written, metrics)
     print(f"written: {written}")
 
 
@@ -305,22 +426,85 @@ def _recipes(_: argparse.Namespace) -> None:
         print(f"{name:<12}  {load_recipe(name).summary}")
 
 
+def _add_data(commands: Any) -> None:
+    data = _add_command(commands, "data", "what lies in a folder: classes, counts, problems", _data)
+    data.add_argument(
+        "path",
+        metavar="PATH",
+        help="folder of class folders or of a published data set, Parquet, CIFAR archive, a list file, or 'digits'",
+    )
+    data.add_argument("--images", metavar="FOLDER", help="PATH is a list file: what its paths are below")
+    data.add_argument(
+        "--write-lists", metavar="FOLDER", help="write iNaturalist's JSON as the list files of the literature"
+    )
+    for part in ("train", "val", "test"):
+        data.add_argument(f"--{part}-list", dest=f"data.{part}_list", metavar="FILE", help="a list file of that part")
+    _add_set(data)
+
+
 def _data(options: argparse.Namespace) -> None:
     recipe = Recipe()
     for field, value in _overrides(options):
         recipe = override(recipe, field, value)
 
-    from equipoise.lists import find_parts, training_problems
+    from equipoise.listfiles import BENCHMARKS
+    from equipoise.lists import training_problems
     from equipoise.pixels import unreadable
+    from equipoise.run import source_of
+    from equipoise.sources import Source, disagreements, find_parts, recognise, write_lists
     from equipoise.tables import print_data
 
-    found = find_parts(options.path, recipe.data.image_column, recipe.data.label_column)
-    problems = list(found.notes)
-    if "train" in found.parts:
+    path = Path(options.path)
+    if path.is_file() and path.suffix in (".txt", ".lst", ".csv", ".json"):
+        images = options.images or str(path.absolute().parent)
+        source = Source(images, lists={"train": str(path)})
+    elif options.images:
+        raise UserError(
+            "--images goes with a list file as PATH; for a folder, name its lists with --train-list and so on"
+        )
+    else:
+        source = source_of(replace(recipe, data=replace(recipe.data, path=options.path)))
+        benchmark = recognise(options.path)
+        if not source.lists and not source.benchmark and benchmark in BENCHMARKS:
+            source = replace(source, benchmark=benchmark)
+    if options.write_lists:
+        for said in write_lists(source, Path(options.write_lists)):
+            print(said)
+        return
+    found = find_parts(source)
+    problems = [*found.notes, *(str(error) for error in found.absent.values()), *disagreements(found)]
+    if "train" in found.parts and not found.of_lists:
         problems += training_problems(found.parts["train"])
     for part in found.parts.values():
         problems += [str(error) for error in unreadable(part)]
     print_data(options.path, found, problems)
+
+
+# ---------------------------------------------------------------------------------------------- export
+
+
+def _add_export(commands: Any) -> None:
+    export = _add_command(commands, "export", "write a run in another layout", _export)
+    export.add_argument(
+        "target", metavar="RUN_OR_CHECKPOINT", help="a run folder (its best checkpoint, or else its last)"
+    )
+    export.add_argument(
+        "--to", choices=("authors",), required=True, help="authors: the layout of the BCL authors' code"
+    )
+    export.add_argument("--out", metavar="FILE", help=f"default: {BEST} or {LAST} beside the checkpoint")
+
+
+def _export(options: argparse.Namespace) -> None:
+    from equipoise.run import BEST as BEST_OF_RUN
+    from equipoise.run import LAST as LAST_OF_RUN
+    from equipoise.run import export_to_authors
+
+    target = Path(options.target)
+    best = (target / BEST_OF_RUN).is_file() or target.name == BEST_OF_RUN
+    checkpoint = target / (BEST_OF_RUN if best else LAST_OF_RUN) if target.is_dir() else target
+    out = Path(options.out or checkpoint.with_name(BEST if best else LAST))
+    export_to_authors(checkpoint, out)
+    print(f"written: {out}")
 
 
 if __name__ == "__main__":

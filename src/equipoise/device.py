@@ -10,7 +10,7 @@ from equipoise.errors import UserError
 
 
 def choose_device(name: str) -> torch.device:
-    """'auto' takes cuda, then mps, then cpu. Raises UserError for one that is not there."""
+    """'auto' takes cuda, then mps, then cpu; 'cuda:1' is the second GPU. Raises UserError for one that is not there."""
     available = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
@@ -18,8 +18,11 @@ def choose_device(name: str) -> torch.device:
     }
     if name == "auto":
         name = next(device for device, there in available.items() if there)
-    if not available[name]:
-        raise UserError(f"this machine has no {name} device that torch {torch.__version__} can use; try --device auto")
+    kind, _, number = name.partition(":")
+    if not available[kind]:
+        raise UserError(f"this machine has no {kind} device that torch {torch.__version__} can use; try --device auto")
+    if number and int(number) >= torch.cuda.device_count():
+        raise UserError(f"this machine has {torch.cuda.device_count()} CUDA devices, numbered from 0, and so no {name}")
     return torch.device(name)
 
 

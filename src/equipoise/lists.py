@@ -1,16 +1,16 @@
-"""What lies on a disk becomes an `ImageList`: where each image is, its label, the class names, the class counts.
+"""What can be trained on is an `ImageList`: where each image is, its label, the class names, the class counts.
 
-Three sources: a folder of class folders, Parquet files, and scikit-learn's digits inside its wheel. A list knows
-nothing of decoding (`pixels.py`) and reads no pixels.
+A list knows nothing of decoding (`pixels.py`) and reads no pixels. How lists come from what lies on a disk is in
+`sources.py`; here is what they are, and how smaller ones are cut out of them.
 """
 
 import hashlib
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,9 +20,8 @@ from equipoise.errors import UserError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
 DIGITS = "digits"
-_PARTS = {
+PART_NAMES = {
     "train": "train",
     "training": "train",
     "val": "validation",
@@ -31,7 +30,6 @@ _PARTS = {
     "test": "test",
     "testing": "test",
 }
-_DIGITS_TEST_PER_CLASS = 50
 
 Indices = npt.NDArray[np.int64]
 
@@ -146,11 +144,14 @@ class ImageList:
 class Found:
     """What lies at a path, by part ('train', 'validation', 'test'), before anything is asked of it."""
 
-    kind: str  # 'class folders', 'Parquet', 'embedded digits'
+    kind: str  # 'class folders', 'Parquet', 'list files', ...
     parts: dict[str, ImageList]
     divided: bool  # into parts by their names; else all of it is called 'train'
     named: bool = True  # the classes have names, not just numbers
     notes: tuple[str, ...] = ()  # what is odd, but no error
+    of_lists: bool = False  # by list files, whose images may not be there
+    absent: Mapping[str, UserError] = field(default_factory=dict[str, UserError])  # parts that should be there
+    described: tuple[str, ...] = ()  # which files these are
 
 
 @dataclass(frozen=True)
@@ -168,79 +169,6 @@ class Parts:
         return {name: part for name, part in parts.items() if part is not None}
 
 
-# ---------------------------------------------------------------------------------------------- opening
-
-
-def find_parts(path: str, image_column: str = "", label_column: str = "") -> Found:
-    """What lies at `path`: 'digits', a folder of class folders, a Parquet file or a folder of them.
-
-    Above the class folders there may be `train/`, `val/` and `test/`; Parquet files belong to the part that their
-    name begins with. Raises UserError for what cannot be read.
-    """
-    if path == DIGITS:
-        return _open_digits()
-    if not path:
-        raise UserError("this recipe needs data: name a folder with --data FOLDER")
-    root = Path(os.path.expanduser(path))
-    if not root.exists():
-        raise UserError(f"there is no file or folder at {root}")
-    tables = _parquet_files(root)
-    return _open_parquet(tables, image_column, label_column) if tables else _open_class_folders(root)
-
-
-def open_parts(
-    path: str,
-    *,
-    image_column: str = "",
-    label_column: str = "",
-    imbalance: str = "exponential",
-    imbalance_factor: float = 1.0,
-    holdout: float = 0.0,
-) -> Parts:
-    """The data set at `path` (see `find_parts`) to train on.
-
-    An `imbalance_factor` above 1 cuts a long tail of that shape out of the training part; then, where there is no
-    validation part, the share `holdout` of the training images becomes one. Raises UserError for what cannot be a
-    training set: nothing there, an empty class, one class only.
-    """
-    found = find_parts(path, image_column, label_column)
-    if "train" not in found.parts:
-        raise UserError(f"{path} has no training part; name it train/ (folders) or train-*.parquet")
-    train, validation = found.parts["train"], found.parts.get("validation")
-    for problem in training_problems(train):
-        raise UserError(problem)
-    if imbalance_factor > 1:
-        train = long_tailed(train, imbalance_factor, imbalance)
-    if validation is None and holdout > 0:
-        train, validation = hold_out(train, holdout)
-    return Parts(found.kind, train, validation, found.parts.get("test"))
-
-
-def open_part(
-    path: str, part: str, class_names: tuple[str, ...], image_column: str = "", label_column: str = ""
-) -> ImageList:
-    """The images at `path` on which a model of these classes is to be scored: its part `part`, or all of them where
-    it is not divided into parts. Raises UserError where they do not fit the classes."""
-    found = find_parts(path, image_column, label_column)
-    if part not in found.parts and found.divided:
-        raise UserError(f"{path} has no {part} part; it has {', '.join(found.parts)}: choose one with --split")
-    images = found.parts[part if found.divided else "train"]
-    if not found.named:
-        beyond = images.labels_N[images.labels_N >= len(class_names)]
-        if len(beyond):
-            raise UserError(
-                f"{path} has label {beyond[0]}, but the model knows the classes 0 to {len(class_names) - 1}"
-            )
-        return replace(images, class_names=class_names)
-    seen = [name for name, count in zip(images.class_names, images.class_counts, strict=True) if count]
-    unknown = [name for name in seen if name not in class_names]
-    if unknown:
-        raise UserError(f"{path} has a class '{unknown[0]}' that the model does not know; score it without that class")
-    of_model = {name: label for label, name in enumerate(class_names)}
-    labels_N = np.array([of_model.get(name, 0) for name in images.class_names], np.int64)[images.labels_N]
-    return replace(images, labels_N=labels_N, class_names=class_names)
-
-
 def training_problems(train: ImageList) -> list[str]:
     """Why `train` cannot be trained on; empty where it can."""
     if len(train.class_names) == 1:
@@ -250,191 +178,6 @@ def training_problems(train: ImageList) -> list[str]:
         for name, count in zip(train.class_names, train.class_counts, strict=True)
         if count == 0
     ]
-
-
-def _open_digits() -> Found:
-    from sklearn.datasets import load_digits  # over a second of import, needed here alone
-
-    bunch: Any = load_digits()
-    gray = np.rint(bunch.images * (255 / 16)).astype(np.uint8)  # stored as 0 to 16
-    labels = bunch.target.astype(np.int64)
-    names = tuple(str(digit) for digit in range(10))
-    everything = ImageList(
-        DIGITS, PixelArrays("scikit-learn's digits", np.repeat(gray[..., None], 3, axis=3)), labels, names
-    )
-    test = np.concatenate([np.flatnonzero(labels == digit)[-_DIGITS_TEST_PER_CLASS:] for digit in range(10)])
-    rest = np.setdiff1d(np.arange(len(labels)), test)
-    parts = {"train": everything.take(rest), "test": everything.take(np.sort(test))}
-    return Found("embedded digits", parts, divided=True)
-
-
-def _folders(folder: Path) -> list[Path]:
-    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-
-
-def _open_class_folders(root: Path) -> Found:
-    if not root.is_dir():
-        raise UserError(f"{root} is a file, but no Parquet file; name a folder of class folders")
-    folders = _folders(root)
-    if not folders:
-        raise UserError(f"{root} has no sub-folders; put the images of each class in a folder of its own there")
-    notes: list[str] = []
-    part_folders = _part_folders(root, folders, notes)
-    divided = bool(part_folders)
-    first = part_folders.get("train", next(iter(part_folders.values()))) if divided else root
-    names = tuple(folder.name for folder in _folders(first))
-    lists = {part: _class_folders(folder, names, notes) for part, folder in (part_folders or {"train": root}).items()}
-    return Found("class folders", lists, divided, notes=tuple(notes))
-
-
-def _part_folders(root: Path, folders: list[Path], notes: list[str]) -> dict[str, Path]:
-    """The folders that are parts; none where all are classes. `train` may be a class: then it holds pictures, not
-    folders."""
-    candidates = [folder for folder in folders if folder.name.lower() in _PARTS and _folders(folder)]
-    others = [folder.name for folder in folders if folder not in candidates]
-    parts: dict[str, Path] = {}
-    for folder in candidates:
-        part = _PARTS[folder.name.lower()]
-        if part in parts:
-            raise UserError(f"{root} has two {part} parts, {parts[part].name}/ and {folder.name}/; keep one of them")
-        parts[part] = folder
-    if others and "train" not in parts:
-        return {}
-    if others:
-        notes.append(f"{root}: beside train/, these folders are no part and were passed over: {', '.join(others)}")
-    return parts
-
-
-def _class_folders(root: Path, names: tuple[str, ...], notes: list[str]) -> ImageList:
-    unknown = [folder.name for folder in _folders(root) if folder.name not in names]
-    if unknown:
-        raise UserError(f"{root / unknown[0]} is no class of the training part ({len(names)} classes); remove it")
-    paths: list[str] = []
-    labels: list[int] = []
-    others = 0
-    for label, name in enumerate(names):
-        # rglob so that a class may be sorted into further folders; sorted so that every machine sees one order.
-        folder = root / name
-        files = sorted(entry for entry in folder.rglob("*") if entry.is_file()) if folder.is_dir() else []
-        # Hidden folders hold thumbnails and notebook checkpoints: copies of images that are there already.
-        files = [entry for entry in files if not any(part[0] == "." for part in entry.relative_to(folder).parts)]
-        images = [entry for entry in files if entry.suffix.lower() in SUFFIXES]
-        others += len(files) - len(images)
-        paths += [entry.relative_to(root).as_posix() for entry in images]
-        labels += [label] * len(images)
-    if others:
-        notes.append(f"{root}: {others} files that are not images by their ending were passed over")
-    if not paths:
-        raise UserError(f"{root} holds no images in its class folders (known endings: {' '.join(sorted(SUFFIXES))})")
-    return ImageList(str(root), ImageFiles(root, tuple(paths)), np.array(labels, dtype=np.int64), names)
-
-
-# ---------------------------------------------------------------------------------------------- Parquet
-
-
-def _parquet_files(root: Path) -> list[Path]:
-    if root.is_file():
-        return [root] if root.suffix == ".parquet" else []
-    return sorted([*root.glob("*.parquet"), *root.glob("data/*.parquet")])
-
-
-def _open_parquet(files: list[Path], image_column: str, label_column: str) -> Found:
-    by_part: dict[str, list[Path]] = {}
-    others: list[Path] = []
-    for file in files:
-        part = _PARTS.get(file.stem.replace("_", "-").split("-")[0].lower())
-        if part:
-            by_part.setdefault(part, []).append(file)
-        else:
-            others.append(file)
-    divided = bool(by_part)
-    notes = [f"{file}: no part's name (train, val, test) begins its own, passed over" for file in others if divided]
-    columns = {
-        part: _read_parquet(part_files, image_column, label_column)
-        for part, part_files in (by_part or {"train": others}).items()
-    }
-    _, labels, named = columns.get("train", next(iter(columns.values())))
-    if not named and labels.max() >= len(labels):
-        raise UserError(f"{files[0]}: label {labels.max()} is out of range: there are {len(labels)} rows only")
-    names = named or tuple(str(label) for label in range(int(labels.max()) + 1))
-    parts: dict[str, ImageList] = {}
-    for part, (column, labels, own_names) in columns.items():
-        origin = ", ".join(str(file) for file in by_part.get(part, others))
-        wrong = np.flatnonzero((labels < 0) | (labels >= len(names)))
-        if len(wrong):
-            raise UserError(
-                f"{origin}: row {wrong[0]} has label {labels[wrong[0]]}, which is out of range: the classes are "
-                f"0 to {len(names) - 1}"
-            )
-        if own_names != named:
-            raise UserError(f"{origin} names its classes differently from the training part; make them agree")
-        images = EncodedImages(origin, column, np.arange(len(labels)))
-        parts[part] = ImageList(origin, images, labels, names)
-    return Found("Parquet", parts, divided, bool(named), tuple(notes))
-
-
-def _read_parquet(files: list[Path], image_column: str, label_column: str) -> tuple[Any, Indices, tuple[str, ...]]:
-    """The column of encoded images, the labels, and the class names (empty where the file gives none)."""
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError:
-        raise UserError(f"reading {files[0]} needs pyarrow: pip install 'equipoise[parquet]'") from None
-    try:
-        schema = pq.read_schema(files[0])
-        image_column = image_column or _only(
-            [
-                field.name
-                for field in schema
-                if pa.types.is_binary(field.type)
-                or pa.types.is_large_binary(field.type)
-                or (pa.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0)
-            ],
-            files[0],
-            "images (bytes)",
-            "image_column",
-        )
-        label_column = label_column or _only(
-            [field.name for field in schema if pa.types.is_integer(field.type)],
-            files[0],
-            "labels (integers)",
-            "label_column",
-        )
-        for column in (image_column, label_column):
-            if column not in schema.names:
-                raise UserError(f"{files[0]} has no column '{column}'; it has {', '.join(schema.names)}")
-        table = pa.concat_tables(pq.read_table(file, columns=[image_column, label_column]) for file in files)
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{files[0]} cannot be read as Parquet: {str(error).splitlines()[0]}") from None
-    if table.num_rows == 0:
-        raise UserError(f"{files[0]} has no rows")
-    images = table.column(image_column)
-    if pa.types.is_struct(images.type):
-        images = pa.chunked_array([chunk.field("bytes") for chunk in images.chunks])
-    if not (pa.types.is_binary(images.type) or pa.types.is_large_binary(images.type)):
-        raise UserError(f"{files[0]}: column '{image_column}' holds {images.type}, not image bytes")
-    labels = table.column(label_column)
-    if not pa.types.is_integer(labels.type) or labels.null_count:
-        raise UserError(f"{files[0]}: column '{label_column}' must hold a whole number in every row")
-    return images, labels.to_numpy().astype(np.int64), _class_names(schema.metadata, label_column)
-
-
-def _only(columns: list[str], file: Path, what: str, field: str) -> str:
-    if len(columns) == 1:
-        return columns[0]
-    found = f"several columns that could be {what}: {', '.join(columns)}" if columns else f"no column of {what}"
-    raise UserError(f"{file} has {found}; name it with --set data.{field}=NAME")
-
-
-def _class_names(metadata: dict[bytes, bytes] | None, label_column: str) -> tuple[str, ...]:
-    """The names that the `datasets` library keeps in the schema's metadata, if it wrote the file."""
-    import json
-
-    try:
-        info = json.loads((metadata or {})[b"huggingface"])["info"]["features"][label_column]
-        return tuple(str(name) for name in info["names"])
-    except (KeyError, ValueError, TypeError):
-        return ()
 
 
 # ---------------------------------------------------------------------------------------------- subsets

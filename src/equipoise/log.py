@@ -14,11 +14,16 @@ _SECONDS_BETWEEN_PLAIN_LINES = 10.0
 class RunLog:
     """`metrics.jsonl` and TensorBoard events of a run folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, step: int) -> None:
+        """Begin after `step` steps: what the folder has of later ones, which will be done again, is dropped."""
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        self._curves = SummaryWriter(str(folder / "tensorboard"))
-        self._lines = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._curves = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        file = folder / "metrics.jsonl"
+        if file.exists():
+            lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+            file.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
+        self._lines = file.open("a", encoding="utf-8")
 
     def write(self, kind: str, step: int, epoch: int, values: dict[str, float | None]) -> None:
         """One line, `kind` 'train' or 'validation', after `step` steps; `None` (absent) is no point of a curve."""
@@ -37,8 +42,9 @@ class ProgressLine:
     """Where training is: epoch, loss terms, images/s, time left. In a terminal one line that changes; elsewhere, as
     in a file, a plain line now and then. With `shown` false, nothing."""
 
-    def __init__(self, steps: int, epochs: int, shown: bool) -> None:
-        self._steps, self._epochs = steps, epochs
+    def __init__(self, done: int, steps: int, epochs: int, shown: bool) -> None:
+        """`done` of `steps` steps are behind already."""
+        self._done, self._steps, self._epochs = done, steps, epochs
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._plain = shown and not sys.stdout.isatty()
@@ -46,7 +52,7 @@ class ProgressLine:
         if shown and sys.stdout.isatty():
             columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TimeRemainingColumn())
             self._bar = Progress(*columns, TextColumn("left"), transient=True)
-            self._task = self._bar.add_task("starting", total=steps)
+            self._task = self._bar.add_task("starting", total=steps, completed=done)
             self._bar.start()
 
     def update(self, step: int, epoch: int, values: dict[str, float], rate: float) -> None:
@@ -57,7 +63,7 @@ class ProgressLine:
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=step, description=text)
         elif self._plain and (step == self._steps or now - self._last_plain > _SECONDS_BETWEEN_PLAIN_LINES):
-            left = (now - self._start) / step * (self._steps - step)
+            left = (now - self._start) / (step - self._done) * (self._steps - step)
             print(f"step {step}/{self._steps}  {text}  {timedelta(seconds=round(left))} left", flush=True)
             self._last_plain = now
 

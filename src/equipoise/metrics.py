@@ -1,7 +1,12 @@
-"""Predictions, labels and training counts become the figures of the field: top-1, per class, many/medium/few."""
+"""Predictions, labels and training counts become the figures of the field, and those that it leaves out.
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+Shapes: N images, C classes, K ranked classes of an image. All figures are fractions. `None` is "there is nothing to
+average", which is not the same as 0.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -9,18 +14,50 @@ import numpy.typing as npt
 
 MANY_ABOVE = 100  # Liu et al., CVPR 2019: many > 100 training images, few < 20, medium between, both ends inclusive
 FEW_BELOW = 20
+TAUS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)  # strengths of the post-hoc prior
+_BINS = 15
+
+Labels = npt.NDArray[np.int64]
+Fractions = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Accuracy:
-    """Fractions, not percent. `None` is "there is nothing to average", which is not the same as 0."""
+class Predictions:
+    """What a network says of the N images of a list.
+
+    `ranked_NK`: the (at most five) classes of highest logits, best first. `confidence_N`: the softmax probability of
+    the best. `adjusted`: for each tau of `TAUS` the argmax of `logits - tau * log prior`; empty where the prior is not
+    known. `logits_NC`: where they were asked for.
+    """
+
+    labels_N: Labels
+    ranked_NK: Labels
+    confidence_N: Fractions
+    adjusted: Mapping[float, Labels] = field(default_factory=dict[float, Labels])
+    logits_NC: npt.NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The figures of a list.
+
+    `top5` is None where five classes or fewer make it always right. `many`, `medium`, `few` and `mean_per_class` are
+    means of per-class accuracy. `macro_f1`: the mean F1 over the classes that have images. `worst_tenth`: the mean over
+    the tenth of these classes (rounded up) with the lowest accuracy. `ece`: expected calibration error of the top class
+    over 15 bins of equal width (Guo et al., ICML 2017).
+    """
 
     images: int
     top1: float
+    top5: float | None
     mean_per_class: float
     many: float | None
     medium: float | None
     few: float | None
+    macro_f1: float
+    worst_class: float
+    worst_tenth: float
+    ece: float
     per_class: tuple[float | None, ...]
 
     def as_dict(self) -> dict[str, Any]:
@@ -34,41 +71,86 @@ def shot_group(train_count: int) -> str:
     return "few" if train_count < FEW_BELOW else "medium"
 
 
-def accuracy(
-    predictions_N: npt.NDArray[np.int64], labels_N: npt.NDArray[np.int64], train_counts_C: Sequence[int]
-) -> Accuracy:
-    """Top-1 over all images; per class; and the means of per-class accuracy over each shot group.
+def score(predictions: Predictions, train_counts_C: Sequence[int] | None, classes: int) -> Scores:
+    """All figures of the predictions.
 
-    `train_counts_C` are the training images of each class, which decide its group. A class without test images has
-    no accuracy and enters no mean. Raises ValueError on an empty set or a label outside the classes.
+    `train_counts_C` are the training images of each class, which decide its shot group; without them there are no
+    groups. A class without test images has no accuracy and enters no mean. Raises ValueError on an empty set or a label
+    outside the classes.
     """
-    classes = len(train_counts_C)
+    labels_N, ranked_NK = predictions.labels_N, predictions.ranked_NK
     if len(labels_N) == 0:
         raise ValueError("there are no images to score")
     if labels_N.min() < 0 or labels_N.max() >= classes:
         raise ValueError(f"labels must be 0 to {classes - 1}")
-    images_C = np.bincount(labels_N, minlength=classes)
-    correct_C = np.bincount(labels_N[predictions_N == labels_N], minlength=classes)
-    per_class = tuple(
-        float(right) / int(seen) if seen else None for right, seen in zip(correct_C, images_C, strict=True)
-    )
-
-    def mean(group: str | None) -> float | None:
-        members = [
-            share
-            for share, count in zip(per_class, train_counts_C, strict=True)
-            if share is not None and group in (None, shot_group(count))
-        ]
-        return sum(members) / len(members) if members else None
-
-    overall = mean(None)
-    assert overall is not None, "some class has images"
-    return Accuracy(
+    best_N = ranked_NK[:, 0]
+    hits_C = np.bincount(labels_N[best_N == labels_N], minlength=classes)
+    seen_C, said_C = np.bincount(labels_N, minlength=classes), np.bincount(best_N, minlength=classes)
+    present_C = seen_C > 0
+    accuracy_C = np.divide(hits_C, seen_C, out=np.full(classes, np.nan), where=present_C)
+    ascending = np.sort(accuracy_C[present_C])
+    f1_C = 2 * hits_C[present_C] / (seen_C + said_C)[present_C]  # 2 TP / (2 TP + FP + FN)
+    return Scores(
         images=len(labels_N),
-        top1=float((predictions_N == labels_N).mean()),
-        mean_per_class=overall,
-        many=mean("many"),
-        medium=mean("medium"),
-        few=mean("few"),
-        per_class=per_class,
+        top1=float((best_N == labels_N).mean()),
+        top5=float((ranked_NK == labels_N[:, None]).any(1).mean()) if classes > 5 else None,
+        mean_per_class=float(ascending.mean()),
+        **_group_means(accuracy_C, train_counts_C),
+        macro_f1=float(f1_C.mean()),
+        worst_class=float(ascending[0]),
+        worst_tenth=float(ascending[: math.ceil(len(ascending) / 10)].mean()),
+        ece=calibration_error(predictions.confidence_N, best_N == labels_N),
+        per_class=tuple(None if math.isnan(share) else share for share in accuracy_C.tolist()),
     )
+
+
+def _group_means(accuracy_C: Fractions, train_counts_C: Sequence[int] | None) -> dict[str, float | None]:
+    """The mean accuracy of each shot group; NaN is a class without test images."""
+    if train_counts_C is None:
+        return dict.fromkeys(("many", "medium", "few"))
+    counts_C = np.asarray(train_counts_C)
+    many_C, few_C = counts_C > MANY_ABOVE, counts_C < FEW_BELOW
+    groups = {"many": many_C, "medium": ~many_C & ~few_C, "few": few_C}
+    there_C = ~np.isnan(accuracy_C)
+    return {
+        name: float(accuracy_C[group_C & there_C].mean()) if (group_C & there_C).any() else None
+        for name, group_C in groups.items()
+    }
+
+
+def calibration_error(confidence_N: Fractions, right_N: npt.NDArray[np.bool_]) -> float:
+    """Expected calibration error: |accuracy - mean confidence| of each bin (low, high], weighted by its images."""
+    # A confidence on an edge belongs to the bin below it; the first bin takes 0 too.
+    bin_N = np.searchsorted(np.linspace(0, 1, _BINS + 1)[1:-1], confidence_N, side="left")
+    gaps = np.bincount(bin_N, weights=right_N - confidence_N, minlength=_BINS)
+    return float(np.abs(gaps).sum() / len(confidence_N))
+
+
+# ---------------------------------------------------------------------------------------------- post-hoc prior
+
+
+def sweep(predictions: Predictions, train_counts_C: Sequence[int]) -> list[dict[str, float | None]]:
+    """Figures with the post-hoc prior: the argmax of `logits - tau * log prior` (Menon et al., ICLR 2021, section 4.1)
+    for each tau of `TAUS`. tau = 0 is the prediction as it is."""
+    rows: list[dict[str, float | None]] = []
+    classes = len(train_counts_C)
+    for tau, adjusted_N in predictions.adjusted.items():
+        labels_N = predictions.labels_N
+        hits_C = np.bincount(labels_N[adjusted_N == labels_N], minlength=classes)
+        seen_C = np.bincount(labels_N, minlength=classes)
+        accuracy_C = np.divide(hits_C, seen_C, out=np.full(classes, np.nan), where=seen_C > 0)
+        rows.append(
+            {
+                "tau": tau,
+                "top1": float((adjusted_N == labels_N).mean()),
+                "mean_per_class": float(np.nanmean(accuracy_C)),
+                **_group_means(accuracy_C, train_counts_C),
+            }
+        )
+    return rows
+
+
+def choose_tau(validation_sweep: Sequence[Mapping[str, Any]]) -> float:
+    """The tau of the highest mean per-class accuracy; the smallest of those that are equal. Only ever call it with the
+    sweep of a validation part: a tau that is chosen on the test part makes its figures too good."""
+    return max(validation_sweep, key=lambda row: (row["mean_per_class"], -row["tau"]))["tau"]

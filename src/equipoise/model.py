@@ -46,6 +46,7 @@ class TwoBranchNetwork(nn.Module):
         hidden_dim: int = 0,
         feature_dim: int = 128,
         pretrained: bool = False,
+        weights: str = "",
         mean: Sequence[float] = (0.485, 0.456, 0.406),
         std: Sequence[float] = (0.229, 0.224, 0.225),
     ) -> None:
@@ -54,7 +55,7 @@ class TwoBranchNetwork(nn.Module):
         Raises UserError for an encoder that is not known, or does not take that size, or whose weights cannot be had.
         """
         super().__init__()
-        self.encoder, width = create_encoder(encoder, size, pretrained)
+        self.encoder, width = create_encoder(encoder, size, pretrained, weights)
         self.classifier = CosineClassifier(width, classes) if classifier == "cosine" else nn.Linear(width, classes)
         hidden = hidden_dim or width
         self.projection = _projection(width, hidden, feature_dim) if contrastive else None

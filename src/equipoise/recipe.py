@@ -7,6 +7,7 @@ sentence whichever way it came.
 
 import difflib
 import math
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, is_dataclass, replace
@@ -19,7 +20,6 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 from equipoise.errors import UserError
 
 Method = Literal["bcl", "ce", "logit-adjusted", "supcon+la"]
-Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16"]
 
 
@@ -33,14 +33,28 @@ class Setting:
     at_least: float | None = None
     at_most: float | None = None
     length: int | None = None
+    pattern: str | None = None  # of text, whole; `expected` says it in words
+    expected: str = ""
 
 
 @dataclass(frozen=True)
 class Data:
     path: Annotated[
         str,
-        Setting("folder of class folders, Parquet file or folder, or 'digits' (built in)", flags=("data",)),
+        Setting(
+            "folder of class folders or of a published data set, Parquet, CIFAR archive, or 'digits' (built in)",
+            flags=("data",),
+        ),
     ] = "digits"
+    benchmark: Annotated[
+        Literal["", "imagenet-lt", "inat2018", "places-lt"],
+        Setting("the published lists that say which images are meant ('': all that lie there)"),
+    ] = ""
+    train_list: Annotated[
+        str, Setting("list file 'path label' of the training images, paths below the data folder")
+    ] = ""
+    val_list: Annotated[str, Setting("list file of the validation images")] = ""
+    test_list: Annotated[str, Setting("list file of the test images")] = ""
     image_column: Annotated[str, Setting("Parquet: column with the image bytes ('' finds it)")] = ""
     label_column: Annotated[str, Setting("Parquet: column with the integer label ('' finds it)")] = ""
     imbalance: Annotated[
@@ -69,6 +83,9 @@ class Views:
         "sim-sim"
     )
     size: Annotated[int, Setting("side of a training image, pixels", at_least=8, at_most=1024)] = 224
+    randaug: Annotated[bool, Setting("RandAugment in the classifier's view of photographs")] = True
+    randaug_n: Annotated[int, Setting("RandAugment: operations a view", at_least=1, at_most=4)] = 2
+    randaug_m: Annotated[float, Setting("RandAugment: magnitude", at_least=0, at_most=10)] = 10.0
     blur: Annotated[bool, Setting("Gaussian blur in sim views, p=.5, as in MoCo v2 (the authors: no)")] = False
     mean: Annotated[
         tuple[float, ...], Setting("subtracted from each channel, of 1", at_least=0, at_most=1, length=3)
@@ -86,6 +103,10 @@ class Model:
         str, Setting("resnet8, resnet20, resnet32 (for small images) or any name timm knows", flags=("arch",))
     ] = "resnet50"
     pretrained: Annotated[bool, Setting("start from timm's pretrained weights (fetched from its hub)")] = False
+    weights: Annotated[
+        str,
+        Setting("start from the encoder's weights in this file instead, of timm or torchvision (.pth, .safetensors)"),
+    ] = ""
     classifier: Annotated[Literal["cosine", "linear"], Setting("cosine with scale 30, or linear with bias")] = "cosine"
     hidden_dim: Annotated[int, Setting("hidden width of the two projections (0: the encoder's width)", at_least=0)] = 0
     feature_dim: Annotated[int, Setting("width D of the contrastive features", flags=("feat-dim",), at_least=2)] = 1024
@@ -123,7 +144,14 @@ class Recipe:
     seed: Annotated[int, Setting("everything random follows from it", at_least=0, at_most=2**31 - 1)] = 0
     epochs: Annotated[int, Setting("passes over the training images", at_least=1)] = 90
     batch_size: Annotated[int, Setting("images a step (each gives three views)", flags=("b",), at_least=2)] = 256
-    device: Annotated[Device, Setting("auto takes cuda, then mps, then cpu")] = "auto"
+    device: Annotated[
+        str,
+        Setting(
+            "auto takes cuda, then mps, then cpu; cuda:1 is the second GPU",
+            pattern=r"auto|cpu|mps|cuda(:\d{1,3})?",
+            expected="one of auto, cpu, cuda, cuda:N, mps",
+        ),
+    ] = "auto"
     precision: Annotated[Precision, Setting("auto takes bf16 where the device is built for it")] = "auto"
     workers: Annotated[
         int, Setting("loader processes (-1: one a core; photographs only)", flags=("j",), at_least=-1)
@@ -246,6 +274,8 @@ def _checked(field: Field, value: Any) -> Any:
     if field.type is str:
         if not isinstance(value, str):
             raise refuse("text")
+        if setting.pattern is not None and not re.fullmatch(setting.pattern, value):
+            raise refuse(setting.expected)
         return value
     if field.type in (int, float):
         converted = _number(value, field.type)

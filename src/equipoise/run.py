@@ -1,20 +1,27 @@
 """A run folder: the names of its files, and what can be asked of it once it is there."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from equipoise.checkpoint import Checkpoint, atomic_file, load_checkpoint
+import numpy as np
+import torch
+
+from equipoise.checkpoint import Checkpoint, atomic_file, load_checkpoint, save_for_authors
 from equipoise.device import choose_device
 from equipoise.errors import UserError
-from equipoise.evaluate import predict
-from equipoise.lists import ImageList, Parts, open_part, open_parts
+from equipoise.evaluate import Predictions, predict
+from equipoise.listfiles import BENCHMARKS
+from equipoise.lists import ImageList, Parts
 from equipoise.loader import open_batches, worker_count
-from equipoise.metrics import accuracy
+from equipoise.losses import log_prior
+from equipoise.metrics import choose_tau, score, sweep
 from equipoise.model import TwoBranchNetwork
-from equipoise.recipe import Recipe, load_recipe
+from equipoise.recipe import Field, Recipe, field_value, load_recipe, override
+from equipoise.sources import Source, find_parts, open_part, open_parts, part_of, recognise
 from equipoise.views import ViewSettings, view_kinds
 
 RECIPE, RECORD, METRICS = "recipe.toml", "run.json", "metrics.json"
@@ -49,31 +56,44 @@ class Run:
         """The figures of the run's checkpoints, computed anew. See `evaluate_run` and `evaluate_checkpoint`."""
         if data is None and split == "test":
             return evaluate_run(self.path)
-        return evaluate_checkpoint(self.path / LAST, data, split)
+        return evaluate_checkpoint(self.path / LAST, data, split)[0]
 
 
 def view_settings(recipe: Recipe) -> ViewSettings:
     """The views that `recipe` trains and evaluates with."""
+    views = recipe.views
     return ViewSettings(
-        policy=recipe.views.policy,
-        kinds=view_kinds(recipe.views.cl_views, contrastive=recipe.method in ("bcl", "supcon+la")),
-        size=recipe.views.size,
-        blur=recipe.views.blur,
-        mean=recipe.views.mean,
+        policy=views.policy,
+        kinds=view_kinds(views.cl_views, contrastive=recipe.method in ("bcl", "supcon+la")),
+        size=views.size,
+        blur=views.blur,
+        mean=views.mean,
+        randaug=views.randaug,
+        randaug_n=views.randaug_n,
+        randaug_m=views.randaug_m,
     )
 
 
+def source_of(recipe: Recipe) -> Source:
+    """Where `recipe` has its data."""
+    data = recipe.data
+    lists = {"train": data.train_list, "validation": data.val_list, "test": data.test_list}
+    named = {part: file for part, file in lists.items() if file}
+    return Source(data.path, data.benchmark, named, data.image_column, data.label_column)
+
+
 def open_data(recipe: Recipe) -> Parts:
-    """The data that `recipe` trains on. Raises UserError, see `lists.open_parts`."""
+    """The data that `recipe` trains on. Raises UserError, see `sources.open_parts`."""
     data = recipe.data
     return open_parts(
-        data.path,
-        image_column=data.image_column,
-        label_column=data.label_column,
+        source_of(recipe),
         imbalance=data.imbalance,
         imbalance_factor=data.imbalance_factor,
         holdout=data.holdout,
     )
+
+
+# ---------------------------------------------------------------------------------------------- evaluation
 
 
 def evaluate_run(path: Path, parts: Parts | None = None, device: str = "auto") -> dict[str, Any]:
@@ -87,10 +107,11 @@ def evaluate_run(path: Path, parts: Parts | None = None, device: str = "auto") -
     scored = {"validation": parts.validation, "test": parts.test}
 
     def block(checkpoint: Checkpoint) -> dict[str, Any]:
-        return {
-            "epoch": checkpoint.epoch,
-            **{part: _score(checkpoint, images, device) if images else None for part, images in scored.items()},
+        network = checkpoint.build()
+        figures = {
+            part: _score(checkpoint, network, images, device)[0] if images else None for part, images in scored.items()
         }
+        return {"epoch": checkpoint.epoch, **figures, "post_hoc": _post_hoc(figures)}
 
     of_last = block(last)
     result = {
@@ -106,32 +127,117 @@ def evaluate_run(path: Path, parts: Parts | None = None, device: str = "auto") -
 
 
 def evaluate_checkpoint(
-    path: Path, data: str | None = None, split: str | None = None, device: str = "auto"
-) -> dict[str, Any]:
+    path: Path,
+    data: str | None = None,
+    split: str | None = None,
+    overrides: Sequence[tuple[Field, Any]] = (),
+    keep_logits: bool = False,
+) -> tuple[dict[str, Any], Predictions]:
     """Score one checkpoint on the part `split` of `data` (None: what it was trained on). Without a `split` it is the
-    test part, or the validation part where the data trained on has no test part.
+    test part, or the validation part where there is no test part.
 
-    Returns a table like `metrics.json`, with that part alone. Raises UserError where there is no such part or its
-    classes are not the checkpoint's.
+    Returns a table like `metrics.json`, with that part alone, and the predictions it is made of. `overrides` are
+    fields of the recipe, as text or values: those that decide the model must be the checkpoint's. Raises UserError
+    where there is no such part or its classes are not the checkpoint's.
     """
     checkpoint = load_checkpoint(path)
     if data is None:
+        if not checkpoint.class_counts:
+            raise UserError(f"{path} does not say what it was trained on; name the data with --data FOLDER")
+        checkpoint = _overridden(checkpoint, overrides, path)
         parts = _unchanged_data(checkpoint, path).named()
         split = split or ("test" if "test" in parts else "validation")
         if split not in parts:
             raise UserError(f"the data of {path} has no {split} part; it has {', '.join(parts)}")
         images = parts[split]
     else:
-        split = split or "test"
-        columns = checkpoint.recipe.data
-        images = open_part(data, split, checkpoint.class_names, columns.image_column, columns.label_column)
-    return {
+        benchmark = recognise(data)
+        if not checkpoint.class_counts:
+            checkpoint = _with_views_of(checkpoint, benchmark)
+        checkpoint = _overridden(checkpoint, overrides, path)
+        source = replace(source_of(checkpoint.recipe), path=data)
+        if not source.lists:
+            source = replace(source, benchmark=benchmark if benchmark in BENCHMARKS else "")
+        if checkpoint.class_counts:
+            split = split or "test"
+            images = open_part(source, split, checkpoint.class_names)
+        else:
+            checkpoint, split, images = _with_classes_of(checkpoint, source, split, path)
+    figures, predictions = _score(checkpoint, checkpoint.build(), images, checkpoint.recipe.device, keep_logits)
+    scored = {
         "method": checkpoint.recipe.method,
         "epoch": checkpoint.epoch,
         "split": split,
-        split: _score(checkpoint, images, device),
+        split: figures,
         **_classes(checkpoint),
     }
+    return scored, predictions
+
+
+def find_checkpoint(path: Path) -> Path:
+    """`path`, or what it is called here if it is one of the authors' names in a run folder. Raises UserError where
+    there is neither."""
+    ours = {"bcl_ckpt.best.pth.tar": BEST, "bcl_ckpt.pth.tar": LAST}.get(path.name)
+    if not path.exists() and ours and path.with_name(ours).is_file():
+        return path.with_name(ours)
+    if not path.exists():
+        raise UserError(f"there is no run folder or checkpoint at {path}")
+    return path
+
+
+def recipe_of(path: Path) -> Recipe:
+    """The recipe of a checkpoint, or of a run folder's last one. Raises UserError for one that has none of its own."""
+    checkpoint = load_checkpoint(find_checkpoint(path / LAST if path.is_dir() else path))
+    if not checkpoint.class_counts:
+        raise UserError(f"{path} does not say what it was trained on; name the data with --data FOLDER")
+    return checkpoint.recipe
+
+
+def export_to_authors(checkpoint: Path, out: Path) -> None:
+    """Write a checkpoint in the layout of the BCL authors' code. Raises UserError for a model they do not have."""
+    save_for_authors(load_checkpoint(checkpoint), out)
+
+
+def _overridden(checkpoint: Checkpoint, overrides: Sequence[tuple[Field, Any]], path: Path) -> Checkpoint:
+    """The checkpoint with fields of its recipe changed. Raises UserError for one that decides the model."""
+    recipe = checkpoint.recipe
+    for field, value in overrides:
+        changed = override(recipe, field, value)
+        before, after = field_value(recipe, field), field_value(changed, field)
+        if field.path[0] == "model" and before != after and field.path[1] in ("encoder", "classifier", "feature_dim"):
+            raise UserError(
+                f"{path} has {field.key} = {before}, not {after}; drop --{field.names[0]} or name another checkpoint"
+            )
+        if field.path[0] != "model" and field.key != "method":
+            recipe = changed
+    return replace(checkpoint, recipe=recipe)
+
+
+def _with_views_of(checkpoint: Checkpoint, benchmark: str) -> Checkpoint:
+    """A checkpoint of the authors' with the mean and std of the data set it is to be scored on."""
+    if benchmark not in BENCHMARKS:
+        return checkpoint
+    views = load_recipe(benchmark).views
+    return replace(checkpoint, recipe=replace(checkpoint.recipe, views=views))
+
+
+def _with_classes_of(
+    checkpoint: Checkpoint, source: Source, split: str | None, path: Path
+) -> tuple[Checkpoint, str, ImageList]:
+    """A checkpoint of the authors' with the class names, and the training counts where there is a training part, of the
+    data it is to be scored on; and that data. Raises UserError where the number of classes differs."""
+    found = find_parts(source)
+    split = split or ("test" if "test" in {**found.parts, **found.absent} or not found.divided else "validation")
+    images = part_of(found, split, source.path)
+    classes, known = len(checkpoint.class_names), len(images.class_names)
+    if known > classes or (known < classes and not found.of_lists):
+        raise UserError(
+            f"{path} knows {classes:,} classes, but {source.path} has {known:,}: it was trained on other data"
+        )
+    names = (*images.class_names, *checkpoint.class_names[known:])
+    train = found.parts.get("train") if found.divided else None
+    counts = train.class_counts if train is not None and known == classes else ()
+    return replace(checkpoint, class_names=names, class_counts=counts), split, replace(images, class_names=names)
 
 
 def _unchanged_data(checkpoint: Checkpoint, path: Path) -> Parts:
@@ -151,12 +257,42 @@ def _classes(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"class_names": list(checkpoint.class_names), "train_counts": list(checkpoint.class_counts)}
 
 
-def _score(checkpoint: Checkpoint, images: ImageList, device_name: str) -> dict[str, Any]:
+def _score(
+    checkpoint: Checkpoint, network: TwoBranchNetwork, images: ImageList, device_name: str, keep_logits: bool = False
+) -> tuple[dict[str, Any], Predictions]:
     device = choose_device(device_name)
-    recipe = checkpoint.recipe
+    recipe, counts = checkpoint.recipe, checkpoint.class_counts or None
     batches = open_batches(images, view_settings(recipe), device, worker_count(recipe.workers))
-    predictions, labels = predict(checkpoint.build().to(device), batches)
-    return accuracy(predictions, labels, checkpoint.class_counts).as_dict()
+    prior_C = log_prior(torch.tensor(counts)).float() if counts else None
+    predictions = predict(network.to(device), batches, prior_C, keep_logits=keep_logits)
+    figures = score(predictions, counts, len(checkpoint.class_names)).as_dict()
+    return {**figures, "prior_sweep": sweep(predictions, counts) if counts else None}, predictions
+
+
+def _post_hoc(figures: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The post-hoc prior whose strength the validation part chose, and what it gives on each part. None without a
+    validation part: the test part chooses nothing."""
+    if not figures["validation"]:
+        return None
+    tau = choose_tau(figures["validation"]["prior_sweep"])
+    at_tau = {
+        part: next(row for row in scored["prior_sweep"] if row["tau"] == tau)
+        for part, scored in figures.items()
+        if scored
+    }
+    return {"tau": tau, "chosen_on": "validation", **at_tau}
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+def write_logits(path: Path, predictions: Predictions, class_names: Sequence[str]) -> None:
+    """`logits` `[N, C]`, `labels` `[N]` in the order of the list, and `class_names`, as NumPy's .npz."""
+    assert predictions.logits_NC is not None
+    with atomic_file(path) as file:
+        np.savez_compressed(
+            file, logits=predictions.logits_NC, labels=predictions.labels_N, class_names=np.array(class_names)
+        )
 
 
 def write_json(path: Path, value: Any) -> None:

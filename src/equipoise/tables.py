@@ -13,6 +13,14 @@ from equipoise.metrics import shot_group
 
 _ROWS_SHOWN = 40
 _BAR = 30
+_FURTHER = {
+    "top-5": "top5",
+    "mean over classes": "mean_per_class",
+    "worst tenth of classes": "worst_tenth",
+    "worst class": "worst_class",
+    "macro F1": "macro_f1",
+    "calibration error": "ece",
+}
 
 
 def print_plan(plan: Mapping[str, str]) -> None:
@@ -34,30 +42,58 @@ def print_figures(results: Sequence[tuple[str, Mapping[str, Any]]], title: str, 
     for heading, _ in results:
         table.add_column(heading.replace(" ", "\n"), justify="right")
 
-    names, counts = metrics["class_names"], metrics["train_counts"]
-    table.add_row("overall (top-1)", f"{sum(counts):,}", *(_percent(figure["top1"]) for _, figure in results))
+    names, counts = metrics["class_names"], metrics["train_counts"]  # no counts: what was trained on is not known
+
+    def add_row(label: str, images: str, figure_name: str) -> None:
+        table.add_row(label, images, *(_percent(figure[figure_name]) for _, figure in results))
+
+    add_row("overall (top-1)", f"{sum(counts):,}" if counts else "?", "top1")
     limits = {"many": "more than 100", "medium": "20 to 100", "few": "fewer than 20"}
     for group, limit in limits.items():
         classes = sum(shot_group(count) == group for count in counts)
-        label = f"{group} ({classes} {'class' if classes == 1 else 'classes'})"
-        table.add_row(label, limit, *(_percent(figure[group]) for _, figure in results))
+        if classes:
+            add_row(f"{group} ({classes:,} {'class' if classes == 1 else 'classes'})", limit, group)
     table.add_section()
-    for index in _shown(counts):
+    for label, figure_name in _FURTHER.items():
+        if any(figure[figure_name] is not None for _, figure in results):
+            add_row(label, "", figure_name)
+    table.add_section()
+    for index in _shown(counts or [0] * len(names)):
         if index is None:
             table.add_row("…", "", *("" for _ in results))
         else:
             shares = (_percent(figure["per_class"][index]) for _, figure in results)
-            table.add_row(escape(str(names[index])), f"{counts[index]:,}", *shares)
+            table.add_row(escape(str(names[index])), f"{counts[index]:,}" if counts else "?", *shares)
     console = Console()
     console.print(table)
-    if len(counts) > _ROWS_SHOWN:
-        console.print(f"({_ROWS_SHOWN} of {len(counts):,} classes; all of them are in metrics.json)")
+    if not counts:
+        console.print("(the data has no training part: many, medium and few are not known)")
+    if len(names) > _ROWS_SHOWN:
+        console.print(f"({_ROWS_SHOWN} of {len(names):,} classes; all of them are in the file)")
+
+
+def print_post_hoc(metrics: Mapping[str, Any]) -> None:
+    """The post-hoc prior that the validation part chose, in one line, where there is one and it changes something."""
+    for checkpoint in ("last", "best"):
+        chosen = metrics[checkpoint] and metrics[checkpoint]["post_hoc"]
+        if chosen and chosen["tau"] > 0:
+            part = "test" if "test" in chosen else "validation"
+            before, after = metrics[checkpoint][part], chosen[part]
+            Console().print(
+                f"{checkpoint}: subtracting {chosen['tau']:g} x log prior from the logits (chosen on validation) moves "
+                f"the mean over classes on {part} from {_percent(before['mean_per_class'])} to "
+                f"{_percent(after['mean_per_class'])}",
+                highlight=False,
+                soft_wrap=True,
+            )
 
 
 def print_data(path: str, found: Found, problems: Sequence[str]) -> None:
     """What lies at `path`: format, parts, a bar for each class, imbalance factor, problems."""
     console = Console()
     console.print(f"[bold]{escape(path)}[/bold]: {found.kind}", highlight=False)
+    for line in found.described:
+        console.print(escape(line), highlight=False, soft_wrap=True)
     for part, images in found.parts.items():
         _print_counts(console, part, images)
     if problems:

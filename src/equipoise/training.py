@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from equipoise.checkpoint import Checkpoint, atomic_file, create_network, state_on_cpu
+from equipoise.checkpoint import Checkpoint, atomic_file, create_network, load_checkpoint, state_on_cpu
 from equipoise.device import autocast, choose_device, choose_precision, describe_machine
 from equipoise.errors import UserError
 from equipoise.evaluate import predict
@@ -35,18 +35,40 @@ from equipoise.losses import (
     logit_adjusted_cross_entropy,
     supervised_contrastive_loss,
 )
-from equipoise.metrics import accuracy
+from equipoise.metrics import score
 from equipoise.model import Outputs, TwoBranchNetwork
 from equipoise.optim import create_sgd, learning_rate
 from equipoise.pixels import unreadable
-from equipoise.recipe import Recipe, recipe_toml
-from equipoise.run import BEST, LAST, RECIPE, RECORD, Run, evaluate_run, open_data, view_settings, write_json
+from equipoise.recipe import Recipe, field_value, recipe_fields, recipe_toml
+from equipoise.run import (
+    BEST,
+    LAST,
+    RECIPE,
+    RECORD,
+    Run,
+    evaluate_run,
+    find_checkpoint,
+    open_data,
+    view_settings,
+    write_json,
+)
 
 Terms = dict[str, Tensor]
+# Recipe fields that may differ where a run goes on: they change no number but the run's length.
+_FREE_IN_RESUME = {"name", "summary", "epochs", "device", "precision", "workers", "log_every", "pretrained", "weights"}
 
 
 class NonFiniteLossError(UserError):
     """A loss term became infinite or not a number; the optimizer has not moved since."""
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """The checkpoint from which a run goes on. `in_place`: in the run folder that it lies in."""
+
+    path: Path
+    checkpoint: Checkpoint
+    in_place: bool
 
 
 @dataclass(frozen=True)
@@ -60,6 +82,7 @@ class Plan:
     steps_per_epoch: int
     folder: Path
     folder_named: bool  # by the user; else another name will do if it is taken meanwhile
+    resumed: Resumed | None
 
     def describe(self) -> dict[str, str]:
         """The plan for people: what, and its value."""
@@ -79,24 +102,41 @@ class Plan:
             "device": f"{self.device}, {self.precision}",
             "steps": f"{self.recipe.epochs} epochs of {self.steps_per_epoch:,}: "
             f"{self.recipe.epochs * self.steps_per_epoch:,} steps of {self.recipe.batch_size} images",
+            **({"goes on from": self._resumed_from()} if self.resumed else {}),
             "run folder": str(self.folder),
         }
 
+    def _resumed_from(self) -> str:
+        assert self.resumed is not None
+        return f"{self.resumed.path}, after epoch {self.resumed.checkpoint.epoch}"
 
-def prepare(recipe: Recipe, out: str | Path | None = None) -> Plan:
+
+def prepare(recipe: Recipe, out: str | Path | None = None, resume: str | Path | None = None) -> Plan:
     """Read the data and check that `recipe` can be trained on it, into the folder `out`.
+
+    `resume` is a checkpoint to go on from, after the epoch it was written at: one of a run, which goes on in its own
+    folder unless `out` is another, or one of the BCL authors' code.
 
     Raises UserError for what the user must put right; writes nothing.
     """
+    resumed = _open_resumed(Path(os.path.expanduser(resume)), out) if resume else None
+    in_place = resumed is not None and resumed.in_place
     folder = Path(os.path.expanduser(out)) if out else _default_folder(recipe)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise UserError(f"{folder} exists and is not empty; name another folder with --out")
+    if resumed is not None and in_place:
+        folder = resumed.path.parent
+    elif folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise UserError(
+            f"{folder} exists and is not empty; go on with it by --resume, or name another folder with --out"
+        )
     if recipe.data.path not in (DIGITS, "") and folder.resolve().is_relative_to(Path(recipe.data.path).resolve()):
         raise UserError(f"the run folder {folder} would lie inside the data; name one outside with --out")
-    if recipe.data.path not in (DIGITS, ""):
-        # Absolute, so that the recipe.toml of the run can be trained again from anywhere.
-        absolute = str(Path(os.path.expanduser(recipe.data.path)).resolve())
-        recipe = replace(recipe, data=replace(recipe.data, path=absolute))
+    # Absolute, so that the recipe.toml of the run can be trained again from anywhere.
+    files = {
+        name: str(Path(os.path.expanduser(value)).resolve())
+        for name in ("path", "train_list", "val_list", "test_list")
+        if (value := getattr(recipe.data, name)) not in (DIGITS, "")
+    }
+    recipe = replace(recipe, data=replace(recipe.data, **files))
     parts = open_data(recipe)
     if recipe.batch_size > len(parts.train):
         raise UserError(
@@ -106,6 +146,8 @@ def prepare(recipe: Recipe, out: str | Path | None = None) -> Plan:
     for part in parts.named().values():
         for error in unreadable(part):
             raise error
+    if resumed is not None:
+        _refuse_unfitting(resumed, recipe, parts)
     device = choose_device(recipe.device)
     return Plan(
         recipe,
@@ -115,16 +157,53 @@ def prepare(recipe: Recipe, out: str | Path | None = None) -> Plan:
         steps_per_epoch(len(parts.train), recipe.batch_size),
         folder,
         bool(out),
+        resumed,
     )
 
 
-def train(recipe: Recipe, out: str | Path | None = None, progress: bool = True) -> Run:
-    """Train `recipe` into the folder `out` (default: `runs/RECIPE-METHOD-TIME`) and score what came of it.
+def _open_resumed(path: Path, out: str | Path | None) -> Resumed:
+    path = find_checkpoint(path / LAST if path.is_dir() else path)
+    in_run = (path.parent / RECORD).is_file() and path.name in (LAST, BEST)
+    same = out is None or Path(os.path.expanduser(out)).resolve() == path.parent.resolve()
+    return Resumed(path, load_checkpoint(path), in_run and same)
+
+
+def _refuse_unfitting(resumed: Resumed, recipe: Recipe, parts: Parts) -> None:
+    """Raise UserError where the recipe or the data cannot go on from the checkpoint."""
+    path, checkpoint = resumed.path, resumed.checkpoint
+    if checkpoint.epoch >= recipe.epochs:
+        raise UserError(
+            f"{path} has trained {checkpoint.epoch} epochs already, of {recipe.epochs}; set --epochs higher"
+        )
+    if len(checkpoint.class_names) != len(parts.train.class_names):
+        raise UserError(
+            f"{path} knows {len(checkpoint.class_names):,} classes, but {recipe.data.path} has "
+            f"{len(parts.train.class_names):,}"
+        )
+    if checkpoint.class_counts and checkpoint.fingerprints.get("train") != parts.train.fingerprint():
+        raise UserError(f"the training images are not those of {path}; name the data it was trained on")
+    of_authors = not checkpoint.class_counts  # of whose recipe only the model is known
+    for field in recipe_fields():
+        before, now = field_value(checkpoint.recipe, field), field_value(recipe, field)
+        in_model = field.path[0] == "model" and field.path[1] not in ("pretrained", "weights")
+        free = bool(_FREE_IN_RESUME.intersection(field.path)) or of_authors or not resumed.in_place
+        if before != now and (in_model or not free):
+            raise UserError(
+                f"{path} was trained with {field.key} = {before}, not {now}: a run goes on under its own recipe; "
+                "change it back, or start a new run"
+            )
+
+
+def train(
+    recipe: Recipe, out: str | Path | None = None, progress: bool = True, resume: str | Path | None = None
+) -> Run:
+    """Train `recipe` into the folder `out` (default: `runs/RECIPE-METHOD-TIME`) and score what came of it. `resume`:
+    see `prepare`.
 
     Raises UserError for what the user must put right, and leaves no folder behind then; NonFiniteLossError if the loss
     became infinite or not a number.
     """
-    return fit(prepare(recipe, out), progress)
+    return fit(prepare(recipe, out, resume), progress)
 
 
 def fit(plan: Plan, progress: bool = True) -> Run:
@@ -138,11 +217,11 @@ def fit(plan: Plan, progress: bool = True) -> Run:
     if parts.test is not None:
         open_batches(parts.test, views, device, workers)  # small images are decoded by it: better now than at the end
     torch.manual_seed(recipe.seed)
-    network = create_network(recipe, len(parts.train.class_names), recipe.model.pretrained)
+    network = create_network(recipe, len(parts.train.class_names), start=True)
     network = network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] torch's stub lacks it
 
     created = not plan.folder.exists()
-    while not _claim(plan.folder):
+    while not (plan.resumed and plan.resumed.in_place) and not _claim(plan.folder):
         if plan.folder_named:
             raise UserError(f"another run is writing into {plan.folder}; name another folder with --out")
         plan = replace(plan, folder=_default_folder(recipe))
@@ -157,7 +236,7 @@ def fit(plan: Plan, progress: bool = True) -> Run:
             _remove(plan.folder, created)
         raise
     try:
-        evaluate_run(plan.folder, parts, device.type)
+        evaluate_run(plan.folder, parts, str(device))
     except UserError as error:
         raise UserError(f"{error}. Training is done and kept; then: equipoise evaluate {plan.folder}") from None
     return Run(plan.folder)
@@ -168,12 +247,12 @@ def _loop(plan: Plan, network: TwoBranchNetwork, batches: Batches, validation: B
     terms_of = loss_terms(recipe, plan.parts.train.class_counts, plan.device)
     optimizer = create_sgd(network.parameters(), recipe.optim.lr, recipe.optim.momentum, recipe.optim.weight_decay)
     fingerprints = {name: part.fingerprint() for name, part in plan.parts.named().items()}
-    log = RunLog(plan.folder)
-    line = ProgressLine(recipe.epochs * plan.steps_per_epoch, recipe.epochs, progress)
-    best: tuple[float, int] | None = None
-    step = 0
+    first_epoch, best = _restore(plan, network, optimizer)
+    step = first_epoch * plan.steps_per_epoch
+    log = RunLog(plan.folder, step)
+    line = ProgressLine(step, recipe.epochs * plan.steps_per_epoch, recipe.epochs, progress)
     try:
-        for epoch in range(recipe.epochs):
+        for epoch in range(first_epoch, recipe.epochs):
             network.train()
             rate = _set_learning_rate(optimizer, recipe, epoch)
             images_seen, since = 0, time.perf_counter()
@@ -218,6 +297,21 @@ def _loop(plan: Plan, network: TwoBranchNetwork, batches: Batches, validation: B
     finally:
         line.close()
         log.close()
+
+
+def _restore(
+    plan: Plan, network: TwoBranchNetwork, optimizer: torch.optim.Optimizer
+) -> tuple[int, tuple[float, int] | None]:
+    """Put weights and momentum back where a run goes on; the epoch it goes on with, and its best score so far."""
+    if plan.resumed is None:
+        return 0, None
+    checkpoint = plan.resumed.checkpoint
+    network.load_state_dict(checkpoint.weights)
+    # The groups are the recipe's: of theirs, all that changes is the learning rate, which is set in every epoch.
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": checkpoint.optimizer["state"], "param_groups": groups})
+    # In another folder there is no file of an earlier best.
+    return checkpoint.epoch, checkpoint.best if plan.resumed.in_place else None
 
 
 def loss_terms(
@@ -307,8 +401,7 @@ def _validate(
 ) -> float:
     """The mean per-class accuracy on the validation part. It chooses the best checkpoint, since a part cut from
     long-tailed training images is long-tailed itself: its top-1 would choose for the frequent classes."""
-    predictions, labels = predict(network, validation)
-    scored = accuracy(predictions, labels, parts.train.class_counts)
+    scored = score(predict(network, validation), parts.train.class_counts, len(parts.train.class_names))
     values = {
         "top1": scored.top1,
         "mean_per_class": scored.mean_per_class,
@@ -374,6 +467,8 @@ def _write_record(plan: Plan) -> None:
         },
         "class_counts": dict(zip(parts.train.class_names, parts.train.class_counts, strict=True)),
     }
+    if plan.resumed is not None:
+        record["resumed"] = {"from": str(plan.resumed.path), "after_epoch": plan.resumed.checkpoint.epoch}
     write_json(plan.folder / RECORD, record)
 
 

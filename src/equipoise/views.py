@@ -37,13 +37,17 @@ _EVALUATION_MARGIN = 256 / 224  # Resize(256) · CenterCrop(224)
 @dataclass(frozen=True)
 class ViewSettings:
     """`policy`: 'digits', 'cifar' or 'photos'. `kinds`: each view's, of 'cls', 'sim', 'rand'. `mean` (of 1) fills
-    what RandAugment's geometry leaves empty."""
+    what RandAugment's geometry leaves empty. `randaug`: RandAugment in the view 'cls' of photographs; its number of
+    operations and magnitude, there and in 'rand'."""
 
     policy: str
     kinds: tuple[str, ...]
     size: int
     blur: bool = False
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    randaug: bool = True
+    randaug_n: int = 2
+    randaug_m: float = 10.0
 
 
 def view_kinds(cl_views: str, contrastive: bool) -> tuple[str, ...]:
@@ -227,13 +231,17 @@ def _recolour(view: Tensor, kind: str, settings: ViewSettings, numbers: _Numbers
         return _cutout(auto_augment(view, numbers), numbers)
     if kind == "cls":
         view = _jitter(view, numbers, 0.4, 0.4, 0.4, 0.0, probability=1.0)
-        return rand_augment(view, numbers, settings.mean)
+        return _rand_augmented(view, settings, numbers) if settings.randaug else view
     view = _jitter(view, numbers, 0.4, 0.4, 0.4, 0.1, probability=0.8)
     view = _on(view, numbers.next() < 0.2, op.to_grayscale)
     if settings.blur:
         sigma, chosen = numbers.between(0.1, 2.0), numbers.next() < 0.5
         view = _on(view, chosen, op.gaussian_blur, sigma)
-    return rand_augment(view, numbers, settings.mean) if kind == "rand" else view
+    return _rand_augmented(view, settings, numbers) if kind == "rand" else view
+
+
+def _rand_augmented(view: Tensor, settings: ViewSettings, numbers: _Numbers) -> Tensor:
+    return rand_augment(view, numbers, settings.mean, settings.randaug_n, settings.randaug_m)
 
 
 def _tensors(like: Tensor, *arrays: npt.NDArray[np.generic]) -> list[Tensor]:
@@ -333,11 +341,13 @@ _RAND_AUGMENT = (
 _ENHANCEMENTS = ("Brightness", "Color", "Contrast", "Sharpness")
 
 
-def rand_augment(images: Tensor, numbers: _Numbers, mean: Sequence[float], count: int = 2) -> Tensor:
+def rand_augment(
+    images: Tensor, numbers: _Numbers, mean: Sequence[float], count: int = 2, magnitude: float = 10
+) -> Tensor:
     """timm's RandAugment, `rand-n2-m10-mstd0.5`: `count` operations out of 15, each applied with p = .5.
 
-    Magnitude is normal(10, .5), clipped to [0, 10]; what geometry leaves empty is the mean colour; resampling is
-    bilinear or bicubic at random.
+    The magnitude is normal(`magnitude`, .5), clipped to [0, 10]; what geometry leaves empty is the mean colour;
+    resampling is bilinear or bicubic at random.
     """
     fill = [round(255 * value) for value in mean]
     for _ in range(count):
@@ -345,7 +355,7 @@ def rand_augment(images: Tensor, numbers: _Numbers, mean: Sequence[float], count
         applied = numbers.next() < 0.5
         # At least 2**-53: the normal quantile of 0 is -inf.
         normal = torch.special.ndtri(torch.from_numpy(np.maximum(numbers.next(), 2.0**-53))).numpy()
-        level = (10 + 0.5 * normal).clip(0, 10) / 10
+        level = (magnitude + 0.5 * normal).clip(0, 10) / 10
         sign, bicubic = numbers.sign(), numbers.next() < 0.5
         resamplings: tuple[tuple[op.Interpolation, npt.NDArray[np.bool_]], ...] = (
             ("bilinear", ~bicubic),
