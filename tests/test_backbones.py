@@ -79,7 +79,7 @@ except UserError as error:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert re.fullmatch(
-        r"the pretrained weights of resnet18 could not be had \(.+\); connect to the network or set "
-        r"model.pretrained to false\n",
+        r"the pretrained weights of resnet18 could not be had \(.+\); connect to the network, name a file of them "
+        r"with --weights FILE, or set --pretrained false\n",
         done.stdout,
     )

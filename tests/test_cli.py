@@ -8,13 +8,16 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import draw_folder, draw_picture
 
+from benchmarks.rehearsal import build_imagenet, build_inaturalist, rehearse
 from equipoise import load_recipe
+from equipoise.checkpoint import load_checkpoint
 from equipoise.cli import main
 from equipoise.recipe import recipe_fields, shipped_recipes
 
@@ -133,7 +136,26 @@ def test_train_own_pictures_then_evaluate(pictures, tmp_path):
 def test_every_shipped_recipe_trains(name, tmp_path, capsys):
     """One epoch of each, on data of its kind."""
     words = ["train", name, "--epochs", "1", "--out", str(tmp_path / "run"), "--workers", "0"]
-    if name != "digits-lt":
+    benchmark = load_recipe(name).data.benchmark
+    if benchmark:
+        build = build_inaturalist if benchmark == "inat2018" else build_imagenet
+        data = build(tmp_path / "data", counts=(9, 4))
+        for file in data.glob("ImageNet_LT_*.txt"):
+            if benchmark == "places-lt":
+                file.rename(data / file.name.replace("ImageNet", "Places"))
+        words += [
+            "--data",
+            str(data),
+            "-b",
+            "4",
+            "--set",
+            "views.size=32",
+            "--arch",
+            "resnet8",
+            "--pretrained",
+            "false",
+        ]
+    elif name != "digits-lt":
         count = 12 if name == "pictures" else 25
         for part in ("train", "test"):
             for label in range(2):
@@ -151,7 +173,7 @@ def test_every_shipped_recipe_trains(name, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["train", "digit-lt"], "no recipe is called 'digit-lt'; did you mean digits-lt?"),
+        (["train", "digit-lt"], "no recipe is called 'digit-lt'; did you mean digits-lt or"),
         (["train", "--lr", "-0.1"], "optim.lr must be above 0, not '-0.1'"),
         (["train", "--set", "optim.lr=-1"], "optim.lr must be above 0, not '-1'"),
         (["train", "--set", "optim.lr"], "--set takes SECTION.FIELD=VALUE, not 'optim.lr'"),
@@ -162,7 +184,7 @@ def test_every_shipped_recipe_trains(name, tmp_path, capsys):
         (["train", "cifar10-lt"], "this recipe needs data: name a folder with --data FOLDER"),
         (["train", "--batch-size", "5000"], "batch_size (5000) is larger than the training part (342 images)"),
         (["train", "--method", "bcl2"], "method must be one of bcl, ce, logit-adjusted, supcon+la, not 'bcl2'"),
-        (["train", "--device", "tpu"], "device must be one of auto, cpu, cuda, mps, not 'tpu'"),
+        (["train", "--device", "tpu"], "device must be one of auto, cpu, cuda, cuda:N, mps, not 'tpu'"),
         (["train", "--beside", "none"], "argument --beside: invalid choice: 'none'"),
         (["train", "--out", ""], "--out names no folder"),
         (["train", "--epochs"], "argument --epochs: expected one argument"),
@@ -274,3 +296,168 @@ def test_data_of_many_classes_shows_the_ends(capsys, tmp_path):
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("class", "…"))]
     assert len(lines) == 41
     assert lines[20].startswith("…")
+
+
+# ---- the authors' experiments
+
+
+@pytest.mark.slow
+def test_the_rehearsal(tmp_path):
+    """Their three commands on miniature data sets, in processes of their own, with drawn pictures."""
+    assert rehearse(tmp_path, None, size=32, epochs=2, encoders=("resnet50",)) > 25
+
+
+@pytest.fixture(scope="module")
+def imagenet_run(tmp_path_factory):
+    """A finished run on a miniature ImageNet-LT, and its data."""
+    data = build_imagenet(tmp_path_factory.mktemp("data") / "imagenet", counts=(8, 4))
+    out = tmp_path_factory.mktemp("runs") / "run"
+    words = ["--epochs", "1", "-b", "4", "--set", "views.size=32", "--workers", "0", "--set", "model.feature_dim=16"]
+    assert main(["train", "--data", str(data), "--out", str(out), *words]) == 0
+    return out, data
+
+
+def test_reload_and_evaluate_score_their_parts(imagenet_run, capsys):
+    run_folder, data = imagenet_run
+    metrics = json.loads((run_folder / "metrics.json").read_text())
+    for flag, part in (("--reload", "test"), ("--evaluate", "validation")):
+        words = ["train", "--data", str(data), "--arch", "resnet50", "--use-norm", "True", flag, "True"]
+        assert main([*words, "--resume", str(run_folder / "best.pt")]) == 0
+        written = run_folder / f"metrics-best-imagenet-{part}.json"
+        assert f"written: {written}" in capsys.readouterr().out
+        assert json.loads(written.read_text())[part] == metrics["best"][part]
+    for words, field in ((["--arch", "resnext50"], "model.encoder"), (["--use-norm", "False"], "model.classifier")):
+        said = refusal(
+            capsys, "train", "--data", str(data), *words, "--reload", "--resume", str(run_folder / "best.pt")
+        )
+        assert f"{run_folder}/best.pt has {field} = " in said
+
+
+def test_a_checkpoint_in_their_layout_scores_the_same(imagenet_run, capsys, tmp_path):
+    """Written, stripped of what is ours in it, and read again: the same logits, on the same data."""
+    run_folder, data = imagenet_run
+    file = tmp_path / "bcl_ckpt.best.pth.tar"
+    assert main(["export", str(run_folder), "--to", "authors", "--out", str(file)]) == 0
+    ours = ["evaluate", str(run_folder / "best.pt"), "--data", str(data), "--logits", str(tmp_path / "ours.npz")]
+    assert main([*ours, "--out", str(tmp_path / "ours.json")]) == 0
+    assert main(["evaluate", str(file), "--data", str(data), "--out", str(tmp_path / "theirs.json")]) == 0
+    capsys.readouterr()
+    assert json.loads((tmp_path / "theirs.json").read_text()) == json.loads((tmp_path / "ours.json").read_text())
+
+    table = torch.load(file, weights_only=True)
+    del table["equipoise"]
+    torch.save(table, file)
+    words = ["evaluate", str(file), "--data", str(data), "--set", "views.size=32"]
+    assert main([*words, "--logits", str(tmp_path / "theirs.npz"), "--out", str(tmp_path / "stripped.json")]) == 0
+    with np.load(tmp_path / "ours.npz") as expected, np.load(tmp_path / "theirs.npz") as found:
+        assert expected["logits"].shape == (6, 2)
+        assert np.array_equal(expected["logits"], found["logits"])
+        assert expected["labels"].tolist() == found["labels"].tolist() == [0, 0, 0, 1, 1, 1]
+        assert found["class_names"].tolist() == ["n00000000", "n00000001"]
+    stripped, whole = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("stripped", "ours"))
+    assert stripped["test"] == whole["test"]
+    assert stripped["train_counts"] == [8, 4]
+
+    assert refusal(capsys, "evaluate", str(file)).endswith(
+        "does not say what it was trained on; name the data with --data FOLDER"
+    )
+    other = draw_folder(tmp_path / "other", {"ant": 1, "bee": 1, "cat": 1})
+    assert "knows 2 classes, but" in refusal(capsys, "evaluate", str(file), "--data", str(other))
+    (data / "ImageNet_LT_train.txt").rename(tmp_path / "away.txt")
+    try:
+        assert main([*words, "--out", str(tmp_path / "alone.json")]) == 0
+    finally:
+        (tmp_path / "away.txt").rename(data / "ImageNet_LT_train.txt")
+    alone = json.loads((tmp_path / "alone.json").read_text())["test"]
+    assert (alone["many"], alone["few"], alone["prior_sweep"]) == (None, None, None)
+    assert alone["top1"] == whole["test"]["top1"]
+    assert "many, medium and few are not known" in capsys.readouterr().out
+
+
+def test_the_post_hoc_prior_is_chosen_on_validation(imagenet_run):
+    metrics = json.loads((imagenet_run[0] / "metrics.json").read_text())
+    chosen = metrics["last"]["post_hoc"]
+    rows = metrics["last"]["validation"]["prior_sweep"]
+    best = max(row["mean_per_class"] for row in rows)
+    assert chosen["tau"] == min(row["tau"] for row in rows if row["mean_per_class"] == best)
+    assert chosen["test"] == next(row for row in metrics["last"]["test"]["prior_sweep"] if row["tau"] == chosen["tau"])
+
+
+def test_data_names_lists_and_says_how_they_depart(capsys, tmp_path, shared_data):
+    """A published list; one with a duplicate, a gap, an overlap and images that are not there."""
+    assert main(["data", str(shared_data / "lists" / "Places_LT_train.txt")]) == 0
+    said = capsys.readouterr().out
+    assert "the published Places_LT_train.txt (git blob 6392252f8ae867bc8a5e841cc1b29e5b8ef4b636)" in said
+    assert "train: 62,500 images, 365 classes, imbalance factor 996" in said
+    assert "62,500 of the 62,500 images" in said
+
+    data = build_imagenet(tmp_path / "data", counts=(4, 3))
+    train, test = data / "ImageNet_LT_train.txt", data / "ImageNet_LT_test.txt"
+    lines = train.read_text().splitlines()
+    train.write_text("\n".join([*lines[:4], lines[0], *(line[:-1] + "2" for line in lines[4:])]) + "\n")
+    test.write_text(test.read_text() + lines[0] + "\n")
+    (data / "val" / "n00000000" / "ILSVRC2012_val_00000002.JPEG").unlink()
+    assert main(["data", str(data)]) == 0
+    said = capsys.readouterr().out
+    for sentence in (
+        "no published list that is known here; the published ImageNet_LT_train.txt is a063f095fcd475db4cf8b0658c4b7395",
+        "with 115,846 images of 1,000 classes; this one has 8 of 2",
+        "the labels are not contiguous: 1 of 0 to 2 have no image (first: 1)",
+        f"{train}: 1 images are in it more than once (first: train/n00000000/n00000000_0.JPEG)",
+        "ILSVRC2012_val_00000002.JPEG is not there, and 1 of the 7 images",
+        f"1 images of {test} are in {train} too (first: train/n00000000/n00000000_0.JPEG)",
+    ):
+        assert sentence in said, sentence
+    train.unlink()
+    assert main(["data", str(data)]) == 0
+    assert "the list ImageNet_LT_train.txt (115,846 images" in capsys.readouterr().out
+    assert "--images goes with a list file as PATH" in refusal(capsys, "data", str(data), "--images", str(data))
+
+
+# ---- resuming
+
+
+@pytest.mark.slow
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
+    """Two epochs, then two more from the checkpoint, in place: the weights and lines of four in one go."""
+    words = ["digits-lt", "--method", "bcl", "-b", "64", "--set", "data.holdout=0.2"]
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    # The schedule depends on the number of epochs: a constant rate makes two epochs the first half of four.
+    words += ["--schedule", "step", "--set", "optim.milestones=99", "--set", "optim.warmup_epochs=0"]
+    assert run("train", *words, "--epochs", "4", "--out", str(whole)).returncode == 0
+    assert run("train", *words, "--epochs", "2", "--out", str(parted)).returncode == 0
+    done = run("train", *words, "--epochs", "4", "--resume", str(parted), "--out", str(parted))
+    assert done.returncode == 0, done.stderr
+    assert "goes on from" in done.stdout
+    assert "after epoch 2" in done.stdout
+    one, other = (load_checkpoint(path / "last.pt") for path in (whole, parted))
+    assert all(torch.equal(one.weights[name], other.weights[name]) for name in one.weights)
+    assert (one.best, one.step, one.epoch) == (other.best, other.step, other.epoch)
+    steps = [
+        [(line["kind"], line["step"], line.get("loss")) for line in map(json.loads, (path / "metrics.jsonl").open())]
+        for path in (whole, parted)
+    ]
+    assert steps[0] == steps[1]
+    metrics = [json.loads((path / "metrics.json").read_text()) for path in (whole, parted)]
+    assert metrics[0] == metrics[1]
+
+    # Lost since: what was logged after the checkpoint is done again, once.
+    done = run("train", "--resume", str(whole), "--epochs", "5")
+    assert done.returncode == 0, done.stderr
+    logged = [line["step"] for line in map(json.loads, (whole / "metrics.jsonl").open()) if line["kind"] == "train"]
+    assert logged == sorted(set(logged))
+    assert load_checkpoint(whole / "last.pt").epoch == 5
+
+
+def test_what_cannot_be_resumed(imagenet_run, capsys, tmp_path):
+    run_folder, _ = imagenet_run
+    assert "has trained 1 epochs already, of 1; set --epochs higher" in refusal(
+        capsys, "train", "--resume", str(run_folder)
+    )
+    said = refusal(capsys, "train", "--resume", str(run_folder), "--epochs", "2", "--lr", "3")
+    assert "was trained with optim.lr = 0.1, not 3.0: a run goes on under its own recipe" in said
+    other = build_imagenet(tmp_path / "other", counts=(5, 2))
+    words = ["--data", str(other), "--epochs", "2", "-b", "4", "--out", str(tmp_path / "run")]
+    said = refusal(capsys, "train", *words, "--resume", str(run_folder))
+    assert "the training images are not those of" in said
+    assert not (tmp_path / "run").exists()

@@ -85,7 +85,7 @@ def test_overrides_take_text_and_values():
         ("epochs", 2.5, "epochs must be a whole number, not 2.5"),
         ("epochs", "1e3", "epochs must be a whole number, not '1e3'"),
         ("holdout", 0.9, "data.holdout must be at most 0.5, not 0.9"),
-        ("device", "gpu", "device must be one of auto, cpu, cuda, mps, not 'gpu'"),
+        ("device", "gpu", "device must be one of auto, cpu, cuda, cuda:N, mps, not 'gpu'"),
         ("method", "BCL", "method must be one of bcl, ce, logit-adjusted, supcon+la, not 'BCL'"),
         ("pretrained", "maybe", "model.pretrained must be true or false, not 'maybe'"),
         ("pretrained", 1, "model.pretrained must be true or false, not 1"),
@@ -105,8 +105,12 @@ def test_refused_values(key, value, sentence):
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("digit-lt", "no recipe is called 'digit-lt'; did you mean digits-lt?"),
-        ("zzz", "no recipe is called 'zzz'; there are: cifar10-lt, cifar100-lt, digits-lt, pictures"),
+        ("digit-lt", "no recipe is called 'digit-lt'; did you mean digits-lt or imagenet-lt?"),
+        (
+            "zzz",
+            "no recipe is called 'zzz'; there are: "
+            "cifar10-lt, cifar100-lt, digits-lt, imagenet-lt, inat2018, pictures, places-lt",
+        ),
         ("absent.toml", "no recipe file at absent.toml"),
     ],
 )

@@ -284,7 +284,9 @@ def test_training_in_bf16(tmp_path):
 
 def test_a_folder_in_use_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="exists and is not empty; name another folder with --out"):
+    with pytest.raises(
+        UserError, match=r"exists and is not empty; go on with it by --resume .*, or name another folder with --out"
+    ):
         prepare(load_recipe("digits-lt"), tmp_path)
     assert prepare(load_recipe("digits-lt"), tmp_path / "new").folder == tmp_path / "new"
 

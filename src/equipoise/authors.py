@@ -86,9 +86,10 @@ def from_authors(table: Mapping[str, Any], where: str) -> AuthorsModel:
         raise UserError(f"{where}: epoch is {epoch!r}, not a number of epochs")
     transposed = classifier == "cosine"
     weights = {_our_name(name): _ours(name, value, transposed) for name, value in state.items()}
+    arch = _arch(table.get("arch"), state, where)
     momentum = _momentum(table.get("optimizer"), state, where)
     return AuthorsModel(
-        arch=_arch(table.get("arch"), state, where),
+        arch=arch,
         classifier=classifier,
         classes=classes,
         hidden_dim=hidden,

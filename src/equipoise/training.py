@@ -126,7 +126,7 @@ def prepare(recipe: Recipe, out: str | Path | None = None, resume: str | Path | 
         folder = resumed.path.parent
     elif folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise UserError(
-            f"{folder} exists and is not empty; go on with it by --resume, or name another folder with --out"
+            f"{folder} exists and is not empty; go on with it by --resume {folder}, or name another folder with --out"
         )
     if recipe.data.path not in (DIGITS, "") and folder.resolve().is_relative_to(Path(recipe.data.path).resolve()):
         raise UserError(f"the run folder {folder} would lie inside the data; name one outside with --out")
