@@ -10,7 +10,8 @@ from equipoise.authors_flags import authors_folder
 from equipoise.cli import _chosen_recipe, _dashed, _parser, main
 from equipoise.recipe import Recipe
 
-SEED_IMAGENET = "--lr 0.1 -p 200 --epochs 90 --arch resnet50 --use-norm True --wd 5e-4 --cos True --cl_views sim-sim"  # their README
+# Their README's, without the data.
+SEED_IMAGENET = "--lr 0.1 -p 200 --epochs 90 --arch resnet50 --use-norm True --wd 5e-4 --cos True --cl_views sim-sim"
 SEED_INATURALIST = (
     "--lr 0.2 -p 200 --epochs 100 --arch resnet50 --use-norm True --wd 1e-4 --cos True --cl_views sim-sim"
 )

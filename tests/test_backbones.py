@@ -6,7 +6,10 @@ import subprocess
 import sys
 
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
+from torchvision.models import resnet18
 
 from equipoise import UserError
 from equipoise.backbones import create_encoder
@@ -83,3 +86,101 @@ except UserError as error:
         r"with --weights FILE, or set --pretrained false\n",
         done.stdout,
     )
+
+
+# ---- weights from a file
+
+
+def saved(encoder, path):
+    """Random weights of an encoder, in a file as torch or safetensors writes it."""
+    torch.manual_seed(1)
+    state = {key: torch.rand_like(value.float()).to(value.dtype) for key, value in encoder.state_dict().items()}
+    if path.suffix == ".safetensors":
+        save_file(state, path)
+    else:
+        torch.save({"epoch": 3, "state_dict": {f"module.{key}": value for key, value in state.items()}}, path)
+    return state
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("reference", ["timm", "torchvision"])
+def test_weights_of_a_file_with_and_without_classifier(reference, suffix, tmp_path):
+    """timm's own naming, and torchvision's with the classifier that an encoder does not have."""
+    full = resnet18(weights=None) if reference == "torchvision" else timm.create_model("resnet18", num_classes=0)
+    state = saved(full, tmp_path / f"weights{suffix}")
+    encoder, width = create_encoder("resnet18", 64, weights=tmp_path / f"weights{suffix}")
+    assert width == 512
+    assert all(torch.equal(value, state[key]) for key, value in encoder.state_dict().items())
+
+
+def test_small_networks_take_a_file_too(tmp_path):
+    state = saved(create_encoder("resnet8", 32)[0], tmp_path / "x.pt")
+    encoder = create_encoder("resnet8", 32, weights=tmp_path / "x.pt")[0]
+    assert all(torch.equal(value, state[key]) for key, value in encoder.state_dict().items())
+
+
+def test_a_vision_transformer_at_another_size(tmp_path):
+    """Position embeddings of 224 pixels, resampled for 64; the same images, the same features where no size changes."""
+    full = timm.create_model("vit_tiny_patch16_224", num_classes=5)
+    torch.save(full.state_dict(), tmp_path / "vit.pth")
+    same, width = create_encoder("vit_tiny_patch16_224", 224, weights=tmp_path / "vit.pth")
+    assert width == 192
+    images = torch.rand(1, 3, 224, 224)
+    with torch.inference_mode():
+        expected = full.eval().forward_head(full.forward_features(images), pre_logits=True)
+        assert torch.allclose(same.eval()(images), expected, atol=1e-5)
+    small = create_encoder("vit_tiny_patch16_224", 64, weights=tmp_path / "vit.pth")[0]
+    assert small.state_dict()["pos_embed"].shape == (1, 17, 192)
+    assert torch.equal(small.state_dict()["patch_embed.proj.weight"], full.state_dict()["patch_embed.proj.weight"])
+
+
+class Payload:
+    def __init__(self, mark) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.mark),))
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (None, "there is no file of weights at"),
+        (b"no weights", "cannot be read as weights"),
+        ("payload", "cannot be read as weights"),
+        ({"epoch": 3}, "does not hold tensors by name"),
+        ([torch.zeros(1)], "does not hold tensors by name"),
+        ({}, "does not hold the weights of resnet18: 100 of 120 are not in it (first: conv1.weight)"),
+        (
+            "resnet50",
+            "of 120 have another shape in it (first: layer",
+        ),
+        ("resnet8", "does not hold the weights of resnet18: 100 of 120 are not in it (first: conv1.weight)"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_refused_weights(content, sentence, suffix, tmp_path):
+    path = tmp_path / f"weights{suffix}"
+    if content == "payload":
+        torch.save({"state_dict": Payload(tmp_path / "executed")}, path)
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    elif isinstance(content, str):
+        saved(create_encoder(content, 64)[0], path)
+    elif content is not None:
+        torch.save(content, path)
+    if suffix == ".safetensors" and not isinstance(content, str | bytes | None):
+        sentence = "cannot be read as weights"
+    with pytest.raises(UserError) as error:
+        create_encoder("resnet18", 64, weights=path)
+    assert sentence in str(error.value)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_the_authors_encoders_start_as_theirs():
+    """Their residual branches do not start at zero, as timm's would."""
+    encoder = create_encoder("resnet50", 64)[0]
+    assert float(encoder.state_dict()["layer1.0.bn3.weight"].min()) == 1.0
+    assert float(create_encoder("resnet18", 64)[0].state_dict()["layer1.0.bn2.weight"].max()) == 0.0

@@ -10,8 +10,10 @@ from scipy import stats
 from timm.data import auto_augment as timm_augment
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy, RandomResizedCrop, v2
 
+from equipoise import operations as op
 from equipoise import views
 from equipoise.draws import uniforms
+from equipoise.pixels import decode_bytes
 from equipoise.views import ViewSettings, evaluation_view, photo_views, small_views, view_kinds
 
 
@@ -133,7 +135,7 @@ def mean_and_spread(images: torch.Tensor) -> np.ndarray:
     return np.stack([pixels.mean((1, 2, 3)).numpy(), pixels.std((2, 3)).mean(1).numpy()])
 
 
-@pytest.mark.parametrize("name", ["auto", "rand", "jitter"])
+@pytest.mark.parametrize("name", ["auto", "rand-n2-m10", "rand-n3-m7", "rand-n4-m9", "jitter"])
 def test_policies_change_pixels_as_the_reference_does(name):
     """One picture, 3,000 draws: mean and spread of the results have the reference's distribution."""
     count = 3000
@@ -144,10 +146,11 @@ def test_policies_change_pixels_as_the_reference_does(name):
     if name == "auto":
         ours = views.auto_augment(batch, numbers(count))
         reference = AutoAugment(AutoAugmentPolicy.CIFAR10)
-    elif name == "rand":
-        ours = views.rand_augment(batch, numbers(count), (0.485, 0.456, 0.406))
+    elif name.startswith("rand"):
+        operations, magnitude = (int(part[1:]) for part in name.split("-")[1:])
+        ours = views.rand_augment(batch, numbers(count), (0.485, 0.456, 0.406), operations, magnitude)
         np.random.seed(1)
-        reference = timm_augment.rand_augment_transform("rand-m10-n2-mstd0.5", {"img_mean": (124, 116, 104)})
+        reference = timm_augment.rand_augment_transform(f"{name}-mstd0.5", {"img_mean": (124, 116, 104)})
     else:
         ours = views._jitter(batch, numbers(count), 0.4, 0.4, 0.4, 0.1, probability=0.8)
         reference = v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)
@@ -159,24 +162,135 @@ def test_policies_change_pixels_as_the_reference_does(name):
     assert abs(unchanged[0] - unchanged[1]) < 5 * np.sqrt(2 * 0.25 / count)
 
 
-@pytest.mark.parametrize("size", [(300, 400), (500, 333), (224, 224), (97, 1000)])
-def test_evaluation_view_is_torchvisions(size):
+@pytest.mark.parametrize("side", [224, 64, 33])
+@pytest.mark.parametrize("size", [(300, 400), (500, 333), (224, 224), (97, 1000), (31, 30), (1, 7)])
+def test_evaluation_view_is_torchvisions(size, side):
     photo = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
-    reference = v2.Compose([v2.Resize(256), v2.CenterCrop(224)])(Image.fromarray(photo))
-    assert (evaluation_view(photo, 224) == np.asarray(reference)).all()
+    reference = v2.Compose([v2.Resize(round(side * 256 / 224)), v2.CenterCrop(side)])(Image.fromarray(photo))
+    assert (evaluation_view(photo, side) == np.asarray(reference)).all()
+
+
+# ---- photographs, at the size they are trained at
+
+
+def photographs(shared_data, count: int) -> list[np.ndarray]:
+    files = sorted((shared_data / "photos").glob("*.JPEG"))
+    return [decode_bytes(file.read_bytes()) for file in files[:: len(files) // count][:count]]
+
+
+def mean_difference(ours: torch.Tensor, reference: Image.Image) -> float:
+    """Mean over pixels and channels of the absolute difference, in steps of 1/255."""
+    return float((ours.float() - v2.functional.pil_to_tensor(reference)).abs().mean())
+
+
+def difference_of_crops(photo: np.ndarray, size: int, boxes: int) -> float:
+    """The largest mean difference of a resized crop to torchvision's of a PIL image, over random boxes."""
+    height, width = photo.shape[:2]
+    drawn = views.random_boxes(numbers(boxes, seed=height), np.full(boxes, height), np.full(boxes, width), 0.08)
+    image = Image.fromarray(photo)
+    return max(
+        mean_difference(
+            views._crop_photo(photo, box, size, False),
+            v2.functional.resized_crop(image, *box, [size, size], antialias=True),
+        )
+        for box in np.stack(drawn, axis=1).tolist()
+    )
+
+
+@pytest.mark.parametrize("size", [24, 96, 224])
+@pytest.mark.parametrize("shape", [(200, 300), (700, 90), (17, 400)])
+def test_resized_crops_are_torchvisions(shape, size):
+    noise = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    assert difference_of_crops(noise, size, boxes=8) < 0.5
+
+
+def test_resized_crops_of_photographs_are_torchvisions(shared_data):
+    assert max(difference_of_crops(photo, 224, boxes=6) for photo in photographs(shared_data, 16)) < 0.5
+
+
+def test_decoding_is_pillows(shared_data):
+    files = sorted((shared_data / "photos").glob("*.JPEG"))[::10]
+    for file in files:
+        assert (decode_bytes(file.read_bytes()) == np.asarray(Image.open(file).convert("RGB"))).all()
+
+
+@pytest.mark.parametrize("name", views._RAND_AUGMENT)
+def test_rand_augment_of_photographs_is_timms(name, shared_data):
+    """Each operation at three magnitudes and both signs, bilinear and bicubic."""
+    in_timm = {"TranslateX": "TranslateXRel", "TranslateY": "TranslateYRel"}.get(name, name)
+    signed = name in ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
+    for photo in photographs(shared_data, 4):
+        crop = views._crop_photo(photo, [0, 0, *photo.shape[:2]], 224, False)
+        image = v2.functional.to_pil_image(crop)
+        for level in (2.6, 6.6, 10.0):  # below 2.5 Posterize keeps no bit, which Pillow refuses
+            for sign in (1.0, -1.0) if signed else (1.0,):
+                argument = views._rand_augment_argument(name, np.array([level / 10]), np.array([sign]), 224)
+                for resample, of_pillow in (("bilinear", Image.BILINEAR), ("bicubic", Image.BICUBIC)):
+                    ours = views._named_operation(
+                        crop[None], torch.tensor(argument, dtype=torch.float32),
+                        name=name, fill=(124, 116, 104), resample=resample,
+                    )  # fmt: skip
+                    to_argument = timm_augment.LEVEL_TO_ARG[in_timm]
+                    arguments = to_argument(level, {}) if to_argument else ()
+                    if signed:
+                        arguments = (sign * abs(arguments[0]),)
+                    theirs = timm_augment.NAME_TO_OP[in_timm](
+                        image, *arguments, fillcolor=(124, 116, 104), resample=of_pillow
+                    )
+                    assert mean_difference(ours[0], theirs) < 2, (level, sign, resample)
+
+
+def test_jitter_and_grayscale_of_photographs_are_torchvisions(shared_data):
+    """Against PIL images, as the authors' transforms see them."""
+    colour = v2.functional
+    for photo in photographs(shared_data, 6):
+        crop = views._crop_photo(photo, [0, 0, *photo.shape[:2]], 224, True)
+        image = colour.to_pil_image(crop)
+        for operation, reference, values in (
+            (op.adjust_brightness, colour.adjust_brightness, (0.6, 1.0, 1.4)),
+            (op.adjust_contrast, colour.adjust_contrast, (0.6, 1.0, 1.4)),
+            (op.adjust_saturation, colour.adjust_saturation, (0.6, 1.0, 1.4)),
+            (op.adjust_hue, colour.adjust_hue, (-0.1, 0.03, 0.1)),
+        ):
+            for value in values:
+                ours = operation(crop[None], torch.tensor([value]))[0]
+                assert mean_difference(ours, reference(image, value)) < 2, (reference.__name__, value)
+        assert mean_difference(op.to_grayscale(crop[None])[0], colour.rgb_to_grayscale(image, 3)) < 2
 
 
 JITTERED = v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)
+FILL = {"img_mean": (124, 116, 104)}
 POLICIES = {
     ("cifar", "cls"): [v2.RandomCrop(32, 4), v2.RandomHorizontalFlip(), AutoAugment(AutoAugmentPolicy.CIFAR10)],
-    ("cifar", "sim"): [v2.RandomResizedCrop(32, (0.2, 1)), v2.RandomHorizontalFlip(), JITTERED, v2.RandomGrayscale()],
+    ("cifar", "sim"): [
+        v2.RandomResizedCrop(32, (0.2, 1)), v2.RandomHorizontalFlip(), JITTERED, v2.RandomGrayscale(0.2),
+    ],
     ("photos", "cls"): [
         v2.RandomResizedCrop(32, (0.08, 1)),
         v2.RandomHorizontalFlip(),
         v2.ColorJitter(0.4, 0.4, 0.4),
-        timm_augment.rand_augment_transform("rand-m10-n2-mstd0.5", {"img_mean": (124, 116, 104)}),
+        timm_augment.rand_augment_transform("rand-m10-n2-mstd0.5", FILL),
     ],
-    ("photos", "sim"): [v2.RandomResizedCrop(32, (0.08, 1)), v2.RandomHorizontalFlip(), JITTERED, v2.RandomGrayscale()],
+    ("photos", "cls without RandAugment"): [
+        v2.RandomResizedCrop(32, (0.08, 1)),
+        v2.RandomHorizontalFlip(),
+        v2.ColorJitter(0.4, 0.4, 0.4),
+    ],
+    ("photos", "rand"): [
+        v2.RandomResizedCrop(32, (0.08, 1)), v2.RandomHorizontalFlip(), JITTERED, v2.RandomGrayscale(0.2),
+        timm_augment.rand_augment_transform("rand-m10-n2-mstd0.5", FILL),
+    ],
+    ("photos", "rand of n 3, m 7"): [
+        v2.RandomResizedCrop(32, (0.08, 1)), v2.RandomHorizontalFlip(), JITTERED, v2.RandomGrayscale(0.2),
+        timm_augment.rand_augment_transform("rand-m7-n3-mstd0.5", FILL),
+    ],
+    ("photos", "sim with blur"): [
+        v2.RandomResizedCrop(32, (0.08, 1)), v2.RandomHorizontalFlip(), JITTERED, v2.RandomGrayscale(0.2),
+        v2.RandomApply([v2.GaussianBlur(13, (0.1, 2.0))], p=0.5),
+    ],
+    ("photos", "sim"): [
+        v2.RandomResizedCrop(32, (0.08, 1)), v2.RandomHorizontalFlip(), JITTERED, v2.RandomGrayscale(0.2),
+    ],
 }  # fmt: skip
 
 
@@ -191,7 +305,12 @@ def test_views_have_the_references_distribution(policy, kind, whole, monkeypatch
     monkeypatch.setattr(views, "_cutout", lambda view, _: view)  # a square of zeros would drown the rest
     if not whole:
         monkeypatch.setattr(views, "_recolour", lambda view, *_: view)
-    settings = ViewSettings(policy, (kind,), 32)
+    options = {
+        "cls without RandAugment": {"randaug": False},
+        "rand of n 3, m 7": {"randaug_n": 3, "randaug_m": 7.0},
+        "sim with blur": {"blur": True},
+    }
+    settings = ViewSettings(policy, (kind.split()[0],), 32, **options.get(kind, {}))
     if policy == "photos":
         ours = photo_views([picture] * count, settings, 0, 0, np.arange(count))[0]
     else:

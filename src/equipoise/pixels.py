@@ -55,7 +55,7 @@ def decode_bytes(content: bytes) -> Pixels:
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(io.BytesIO(content)) as image:
-            return np.asarray(_as_rgb(ImageOps.exif_transpose(image)))
+            return np.array(_as_rgb(ImageOps.exif_transpose(image)))  # a copy: torch wants to be able to write
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:

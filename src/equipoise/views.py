@@ -16,12 +16,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional
 
 from equipoise import operations as op
 from equipoise.draws import uniforms
@@ -87,8 +87,7 @@ def photo_views(
             _crop_photo(photo, box, settings.size, bool(flip))
             for photo, box, flip in zip(photos, np.stack(boxes, axis=1).tolist(), flip_B, strict=True)
         ]
-        view = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)
-        views.append(_recolour(view, kind, settings, numbers))
+        views.append(_recolour(torch.stack(crops), kind, settings, numbers))
     return torch.stack(views)
 
 
@@ -177,13 +176,12 @@ def random_boxes(
 # ---------------------------------------------------------------------------------------------- geometry
 
 
-def _crop_photo(photo: Pixels, box: list[int], size: int, flip: bool) -> Pixels:
+def _crop_photo(photo: Pixels, box: list[int], size: int, flip: bool) -> Tensor:
+    """`[3, size, size]`: Pillow's antialiased bilinear resize of the box, which torch does within one level of 255."""
     top, left, height, width = box
-    crop = photo[top : top + height, left : left + width]
-    # Averaging over areas is OpenCV's antialiasing; it applies to shrinking alone.
-    shrinks = height > size and width > size
-    crop = cv2.resize(crop, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
-    return (crop[:, ::-1] if flip else crop).astype(np.uint8, copy=False)
+    crop_1HW3 = torch.from_numpy(photo)[None, top : top + height, left : left + width]
+    crop = functional.interpolate(crop_1HW3.permute(0, 3, 1, 2), (size, size), mode="bilinear", antialias=True)[0]
+    return crop.flip(-1) if flip else crop
 
 
 def _cifar_geometry(images_B3SS: Tensor, kind: str, numbers: _Numbers) -> Tensor:
