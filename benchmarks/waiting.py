@@ -13,14 +13,15 @@ import equipoise
 from equipoise.checkpoint import create_network
 from equipoise.loader import open_batches
 from equipoise.optim import create_sgd
+from equipoise.plan import prepare
 from equipoise.run import view_settings
-from equipoise.training import loss_terms, prepare
+from equipoise.training import loss_terms
 
 
 def main(folder: str, steps: int) -> None:
     plan = prepare(equipoise.load_recipe("cifar10-lt", data=folder), "runs/not-written")
     recipe, train = plan.recipe, plan.parts.train
-    network = create_network(recipe, len(train.class_names), pretrained=False)
+    network = create_network(recipe, len(train.class_names), start=True)
     network = network.to(memory_format=torch.channels_last).train()
     terms_of = loss_terms(recipe, train.class_counts, plan.device)
     optimizer = create_sgd(network.parameters(), 0.01, 0.9, 5e-4)

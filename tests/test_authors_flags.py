@@ -7,7 +7,8 @@ import pytest
 from benchmarks.rehearsal import build_imagenet, build_inaturalist
 from equipoise import UserError, load_recipe
 from equipoise.authors_flags import authors_folder
-from equipoise.cli import _chosen_recipe, _dashed, _parser, main
+from equipoise.cli import _dashed, _parser, main
+from equipoise.flags import chosen_recipe
 from equipoise.recipe import Recipe
 
 # Their README's, without the data.
@@ -21,7 +22,7 @@ def chosen(words: str, data: Path | None = None) -> tuple[Recipe, str]:
     """The recipe of a command line, and what is said about it."""
     typed = ["train", *(["--data", str(data)] if data else []), *words.split()]
     dashed = [_dashed(word) for word in typed]
-    return _chosen_recipe(_parser(dashed).parse_args(dashed))
+    return chosen_recipe(_parser(dashed).parse_args(dashed))
 
 
 @pytest.fixture(scope="module")

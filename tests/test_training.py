@@ -16,8 +16,9 @@ from equipoise import UserError, load_recipe, training
 from equipoise.checkpoint import load_checkpoint
 from equipoise.losses import log_prior, logit_adjusted_cross_entropy, supervised_contrastive_loss
 from equipoise.model import Outputs
+from equipoise.plan import prepare
 from equipoise.sources import open_parts
-from equipoise.training import NonFiniteLossError, loss_terms, prepare, train
+from equipoise.training import NonFiniteLossError, loss_terms, train
 
 QUICK = {"epochs": 2, "warmup_epochs": 0, "log_every": 4, "device": "cpu"}
 

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from equipoise.checkpoint import load_checkpoint
     from equipoise.errors import UserError
     from equipoise.losses import BalancedContrastiveLoss, LogitAdjustedCrossEntropy
     from equipoise.recipe import Recipe, load_recipe
@@ -19,6 +20,7 @@ _HOME = {
     "Recipe": "recipe",
     "Run": "run",
     "UserError": "errors",
+    "load_checkpoint": "checkpoint",
     "load_recipe": "recipe",
     "train": "training",
 }
@@ -28,6 +30,7 @@ __all__ = [
     "Recipe",
     "Run",
     "UserError",
+    "load_checkpoint",
     "load_recipe",
     "train",
 ]

@@ -57,8 +57,9 @@ class Checkpoint:
         return network.eval()
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
+def load_checkpoint(path: str | Path) -> Checkpoint:
     """Read what `Checkpoint.save` or the BCL authors' code wrote, onto the CPU. Raises UserError for anything else."""
+    path = Path(path)
     try:
         with warnings.catch_warnings(), numpy_scalars():
             warnings.simplefilter("ignore")  # of what is odd about a file that is then refused

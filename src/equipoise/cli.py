@@ -1,7 +1,6 @@
 """Words become calls, and exceptions one clear line.
 
-Nothing heavy is imported before it is needed: `equipoise --help` knows of no torch. Recipe fields are flags under
-their own names; their checks, and so the messages, are the recipe's.
+Nothing heavy is imported before it is needed: `equipoise --help` knows of no torch.
 """
 
 import argparse
@@ -11,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args, get_origin
+from typing import Any, NoReturn, get_args
 
 from equipoise.authors_flags import (
     BEST,
@@ -19,36 +18,20 @@ from equipoise.authors_flags import (
     LOG,
     add_authors_flags,
     authors_folder,
-    authors_overrides,
-    milestones_of,
-    recipe_of_dataset,
     truth,
 )
 from equipoise.errors import UserError
+from equipoise.flags import DEMO, OWN_FOLDER, add_recipe_flags, add_set, chosen_recipe, overrides_of, resumed_recipe
 from equipoise.recipe import (
     Field,
     Method,
     Recipe,
-    field_value,
     find_field,
     load_recipe,
     nearest,
     override,
-    recipe_fields,
     shipped_recipes,
 )
-
-_DEMO = "digits-lt"
-_OWN_FOLDER = "pictures"
-# What `sources.recognise` finds, the recipe for it, and its name in a sentence.
-_RECOGNISED = {
-    "digits": (_DEMO, "the built-in digits"),
-    "imagenet-lt": ("imagenet-lt", "an ImageNet-2012 folder"),
-    "inat2018": ("inat2018", "an iNaturalist 2018 folder"),
-    "places-lt": ("places-lt", "a Places-LT folder"),
-    "cifar10": ("cifar10-lt", "CIFAR-10"),
-    "cifar100": ("cifar100-lt", "CIFAR-100"),
-}
 
 _DESCRIPTION = """\
 Train image classifiers on long-tailed data with Balanced Contrastive Learning (BCL, CVPR 2022).
@@ -147,16 +130,6 @@ def _add_command(
     return command
 
 
-def _add_set(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="SECTION.FIELD=VALUE",
-        help="set any field of the recipe",
-    )
-
-
 # ---------------------------------------------------------------------------------------------- train
 
 
@@ -167,7 +140,7 @@ def _add_train(commands: Any, words: list[str]) -> None:
         nargs="?",
         metavar="RECIPE",
         help=f"a shipped recipe ({', '.join(shipped_recipes())}) or a TOML file; "
-        f"without one: {_DEMO}, or where --data names a folder, what is recognised there, else {_OWN_FOLDER}",
+        f"without one: {DEMO}, or where --data names a folder, what is recognised there, else {OWN_FOLDER}",
     )
     command.add_argument("--out", metavar="FOLDER", help="the run folder (default: runs/RECIPE-METHOD-TIME)")
     command.add_argument(
@@ -175,99 +148,9 @@ def _add_train(commands: Any, words: list[str]) -> None:
         choices=get_args(Method),
         help="train this method too, under the same recipe, and show both (the demo: ce)",
     )
-    _add_set(command)
+    add_set(command)
     add_authors_flags(command)
-    # Defaults are shown as the recipe on the command line has them.
-    default = _OWN_FOLDER if "--data" in words else _DEMO
-    named = next((word for word in words if word in shipped_recipes()), default)
-    shown = load_recipe(named) if {"-h", "--help"} & set(words) else Recipe()
-    groups: dict[str, Any] = {}
-    for field in recipe_fields():
-        if field.key in ("name", "summary"):
-            continue
-        section = field.path[0] if len(field.path) == 2 else "run"
-        if section not in groups:
-            groups[section] = command.add_argument_group(f"{section} (shown: {named})")
-        _add_field(groups[section], field, field_value(shown, field))
-
-
-def _add_field(group: Any, field: Field, default: Any) -> None:
-    # One letter works with one dash or two: the authors' README writes `--p`.
-    flags = [flag for name in field.names for flag in ([f"-{name}", f"--{name}"] if len(name) == 1 else [f"--{name}"])]
-    arguments: dict[str, Any] = {"metavar": field.path[-1].upper()}
-    if get_origin(field.type) is Literal:
-        arguments["metavar"] = "|".join(choice for choice in get_args(field.type) if choice)
-        if field.key == "optim.schedule":  # or the authors' milestones, see `milestones_of`
-            arguments["nargs"] = "+"
-    elif field.type is bool:
-        arguments |= {"metavar": "true|false", "nargs": "?", "const": "true"}
-    elif get_origin(field.type) is tuple:
-        arguments["nargs"] = "+"
-        default = " ".join(f"{number:g}" for number in default)
-    text = f"{field.setting.help} [{default}]".replace("%", "%%")
-    group.add_argument(*flags, dest=field.key, default=None, help=text, **arguments)
-
-
-def _overrides(options: argparse.Namespace) -> list[tuple[Field, Any]]:
-    """Fields set on the command line: those of `--set` first, so that a flag wins."""
-    settings: list[tuple[Field, Any]] = []
-    for text in options.set:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise UserError(f"--set takes SECTION.FIELD=VALUE, not '{text}'")
-        settings.append((find_field(key.strip()), value.strip()))
-    for field in recipe_fields():
-        value = getattr(options, field.key, None)
-        if value is not None and field.key != "optim.schedule":
-            settings.append((field, value))
-    if hasattr(options, "use_norm"):
-        settings += [*milestones_of(options), *authors_overrides(options)]
-    return settings
-
-
-def _chosen_recipe(options: argparse.Namespace) -> tuple[Recipe, str]:
-    """The recipe with its overrides, and a remark where it was not named."""
-    overrides = _overrides(options)
-    path = {field.key: value for field, value in overrides}.get("data.path")
-    name, remark = options.recipe, ""
-    if options.dataset is not None:
-        of_dataset = recipe_of_dataset(options.dataset)
-        if name not in (None, of_dataset):
-            raise UserError(f"--dataset {options.dataset} means the recipe {of_dataset}, not {name}; drop one of them")
-        name = of_dataset
-
-    from equipoise.sources import recognise
-
-    lies_there = recognise(path) if path else ("" if name else "digits")
-    fitting, spoken = _RECOGNISED.get(lies_there, (_OWN_FOLDER, ""))
-    published = {recipe for recipe, _ in _RECOGNISED.values() if recipe != _DEMO}
-    if name is None:
-        name = fitting
-        there = f"{path} is {spoken}, so " if path and spoken else ""
-        remark = f"no recipe named: {there}taking '{name}' (equipoise recipes lists them all)"
-    elif lies_there and name in published and name != fitting:
-        raise UserError(
-            f"the recipe {name} is not for {path}: that is {spoken}; take {fitting}, or name another folder"
-        )
-    recipe = load_recipe(name)
-    for field, value in overrides:
-        recipe = override(recipe, field, value)
-    return recipe, remark
-
-
-def _resumed_recipe(options: argparse.Namespace) -> Recipe | None:
-    """With `--resume` and neither a recipe nor data named, the recipe is the checkpoint's own."""
-    overrides = _overrides(options)
-    named = options.recipe or options.dataset or "data.path" in {field.key for field, _ in overrides}
-    if not options.resume or named:
-        return None
-
-    from equipoise.run import recipe_of
-
-    recipe = recipe_of(Path(options.resume))
-    for field, value in overrides:
-        recipe = override(recipe, field, value)
-    return recipe
+    add_recipe_flags(command, words)
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -277,8 +160,8 @@ def _train(options: argparse.Namespace) -> None:
     if reload or evaluate:
         _score_resumed(options, "test" if reload else "validation")
         return
-    resumed_recipe = _resumed_recipe(options)
-    recipe, remark = (resumed_recipe, "") if resumed_recipe else _chosen_recipe(options)
+    of_checkpoint = resumed_recipe(options)
+    recipe, remark = (of_checkpoint, "") if of_checkpoint else chosen_recipe(options)
     demo = not (options.recipe or options.dataset or options.resume) and recipe.data.path == "digits"
     if options.beside and options.resume:
         raise UserError("--resume goes on with one run: drop --beside")
@@ -286,13 +169,14 @@ def _train(options: argparse.Namespace) -> None:
     if beside == recipe.method:
         beside = None
     # The seed's commands name no recipe and expect their run where the authors' README looks for it.
-    unnamed = not (options.recipe or resumed_recipe)
+    unnamed = not (options.recipe or of_checkpoint)
     authors_style = unnamed and recipe.data.benchmark in ("imagenet-lt", "inat2018")
     root_log = options.root_log or (LOG if authors_style else None)
     out = options.out or (authors_folder(root_log, recipe) if root_log else None)
 
-    from equipoise.tables import print_figures, print_plan
-    from equipoise.training import fit, prepare
+    from equipoise.plan import prepare
+    from equipoise.tables import print_figures, print_plan, print_post_hoc
+    from equipoise.training import fit
 
     plans = [prepare(recipe, out, options.resume)]
     if beside:
@@ -314,6 +198,8 @@ def _train(options: argparse.Namespace) -> None:
                 results.append((heading, run.metrics[checkpoint][part]))
     if results:
         print_figures(results, f"accuracy on the {part} part, percent", runs[0].metrics)
+    for run in runs:
+        print_post_hoc(run.metrics)
     for run in runs:
         print(f"run folder: {run.path}")
     if root_log and not options.out:
@@ -343,10 +229,10 @@ def _score_resumed(options: argparse.Namespace, part: str) -> None:
         raise UserError(f"{flag} scores a checkpoint: name it with --resume CHECKPOINT")
     if options.beside or options.out:
         raise UserError(f"{flag} trains nothing: drop {'--beside' if options.beside else '--out'}")
-    overrides = _overrides(options)
+    overrides = overrides_of(options)
     data = {field.key: value for field, value in overrides}.get("data.path")
     if data:
-        _chosen_recipe(options)  # for its refusal of a data set that is not the one named
+        chosen_recipe(options)  # for its refusal of a data set that is not the one named
     _score_checkpoint(Path(options.resume), data, part, overrides, None)
 
 
@@ -367,18 +253,18 @@ def _add_evaluate(commands: Any) -> None:
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     command.add_argument("--out", metavar="FILE", help="where to write the figures (default: beside the checkpoint)")
     command.add_argument("--logits", metavar="FILE", help="write the logits of every image too, as .npz")
-    _add_set(command)
+    add_set(command)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
     target = Path(options.target)
-    overrides = [*_overrides(options), (find_field("device"), options.device)]
+    overrides = [*overrides_of(options), (find_field("device"), options.device)]
     if not target.is_dir() or options.data or options.split or options.out or options.logits or options.set:
         _score_checkpoint(target, options.data, options.split, overrides, options.out, options.logits)
         return
 
     from equipoise.run import METRICS, evaluate_run
-    from equipoise.tables import print_figures
+    from equipoise.tables import print_figures, print_post_hoc
 
     metrics = evaluate_run(target, device=options.device)
     results = [
@@ -388,6 +274,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         if metrics[checkpoint] and metrics[checkpoint][part]
     ]
     print_figures(results, f"{metrics['method']}: accuracy, percent", metrics)
+    print_post_hoc(metrics)
     print(f"written: {target / METRICS}")
 
 
@@ -439,44 +326,30 @@ def _add_data(commands: Any) -> None:
     )
     for part in ("train", "val", "test"):
         data.add_argument(f"--{part}-list", dest=f"data.{part}_list", metavar="FILE", help="a list file of that part")
-    _add_set(data)
+    add_set(data)
 
 
 def _data(options: argparse.Namespace) -> None:
     recipe = Recipe()
-    for field, value in _overrides(options):
+    for field, value in overrides_of(options):
         recipe = override(recipe, field, value)
 
-    from equipoise.listfiles import BENCHMARKS
-    from equipoise.lists import training_problems
-    from equipoise.pixels import unreadable
     from equipoise.run import source_of
-    from equipoise.sources import Source, disagreements, find_parts, recognise, write_lists
+    from equipoise.sources import Source, survey, write_lists
     from equipoise.tables import print_data
 
     path = Path(options.path)
     if path.is_file() and path.suffix in (".txt", ".lst", ".csv", ".json"):
-        images = options.images or str(path.absolute().parent)
-        source = Source(images, lists={"train": str(path)})
+        source = Source(options.images or str(path.absolute().parent), lists={"train": str(path)})
     elif options.images:
-        raise UserError(
-            "--images goes with a list file as PATH; for a folder, name its lists with --train-list and so on"
-        )
+        raise UserError("--images goes with a list file as PATH; for a folder, name its lists with --train-list")
     else:
         source = source_of(replace(recipe, data=replace(recipe.data, path=options.path)))
-        benchmark = recognise(options.path)
-        if not source.lists and not source.benchmark and benchmark in BENCHMARKS:
-            source = replace(source, benchmark=benchmark)
     if options.write_lists:
         for said in write_lists(source, Path(options.write_lists)):
             print(said)
         return
-    found = find_parts(source)
-    problems = [*found.notes, *(str(error) for error in found.absent.values()), *disagreements(found)]
-    if "train" in found.parts and not found.of_lists:
-        problems += training_problems(found.parts["train"])
-    for part in found.parts.values():
-        problems += [str(error) for error in unreadable(part)]
+    found, problems = survey(source)
     print_data(options.path, found, problems)
 
 

@@ -206,7 +206,7 @@ def _overridden(checkpoint: Checkpoint, overrides: Sequence[tuple[Field, Any]], 
         before, after = field_value(recipe, field), field_value(changed, field)
         if field.path[0] == "model" and before != after and field.path[1] in ("encoder", "classifier", "feature_dim"):
             raise UserError(
-                f"{path} has {field.key} = {before}, not {after}; drop --{field.names[0]} or name another checkpoint"
+                f"{path} has {field.key} = {before}, not {after}; change it back or name another checkpoint"
             )
         if field.path[0] != "model" and field.key != "method":
             recipe = changed
@@ -236,7 +236,8 @@ def _with_classes_of(
         )
     names = (*images.class_names, *checkpoint.class_names[known:])
     train = found.parts.get("train") if found.divided else None
-    counts = train.class_counts if train is not None and known == classes else ()
+    # Lists of a part of the classes: the others have no images here, and no group.
+    counts = (*train.class_counts, *[0] * (classes - known)) if train is not None else ()
     return replace(checkpoint, class_names=names, class_counts=counts), split, replace(images, class_names=names)
 
 
@@ -262,11 +263,12 @@ def _score(
 ) -> tuple[dict[str, Any], Predictions]:
     device = choose_device(device_name)
     recipe, counts = checkpoint.recipe, checkpoint.class_counts or None
+    has_prior = counts is not None and min(counts) > 0
     batches = open_batches(images, view_settings(recipe), device, worker_count(recipe.workers))
-    prior_C = log_prior(torch.tensor(counts)).float() if counts else None
+    prior_C = log_prior(torch.tensor(counts)).float() if has_prior else None
     predictions = predict(network.to(device), batches, prior_C, keep_logits=keep_logits)
     figures = score(predictions, counts, len(checkpoint.class_names)).as_dict()
-    return {**figures, "prior_sweep": sweep(predictions, counts) if counts else None}, predictions
+    return {**figures, "prior_sweep": sweep(predictions, counts) if counts and has_prior else None}, predictions
 
 
 def _post_hoc(figures: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -39,6 +39,7 @@ from equipoise.lists import (
     training_problems,
 )
 from equipoise.parquet import open_parquet, parquet_files
+from equipoise.pixels import unreadable
 
 _DIGITS_TEST_PER_CLASS = 50
 _WORDNET_ID = re.compile(r"n\d{8}")
@@ -167,6 +168,30 @@ def part_of(found: Found, part: str, path: str) -> ImageList:
     if found.of_lists and (absent := absent_images(images)):
         raise UserError(absence(images, absent))
     return images
+
+
+def survey(source: Source) -> tuple[Found, list[str]]:
+    """What lies at a source, recognised where nothing says what it is, and every problem that can be seen without
+    decoding an image. Raises UserError for what cannot be read at all."""
+    problems: list[str] = []
+    if not source.lists:
+        benchmark = source.benchmark or recognise(source.path)
+        source = replace(source, benchmark=benchmark if benchmark in BENCHMARKS else "")
+    if source.benchmark and not source.lists:
+        root, parts = _existing(source.path), BENCHMARKS[source.benchmark].lists
+        if not any(find_list(root, source.benchmark, part) for part in parts):
+            # Then the folders are looked at as they are.
+            problems = [str(absent_list(root, source.benchmark, part)) for part in parts]
+            source = replace(source, benchmark="")
+    found = find_parts(source)
+    problems += [*found.notes, *map(str, found.absent.values()), *disagreements(found)]
+    if "train" in found.parts and not found.of_lists:
+        problems += training_problems(found.parts["train"])
+    for part in found.parts.values():
+        absent = absent_images(part) if found.of_lists else []
+        there = part.take(np.setdiff1d(np.arange(len(part)), absent)) if absent else part
+        problems += [str(error) for error in unreadable(there)]
+    return found, problems
 
 
 def disagreements(found: Found) -> list[str]:

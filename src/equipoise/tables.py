@@ -50,7 +50,7 @@ def print_figures(results: Sequence[tuple[str, Mapping[str, Any]]], title: str, 
     add_row("overall (top-1)", f"{sum(counts):,}" if counts else "?", "top1")
     limits = {"many": "more than 100", "medium": "20 to 100", "few": "fewer than 20"}
     for group, limit in limits.items():
-        classes = sum(shot_group(count) == group for count in counts)
+        classes = sum(count > 0 and shot_group(count) == group for count in counts)
         if classes:
             add_row(f"{group} ({classes:,} {'class' if classes == 1 else 'classes'})", limit, group)
     table.add_section()
@@ -58,7 +58,10 @@ def print_figures(results: Sequence[tuple[str, Mapping[str, Any]]], title: str, 
         if any(figure[figure_name] is not None for _, figure in results):
             add_row(label, "", figure_name)
     table.add_section()
-    for index in _shown(counts or [0] * len(names)):
+    scored = [any(figure["per_class"][index] is not None for _, figure in results) for index in range(len(names))]
+    shown = [index for index in range(len(names)) if scored[index] or len(names) <= _ROWS_SHOWN]
+    for position in _shown([counts[index] if counts else 0 for index in shown]):
+        index = None if position is None else shown[position]
         if index is None:
             table.add_row("…", "", *("" for _ in results))
         else:
@@ -68,7 +71,7 @@ def print_figures(results: Sequence[tuple[str, Mapping[str, Any]]], title: str, 
     console.print(table)
     if not counts:
         console.print("(the data has no training part: many, medium and few are not known)")
-    if len(names) > _ROWS_SHOWN:
+    if len(shown) > _ROWS_SHOWN:
         console.print(f"({_ROWS_SHOWN} of {len(names):,} classes; all of them are in the file)")
 
 
@@ -80,9 +83,9 @@ def print_post_hoc(metrics: Mapping[str, Any]) -> None:
             part = "test" if "test" in chosen else "validation"
             before, after = metrics[checkpoint][part], chosen[part]
             Console().print(
-                f"{checkpoint}: subtracting {chosen['tau']:g} x log prior from the logits (chosen on validation) moves "
-                f"the mean over classes on {part} from {_percent(before['mean_per_class'])} to "
-                f"{_percent(after['mean_per_class'])}",
+                f"{metrics['method']}, {checkpoint} checkpoint: subtracting {chosen['tau']:g} x log prior from the "
+                f"logits (chosen on validation) moves the mean over classes on {part} from "
+                f"{_percent(before['mean_per_class'])} to {_percent(after['mean_per_class'])}",
                 highlight=False,
                 soft_wrap=True,
             )

@@ -1,11 +1,6 @@
-"""A recipe becomes a run folder. Here is the training loop, and the only `optimizer.step()`.
+"""A plan becomes a run folder. Here is the training loop, and the only `optimizer.step()`."""
 
-`prepare` reads the data and refuses what cannot be trained, before anything is written; `fit` trains.
-"""
-
-import itertools
 import math
-import os
 import platform
 import shlex
 import shutil
@@ -13,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from equipoise.checkpoint import Checkpoint, atomic_file, create_network, load_checkpoint, state_on_cpu
-from equipoise.device import autocast, choose_device, choose_precision, describe_machine
+from equipoise.checkpoint import Checkpoint, atomic_file, create_network, state_on_cpu
+from equipoise.device import autocast, describe_machine
 from equipoise.errors import UserError
 from equipoise.evaluate import predict
-from equipoise.lists import DIGITS, Parts, imbalance_factor
-from equipoise.loader import Batches, open_batches, steps_per_epoch, worker_count
+from equipoise.lists import Parts
+from equipoise.loader import Batches, open_batches, worker_count
 from equipoise.log import ProgressLine, RunLog
 from equipoise.losses import (
     balanced_contrastive_loss,
@@ -38,8 +33,8 @@ from equipoise.losses import (
 from equipoise.metrics import score
 from equipoise.model import Outputs, TwoBranchNetwork
 from equipoise.optim import create_sgd, learning_rate
-from equipoise.pixels import unreadable
-from equipoise.recipe import Recipe, field_value, recipe_fields, recipe_toml
+from equipoise.plan import Plan, default_folder, prepare
+from equipoise.recipe import Recipe, recipe_toml
 from equipoise.run import (
     BEST,
     LAST,
@@ -47,151 +42,15 @@ from equipoise.run import (
     RECORD,
     Run,
     evaluate_run,
-    find_checkpoint,
-    open_data,
     view_settings,
     write_json,
 )
 
 Terms = dict[str, Tensor]
-# Recipe fields that may differ where a run goes on: they change no number but the run's length.
-_FREE_IN_RESUME = {"name", "summary", "epochs", "device", "precision", "workers", "log_every", "pretrained", "weights"}
 
 
 class NonFiniteLossError(UserError):
     """A loss term became infinite or not a number; the optimizer has not moved since."""
-
-
-@dataclass(frozen=True)
-class Resumed:
-    """The checkpoint from which a run goes on. `in_place`: in the run folder that it lies in."""
-
-    path: Path
-    checkpoint: Checkpoint
-    in_place: bool
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a training run is about to do. Nothing has been written yet."""
-
-    recipe: Recipe
-    parts: Parts
-    device: torch.device
-    precision: str
-    steps_per_epoch: int
-    folder: Path
-    folder_named: bool  # by the user; else another name will do if it is taken meanwhile
-    resumed: Resumed | None
-
-    def describe(self) -> dict[str, str]:
-        """The plan for people: what, and its value."""
-        train = self.parts.train
-        counts, names = train.class_counts, train.class_names
-        largest, smallest = counts.index(max(counts)), counts.index(min(counts))
-        held = {name: len(part) for name, part in self.parts.named().items() if name != "train"}
-        return {
-            "recipe": f"{self.recipe.name}, method {self.recipe.method}, seed {self.recipe.seed}",
-            "data": f"{self.recipe.data.path} ({self.parts.kind})",
-            "images": f"{len(train):,} to train on"
-            + "".join(f", {count:,} for {name}" for name, count in held.items()),
-            "classes": f"{len(counts):,}, from {counts[largest]:,} images ({names[largest]}) "
-            f"to {counts[smallest]:,} ({names[smallest]}): imbalance factor {imbalance_factor(counts):.4g}",
-            "network": f"{self.recipe.model.encoder} at {self.recipe.views.size} pixels, "
-            f"{self.recipe.model.classifier} classifier",
-            "device": f"{self.device}, {self.precision}",
-            "steps": f"{self.recipe.epochs} epochs of {self.steps_per_epoch:,}: "
-            f"{self.recipe.epochs * self.steps_per_epoch:,} steps of {self.recipe.batch_size} images",
-            **({"goes on from": self._resumed_from()} if self.resumed else {}),
-            "run folder": str(self.folder),
-        }
-
-    def _resumed_from(self) -> str:
-        assert self.resumed is not None
-        return f"{self.resumed.path}, after epoch {self.resumed.checkpoint.epoch}"
-
-
-def prepare(recipe: Recipe, out: str | Path | None = None, resume: str | Path | None = None) -> Plan:
-    """Read the data and check that `recipe` can be trained on it, into the folder `out`.
-
-    `resume` is a checkpoint to go on from, after the epoch it was written at: one of a run, which goes on in its own
-    folder unless `out` is another, or one of the BCL authors' code.
-
-    Raises UserError for what the user must put right; writes nothing.
-    """
-    resumed = _open_resumed(Path(os.path.expanduser(resume)), out) if resume else None
-    in_place = resumed is not None and resumed.in_place
-    folder = Path(os.path.expanduser(out)) if out else _default_folder(recipe)
-    if resumed is not None and in_place:
-        folder = resumed.path.parent
-    elif folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise UserError(
-            f"{folder} exists and is not empty; go on with it by --resume {folder}, or name another folder with --out"
-        )
-    if recipe.data.path not in (DIGITS, "") and folder.resolve().is_relative_to(Path(recipe.data.path).resolve()):
-        raise UserError(f"the run folder {folder} would lie inside the data; name one outside with --out")
-    # Absolute, so that the recipe.toml of the run can be trained again from anywhere.
-    files = {
-        name: str(Path(os.path.expanduser(value)).resolve())
-        for name in ("path", "train_list", "val_list", "test_list")
-        if (value := getattr(recipe.data, name)) not in (DIGITS, "")
-    }
-    recipe = replace(recipe, data=replace(recipe.data, **files))
-    parts = open_data(recipe)
-    if recipe.batch_size > len(parts.train):
-        raise UserError(
-            f"batch_size ({recipe.batch_size}) is larger than the training part ({len(parts.train)} images); "
-            f"set --batch-size {max(2, len(parts.train) // 4)} or so"
-        )
-    for part in parts.named().values():
-        for error in unreadable(part):
-            raise error
-    if resumed is not None:
-        _refuse_unfitting(resumed, recipe, parts)
-    device = choose_device(recipe.device)
-    return Plan(
-        recipe,
-        parts,
-        device,
-        choose_precision(recipe.precision, device),
-        steps_per_epoch(len(parts.train), recipe.batch_size),
-        folder,
-        bool(out),
-        resumed,
-    )
-
-
-def _open_resumed(path: Path, out: str | Path | None) -> Resumed:
-    path = find_checkpoint(path / LAST if path.is_dir() else path)
-    in_run = (path.parent / RECORD).is_file() and path.name in (LAST, BEST)
-    same = out is None or Path(os.path.expanduser(out)).resolve() == path.parent.resolve()
-    return Resumed(path, load_checkpoint(path), in_run and same)
-
-
-def _refuse_unfitting(resumed: Resumed, recipe: Recipe, parts: Parts) -> None:
-    """Raise UserError where the recipe or the data cannot go on from the checkpoint."""
-    path, checkpoint = resumed.path, resumed.checkpoint
-    if checkpoint.epoch >= recipe.epochs:
-        raise UserError(
-            f"{path} has trained {checkpoint.epoch} epochs already, of {recipe.epochs}; set --epochs higher"
-        )
-    if len(checkpoint.class_names) != len(parts.train.class_names):
-        raise UserError(
-            f"{path} knows {len(checkpoint.class_names):,} classes, but {recipe.data.path} has "
-            f"{len(parts.train.class_names):,}"
-        )
-    if checkpoint.class_counts and checkpoint.fingerprints.get("train") != parts.train.fingerprint():
-        raise UserError(f"the training images are not those of {path}; name the data it was trained on")
-    of_authors = not checkpoint.class_counts  # of whose recipe only the model is known
-    for field in recipe_fields():
-        before, now = field_value(checkpoint.recipe, field), field_value(recipe, field)
-        in_model = field.path[0] == "model" and field.path[1] not in ("pretrained", "weights")
-        free = bool(_FREE_IN_RESUME.intersection(field.path)) or of_authors or not resumed.in_place
-        if before != now and (in_model or not free):
-            raise UserError(
-                f"{path} was trained with {field.key} = {before}, not {now}: a run goes on under its own recipe; "
-                "change it back, or start a new run"
-            )
 
 
 def train(
@@ -224,7 +83,7 @@ def fit(plan: Plan, progress: bool = True) -> Run:
     while not (plan.resumed and plan.resumed.in_place) and not _claim(plan.folder):
         if plan.folder_named:
             raise UserError(f"another run is writing into {plan.folder}; name another folder with --out")
-        plan = replace(plan, folder=_default_folder(recipe))
+        plan = replace(plan, folder=default_folder(recipe))
     try:
         _write_record(plan)
         _loop(plan, network.to(device), batches, validation, progress)
@@ -411,13 +270,6 @@ def _validate(
     }
     log.write("validation", step, epoch, values)
     return scored.mean_per_class
-
-
-def _default_folder(recipe: Recipe) -> Path:
-    method = recipe.method.replace("+", "-")
-    stem = f"{recipe.name}-{method}-{time.strftime('%Y%m%d-%H%M%S')}"
-    # A sweep may start several runs in one second.
-    return next(path for n in itertools.count(1) if not (path := Path("runs") / (stem + f"-{n}" * (n > 1))).exists())
 
 
 def _claim(folder: Path) -> bool:
