@@ -417,6 +417,10 @@ def test_data_names_lists_and_says_how_they_depart(capsys, tmp_path, shared_data
 # ---- resuming
 
 
+def metric_lines(run_folder):
+    return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+
+
 @pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     """Two epochs, then two more from the checkpoint, in place: the weights and lines of four in one go."""
@@ -434,8 +438,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     assert all(torch.equal(one.weights[name], other.weights[name]) for name in one.weights)
     assert (one.best, one.step, one.epoch) == (other.best, other.step, other.epoch)
     steps = [
-        [(line["kind"], line["step"], line.get("loss")) for line in map(json.loads, (path / "metrics.jsonl").open())]
-        for path in (whole, parted)
+        [(line["kind"], line["step"], line.get("loss")) for line in metric_lines(path)] for path in (whole, parted)
     ]
     assert steps[0] == steps[1]
     metrics = [json.loads((path / "metrics.json").read_text()) for path in (whole, parted)]
@@ -444,7 +447,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     # Lost since: what was logged after the checkpoint is done again, once.
     done = run("train", "--resume", str(whole), "--epochs", "5")
     assert done.returncode == 0, done.stderr
-    logged = [line["step"] for line in map(json.loads, (whole / "metrics.jsonl").open()) if line["kind"] == "train"]
+    logged = [line["step"] for line in metric_lines(whole) if line["kind"] == "train"]
     assert logged == sorted(set(logged))
     assert load_checkpoint(whole / "last.pt").epoch == 5
 
