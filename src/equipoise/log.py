@@ -1,6 +1,7 @@
 """Numbers of a training run become JSON lines, TensorBoard curves and a line of progress."""
 
 import json
+import os
 import sys
 import time
 from datetime import timedelta
@@ -12,21 +13,25 @@ _SECONDS_BETWEEN_PLAIN_LINES = 10.0
 
 
 class RunLog:
-    """`metrics.jsonl` and TensorBoard events of a run folder."""
+    """`metrics.jsonl` and TensorBoard events of a run folder. Without a folder (all ranks but the first): none."""
 
-    def __init__(self, folder: Path, step: int) -> None:
+    def __init__(self, folder: Path | None, step: int) -> None:
         """Begin after `step` steps: what the folder has of later ones, which will be done again, is dropped."""
+        self._open = folder is not None
+        if folder is None:
+            return
         from torch.utils.tensorboard.writer import SummaryWriter
 
         self._curves = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
         file = folder / "metrics.jsonl"
         if file.exists():
-            lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-            file.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
+            os.truncate(file, _length_up_to(file, step))
         self._lines = file.open("a", encoding="utf-8")
 
     def write(self, kind: str, step: int, epoch: int, values: dict[str, float | None]) -> None:
         """One line, `kind` 'train' or 'validation', after `step` steps; `None` (absent) is no point of a curve."""
+        if not self._open:
+            return
         self._lines.write(json.dumps({"kind": kind, "step": step, "epoch": epoch, **values}) + "\n")
         self._lines.flush()
         for name, value in values.items():
@@ -34,8 +39,23 @@ class RunLog:
                 self._curves.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
-        self._lines.close()
-        self._curves.close()
+        if self._open:
+            self._lines.close()
+            self._curves.close()
+
+
+def _length_up_to(file: Path, step: int) -> int:
+    """Bytes of the file up to the first line of a later step, or one that a killed run has not finished."""
+    length = 0
+    with file.open("rb") as lines:
+        for line in lines:
+            try:
+                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                    break
+            except (ValueError, KeyError, TypeError):
+                break
+            length += len(line)
+    return length
 
 
 class ProgressLine:
