@@ -6,7 +6,6 @@ them the world has one rank, and everything here does nothing.
 Shapes: B images of this rank, G images of the whole batch.
 """
 
-import json
 import os
 import socket
 import sys
@@ -139,9 +138,10 @@ class World:
         for watch in self._watch:
             watch.tell(f"rank {self.rank}: {message}")
 
-    def await_end(self) -> None:
-        """After an exchange has failed: give the watch the time to find out why, to say so and to end this process."""
-        if self._watch:
+    def await_end(self, error: RuntimeError) -> None:
+        """If it was an exchange that failed: give the watch the time to find out why, to say so, and to end this
+        process."""
+        if self._watch and (isinstance(error, dist.DistError) or "gloo" in str(error)):
             time.sleep(_SILENCE + 5 * _BEAT)
 
 
@@ -183,10 +183,6 @@ def join() -> Generator[World]:
         raise error if world.local_rank == 0 else SystemExit(2) from None
     except UserError as error:
         world.fail(str(error))
-        raise
-    except RuntimeError as error:
-        if isinstance(error, dist.DistError) or "gloo" in str(error):  # an exchange failed: a rank is lost
-            world.await_end()
         raise
     finally:
         world.end_watch()
@@ -235,7 +231,7 @@ class _Watch:
         self._next = (world.rank + 1) % world.size
         self._stopped = threading.Event()
         self._contact = self._next_seen = time.monotonic()
-        self._store.set(f"who/{world.rank}", json.dumps([self._host, world.local_rank]))
+        self._store.set(f"host of {world.rank}", self._host)
         self._store.set(f"beat/{world.rank}", "0")
         dist.barrier()
         for work in (self._beat, self._look):
@@ -248,7 +244,8 @@ class _Watch:
         """Tell all ranks why they must end. This one says it itself."""
         self.stop()
         try:
-            self._store.set("end", json.dumps([message, self._host, None]))
+            self._store.add(f"said on {self._host}", 1)
+            self._store.set("end", message)
         except RuntimeError:
             return  # no connection: they will find out by the silence
 
@@ -260,17 +257,17 @@ class _Watch:
                 self._store.set(f"beat/{self._world.rank}", str(beats))
                 seen = self._store.get(f"beat/{self._next}")
                 if self._store.check(["end"]):
-                    self._end(*json.loads(self._store.get("end")))
+                    self._end(self._store.get("end").decode())
                 now = time.monotonic()
                 # After a pause of this rank's own, nobody's silence is known.
                 if seen != last or now - self._contact > 5 * _BEAT:
                     last, self._next_seen = seen, now
                 self._contact = now
                 if now - self._next_seen > _SILENCE:
-                    host, local_rank = json.loads(self._store.get(f"who/{self._next}"))
+                    host = self._store.get(f"host of {self._next}").decode()
                     message = f"rank {self._next} (on {host}) is lost: no sign of life for {_SILENCE:.0f} s"
-                    self._store.set("end", json.dumps([message, host, local_rank]))
-                    self._end(message, host, local_rank)
+                    self._store.set("end", message)
+                    self._end(message)
             except RuntimeError:
                 pass  # no connection: _look counts the seconds
             self._stopped.wait(_BEAT)
@@ -283,15 +280,11 @@ class _Watch:
                 self._contact = now  # the machine was asleep
             previous = now
             if now - self._contact > _SILENCE + 3 * _BEAT:
-                self._end(f"rank {self._world.rank} has lost the others: {self._place} does not answer", "", 0)
+                self._end(f"rank {self._world.rank} has lost the others: {self._place} does not answer", cut_off=True)
 
-    def _end(self, message: str, host: str, lost: int | None) -> NoReturn:
-        """End this process. One rank of each host speaks, unless the cause is on it and has spoken itself.
-
-        `host` and `lost`: where the rank is that is lost, and its local rank; None for one that has spoken.
-        """
-        here = host == self._host
-        speaker = 1 if here and lost == 0 else 0
-        if self._world.local_rank == speaker and not (here and lost is None):
+    def _end(self, message: str, cut_off: bool = False) -> NoReturn:
+        """End this process. The first rank of each host that comes here speaks, unless the cause has spoken itself."""
+        speaks = self._world.local_rank == 0 if cut_off else self._store.add(f"said on {self._host}", 1) == 1
+        if speaks:
             print(f"equipoise: {message}; all ranks stop", file=sys.stderr, flush=True)
         os._exit(LOST)

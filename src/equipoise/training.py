@@ -57,6 +57,9 @@ def fit(plan: Plan, progress: bool = True) -> Run:
         except NonFiniteLossError as error:
             folder.keep()
             raise NonFiniteLossError(f"{error}. The log is in {plan.folder}") from None
+        except RuntimeError as error:
+            world.await_end(error)
+            raise
         finally:
             for opened in (batches, validation):
                 if opened is not None:
