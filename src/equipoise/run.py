@@ -25,7 +25,7 @@ from equipoise.recipe import Field, Recipe, field_value, load_recipe, override
 from equipoise.sources import Source, find_parts, open_part, open_parts, part_of, recognise
 from equipoise.views import ViewSettings, view_kinds
 
-RECIPE, RECORD, METRICS = "recipe.toml", "run.json", "metrics.json"
+RECIPE, RECORD, METRICS, LOCK = "recipe.toml", "run.json", "metrics.json", "run.lock"
 
 
 @dataclass(frozen=True)
