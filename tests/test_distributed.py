@@ -2,16 +2,23 @@
 
 import json
 import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import draw_folder
 
 from equipoise import UserError
+from equipoise.checkpoint import load_checkpoint
 from equipoise.distributed import ALONE, World, join
 from equipoise.plan import Place, _prepare, _refuse_batches, prepare
 from equipoise.recipe import load_recipe
@@ -198,3 +205,196 @@ def test_ranks_that_differ_are_refused(tmp_path):
     said = "equipoise: rank 1 has optim.lr = 0.01, but rank 0 has 0.05: start all ranks with the same recipe and data"
     assert done.stderr.count(said) == 1
     assert not (tmp_path / "run").exists()
+
+
+# ---- failures
+
+
+def start(processes: int, *words: str, restarts: int = 0) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
+         f"--max-restarts={restarts}", *words],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def ranks_of(launcher: subprocess.Popen[str]) -> list[int]:
+    """Process ids of the ranks, in their order."""
+    found = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True, check=False)
+    return sorted(int(word) for word in found.stdout.split())
+
+
+def steps_of(run: Path) -> list[int]:
+    file = run / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line)["step"] for line in lines if line.endswith("\n")]
+
+
+def wait_for(what: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 150
+    while not what():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_all_ranks_stop_soon_after_one_is_killed(rank, tmp_path):
+    launcher = start(2, *train_words(tmp_path / "run", "--epochs", "2000", "--log-every", "1"))
+    wait_for(lambda: len(steps_of(tmp_path / "run")) > 10, launcher)
+    ranks = ranks_of(launcher)
+    begun = time.monotonic()
+    os.kill(ranks[rank], signal.SIGKILL)
+    _, said = launcher.communicate(timeout=60)
+    assert time.monotonic() - begun < 30
+    assert launcher.returncode != 0
+    assert [line for line in said.splitlines() if line.startswith("equipoise: ")] == [
+        f"equipoise: rank {rank} (on {os.uname().nodename}) is lost: no sign of life for 12 s; all ranks stop"
+    ]
+    for process in ranks:
+        with pytest.raises(ProcessLookupError):
+            os.kill(process, 0)
+    assert load_checkpoint(tmp_path / "run" / "last.pt").step > 0
+
+
+@pytest.mark.slow
+def test_a_restart_goes_on_to_the_same_end(tmp_path):
+    words = ["--epochs", "60", "--log-every", "1", "--checkpoint-minutes", "0.005"]
+    launcher = start(2, *train_words(tmp_path / "killed", *words), restarts=1)
+    wait_for(lambda: len(steps_of(tmp_path / "killed")) > 20, launcher)
+    os.kill(ranks_of(launcher)[1], signal.SIGKILL)
+    out, said = launcher.communicate(timeout=200)
+    assert launcher.returncode == 0, said
+    assert "goes on" in out
+    assert steps_of(tmp_path / "killed") == list(range(1, 361))
+    done = torchrun(2, *train_words(tmp_path / "whole", *words))
+    assert done.returncode == 0, done.stderr
+    one, other = (load_checkpoint(tmp_path / name / "last.pt") for name in ("killed", "whole"))
+    assert all(torch.equal(one.weights[name], value) for name, value in other.weights.items())
+
+
+@pytest.mark.slow
+def test_a_terminated_launch_is_saved(tmp_path):
+    """As Slurm ends a job: torchrun hands SIGTERM to its ranks, which agree on the step to stop at."""
+    launcher = start(2, *train_words(tmp_path / "run", "--epochs", "2000", "--log-every", "1"))
+    wait_for(lambda: len(steps_of(tmp_path / "run")) > 10, launcher)
+    launcher.send_signal(signal.SIGTERM)
+    _, said = launcher.communicate(timeout=100)
+    step = load_checkpoint(tmp_path / "run" / "last.pt").step
+    assert (
+        said.count(
+            f"equipoise: terminated: step {step} is done and saved; go on with:\ntorchrun --nproc-per-node 2 -m "
+        )
+        == 1
+    )
+    assert steps_of(tmp_path / "run")[-1] == step
+
+
+@pytest.mark.slow
+def test_a_rank_says_which_file_it_cannot_read(tmp_path):
+    data = draw_folder(tmp_path / "data", {"ant": 12, "bee": 6})
+    broken = data / "bee" / "3.png"
+    broken.write_bytes(broken.read_bytes()[:200])  # a good header and no pixels
+    small = [
+        "--arch",
+        "resnet8",
+        "--set",
+        "views.size=16",
+        "--epochs",
+        "1",
+        "-b",
+        "6",
+        "--set",
+        "data.holdout=0",
+        "-j",
+        "1",
+    ]
+    done = torchrun(2, "-m", "equipoise", "train", "--data", str(data), "--out", str(tmp_path / "run"), *small)
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("equipoise: ")]
+    assert len(said) == 1
+    assert re.fullmatch(r"equipoise: rank [01]: .*bee/3.png cannot be read \(.*\); repair or remove it", said[0])
+    broken.write_bytes(b"none")  # and what headers tell, before training
+    done = torchrun(2, "-m", "equipoise", "train", "--data", str(data), "--out", str(tmp_path / "other"), *small)
+    said = [line for line in done.stderr.splitlines() if line.startswith("equipoise: ")]
+    assert len(said) == 1
+    assert re.search(r"rank [01]: .*bee/3.png cannot be read \(it is no image\)", said[0])
+    assert not (tmp_path / "other").exists()
+
+
+# ---- hosts
+
+
+@pytest.fixture
+def hosts() -> Iterator[dict[str, list[str]]]:
+    """Two hosts with a name, an address and a network device each, joined by a cable: name to the command that runs
+    something on it. They are network namespaces; where the machine does not allow them, the test is skipped aloud."""
+    names = {"eqp-a": "10.77.31.1", "eqp-b": "10.77.31.2"}
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True)
+
+    folders = [Path("/etc/netns") / name for name in names]
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", "eqp-va", "netns", "eqp-a", "type", "veth", "peer", "name", "eqp-vb", "netns", "eqp-b")
+        for (name, address), device in zip(names.items(), ("eqp-va", "eqp-vb"), strict=True):
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", device)
+            for interface in ("lo", device):
+                ip("-n", name, "link", "set", interface, "up")
+        table = "127.0.0.1 localhost\n" + "".join(f"{address} {name}\n" for name, address in names.items())
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "hosts").write_text(table)
+        run = 'hostname $0 && exec "$@"'
+        yield {name: ["ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c", run, name] for name in names}
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"this machine does not allow network namespaces ({error})")
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.slow
+def test_two_hosts_train_together_until_one_is_cut_off(hosts, tmp_path):
+    words = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d",
+             "--rdzv-endpoint=eqp-a:29471", "--rdzv-id=job"]  # fmt: skip
+    run = tmp_path / "run"
+    outputs = {name: (tmp_path / name).open("w") for name in hosts}
+    agents = [
+        subprocess.Popen(
+            [*command, *words, *train_words(run, "--epochs", "2000", "--log-every", "1")], start_new_session=True,
+            stdout=subprocess.DEVNULL, stderr=outputs[name], env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        for name, command in hosts.items()
+    ]  # fmt: skip
+    try:
+        wait_for(lambda: len(steps_of(run)) > 20, agents[0])
+        assert json.loads((run / "run.json").read_text())["processes"] == 2
+        begun = time.monotonic()
+        subprocess.run(["ip", "-n", "eqp-b", "link", "set", "eqp-vb", "down"], check=True)
+        said = {}
+        while len(said) < 2 and time.monotonic() - begun < 30:
+            for name in hosts:
+                lines = (tmp_path / name).read_text().splitlines()
+                if spoken := [line for line in lines if line.startswith("equipoise: ")]:
+                    said[name] = spoken
+            time.sleep(0.1)
+        assert said["eqp-a"] == ["equipoise: rank 1 (on eqp-b) is lost: no sign of life for 12 s; all ranks stop"]
+        assert re.fullmatch(
+            r"equipoise: rank 1 has lost the others: eqp-a:\d+ does not answer; all ranks stop", said["eqp-b"][0]
+        )
+        steps = len(steps_of(run))
+        time.sleep(1)
+        assert len(steps_of(run)) == steps, "nothing trains any more"
+        assert load_checkpoint(run / "last.pt").step > 0
+    finally:
+        for agent in agents:
+            os.killpg(agent.pid, signal.SIGKILL)
+            agent.wait()
+        for output in outputs.values():
+            output.close()

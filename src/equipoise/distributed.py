@@ -6,11 +6,13 @@ them the world has one rank, and everything here does nothing.
 Shapes: B images of this rank, G images of the whole batch.
 """
 
+import hashlib
 import os
 import socket
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -47,6 +49,7 @@ class World:
     launch: str = ""
     restarted: bool = False
     _watch: "list[_Watch]" = field(default_factory=list["_Watch"], repr=False, compare=False)
+    _session: list[str] = field(default_factory=list[str], repr=False, compare=False)
 
     @property
     def is_first(self) -> bool:
@@ -123,10 +126,37 @@ class World:
             for buffer in module.buffers():
                 dist.broadcast(buffer, src=0)
 
+    def session(self, store: dist.Store) -> str:
+        """A name that exactly these processes share. torchrun's store outlives them: what is in it may be of ranks that
+        were there before a restart.
+
+        Rank 0 writes down who is there until each of these has read its own name in the list.
+        """
+        own = uuid.uuid4().hex
+        store.set(f"equipoise/here/{self.rank}", own)
+        names = [f"equipoise/here/{rank}" for rank in range(self.size)]
+        session = ""
+        while not self._session:
+            if self.is_first:
+                session = " ".join(name.decode() for name in store.multi_get(names))
+                store.set("equipoise/session", session)
+            else:
+                session = store.get("equipoise/session").decode()
+            if session.split()[self.rank : self.rank + 1] == [own]:
+                store.set(f"equipoise/read/{self.rank}", session)
+                if self.is_first:
+                    read = store.multi_get([name.replace("here", "read") for name in names])
+                    if {name.decode() for name in read} == {session}:
+                        store.set("equipoise/begin", session)
+                if store.check(["equipoise/begin"]) and store.get("equipoise/begin").decode() == session:
+                    self._session.append(hashlib.sha256(session.encode()).hexdigest()[:16])
+            time.sleep(0.02)
+        return self._session[0]
+
     def watch(self) -> None:
         """From now on, end this process within seconds of another rank's end."""
         if self.size > 1 and not self._watch:
-            self._watch.append(_Watch(self))
+            self._watch.append(_Watch(self, self._session[0]))
 
     def end_watch(self) -> None:
         """Stop looking after the others."""
@@ -170,7 +200,10 @@ def join() -> Generator[World]:
         restarted=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0,
     )
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        store, rank, _ = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(world.session(store), store)
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     except (dist.DistError, RuntimeError, ValueError) as error:
         place = f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
         reason = str(error).splitlines()[0][:200]
@@ -183,7 +216,7 @@ def join() -> Generator[World]:
         raise error if world.local_rank == 0 else SystemExit(2) from None
     except UserError as error:
         world.fail(str(error))
-        raise
+        raise UserError(f"rank {world.rank}: {error}") from None
     finally:
         world.end_watch()
 
@@ -219,13 +252,12 @@ class _Watch:
     waits for the main thread, which may hang in an exchange with the rank that is lost.
     """
 
-    def __init__(self, world: World) -> None:
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    def __init__(self, world: World, session: str) -> None:
         self._place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         client = dist.TCPStore(
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=30)
         )
-        self._store = dist.PrefixStore(f"equipoise/{attempt}", client)
+        self._store = dist.PrefixStore(f"equipoise/{session}", client)
         self._world = world
         self._host = socket.gethostname()
         self._next = (world.rank + 1) % world.size
