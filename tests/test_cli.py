@@ -307,13 +307,15 @@ def test_the_rehearsal(tmp_path):
     assert rehearse(tmp_path, None, size=32, epochs=2, encoders=("resnet50",)) > 25
 
 
+SMALL = ["-b", "4", "--set", "views.size=32", "--workers", "0", "--set", "model.feature_dim=16"]
+
+
 @pytest.fixture(scope="module")
 def imagenet_run(tmp_path_factory):
     """A finished run on a miniature ImageNet-LT, and its data."""
     data = build_imagenet(tmp_path_factory.mktemp("data") / "imagenet", counts=(8, 4))
     out = tmp_path_factory.mktemp("runs") / "run"
-    words = ["--epochs", "1", "-b", "4", "--set", "views.size=32", "--workers", "0", "--set", "model.feature_dim=16"]
-    assert main(["train", "--data", str(data), "--out", str(out), *words]) == 0
+    assert main(["train", "--data", str(data), "--out", str(out), "--epochs", "1", *SMALL]) == 0
     return out, data
 
 
@@ -333,7 +335,7 @@ def test_reload_and_evaluate_score_their_parts(imagenet_run, capsys):
         assert f"{run_folder}/best.pt has {field} = " in said
 
 
-def test_a_checkpoint_in_their_layout_scores_the_same(imagenet_run, capsys, tmp_path):
+def test_a_checkpoint_in_their_layout_scores_the_same(imagenet_run, stripped, capsys, tmp_path):
     """Written, stripped of what is ours in it, and read again: the same logits, on the same data."""
     run_folder, data = imagenet_run
     file = tmp_path / "bcl_ckpt.best.pth.tar"
@@ -344,9 +346,7 @@ def test_a_checkpoint_in_their_layout_scores_the_same(imagenet_run, capsys, tmp_
     capsys.readouterr()
     assert json.loads((tmp_path / "theirs.json").read_text()) == json.loads((tmp_path / "ours.json").read_text())
 
-    table = torch.load(file, weights_only=True)
-    del table["equipoise"]
-    torch.save(table, file)
+    file = stripped
     words = ["evaluate", str(file), "--data", str(data), "--set", "views.size=32"]
     assert main([*words, "--logits", str(tmp_path / "theirs.npz"), "--out", str(tmp_path / "stripped.json")]) == 0
     with np.load(tmp_path / "ours.npz") as expected, np.load(tmp_path / "theirs.npz") as found:
@@ -450,6 +450,27 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     logged = [line["step"] for line in metric_lines(whole) if line["kind"] == "train"]
     assert logged == sorted(set(logged))
     assert load_checkpoint(whole / "last.pt").epoch == 5
+
+
+@pytest.fixture
+def stripped(imagenet_run, tmp_path):
+    """A checkpoint as the authors' code writes it: without what is ours in it."""
+    file = tmp_path / "theirs.pth.tar"
+    assert main(["export", str(imagenet_run[0]), "--to", "authors", "--out", str(file)]) == 0
+    table = torch.load(file, weights_only=True)
+    del table["equipoise"]
+    torch.save(table, file)
+    return file
+
+
+@pytest.mark.slow
+def test_training_goes_on_from_their_checkpoint(imagenet_run, stripped, tmp_path, capsys):
+    words = ["train", "--data", str(imagenet_run[1]), *SMALL, "--epochs", "2", "--resume", str(stripped)]
+    assert main([*words, "--out", str(tmp_path / "run")]) == 0
+    assert "after epoch 1" in " ".join(capsys.readouterr().out.split())
+    assert load_checkpoint(tmp_path / "run" / "last.pt").epoch == 2
+    steps = [line["step"] for line in metric_lines(tmp_path / "run") if line["kind"] == "train"]
+    assert steps[0] > 3, "of three steps an epoch, the first epoch is not done again"
 
 
 def test_what_cannot_be_resumed(imagenet_run, capsys, tmp_path):

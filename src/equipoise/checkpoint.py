@@ -123,11 +123,12 @@ def _from_authors(table: dict[str, Any], path: Path) -> Checkpoint:
     if isinstance(table.get("equipoise"), dict):
         return _from_table(table["equipoise"], {"weights": read.weights, "optimizer": optimizer}, path)
     unknown = Recipe(name=AUTHORS)
+    width = read.weights["classifier.weight"].shape[1]  # 0 stands for it, as in the recipes
     model = replace(
         unknown.model,
         encoder=read.arch,
         classifier="linear" if read.classifier == "linear" else "cosine",
-        hidden_dim=read.hidden_dim,
+        hidden_dim=0 if read.hidden_dim == width else read.hidden_dim,
         feature_dim=read.feature_dim,
     )
     return Checkpoint(
