@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -328,6 +329,10 @@ def test_reload_and_evaluate_score_their_parts(imagenet_run, capsys):
         written = run_folder / f"metrics-best-imagenet-{part}.json"
         assert f"written: {written}" in capsys.readouterr().out
         assert json.loads(written.read_text())[part] == metrics["best"][part]
+    for named in (["places-lt"], ["--dataset", "inat"]):  # without --data: it would be scored on its own
+        said = refusal(capsys, "train", *named, "--reload", "True", "--resume", str(run_folder / "last.pt"))
+        assert "last.pt was trained by the recipe imagenet-lt, not " in said
+    assert main(["train", "--dataset", "imagenet", "--reload", "--resume", str(run_folder / "best.pt")]) == 0
     for words, field in ((["--arch", "resnext50"], "model.encoder"), (["--use-norm", "False"], "model.classifier")):
         said = refusal(
             capsys, "train", "--data", str(data), *words, "--reload", "--resume", str(run_folder / "best.pt")
@@ -461,6 +466,33 @@ def stripped(imagenet_run, tmp_path):
     del table["equipoise"]
     torch.save(table, file)
     return file
+
+
+@pytest.mark.slow
+def test_the_authors_files_of_a_run_that_goes_on(imagenet_run, tmp_path, capsys):
+    """They are gone when it begins, so that a run that fails leaves no old ones, and new when it ends."""
+    run_folder = shutil.copytree(imagenet_run[0], tmp_path / "run")
+    words = ["train", "--resume", str(run_folder), "--epochs", "2"]
+    files = {ours: run_folder / f"bcl_ckpt{best}.pth.tar" for ours, best in (("last.pt", ""), ("best.pt", ".best"))}
+    for ours, theirs in files.items():
+        assert main(["export", str(run_folder / ours), "--to", "authors"]) == 0
+        assert theirs.is_file()
+    image = next((imagenet_run[1] / "train").rglob("*.JPEG"))
+    content = image.read_bytes()
+    image.write_bytes(content[: len(content) // 2])
+    try:
+        assert "cannot be read" in refusal(capsys, *words)
+    finally:
+        image.write_bytes(content)
+    assert not any(theirs.exists() for theirs in files.values())
+    for theirs in files.values():
+        theirs.write_bytes(b"old")
+    assert main(words) == 0
+    for ours, theirs in files.items():
+        one, other = load_checkpoint(run_folder / ours), load_checkpoint(theirs)
+        assert one.epoch == other.epoch
+        assert all(torch.equal(value, other.weights[name]) for name, value in one.weights.items())
+    assert load_checkpoint(files["last.pt"]).epoch == 2
 
 
 @pytest.mark.slow

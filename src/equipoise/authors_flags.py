@@ -13,7 +13,7 @@ from equipoise.errors import UserError
 from equipoise.recipe import Field, Recipe, find_field, nearest
 
 LOG = "log"  # their default of --root_log
-BEST, LAST = "bcl_ckpt.best.pth.tar", "bcl_ckpt.pth.tar"
+AUTHORS_BEST, AUTHORS_LAST = "bcl_ckpt.best.pth.tar", "bcl_ckpt.pth.tar"
 DATASETS = {
     "imagenet": "imagenet-lt",
     "inat": "inat2018",

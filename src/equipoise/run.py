@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from equipoise.authors_flags import AUTHORS_BEST, AUTHORS_LAST
 from equipoise.checkpoint import BEST, LAST, Checkpoint, atomic_file, load_checkpoint, save_for_authors
 from equipoise.device import choose_device
 from equipoise.distributed import ALONE, World
@@ -26,6 +27,7 @@ from equipoise.sources import Source, find_parts, open_part, open_parts, part_of
 from equipoise.views import ViewSettings, view_kinds
 
 RECIPE, RECORD, METRICS = "recipe.toml", "run.json", "metrics.json"
+AUTHORS_NAMES = {LAST: AUTHORS_LAST, BEST: AUTHORS_BEST}  # of the same in the authors' layout
 
 
 @dataclass(frozen=True)
@@ -191,7 +193,7 @@ def _to_score(
 def find_checkpoint(path: Path) -> Path:
     """`path`, or what it is called here if it is one of the authors' names in a run folder. Raises UserError where
     there is neither."""
-    ours = {"bcl_ckpt.best.pth.tar": BEST, "bcl_ckpt.pth.tar": LAST}.get(path.name)
+    ours = {theirs: ours for ours, theirs in AUTHORS_NAMES.items()}.get(path.name)
     if not path.exists() and ours and path.with_name(ours).is_file():
         return path.with_name(ours)
     if not path.exists():
