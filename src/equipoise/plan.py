@@ -17,17 +17,19 @@ from equipoise.checkpoint import LAST, PREVIOUS, Checkpoint, load_checkpoint
 from equipoise.device import choose_device, choose_precision
 from equipoise.distributed import ALONE, SharedError, World
 from equipoise.errors import UserError
+from equipoise.listfiles import BENCHMARKS, find_list
 from equipoise.lists import DIGITS, Parts, imbalance_factor
 from equipoise.loader import steps_per_epoch
 from equipoise.pixels import unreadable
 from equipoise.recipe import Recipe, field_value, load_recipe, recipe_fields
-from equipoise.run import METRICS, RECIPE, RECORD, find_checkpoint, open_data
+from equipoise.run import METRICS, RECIPE, RECORD, find_checkpoint, open_data, source_of
 
 AUTO = "auto"  # --resume auto: find out which run
 # Recipe fields that change no number: they may differ where a run goes on, and between ranks.
 _FREE = {"name", "summary", "device", "precision", "workers", "log_every", "checkpoint_minutes"}
 _FREE_IN_RESUME = {*_FREE, "epochs", "pretrained", "weights"}
-_PLACES = ("path", "train_list", "val_list", "test_list")
+_LISTS = {"train": "train_list", "validation": "val_list", "test": "test_list"}
+_PLACES = ("path", *_LISTS.values())
 
 
 @dataclass(frozen=True)
@@ -124,17 +126,30 @@ def prepare(
 
     Raises UserError for what the user must put right; writes nothing. With several ranks, all call it and all raise.
     """
-    # Absolute, so that the recipe.toml of the run can be trained again from anywhere.
-    files = {
-        name: str(Path(os.path.expanduser(value)).resolve())
-        for name in _PLACES
-        if (value := getattr(recipe.data, name)) not in (DIGITS, "")
-    }
-    recipe = replace(recipe, data=replace(recipe.data, **files))
+    recipe = _with_absolute_paths(recipe)
     place = world.first_makes(lambda: _find_place(recipe, out, resume, world))
     plan = world.each_makes(lambda: _prepare(recipe, place, world))
     _refuse_different_ranks(plan)
     return plan
+
+
+def _with_absolute_paths(recipe: Recipe) -> Recipe:
+    """The recipe as it can be trained again from anywhere. A benchmark's lists that were found below the working
+    directory become lists of the recipe."""
+
+    def absolute(path: str) -> str:
+        return path if path in (DIGITS, "") else str(Path(os.path.expanduser(path)).resolve())
+
+    data = recipe.data
+    files = {name: absolute(getattr(data, name)) for name in _PLACES}
+    if data.benchmark and not source_of(recipe).lists:
+        lists = BENCHMARKS[data.benchmark].lists
+        found = {part: find_list(Path(files["path"]), data.benchmark, part) for part in lists}
+        complete = all(found[part] or not known.blob for part, known in lists.items())
+        if complete and any(file and not file.is_absolute() for file in found.values()):
+            files |= {_LISTS[part]: str(file.resolve()) for part, file in found.items() if file}
+    model = replace(recipe.model, weights=absolute(recipe.model.weights))
+    return replace(recipe, data=replace(data, **files), model=model)
 
 
 def _prepare(recipe: Recipe, place: Place, world: World) -> Plan:
@@ -192,7 +207,7 @@ def _refuse_different_ranks(plan: Plan) -> None:
     said: dict[str, Any] = {
         field.key: field_value(plan.recipe, field)
         for field in recipe_fields()
-        if not _FREE.intersection(field.path) and field.path[-1] not in _PLACES
+        if not _FREE.intersection(field.path) and field.path[-1] not in (*_PLACES, "weights")
     }
     said |= {f"the {name} images": part.fingerprint() for name, part in plan.parts.named().items()}
     said |= {"the number of steps": plan.steps_per_epoch, "the precision": plan.precision}
