@@ -211,7 +211,9 @@ def rehearse(place: Path, photos: Path | None, size: int, epochs: int, encoders:
         longer = {**options, "epochs": epochs + 1}
         words = f"{TRAIN_IMAGENET.format(data=imagenet.name, **longer)} {small} --resume theirs.pth.tar"
         equipoise(f"train {words}", place)
-        logged = (place / "log" / name.replace(f"epochs_{epochs}", f"epochs_{epochs + 1}") / "metrics.jsonl").read_text()
+        logged = (
+            place / "log" / name.replace(f"epochs_{epochs}", f"epochs_{epochs + 1}") / "metrics.jsonl"
+        ).read_text()
         first = json.loads(logged.splitlines()[0])["epoch"]
         check("training goes on from the authors' checkpoint", first == theirs["epoch"])
 

@@ -165,7 +165,7 @@ def test_the_long_tail_subset_is_the_benchmarks(tmp_path):
     assert np.array_equal(long_tailed(train, 5, "exponential").images.pixels_NHW3, expected)
 
 
-def test_what_is_found(tmp_path):
+def test_what_is_found(tmp_path, monkeypatch):
     assert find_cifar(tmp_path) is None
     (tmp_path / "one").mkdir()
     plant(tmp_path / "one", 10, "binary", files_of(10, "binary"), packed=True)
@@ -175,6 +175,8 @@ def test_what_is_found(tmp_path):
     with pytest.raises(UserError, match="holds both CIFAR-10 and CIFAR-100; name one of them"):
         find_cifar(tmp_path / "one")
     assert find_cifar(python) == CifarArchive(python, 10, "python")
+    monkeypatch.chdir(python)
+    assert find_cifar(Path()) == CifarArchive(Path(), 10, "python")
 
 
 # ---- what is refused

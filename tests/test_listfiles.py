@@ -255,3 +255,4 @@ def test_an_absent_list_is_named_with_its_places_and_fingerprint(benchmark, part
         assert word in said
     assert f"--{ {'train': 'train', 'validation': 'val', 'test': 'test'}[part] }-list FILE" in said
     assert ("2018.json" in said) == (benchmark == "inat2018")
+    assert ("train pictures --data" in said) == (part == "train" and benchmark != "inat2018")

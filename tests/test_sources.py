@@ -50,7 +50,9 @@ def test_scoring_another_folder_keeps_the_labels_of_the_model(tmp_path):
 
 def test_scoring_takes_all_only_of_what_is_not_divided(tmp_path):
     draw_folder(tmp_path / "train", {"ant": 2, "bee": 1})
-    with pytest.raises(UserError, match=r"has no test part; it has train: choose one with --split"):
+    with pytest.raises(
+        UserError, match=r"has no test part; it has train: score one of them with equipoise evaluate .* --split PART"
+    ):
         open_part(str(tmp_path), "test", ("ant", "bee"))
     assert len(open_part(str(tmp_path), "train", ("ant", "bee"))) == 3
 
@@ -88,9 +90,12 @@ def plant(root, *paths):
 @pytest.mark.parametrize(
     ("paths", "name"),
     [
-        (("train/n01440764/1.JPEG", "train/n01443537/1.JPEG", "val/n01440764/1.JPEG"), "imagenet-lt"),
-        (("val/n01440764/1.JPEG",), "imagenet-lt"),
-        (("train/n01440764/1.JPEG", "train/goldfish/1.JPEG"), ""),
+        ([f"train/n{label:08}/1.JPEG" for label in range(1000)], "imagenet-lt"),
+        ([f"val/n{label:08}/1.JPEG" for label in range(1000)], "imagenet-lt"),
+        ([f"train/n{label:08}/1.JPEG" for label in range(10)], ""),  # Imagenette: its classes are its own
+        ([f"train/{label:08}/1.JPEG" for label in range(1000)], ""),
+        (("ImageNet_LT/ImageNet_LT_val.txt", "train/n01440764/1.JPEG"), "imagenet-lt"),
+        (("Places_LT/Places_LT_train.txt", "train/airfield/1.jpg"), "places-lt"),
         (("train/cat/1.jpg", "val/cat/2.jpg"), ""),
         (("ImageNet_LT_test.txt", "images/1.jpg"), "imagenet-lt"),
         (("train_val2018/Aves/1/1.jpg",), "inat2018"),

@@ -108,10 +108,13 @@ def absent_list(root: Path, benchmark: str, part: str) -> UserError:
     fingerprint = f", git blob {known.blob}" if known.blob else ""
     annotations = BENCHMARKS[benchmark].annotations.get(part)
     official = f", put the official {annotations} into {root}" if annotations else ""
+    as_folders = "; to train on all images of its class folders, name the recipe: train pictures --data FOLDER"
+    otherwise = "" if official or part != "train" else as_folders
     flag = {"train": "train", "validation": "val", "test": "test"}[part]
     return UserError(
         f"the list {known.name} ({known.images:,} images of {known.classes:,} classes{fingerprint}) is not in "
-        f"{', '.join(folders[:-1])} or {folders[-1]}; put it there{official}, or name it with --{flag}-list FILE"
+        f"{', '.join(folders[:-1])} or {folders[-1]}; put it there{official}, or name it with "
+        f"--{flag}-list FILE{otherwise}"
     )
 
 
