@@ -405,8 +405,8 @@ def test_data_names_lists_and_says_how_they_depart(capsys, tmp_path, shared_data
     assert main(["data", str(data)]) == 0
     said = capsys.readouterr().out
     for sentence in (
-        "no published list that is known here; the published ImageNet_LT_train.txt is a063f095fcd475db4cf8b0658c4b7395",
-        "with 115,846 images of 1,000 classes; this one has 8 of 2",
+        f"{train} is not the published ImageNet_LT_train.txt (git blob a063f095fcd475db4cf8b0658c4b73955535bbf9): that",
+        " has 115,846 images of 1,000 classes, this one 8 of 2",
         "the labels are not contiguous: 1 of 0 to 2 have no image (first: 1)",
         f"{train}: 1 images are in it more than once (first: train/n00000000/n00000000_0.JPEG)",
         "ILSVRC2012_val_00000002.JPEG is not there, and 1 of the 7 images",
@@ -416,6 +416,8 @@ def test_data_names_lists_and_says_how_they_depart(capsys, tmp_path, shared_data
     train.unlink()
     assert main(["data", str(data)]) == 0
     assert "the list ImageNet_LT_train.txt (115,846 images" in capsys.readouterr().out
+    (tmp_path / "list.csv").write_text("a.jpg,3\n")
+    assert "is a file, but no Parquet file" in refusal(capsys, "data", str(tmp_path / "list.csv"))
     assert "--images goes with a list file as PATH" in refusal(capsys, "data", str(data), "--images", str(data))
 
 

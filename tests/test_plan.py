@@ -7,6 +7,7 @@ import torch
 
 from benchmarks.rehearsal import build_imagenet
 from equipoise import UserError, load_recipe
+from equipoise.listfiles import PUBLISHED, git_blob
 from equipoise.plan import prepare
 from equipoise.recipe import recipe_toml
 
@@ -49,6 +50,15 @@ def test_an_absent_list_is_still_missed(elsewhere):
     (lists / "ImageNet_LT_test.txt").unlink()
     with pytest.raises(UserError, match=r"the list ImageNet_LT_test\.txt"):
         prepare(recipe)
+
+
+def test_a_plan_says_which_lists_it_takes_and_how_they_depart(elsewhere):
+    recipe, lists = elsewhere
+    said = prepare(recipe).describe()
+    for part in ("train", "val", "test"):
+        name = f"ImageNet_LT_{part}.txt"
+        assert f"{lists / name}: git blob {git_blob((lists / name).read_bytes())}, no published list" in said["lists"]
+        assert f"{lists / name} is not the published {name} (git blob {PUBLISHED[name].blob}): " in said["note"]
 
 
 def write(recipe, folder):

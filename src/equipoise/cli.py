@@ -397,7 +397,7 @@ def _data(options: argparse.Namespace) -> None:
     from equipoise.tables import print_data
 
     path = Path(options.path)
-    if path.is_file() and path.suffix in (".txt", ".lst", ".csv", ".json"):
+    if path.is_file() and path.suffix in (".txt", ".lst", ".json"):
         source = Source(options.images or str(path.absolute().parent), lists={"train": str(path)})
     elif options.images:
         raise UserError("--images goes with a list file as PATH; for a folder, name its lists with --train-list")

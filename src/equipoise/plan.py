@@ -87,6 +87,8 @@ class Plan:
         return {
             "recipe": f"{self.recipe.name}, method {self.recipe.method}, seed {self.recipe.seed}",
             "data": f"{self.recipe.data.path} ({self.parts.kind})",
+            **({"lists": "; ".join(self.parts.described)} if self.parts.described else {}),
+            **({"note": "; ".join(self.parts.notes)} if self.parts.notes else {}),
             "images": f"{len(train):,} to train on"
             + "".join(f", {count:,} for {name}" for name, count in held.items()),
             "classes": f"{len(counts):,}, from {counts[largest]:,} images ({names[largest]}) "

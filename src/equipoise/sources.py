@@ -133,7 +133,7 @@ def open_parts(
         train = long_tailed(train, imbalance_factor, imbalance)
     if validation is None and holdout > 0:
         train, validation = hold_out(train, holdout)
-    return Parts(found.kind, train, validation, found.parts.get("test"))
+    return Parts(found.kind, train, validation, found.parts.get("test"), found.described, found.notes)
 
 
 def open_part(source: Source | str, part: str, class_names: Sequence[str]) -> ImageList:
@@ -229,8 +229,10 @@ def _open_list_files(root: Path, source: Source) -> Found:
     read = {part: read_list(file) for part, file in files.items()}
     parts, notes = image_lists(read, root)
     classes = len(next(iter(parts.values())).class_names)
-    notes += [note for part, file in read.items() for note in departures(file, classes, part == "train")]
-    kind = f"list files of {source.benchmark}" if source.benchmark and not source.lists else "list files"
+    published = BENCHMARKS[source.benchmark].lists if source.benchmark and not source.lists else {}
+    for part, file in read.items():
+        notes += departures(file, classes, part == "train", published.get(part))
+    kind = f"list files of {source.benchmark}" if published else "list files"
     # Labels are numbers, the same in every list of a benchmark: names, where folders give some, are for people.
     return Found(
         kind,
