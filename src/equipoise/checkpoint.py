@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.authors import from_authors, is_authors_table, numpy_scalars, to_authors
+from equipoise.backbones import pretrained_normalisation
 from equipoise.errors import UserError
 from equipoise.model import TwoBranchNetwork
-from equipoise.recipe import Recipe, recipe_from_table, recipe_table
+from equipoise.recipe import Recipe, Views, recipe_from_table, recipe_table
 
 FORMAT = 2
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"  # the checkpoints of a run folder
@@ -212,7 +213,17 @@ def parameter_names(weights: dict[str, Tensor]) -> list[str]:
 
 
 def create_network(recipe: Recipe, classes: int, start: bool) -> TwoBranchNetwork:
-    """The network that `recipe` describes; with `start`, from the pretrained weights that it may name."""
+    """The network that `recipe` describes; with `start`, from the pretrained weights that it may name. Raises UserError
+    where these are of images normalised in another way than a recipe without a mean of its own says."""
+    views, model = recipe.views, recipe.model
+    if start and model.pretrained and not model.weights and (views.mean, views.std) == (Views().mean, Views().std):
+        known = pretrained_normalisation(model.encoder)
+        if known is not None and known != (views.mean, views.std):
+            mean, std = (" ".join(f"{number:g}" for number in numbers) for numbers in known)
+            raise UserError(
+                f"the pretrained weights of {model.encoder} are of images of another mean and std than the recipe's; "
+                f"add --mean {mean} --std {std}"
+            )
     return TwoBranchNetwork(
         recipe.model.encoder,
         classes,

@@ -105,7 +105,7 @@ class Model:
     pretrained: Annotated[bool, Setting("start from timm's pretrained weights (fetched from its hub)")] = False
     weights: Annotated[
         str,
-        Setting("start from the encoder's weights in this file instead, of timm or torchvision (.pth, .safetensors)"),
+        Setting("start from the encoder's weights in this file instead, in timm's naming, or torchvision's ResNets"),
     ] = ""
     classifier: Annotated[Literal["cosine", "linear"], Setting("cosine with scale 30, or linear with bias")] = "cosine"
     hidden_dim: Annotated[int, Setting("hidden width of the two projections (0: the encoder's width)", at_least=0)] = 0
