@@ -22,14 +22,13 @@ from equipoise.lists import DIGITS, Parts, imbalance_factor
 from equipoise.loader import steps_per_epoch
 from equipoise.pixels import unreadable
 from equipoise.recipe import Recipe, field_value, load_recipe, recipe_fields
-from equipoise.run import METRICS, RECIPE, RECORD, find_checkpoint, open_data, source_of
+from equipoise.run import LISTS, METRICS, RECIPE, RECORD, find_checkpoint, open_data, source_of
 
 AUTO = "auto"  # --resume auto: find out which run
 # Recipe fields that change no number: they may differ where a run goes on, and between ranks.
 _FREE = {"name", "summary", "device", "precision", "workers", "log_every", "checkpoint_minutes"}
 _FREE_IN_RESUME = {*_FREE, "epochs", "pretrained", "weights"}
-_LISTS = {"train": "train_list", "validation": "val_list", "test": "test_list"}
-_PLACES = ("path", *_LISTS.values())
+_PLACES = ("path", "train_list", "val_list", "test_list")
 
 
 @dataclass(frozen=True)
@@ -149,7 +148,7 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
         found = {part: find_list(Path(files["path"]), data.benchmark, part) for part in lists}
         complete = all(found[part] or not known.blob for part, known in lists.items())
         if complete and any(file and not file.is_absolute() for file in found.values()):
-            files |= {_LISTS[part]: str(file.resolve()) for part, file in found.items() if file}
+            files |= {LISTS[part].removeprefix("data."): str(file.resolve()) for part, file in found.items() if file}
     model = replace(recipe.model, weights=absolute(recipe.model.weights))
     return replace(recipe, data=replace(data, **files), model=model)
 
