@@ -15,7 +15,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
-from equipoise.authors import from_authors, is_authors_table, numpy_scalars, to_authors
+from equipoise.authors import from_authors, is_authors_table, numpy_scalars, parameter_names, to_authors
 from equipoise.backbones import pretrained_normalisation
 from equipoise.errors import UserError
 from equipoise.model import TwoBranchNetwork
@@ -148,8 +148,11 @@ def _from_authors(table: dict[str, Any], path: Path) -> Checkpoint:
 def save_for_authors(checkpoint: Checkpoint, path: Path) -> None:
     """Write `checkpoint` in the layout of the BCL authors' code, with what theirs leaves out under a key of its own.
 
-    Raises UserError for a model that their code does not have.
+    Raises UserError for a model that their code does not have, and for a checkpoint that is in that layout already.
     """
+    groups = checkpoint.optimizer["param_groups"]
+    if not groups:  # which is not read: nor is the best accuracy of one of theirs
+        raise UserError("the checkpoint is in the authors' layout already, and would lose by being read: copy the file")
     names = parameter_names(checkpoint.weights)
     states = checkpoint.optimizer["state"]
     recipe = checkpoint.recipe
@@ -159,9 +162,9 @@ def save_for_authors(checkpoint: Checkpoint, path: Path) -> None:
         arch=recipe.model.encoder,
         classifier=recipe.model.classifier,
         epoch=checkpoint.epoch,
-        best_top1=checkpoint.best[0] if checkpoint.best else None,
+        best_per_class=checkpoint.best[0] if checkpoint.best else None,
         extra=_described(checkpoint),
-        param_groups=checkpoint.optimizer["param_groups"],
+        param_group=groups[0],
     )
     with atomic_file(path) as file:
         torch.save(table, file)
@@ -203,13 +206,6 @@ def _digest(table: dict[str, Any]) -> str:
 
     add(table)
     return hasher.hexdigest()
-
-
-def parameter_names(weights: dict[str, Tensor]) -> list[str]:
-    """The names of a network's parameters in the order in which an optimizer numbers them: a state without
-    BatchNorm's counters and averages."""
-    buffers = ("running_mean", "running_var", "num_batches_tracked")
-    return [name for name in weights if name.rpartition(".")[2] not in buffers]
 
 
 def create_network(recipe: Recipe, classes: int, start: bool) -> TwoBranchNetwork:
