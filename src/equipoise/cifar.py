@@ -122,7 +122,7 @@ def _names(archive: CifarArchive, content: Mapping[str, bytes], file: str) -> tu
     if not isinstance(found, list) or not found or not all(isinstance(name, bytes | str) for name in found):
         raise UserError(f"{where} names no classes; take the archive anew")
     names = tuple(name.decode("utf-8", "replace") if isinstance(name, bytes) else name for name in found)
-    if len(set(names)) < len(names) or len(names) > archive.classes:
+    if not len(set(names)) == len(names) == archive.classes:
         raise UserError(f"{where} does not name {archive.classes} different classes; take the archive anew")
     return names
 
