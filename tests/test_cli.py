@@ -363,6 +363,10 @@ def test_a_checkpoint_in_their_layout_scores_the_same(imagenet_run, stripped, ca
     assert stripped["test"] == whole["test"]
     assert stripped["train_counts"] == [8, 4]
 
+    for theirs in (file, tmp_path / "bcl_ckpt.best.pth.tar"):
+        said = refusal(capsys, "export", str(theirs), "--to", "authors", "--out", str(tmp_path / "again.pth.tar"))
+        assert said.endswith("is in the authors' layout already, and would lose by being read: copy the file")
+    assert not (tmp_path / "again.pth.tar").exists()
     assert refusal(capsys, "evaluate", str(file)).endswith(
         "does not say what it was trained on; name the data with --data FOLDER"
     )
@@ -505,6 +509,24 @@ def test_training_goes_on_from_their_checkpoint(imagenet_run, stripped, tmp_path
     assert load_checkpoint(tmp_path / "run" / "last.pt").epoch == 2
     steps = [line["step"] for line in metric_lines(tmp_path / "run") if line["kind"] == "train"]
     assert steps[0] > 3, "of three steps an epoch, the first epoch is not done again"
+
+
+@pytest.mark.slow
+def test_a_run_of_lists_is_scored_on_others(tmp_path, capsys):
+    """On another tree with lists of its own, and on one list; whatever the lists were that it was trained by."""
+    one, other = (build_imagenet(tmp_path / name, counts=(5, 4)) for name in ("one", "other"))
+    lists = [f"--{part}-list={one / f'ImageNet_LT_{part}.txt'}" for part in ("train", "test")]
+    words = ["--data", str(one), *lists, "--out", str(tmp_path / "run"), "--arch", "resnet8", "--method", "ce"]
+    assert main(["train", "imagenet-lt", *words, *SMALL, "--epochs", "1"]) == 0
+    shutil.move(one, tmp_path / "moved")
+    expected = json.loads((tmp_path / "run" / "metrics.json").read_text())["test"]
+    assert main(["evaluate", str(tmp_path / "run"), "--data", str(other), "--out", str(tmp_path / "x.json")]) == 0
+    assert json.loads((tmp_path / "x.json").read_text())["test"] == expected
+    shutil.move(tmp_path / "moved", one)
+    mine = tmp_path / "mine.txt"
+    mine.write_text((one / "ImageNet_LT_test.txt").read_text().splitlines()[0] + "\n")
+    assert main(["evaluate", str(tmp_path / "run"), "--test-list", str(mine), "--out", str(tmp_path / "x.json")]) == 0
+    assert json.loads((tmp_path / "x.json").read_text())["test"]["images"] == 1
 
 
 def test_what_cannot_be_resumed(imagenet_run, capsys, tmp_path):

@@ -22,7 +22,16 @@ from equipoise.authors_flags import (
     truth,
 )
 from equipoise.errors import Stopped, UserError
-from equipoise.flags import DEMO, OWN_FOLDER, add_recipe_flags, add_set, chosen_recipe, overrides_of, resumed_recipe
+from equipoise.flags import (
+    DEMO,
+    OWN_FOLDER,
+    add_recipe_flags,
+    add_set,
+    chosen_recipe,
+    overrides_of,
+    refuse_swallowed_recipe,
+    resumed_recipe,
+)
 from equipoise.recipe import (
     Field,
     Method,
@@ -164,6 +173,7 @@ def _add_train(commands: Any, words: list[str]) -> None:
 def _train(options: argparse.Namespace) -> None:
     if options.out == "":
         raise UserError("--out names no folder")
+    refuse_swallowed_recipe(options)
     reload, evaluate = truth("--reload", options.reload), truth("--evaluate", options.evaluate)
     if reload or evaluate:
         _score_resumed(options, "test" if reload else "validation")
@@ -299,6 +309,7 @@ def _add_evaluate(commands: Any) -> None:
         choices=("train", "validation", "test"),
         help="the part to score (default: test, or validation where there is no test)",
     )
+    _add_list_flags(command, ("val", "test"))
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     command.add_argument("--out", metavar="FILE", help="where to write the figures (default: beside the checkpoint)")
     command.add_argument("--logits", metavar="FILE", help="write the logits of every image too, as .npz")
@@ -308,7 +319,8 @@ def _add_evaluate(commands: Any) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     target = Path(options.target)
     overrides = [*overrides_of(options), (find_field("device"), options.device)]
-    if not target.is_dir() or options.data or options.split or options.out or options.logits or options.set:
+    other_data = options.data or options.split or any(field.path[-1].endswith("_list") for field, _ in overrides)
+    if not target.is_dir() or other_data or options.out or options.logits or options.set:
         _score_checkpoint(target, options.data, options.split, overrides, options.out, options.logits)
         return
 
@@ -382,9 +394,15 @@ def _add_data(commands: Any) -> None:
     data.add_argument(
         "--write-lists", metavar="FOLDER", help="write iNaturalist's JSON as the list files of the literature"
     )
-    for part in ("train", "val", "test"):
-        data.add_argument(f"--{part}-list", dest=f"data.{part}_list", metavar="FILE", help="a list file of that part")
+    _add_list_flags(data, ("train", "val", "test"))
     add_set(data)
+
+
+def _add_list_flags(command: argparse.ArgumentParser, parts: Sequence[str]) -> None:
+    for part in parts:
+        command.add_argument(
+            f"--{part}-list", dest=f"data.{part}_list", metavar="FILE", help="a list file of that part"
+        )
 
 
 def _data(options: argparse.Namespace) -> None:
