@@ -16,9 +16,7 @@ from equipoise.device import describe_machine
 from equipoise.errors import UserError
 from equipoise.plan import Plan, default_folder
 from equipoise.recipe import recipe_toml
-from equipoise.run import METRICS, RECIPE, RECORD, write_json
-
-LOCK = "run.lock"
+from equipoise.run import LOCK, METRICS, RECIPE, RECORD, write_json
 
 
 class RunFolder:
@@ -104,15 +102,11 @@ def _locked(file: IO[bytes]) -> bool:
 
 def _remove(folder: Path, created: bool) -> None:
     """Take back a folder, or what was put into one that was there, empty."""
-    for _ in range(20):
-        for entry in [folder] if created else list(folder.iterdir()):
-            if entry.is_dir():
-                shutil.rmtree(entry, ignore_errors=True)
-            else:
-                entry.unlink(missing_ok=True)
-        if not folder.exists() or (not created and not any(folder.iterdir())):
-            return
-        time.sleep(0.1)  # TensorBoard's thread may be writing its file still
+    for entry in [folder] if created else list(folder.iterdir()):
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)
 
 
 def _write_record(plan: Plan, folder: Path) -> None:

@@ -22,12 +22,12 @@ from equipoise.lists import DIGITS, Parts, imbalance_factor
 from equipoise.loader import steps_per_epoch
 from equipoise.pixels import unreadable
 from equipoise.recipe import Recipe, field_value, load_recipe, recipe_fields
-from equipoise.run import LISTS, METRICS, RECIPE, RECORD, find_checkpoint, open_data, source_of
+from equipoise.run import LISTS, LOCK, METRICS, RECIPE, RECORD, find_checkpoint, open_data, source_of
 
 AUTO = "auto"  # --resume auto: find out which run
-# Recipe fields that change no number: they may differ where a run goes on, and between ranks.
+# Fields that say where and how is computed, not what: they may differ where a run goes on, and between ranks.
 _FREE = {"name", "summary", "device", "precision", "workers", "log_every", "checkpoint_minutes"}
-_FREE_IN_RESUME = {*_FREE, "epochs", "pretrained", "weights"}
+_FREE_IN_RESUME = {*_FREE, "epochs", "model.pretrained", "model.weights"}  # how long, and what it started from
 _PLACES = ("path", "train_list", "val_list", "test_list")
 
 
@@ -113,6 +113,10 @@ class Plan:
         steps = f"from {self.resumed.path}, after epoch {checkpoint.epoch}"
         if checkpoint.step % self.steps_per_epoch:
             steps = f"from {self.resumed.path}, after step {checkpoint.step}"
+        if self.place.taken and checkpoint.recipe.epochs != self.recipe.epochs:
+            steps += (
+                f"; {self.recipe.epochs} epochs instead of {checkpoint.recipe.epochs}: so the learning rate changes"
+            )
         return f"{steps} ({remark})" if remark else steps
 
 
@@ -208,7 +212,7 @@ def _refuse_different_ranks(plan: Plan) -> None:
     said: dict[str, Any] = {
         field.key: field_value(plan.recipe, field)
         for field in recipe_fields()
-        if not _FREE.intersection(field.path) and field.path[-1] not in (*_PLACES, "weights")
+        if field.key not in {*_FREE, "model.weights", *(f"data.{name}" for name in _PLACES)}
     }
     said |= {f"the {name} images": part.fingerprint() for name, part in plan.parts.named().items()}
     said |= {"the number of steps": plan.steps_per_epoch, "the precision": plan.precision}
@@ -239,11 +243,17 @@ def _find_place(recipe: Recipe, out: str | Path | None, resume: str | Path | Non
             return Place(run, True, True, resumed)
     else:
         resumed = None
-    if folder is not None and (folder.is_file() or (folder.is_dir() and any(folder.iterdir()))):
+    if folder is not None and (folder.is_file() or (folder.is_dir() and _is_used(folder))):
         raise UserError(
             f"{folder} exists and is not empty; go on with it by --resume {folder}, or name another folder with --out"
         )
     return Place(folder or default_folder(recipe), folder is not None, False, resumed)
+
+
+def _is_used(folder: Path) -> bool:
+    """Whether a folder holds more than what a run leaves that was killed in its first moment."""
+    first = (LOCK, RECIPE, f".{RECIPE}.", f".{RECORD}.")
+    return any(entry.name not in first and not entry.name.startswith(first[2:]) for entry in folder.iterdir())
 
 
 def _unfinished(recipe: Recipe, folder: Path | None, launch: str) -> Iterator[Path]:
@@ -313,7 +323,7 @@ def _differing(one: Recipe, other: Recipe, free: set[str]) -> list[tuple[str, An
     values = [
         (field.key, field_value(one, field), field_value(other, field))
         for field in recipe_fields()
-        if not free.intersection(field.path)
+        if field.key not in free
     ]
     return [(key, before, now) for key, before, now in values if before != now]
 

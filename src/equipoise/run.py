@@ -27,7 +27,7 @@ from equipoise.sources import Source, find_parts, open_part, open_parts, part_of
 from equipoise.views import ViewSettings, view_kinds
 
 LISTS = {"train": "data.train_list", "validation": "data.val_list", "test": "data.test_list"}  # part -> recipe field
-RECIPE, RECORD, METRICS = "recipe.toml", "run.json", "metrics.json"
+RECIPE, RECORD, METRICS, LOCK = "recipe.toml", "run.json", "metrics.json", "run.lock"
 AUTHORS_NAMES = {LAST: AUTHORS_LAST, BEST: AUTHORS_BEST}  # of the same in the authors' layout
 
 

@@ -57,6 +57,11 @@ def fit(plan: Plan, progress: bool = True) -> Run:
         except NonFiniteLossError as error:
             folder.keep()
             raise NonFiniteLossError(f"{error}. The log is in {plan.folder}") from None
+        except OSError as error:  # the log, on a disk that is full
+            raise UserError(
+                f"{plan.folder} could not be written ({(error.strerror or str(error)).lower()}); make room there, "
+                f"then: {_resume_command(plan)}"
+            ) from None
         except RuntimeError as error:
             world.await_end(error)
             raise
@@ -82,6 +87,14 @@ def _open(plan: Plan) -> tuple[TwoBranchNetwork, Batches, Batches | None]:
         open_batches(parts.test, views, plan.device)  # small images are decoded by it: better now than at the end
     torch.manual_seed(recipe.seed)
     network = create_network(recipe, len(parts.train.class_names), start=True)
+    if plan.resumed is not None:
+        try:
+            network.load_state_dict(plan.resumed.checkpoint.weights)
+        except RuntimeError:
+            raise UserError(
+                f"the weights of {plan.resumed.path} do not fit method {recipe.method} with a {recipe.model.encoder}; "
+                f"it was trained with {plan.resumed.checkpoint.recipe.method}"
+            ) from None
     network = network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] torch's stub lacks it
     if recipe.model.batch_norm == "synchronised" and world.size > 1:
         network.encoder = synchronise(network.encoder, plan.device)
@@ -102,9 +115,9 @@ def _loop(
     world.watch()
     take_step = Step(recipe, network, plan.parts.train.class_counts, plan.device, plan.precision, world)
     optimizer = create_sgd(network.parameters(), recipe.optim.lr, recipe.optim.momentum, recipe.optim.weight_decay)
-    first_epoch, step, best = _restore(plan, network, optimizer)
+    first_epoch, step, best = _restore(plan, optimizer)
     keep = _Keeper(plan, network, optimizer)
-    log = RunLog(plan.folder if world.is_first else None, step)
+    log = RunLog(plan.folder if world.is_first else None, first_epoch, step)
     line = ProgressLine(step, recipe.epochs * plan.steps_per_epoch, recipe.epochs, progress)
     try:
         for epoch in range(first_epoch, recipe.epochs):
@@ -143,12 +156,11 @@ def _loop(
         log.close()
 
 
-def _restore(plan: Plan, network: TwoBranchNetwork, optimizer: torch.optim.Optimizer) -> tuple[int, int, Best]:
-    """Put weights and momentum back where a run goes on; the epoch and step that it goes on with, and its best."""
+def _restore(plan: Plan, optimizer: torch.optim.Optimizer) -> tuple[int, int, Best]:
+    """Put the momentum back where a run goes on; the epoch and step that it goes on with, and its best."""
     if plan.resumed is None:
         return 0, 0, None
     checkpoint = plan.resumed.checkpoint
-    network.load_state_dict(checkpoint.weights)
     # The groups are the recipe's: of theirs, all that changes is the learning rate, which is set in every epoch.
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": checkpoint.optimizer["state"], "param_groups": groups})
@@ -192,7 +204,10 @@ class _Keeper:
                 checkpoint.save(plan.folder / BEST)
             checkpoint.save_last(plan.folder)
         except (OSError, RuntimeError) as error:
-            reason = (getattr(error, "strerror", None) or str(error).splitlines()[0]).lower()
+            cause = error if isinstance(error, OSError) else error.__context__  # torch hides a full disk behind its own
+            if not isinstance(cause, OSError):
+                raise
+            reason = (cause.strerror or str(cause)).lower()
             kept = f"that of step {self._kept} is whole" if self._kept else "there is none before it"
             raise UserError(
                 f"the checkpoint of step {step} could not be written into {plan.folder} ({reason}); {kept}. Make room "
