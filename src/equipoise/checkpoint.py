@@ -15,10 +15,11 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
-from equipoise.authors import from_authors, is_authors_table, numpy_scalars, to_authors
+from equipoise.authors import from_authors, is_authors_table, numpy_scalars, parameter_names, to_authors
+from equipoise.backbones import pretrained_normalisation
 from equipoise.errors import UserError
 from equipoise.model import TwoBranchNetwork
-from equipoise.recipe import Recipe, recipe_from_table, recipe_table
+from equipoise.recipe import Recipe, Views, recipe_from_table, recipe_table
 
 FORMAT = 2
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"  # the checkpoints of a run folder
@@ -123,11 +124,12 @@ def _from_authors(table: dict[str, Any], path: Path) -> Checkpoint:
     if isinstance(table.get("equipoise"), dict):
         return _from_table(table["equipoise"], {"weights": read.weights, "optimizer": optimizer}, path)
     unknown = Recipe(name=AUTHORS)
+    width = read.weights["classifier.weight"].shape[1]  # 0 stands for it, as in the recipes
     model = replace(
         unknown.model,
         encoder=read.arch,
         classifier="linear" if read.classifier == "linear" else "cosine",
-        hidden_dim=read.hidden_dim,
+        hidden_dim=0 if read.hidden_dim == width else read.hidden_dim,
         feature_dim=read.feature_dim,
     )
     return Checkpoint(
@@ -146,8 +148,11 @@ def _from_authors(table: dict[str, Any], path: Path) -> Checkpoint:
 def save_for_authors(checkpoint: Checkpoint, path: Path) -> None:
     """Write `checkpoint` in the layout of the BCL authors' code, with what theirs leaves out under a key of its own.
 
-    Raises UserError for a model that their code does not have.
+    Raises UserError for a model that their code does not have, and for a checkpoint that is in that layout already.
     """
+    groups = checkpoint.optimizer["param_groups"]
+    if not groups:  # which is not read: nor is the best accuracy of one of theirs
+        raise UserError("the checkpoint is in the authors' layout already, and would lose by being read: copy the file")
     names = parameter_names(checkpoint.weights)
     states = checkpoint.optimizer["state"]
     recipe = checkpoint.recipe
@@ -157,9 +162,9 @@ def save_for_authors(checkpoint: Checkpoint, path: Path) -> None:
         arch=recipe.model.encoder,
         classifier=recipe.model.classifier,
         epoch=checkpoint.epoch,
-        best_top1=checkpoint.best[0] if checkpoint.best else None,
+        best_per_class=checkpoint.best[0] if checkpoint.best else None,
         extra=_described(checkpoint),
-        param_groups=checkpoint.optimizer["param_groups"],
+        param_group=groups[0],
     )
     with atomic_file(path) as file:
         torch.save(table, file)
@@ -203,15 +208,18 @@ def _digest(table: dict[str, Any]) -> str:
     return hasher.hexdigest()
 
 
-def parameter_names(weights: dict[str, Tensor]) -> list[str]:
-    """The names of a network's parameters in the order in which an optimizer numbers them: a state without
-    BatchNorm's counters and averages."""
-    buffers = ("running_mean", "running_var", "num_batches_tracked")
-    return [name for name in weights if name.rpartition(".")[2] not in buffers]
-
-
 def create_network(recipe: Recipe, classes: int, start: bool) -> TwoBranchNetwork:
-    """The network that `recipe` describes; with `start`, from the pretrained weights that it may name."""
+    """The network that `recipe` describes; with `start`, from the pretrained weights that it may name. Raises UserError
+    where these are of images normalised in another way than a recipe without a mean of its own says."""
+    views, model = recipe.views, recipe.model
+    if start and model.pretrained and not model.weights and (views.mean, views.std) == (Views().mean, Views().std):
+        known = pretrained_normalisation(model.encoder)
+        if known is not None and known != (views.mean, views.std):
+            mean, std = (" ".join(f"{number:g}" for number in numbers) for numbers in known)
+            raise UserError(
+                f"the pretrained weights of {model.encoder} are of images of another mean and std than the recipe's; "
+                f"add --mean {mean} --std {std}"
+            )
     return TwoBranchNetwork(
         recipe.model.encoder,
         classes,

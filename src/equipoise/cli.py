@@ -14,15 +14,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from equipoise.authors_flags import (
-    BEST,
-    LAST,
+    AUTHORS_BEST,
+    AUTHORS_LAST,
     LOG,
     add_authors_flags,
     authors_folder,
     truth,
 )
 from equipoise.errors import Stopped, UserError
-from equipoise.flags import DEMO, OWN_FOLDER, add_recipe_flags, add_set, chosen_recipe, overrides_of, resumed_recipe
+from equipoise.flags import (
+    DEMO,
+    OWN_FOLDER,
+    add_recipe_flags,
+    add_set,
+    chosen_recipe,
+    overrides_of,
+    refuse_swallowed_recipe,
+    resumed_recipe,
+)
 from equipoise.recipe import (
     Field,
     Method,
@@ -164,6 +173,7 @@ def _add_train(commands: Any, words: list[str]) -> None:
 def _train(options: argparse.Namespace) -> None:
     if options.out == "":
         raise UserError("--out names no folder")
+    refuse_swallowed_recipe(options)
     reload, evaluate = truth("--reload", options.reload), truth("--evaluate", options.evaluate)
     if reload or evaluate:
         _score_resumed(options, "test" if reload else "validation")
@@ -206,6 +216,7 @@ def _train_in(world: "World", options: argparse.Namespace, recipe: Recipe, remar
     out = options.out or (authors_folder(root_log, recipe) if root_log else None)
 
     from equipoise.plan import prepare
+    from equipoise.run import AUTHORS_NAMES
     from equipoise.tables import print_figures, print_plan, print_post_hoc
     from equipoise.training import fit
 
@@ -216,6 +227,10 @@ def _train_in(world: "World", options: argparse.Namespace, recipe: Recipe, remar
         plans.append(prepare(other, Path(f"{folder.resolve()}-{beside}") if out else None, None, world))
     if remark:
         print(remark)
+    stale = [file for name in AUTHORS_NAMES.values() if (file := plans[0].folder / name).exists()]
+    if world.is_first:
+        for file in stale:  # of the run as it was; written anew when it ends
+            file.unlink()
     runs: list[Any] = []
     for plan in plans:
         print_plan(plan.describe())
@@ -235,17 +250,15 @@ def _train_in(world: "World", options: argparse.Namespace, recipe: Recipe, remar
         print_post_hoc(run.metrics)
     for run in runs:
         print(f"run folder: {run.path}")
-    if root_log and not options.out:
+    if stale or (root_log and not options.out):
         _export_for_authors(runs[0].path)
 
 
 def _export_for_authors(run: Path) -> None:
     """The run's checkpoints under the authors' names and in their layout, where a run can be written so."""
-    from equipoise.run import BEST as BEST_OF_RUN
-    from equipoise.run import LAST as LAST_OF_RUN
-    from equipoise.run import export_to_authors
+    from equipoise.run import AUTHORS_NAMES, export_to_authors
 
-    for ours, theirs in ((LAST_OF_RUN, LAST), (BEST_OF_RUN, BEST)):
+    for ours, theirs in AUTHORS_NAMES.items():
         if (run / ours).is_file():
             try:
                 export_to_authors(run / ours, run / theirs)
@@ -264,9 +277,22 @@ def _score_resumed(options: argparse.Namespace, part: str) -> None:
         raise UserError(f"{flag} trains nothing: drop {'--beside' if options.beside else '--out'}")
     overrides = overrides_of(options)
     data = {field.key: value for field, value in overrides}.get("data.path")
-    if data:
-        chosen_recipe(options)  # for its refusal of a data set that is not the one named
+    if data or options.recipe or options.dataset:
+        _refuse_other_data(Path(options.resume), data, chosen_recipe(options)[0])
     _score_checkpoint(Path(options.resume), data, part, overrides, None)
+
+
+def _refuse_other_data(checkpoint: Path, data: str | None, named: Recipe) -> None:
+    """Raise UserError where a recipe is named without data and the checkpoint, which would be scored on its own, has
+    another one."""
+    from equipoise.run import recipe_of
+
+    own = named.name if data else recipe_of(checkpoint).name
+    if own != named.name:
+        raise UserError(
+            f"{checkpoint} was trained by the recipe {own}, not {named.name}: name other data to score it on with "
+            "--data FOLDER"
+        )
 
 
 # ---------------------------------------------------------------------------------------------- the others
@@ -283,6 +309,7 @@ def _add_evaluate(commands: Any) -> None:
         choices=("train", "validation", "test"),
         help="the part to score (default: test, or validation where there is no test)",
     )
+    _add_list_flags(command, ("val", "test"))
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     command.add_argument("--out", metavar="FILE", help="where to write the figures (default: beside the checkpoint)")
     command.add_argument("--logits", metavar="FILE", help="write the logits of every image too, as .npz")
@@ -292,7 +319,8 @@ def _add_evaluate(commands: Any) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     target = Path(options.target)
     overrides = [*overrides_of(options), (find_field("device"), options.device)]
-    if not target.is_dir() or options.data or options.split or options.out or options.logits or options.set:
+    other_data = options.data or options.split or any(field.path[-1].endswith("_list") for field, _ in overrides)
+    if not target.is_dir() or other_data or options.out or options.logits or options.set:
         _score_checkpoint(target, options.data, options.split, overrides, options.out, options.logits)
         return
 
@@ -325,11 +353,10 @@ def _score_checkpoint(
 ) -> None:
     """Score one checkpoint (of a run: the last), show and write its figures."""
     from equipoise.distributed import join
-    from equipoise.run import LAST as LAST_OF_RUN
-    from equipoise.run import evaluate_checkpoint, find_checkpoint, write_json, write_logits
+    from equipoise.run import LAST, evaluate_checkpoint, find_checkpoint, write_json, write_logits
     from equipoise.tables import print_figures
 
-    checkpoint = target / LAST_OF_RUN if target.is_dir() else find_checkpoint(target)
+    checkpoint = target / LAST if target.is_dir() else find_checkpoint(target)
     for flag, file in (("--out", out), ("--logits", logits)):
         if file is not None and (not Path(file).absolute().parent.is_dir() or Path(file).is_dir()):
             raise UserError(f"{flag} must be a file in a folder that is there, not {file}")
@@ -367,9 +394,15 @@ def _add_data(commands: Any) -> None:
     data.add_argument(
         "--write-lists", metavar="FOLDER", help="write iNaturalist's JSON as the list files of the literature"
     )
-    for part in ("train", "val", "test"):
-        data.add_argument(f"--{part}-list", dest=f"data.{part}_list", metavar="FILE", help="a list file of that part")
+    _add_list_flags(data, ("train", "val", "test"))
     add_set(data)
+
+
+def _add_list_flags(command: argparse.ArgumentParser, parts: Sequence[str]) -> None:
+    for part in parts:
+        command.add_argument(
+            f"--{part}-list", dest=f"data.{part}_list", metavar="FILE", help="a list file of that part"
+        )
 
 
 def _data(options: argparse.Namespace) -> None:
@@ -382,7 +415,7 @@ def _data(options: argparse.Namespace) -> None:
     from equipoise.tables import print_data
 
     path = Path(options.path)
-    if path.is_file() and path.suffix in (".txt", ".lst", ".csv", ".json"):
+    if path.is_file() and path.suffix in (".txt", ".lst", ".json"):
         source = Source(options.images or str(path.absolute().parent), lists={"train": str(path)})
     elif options.images:
         raise UserError("--images goes with a list file as PATH; for a folder, name its lists with --train-list")
@@ -407,18 +440,17 @@ def _add_export(commands: Any) -> None:
     export.add_argument(
         "--to", choices=("authors",), required=True, help="authors: the layout of the BCL authors' code"
     )
-    export.add_argument("--out", metavar="FILE", help=f"default: {BEST} or {LAST} beside the checkpoint")
+    export.add_argument(
+        "--out", metavar="FILE", help=f"default: {AUTHORS_BEST} or {AUTHORS_LAST} beside the checkpoint"
+    )
 
 
 def _export(options: argparse.Namespace) -> None:
-    from equipoise.run import BEST as BEST_OF_RUN
-    from equipoise.run import LAST as LAST_OF_RUN
-    from equipoise.run import export_to_authors
+    from equipoise.run import AUTHORS_NAMES, BEST, LAST, export_to_authors
 
     target = Path(options.target)
-    best = (target / BEST_OF_RUN).is_file() or target.name == BEST_OF_RUN
-    checkpoint = target / (BEST_OF_RUN if best else LAST_OF_RUN) if target.is_dir() else target
-    out = Path(options.out or checkpoint.with_name(BEST if best else LAST))
+    checkpoint = target / (BEST if (target / BEST).is_file() else LAST) if target.is_dir() else target
+    out = Path(options.out or checkpoint.with_name(AUTHORS_NAMES.get(checkpoint.name, AUTHORS_NAMES[LAST])))
     export_to_authors(checkpoint, out)
     print(f"written: {out}")
 

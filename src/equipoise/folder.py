@@ -127,6 +127,8 @@ def _write_record(plan: Plan, folder: Path) -> None:
         "git": _git_state(),
         "data": {
             "kind": parts.kind,
+            "lists": parts.described,
+            "notes": parts.notes,
             "fingerprints": {name: part.fingerprint() for name, part in parts.named().items()},
             "images": {name: len(part) for name, part in parts.named().items()},
         },

@@ -84,10 +84,8 @@ def score(predictions: Predictions, train_counts_C: Sequence[int] | None, classe
     if labels_N.min() < 0 or labels_N.max() >= classes:
         raise ValueError(f"labels must be 0 to {classes - 1}")
     best_N = ranked_NK[:, 0]
-    hits_C = np.bincount(labels_N[best_N == labels_N], minlength=classes)
-    seen_C, said_C = np.bincount(labels_N, minlength=classes), np.bincount(best_N, minlength=classes)
-    present_C = seen_C > 0
-    accuracy_C = np.divide(hits_C, seen_C, out=np.full(classes, np.nan), where=present_C)
+    hits_C, seen_C, accuracy_C = _class_accuracy(labels_N, best_N, classes)
+    said_C, present_C = np.bincount(best_N, minlength=classes), seen_C > 0
     ascending = np.sort(accuracy_C[present_C])
     f1_C = 2 * hits_C[present_C] / (seen_C + said_C)[present_C]  # 2 TP / (2 TP + FP + FN)
     return Scores(
@@ -102,6 +100,13 @@ def score(predictions: Predictions, train_counts_C: Sequence[int] | None, classe
         ece=calibration_error(predictions.confidence_N, best_N == labels_N),
         per_class=tuple(None if math.isnan(share) else share for share in accuracy_C.tolist()),
     )
+
+
+def _class_accuracy(labels_N: Labels, said_N: Labels, classes: int) -> tuple[Labels, Labels, Fractions]:
+    """Of each class: the images that are told rightly, all of its images, and their share; NaN without images."""
+    hits_C = np.bincount(labels_N[said_N == labels_N], minlength=classes)
+    seen_C = np.bincount(labels_N, minlength=classes)
+    return hits_C, seen_C, np.divide(hits_C, seen_C, out=np.full(classes, np.nan), where=seen_C > 0)
 
 
 def _group_means(accuracy_C: Fractions, train_counts_C: Sequence[int] | None) -> dict[str, float | None]:
@@ -136,9 +141,7 @@ def sweep(predictions: Predictions, train_counts_C: Sequence[int]) -> list[dict[
     classes = len(train_counts_C)
     for tau, adjusted_N in predictions.adjusted.items():
         labels_N = predictions.labels_N
-        hits_C = np.bincount(labels_N[adjusted_N == labels_N], minlength=classes)
-        seen_C = np.bincount(labels_N, minlength=classes)
-        accuracy_C = np.divide(hits_C, seen_C, out=np.full(classes, np.nan), where=seen_C > 0)
+        _, _, accuracy_C = _class_accuracy(labels_N, adjusted_N, classes)
         rows.append(
             {
                 "tau": tau,

@@ -17,11 +17,12 @@ from equipoise.checkpoint import LAST, PREVIOUS, Checkpoint, load_checkpoint
 from equipoise.device import choose_device, choose_precision
 from equipoise.distributed import ALONE, SharedError, World
 from equipoise.errors import UserError
+from equipoise.listfiles import BENCHMARKS, find_list
 from equipoise.lists import DIGITS, Parts, imbalance_factor
 from equipoise.loader import steps_per_epoch
 from equipoise.pixels import unreadable
 from equipoise.recipe import Recipe, field_value, load_recipe, recipe_fields
-from equipoise.run import LOCK, METRICS, RECIPE, RECORD, find_checkpoint, open_data
+from equipoise.run import LISTS, LOCK, METRICS, RECIPE, RECORD, find_checkpoint, open_data, source_of
 
 AUTO = "auto"  # --resume auto: find out which run
 # Fields that say where and how is computed, not what: they may differ where a run goes on, and between ranks.
@@ -85,6 +86,8 @@ class Plan:
         return {
             "recipe": f"{self.recipe.name}, method {self.recipe.method}, seed {self.recipe.seed}",
             "data": f"{self.recipe.data.path} ({self.parts.kind})",
+            **({"lists": "; ".join(self.parts.described)} if self.parts.described else {}),
+            **({"note": "; ".join(self.parts.notes)} if self.parts.notes else {}),
             "images": f"{len(train):,} to train on"
             + "".join(f", {count:,} for {name}" for name, count in held.items()),
             "classes": f"{len(counts):,}, from {counts[largest]:,} images ({names[largest]}) "
@@ -128,17 +131,30 @@ def prepare(
 
     Raises UserError for what the user must put right; writes nothing. With several ranks, all call it and all raise.
     """
-    # Absolute, so that the recipe.toml of the run can be trained again from anywhere.
-    files = {
-        name: str(Path(os.path.expanduser(value)).resolve())
-        for name in _PLACES
-        if (value := getattr(recipe.data, name)) not in (DIGITS, "")
-    }
-    recipe = replace(recipe, data=replace(recipe.data, **files))
+    recipe = _with_absolute_paths(recipe)
     place = world.first_makes(lambda: _find_place(recipe, out, resume, world))
     plan = world.each_makes(lambda: _prepare(recipe, place, world))
     _refuse_different_ranks(plan)
     return plan
+
+
+def _with_absolute_paths(recipe: Recipe) -> Recipe:
+    """The recipe as it can be trained again from anywhere. A benchmark's lists that were found below the working
+    directory become lists of the recipe."""
+
+    def absolute(path: str) -> str:
+        return path if path in (DIGITS, "") else str(Path(os.path.expanduser(path)).resolve())
+
+    data = recipe.data
+    files = {name: absolute(getattr(data, name)) for name in _PLACES}
+    if data.benchmark and not source_of(recipe).lists:
+        lists = BENCHMARKS[data.benchmark].lists
+        found = {part: find_list(Path(files["path"]), data.benchmark, part) for part in lists}
+        complete = all(found[part] or not known.blob for part, known in lists.items())
+        if complete and any(file and not file.is_absolute() for file in found.values()):
+            files |= {LISTS[part].removeprefix("data."): str(file.resolve()) for part, file in found.items() if file}
+    model = replace(recipe.model, weights=absolute(recipe.model.weights))
+    return replace(recipe, data=replace(data, **files), model=model)
 
 
 def _prepare(recipe: Recipe, place: Place, world: World) -> Plan:
@@ -196,7 +212,7 @@ def _refuse_different_ranks(plan: Plan) -> None:
     said: dict[str, Any] = {
         field.key: field_value(plan.recipe, field)
         for field in recipe_fields()
-        if field.key not in {*_FREE, *(f"data.{name}" for name in _PLACES)}
+        if field.key not in {*_FREE, "model.weights", *(f"data.{name}" for name in _PLACES)}
     }
     said |= {f"the {name} images": part.fingerprint() for name, part in plan.parts.named().items()}
     said |= {"the number of steps": plan.steps_per_epoch, "the precision": plan.precision}

@@ -105,7 +105,7 @@ class Model:
     pretrained: Annotated[bool, Setting("start from timm's pretrained weights (fetched from its hub)")] = False
     weights: Annotated[
         str,
-        Setting("start from the encoder's weights in this file instead, of timm or torchvision (.pth, .safetensors)"),
+        Setting("start from the encoder's weights in this file instead, in timm's naming, or torchvision's ResNets"),
     ] = ""
     classifier: Annotated[Literal["cosine", "linear"], Setting("cosine with scale 30, or linear with bias")] = "cosine"
     hidden_dim: Annotated[int, Setting("hidden width of the two projections (0: the encoder's width)", at_least=0)] = 0
@@ -278,8 +278,7 @@ def _checked(field: Field, value: Any) -> Any:
             raise refuse(f"one of {', '.join(choices)}")
         return value
     if field.type is bool:
-        words = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
-        converted = words.get(value.lower()) if isinstance(value, str) else value
+        converted = as_bool(value) if isinstance(value, str) else value
         if not isinstance(converted, bool):
             raise refuse("true or false")
         return converted
@@ -309,6 +308,11 @@ def _checked(field: Field, value: Any) -> Any:
         if setting.at_most is not None and not number <= setting.at_most:
             raise refuse(f"at most {setting.at_most:.12g}")
     return converted
+
+
+def as_bool(word: str) -> bool | None:
+    """What a word says, or None where it is neither a yes nor a no."""
+    return {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}.get(word.lower())
 
 
 def _number(value: Any, kind: type) -> float | int | None:

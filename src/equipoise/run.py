@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from equipoise.authors_flags import AUTHORS_BEST, AUTHORS_LAST
 from equipoise.checkpoint import BEST, LAST, Checkpoint, atomic_file, load_checkpoint, save_for_authors
 from equipoise.device import choose_device
 from equipoise.distributed import ALONE, World
@@ -21,11 +22,13 @@ from equipoise.loader import open_batches, worker_count
 from equipoise.losses import log_prior
 from equipoise.metrics import choose_tau, score, sweep
 from equipoise.model import TwoBranchNetwork
-from equipoise.recipe import Field, Recipe, field_value, load_recipe, override
+from equipoise.recipe import Field, Recipe, field_value, find_field, load_recipe, override
 from equipoise.sources import Source, find_parts, open_part, open_parts, part_of, recognise
 from equipoise.views import ViewSettings, view_kinds
 
+LISTS = {"train": "data.train_list", "validation": "data.val_list", "test": "data.test_list"}  # part -> recipe field
 RECIPE, RECORD, METRICS, LOCK = "recipe.toml", "run.json", "metrics.json", "run.lock"
+AUTHORS_NAMES = {LAST: AUTHORS_LAST, BEST: AUTHORS_BEST}  # of the same in the authors' layout
 
 
 @dataclass(frozen=True)
@@ -77,8 +80,7 @@ def view_settings(recipe: Recipe) -> ViewSettings:
 def source_of(recipe: Recipe) -> Source:
     """Where `recipe` has its data."""
     data = recipe.data
-    lists = {"train": data.train_list, "validation": data.val_list, "test": data.test_list}
-    named = {part: file for part, file in lists.items() if file}
+    named = {part: file for part, key in LISTS.items() if (file := field_value(recipe, find_field(key)))}
     return Source(data.path, data.benchmark, named, data.image_column, data.label_column)
 
 
@@ -142,7 +144,8 @@ def evaluate_checkpoint(
     test part, or the validation part where there is no test part.
 
     Returns a table like `metrics.json`, with that part alone, and the predictions it is made of. `overrides` are
-    fields of the recipe, as text or values: those that decide the model must be the checkpoint's. Raises UserError
+    fields of the recipe, as text or values: those that decide the model must be the checkpoint's; a list file among
+    them stands for the data's own lists. Raises UserError
     where there is no such part or its classes are not the checkpoint's.
     """
     checkpoint, split, images = world.each_makes(lambda: _to_score(path, data, split, overrides))
@@ -163,9 +166,11 @@ def _to_score(
 ) -> tuple[Checkpoint, str, ImageList]:
     """The checkpoint, the part of the data it is to be scored on, and its images: see `evaluate_checkpoint`."""
     checkpoint = load_checkpoint(path)
+    if data is None and not checkpoint.class_counts:
+        raise UserError(f"{path} does not say what it was trained on; name the data with --data FOLDER")
+    if data is None and any(field.key in LISTS.values() for field, _ in overrides):
+        data = checkpoint.recipe.data.path  # the images are where they were, the list is another
     if data is None:
-        if not checkpoint.class_counts:
-            raise UserError(f"{path} does not say what it was trained on; name the data with --data FOLDER")
         checkpoint = _overridden(checkpoint, overrides, path)
         parts = _unchanged_data(checkpoint, path).named()
         split = split or ("test" if "test" in parts else "validation")
@@ -176,6 +181,8 @@ def _to_score(
         benchmark = recognise(data)
         if not checkpoint.class_counts:
             checkpoint = _with_views_of(checkpoint, benchmark)
+        no_lists: list[tuple[Field, Any]] = [(find_field(key), "") for key in LISTS.values()]  # its own are of its data
+        overrides = [*no_lists, *overrides]
         checkpoint = _overridden(checkpoint, overrides, path)
         source = replace(source_of(checkpoint.recipe), path=data)
         if not source.lists:
@@ -191,7 +198,7 @@ def _to_score(
 def find_checkpoint(path: Path) -> Path:
     """`path`, or what it is called here if it is one of the authors' names in a run folder. Raises UserError where
     there is neither."""
-    ours = {"bcl_ckpt.best.pth.tar": BEST, "bcl_ckpt.pth.tar": LAST}.get(path.name)
+    ours = {theirs: ours for ours, theirs in AUTHORS_NAMES.items()}.get(path.name)
     if not path.exists() and ours and path.with_name(ours).is_file():
         return path.with_name(ours)
     if not path.exists():
