@@ -121,7 +121,7 @@ def test_the_logits_are_theirs(arch, is_cosine):
     with torch.inference_mode():
         normalised = (images / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
         features, logits, prototypes = model(normalised)
-        ours = network.training_outputs(images.repeat(2, 1, 1, 1), views=2)
+        ours = network.training_outputs(images.repeat(2, 1, 1, 1, 1))
         assert 0.1 < logits.abs().max() < 100
         assert (network(images) - logits).abs().max() < 1e-4
         assert (ours.features_BVD[:, 0] - features).abs().max() < 1e-5

@@ -222,7 +222,7 @@ def test_evaluate_keeps_a_temperature_only_where_validation_images_are(odd_run, 
     assert load(run).temperature is None
 
 
-def test_figures_of_another_epoch_are_not_used(odd_run, tmp_path):
+def test_figures_of_another_step_are_not_used(odd_run, tmp_path):
     """As while a resumed run is being trained: its metrics.json is the old one."""
     shutil.copytree(odd_run, tmp_path / "run")
     file = tmp_path / "run" / "metrics.json"
@@ -230,7 +230,7 @@ def test_figures_of_another_epoch_are_not_used(odd_run, tmp_path):
     metrics["last"]["temperature"] = 1.5
     file.write_text(json.dumps(metrics))
     assert load(tmp_path / "run" / "last.pt").temperature == 1.5
-    metrics["last"]["epoch"] -= 1
+    metrics["last"]["step"] -= 1
     file.write_text(json.dumps(metrics))
     assert load(tmp_path / "run" / "last.pt").temperature is None
 

@@ -34,7 +34,11 @@ def add_authors_flags(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--root-log", metavar="FOLDER", help=f"name the run folder as the authors do, inside this one (theirs: {LOG})"
     )
-    group.add_argument("--resume", metavar="CHECKPOINT", help="go on from this checkpoint, or score it (see below)")
+    group.add_argument(
+        "--resume",
+        metavar="CHECKPOINT",
+        help="go on with this run or from this checkpoint, or score it (see below); auto: the newest unfinished run",
+    )
     group.add_argument("--reload", help="score the checkpoint of --resume on the test part; no training", **switch)
     group.add_argument("-e", "--evaluate", help="score it on the validation part; no training", **switch)
 

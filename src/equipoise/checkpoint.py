@@ -1,8 +1,10 @@
 """Training state and files, atomically. Nothing in a file is executed: only tensors and plain values are read."""
 
 import contextlib
+import hashlib
 import os
 import pickle
+import shutil
 import tempfile
 import warnings
 from collections.abc import Generator
@@ -19,7 +21,8 @@ from equipoise.losses import log_prior
 from equipoise.model import TwoBranchNetwork
 from equipoise.recipe import Recipe, recipe_from_table, recipe_table
 
-FORMAT = 1
+FORMAT = 2
+LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"  # the checkpoints of a run folder
 AUTHORS = "authors"  # the name of a recipe of which only the model is known
 
 
@@ -42,8 +45,20 @@ class Checkpoint:
 
     def save(self, path: Path) -> None:
         """Write to `path`, which holds the old file or the whole new one at any moment."""
+        table = {**_described(self), "weights": self.weights, "optimizer": self.optimizer}
         with atomic_file(path) as file:
-            torch.save({**_described(self), "weights": self.weights, "optimizer": self.optimizer}, file)
+            torch.save({**table, "digest": _digest(table)}, file)
+
+    def save_last(self, folder: Path) -> None:
+        """Write the folder's last checkpoint and keep the one before it, in case the disk spoils this one."""
+        last, previous = folder / LAST, folder / PREVIOUS
+        if last.exists():
+            previous.unlink(missing_ok=True)
+            try:
+                os.link(last, previous)
+            except OSError:  # a file system without links
+                shutil.copyfile(last, previous)
+        self.save(last)
 
     def build(self) -> TwoBranchNetwork:
         """The network with these weights, on the CPU, in evaluation mode."""
@@ -85,6 +100,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         return _from_authors(table, path)
     if not isinstance(table, dict) or table.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of this version of equipoise")
+    if _digest(table) != table.pop("digest", None):
+        raise UserError(f"{path} is damaged: its checksum does not fit")
     return _from_table(table, table, path)
 
 
@@ -175,6 +192,30 @@ def _described(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
+def _digest(table: dict[str, Any]) -> str:
+    """SHA-256 over all that a checkpoint holds but the digest itself."""
+    hasher = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor):
+            hasher.update(f"{value.dtype} {list(value.shape)}".encode())
+            hasher.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        elif isinstance(value, dict):
+            for key in sorted(value, key=str):
+                if key != "digest":
+                    hasher.update(f"{key!r}:".encode())
+                    add(value[key])
+        elif isinstance(value, list | tuple):
+            hasher.update(f"{len(value)} entries".encode())
+            for entry in value:
+                add(entry)
+        else:
+            hasher.update(f"{value!r};".encode(errors="backslashreplace"))
+
+    add(table)
+    return hasher.hexdigest()
+
+
 def parameter_names(weights: dict[str, Tensor]) -> list[str]:
     """The names of a network's parameters in the order in which an optimizer numbers them: a state without
     BatchNorm's counters and averages."""
@@ -197,7 +238,7 @@ def create_network(recipe: Recipe, classes: int, start: bool) -> TwoBranchNetwor
         weights=recipe.model.weights if start else "",
         mean=recipe.views.mean,
         std=recipe.views.std,
-    )
+    )  # batch_norm is no part of it: it says how the network is trained
 
 
 def state_on_cpu(module: nn.Module) -> dict[str, Tensor]:

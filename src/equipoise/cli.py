@@ -4,13 +4,14 @@ Nothing heavy is imported before it is needed: `equipoise --help` knows of no to
 """
 
 import argparse
+import contextlib
 import io
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from equipoise.authors_flags import (
     BEST,
@@ -21,7 +22,7 @@ from equipoise.authors_flags import (
     truth,
 )
 from equipoise.deployment import add_export_words, add_predict_words, export, predict, refuse_unwritable
-from equipoise.errors import UserError
+from equipoise.errors import Stopped, UserError
 from equipoise.flags import DEMO, OWN_FOLDER, add_recipe_flags, add_set, chosen_recipe, overrides_of, resumed_recipe
 from equipoise.recipe import (
     Field,
@@ -33,6 +34,9 @@ from equipoise.recipe import (
     override,
     shipped_recipes,
 )
+
+if TYPE_CHECKING:
+    from equipoise.distributed import World
 
 _DESCRIPTION = """\
 Train image classifiers on long-tailed data with Balanced Contrastive Learning (BCL, CVPR 2022).
@@ -56,6 +60,10 @@ def main(words: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"equipoise: {error}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"equipoise: {stopped}", file=sys.stderr)
+        return stopped.code
     except BrokenPipeError:  # `equipoise recipes | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -163,8 +171,31 @@ def _train(options: argparse.Namespace) -> None:
     if reload or evaluate:
         _score_resumed(options, "test" if reload else "validation")
         return
-    of_checkpoint = resumed_recipe(options)
-    recipe, remark = (of_checkpoint, "") if of_checkpoint else chosen_recipe(options)
+    # Of one process alone, words are refused before torch is imported.
+    chosen = _recipe_of_run(options) if "WORLD_SIZE" not in os.environ else None
+
+    from equipoise.distributed import join
+
+    with join() as world, _silent_unless(world.is_first):
+        _train_in(world, options, *(chosen or world.each_makes(lambda: _recipe_of_run(options))))
+
+
+def _recipe_of_run(options: argparse.Namespace) -> tuple[Recipe, str, bool]:
+    """The recipe, a remark where it was not named, and whether it is that of the run that goes on."""
+    of_run = resumed_recipe(options)
+    return (of_run, "", True) if of_run else (*chosen_recipe(options), False)
+
+
+@contextlib.contextmanager
+def _silent_unless(speaks: bool) -> Generator[None]:
+    with contextlib.ExitStack() as stack:
+        if not speaks:
+            nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+        yield
+
+
+def _train_in(world: "World", options: argparse.Namespace, recipe: Recipe, remark: str, of_run: bool) -> None:
     demo = not (options.recipe or options.dataset or options.resume) and recipe.data.path == "digits"
     if options.beside and options.resume:
         raise UserError("--resume goes on with one run: drop --beside")
@@ -172,7 +203,7 @@ def _train(options: argparse.Namespace) -> None:
     if beside == recipe.method:
         beside = None
     # The seed's commands name no recipe and expect their run where the authors' README looks for it.
-    unnamed = not (options.recipe or of_checkpoint)
+    unnamed = not (options.recipe or of_run)
     authors_style = unnamed and recipe.data.benchmark in ("imagenet-lt", "inat2018")
     root_log = options.root_log or (LOG if authors_style else None)
     out = options.out or (authors_folder(root_log, recipe) if root_log else None)
@@ -181,17 +212,19 @@ def _train(options: argparse.Namespace) -> None:
     from equipoise.tables import print_figures, print_plan, print_post_hoc
     from equipoise.training import fit
 
-    plans = [prepare(recipe, out, options.resume)]
+    plans = [prepare(recipe, out, options.resume, world)]
     if beside:
         folder = plans[0].folder
         other = replace(recipe, method=beside)
-        plans.append(prepare(other, Path(f"{folder.resolve()}-{beside}") if out else None))
+        plans.append(prepare(other, Path(f"{folder.resolve()}-{beside}") if out else None, None, world))
     if remark:
         print(remark)
     runs: list[Any] = []
     for plan in plans:
         print_plan(plan.describe())
         runs.append(fit(plan))
+    if not world.is_first:  # the files are rank 0's
+        return
     part = "test" if runs[0].metrics["test"] else "validation"
     results: list[tuple[str, Any]] = []
     for run in runs:
@@ -266,10 +299,14 @@ def _evaluate(options: argparse.Namespace) -> None:
         _score_checkpoint(target, options.data, options.split, overrides, options.out, options.logits)
         return
 
+    from equipoise.distributed import join
     from equipoise.run import METRICS, evaluate_run
     from equipoise.tables import print_figures, print_post_hoc
 
-    metrics = evaluate_run(target, device=options.device)
+    with join() as world:
+        metrics = evaluate_run(target, device=options.device, world=world)
+    if not world.is_first:
+        return
     results = [
         (f"{part} {checkpoint}", metrics[checkpoint][part])
         for part in ("validation", "test")
@@ -290,13 +327,19 @@ def _score_checkpoint(
     logits: str | None = None,
 ) -> None:
     """Score one checkpoint (of a run: the last), show and write its figures."""
+    from equipoise.distributed import join
     from equipoise.run import LAST as LAST_OF_RUN
     from equipoise.run import evaluate_checkpoint, find_checkpoint, write_json, write_logits
     from equipoise.tables import print_figures
 
     checkpoint = target / LAST_OF_RUN if target.is_dir() else find_checkpoint(target)
     refuse_unwritable({"--out": out, "--logits": logits})
-    metrics, predictions = evaluate_checkpoint(checkpoint, data, part, overrides, keep_logits=logits is not None)
+    with join() as world:
+        metrics, predictions = evaluate_checkpoint(
+            checkpoint, data, part, overrides, keep_logits=logits is not None, world=world
+        )
+    if not world.is_first:
+        return
     scored: str = metrics["split"]
     print_figures([(scored, metrics[scored])], f"{metrics['method']}: accuracy, percent", metrics)
     if logits is not None:

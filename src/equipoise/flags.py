@@ -125,10 +125,10 @@ def chosen_recipe(options: argparse.Namespace) -> tuple[Recipe, str]:
 
 
 def resumed_recipe(options: argparse.Namespace) -> Recipe | None:
-    """With `--resume` and neither a recipe nor data named, the recipe is the checkpoint's own."""
+    """With `--resume` and neither a recipe nor data named, the recipe is the run's own."""
     overrides = overrides_of(options)
     named = options.recipe or options.dataset or "data.path" in {field.key for field, _ in overrides}
-    if not options.resume or named:
+    if not options.resume or options.resume == "auto" or named:
         return None
 
     from equipoise.run import recipe_of

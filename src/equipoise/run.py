@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from equipoise.checkpoint import Checkpoint, atomic_file, load_checkpoint, save_for_authors
+from equipoise.checkpoint import BEST, LAST, Checkpoint, atomic_file, load_checkpoint, save_for_authors
 from equipoise.device import choose_device
+from equipoise.distributed import ALONE, World
 from equipoise.errors import UserError
 from equipoise.evaluate import Predictions, predict
 from equipoise.listfiles import BENCHMARKS
@@ -24,8 +25,7 @@ from equipoise.recipe import Field, Recipe, field_value, load_recipe, override
 from equipoise.sources import Source, find_parts, open_part, open_parts, part_of, recognise
 from equipoise.views import ViewSettings, view_kinds
 
-RECIPE, RECORD, METRICS = "recipe.toml", "run.json", "metrics.json"
-LAST, BEST = "last.pt", "best.pt"
+RECIPE, RECORD, METRICS, LOCK = "recipe.toml", "run.json", "metrics.json", "run.lock"
 _AUTHORS_NAMES = {"bcl_ckpt.best.pth.tar": BEST, "bcl_ckpt.pth.tar": LAST}
 
 
@@ -97,14 +97,16 @@ def open_data(recipe: Recipe) -> Parts:
 # ---------------------------------------------------------------------------------------------- evaluation
 
 
-def evaluate_run(path: Path, parts: Parts | None = None, device: str = "auto") -> dict[str, Any]:
+def evaluate_run(path: Path, parts: Parts | None = None, device: str = "auto", world: World = ALONE) -> dict[str, Any]:
     """Score the last checkpoint, and the best one where one was chosen, on the run's own validation and test parts.
 
     Returns and writes the run's `metrics.json`. Raises UserError if the run has no checkpoint or its data is gone.
     """
-    last = load_checkpoint(path / LAST)
-    best = load_checkpoint(path / BEST) if (path / BEST).is_file() else None
-    parts = parts or _unchanged_data(last, path)
+    # Files are rank 0's: another host may not see them.
+    last, best = world.first_makes(
+        lambda: (load_checkpoint(path / LAST), load_checkpoint(path / BEST) if (path / BEST).is_file() else None)
+    )
+    parts = parts or world.each_makes(lambda: _unchanged_data(last, path))
     scored = {"validation": parts.validation, "test": parts.test}
 
     def block(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -114,10 +116,11 @@ def evaluate_run(path: Path, parts: Parts | None = None, device: str = "auto") -
         for part, images in scored.items():
             if images:
                 chooses = part == "validation"
-                figures[part], predictions = _score(checkpoint, network, images, device, keep_logits=chooses)
+                figures[part], predictions = _score(checkpoint, network, images, device, chooses, world)
                 temperature = _temperature(checkpoint, predictions) if chooses else temperature
         return {
             "epoch": checkpoint.epoch,
+            "step": checkpoint.step,
             **figures,
             "post_hoc": _post_hoc(figures),
             "temperature": temperature,
@@ -132,7 +135,8 @@ def evaluate_run(path: Path, parts: Parts | None = None, device: str = "auto") -
         "best": block(best) if best else None,
         **_classes(last),
     }
-    write_json(path / METRICS, result)
+    if world.is_first:
+        write_json(path / METRICS, result)
     return result
 
 
@@ -142,6 +146,7 @@ def evaluate_checkpoint(
     split: str | None = None,
     overrides: Sequence[tuple[Field, Any]] = (),
     keep_logits: bool = False,
+    world: World = ALONE,
 ) -> tuple[dict[str, Any], Predictions]:
     """Score one checkpoint on the part `split` of `data` (None: what it was trained on). Without a `split` it is the
     test part, or the validation part where there is no test part.
@@ -150,6 +155,23 @@ def evaluate_checkpoint(
     fields of the recipe, as text or values: those that decide the model must be the checkpoint's. Raises UserError
     where there is no such part or its classes are not the checkpoint's.
     """
+    checkpoint, split, images = world.each_makes(lambda: _to_score(path, data, split, overrides))
+    device = checkpoint.recipe.device
+    figures, predictions = _score(checkpoint, checkpoint.build(), images, device, keep_logits, world)
+    scored = {
+        "method": checkpoint.recipe.method,
+        "epoch": checkpoint.epoch,
+        "split": split,
+        split: figures,
+        **_classes(checkpoint),
+    }
+    return scored, predictions
+
+
+def _to_score(
+    path: Path, data: str | None, split: str | None, overrides: Sequence[tuple[Field, Any]]
+) -> tuple[Checkpoint, str, ImageList]:
+    """The checkpoint, the part of the data it is to be scored on, and its images: see `evaluate_checkpoint`."""
     checkpoint = load_checkpoint(path)
     if data is None:
         if not checkpoint.class_counts:
@@ -173,15 +195,7 @@ def evaluate_checkpoint(
             images = open_part(source, split, checkpoint.class_names)
         else:
             checkpoint, split, images = _with_classes_of(checkpoint, source, split, path)
-    figures, predictions = _score(checkpoint, checkpoint.build(), images, checkpoint.recipe.device, keep_logits)
-    scored = {
-        "method": checkpoint.recipe.method,
-        "epoch": checkpoint.epoch,
-        "split": split,
-        split: figures,
-        **_classes(checkpoint),
-    }
-    return scored, predictions
+    return checkpoint, split, images
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -196,7 +210,9 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def recipe_of(path: Path) -> Recipe:
-    """The recipe of a checkpoint, or of a run folder's last one. Raises UserError for one that has none of its own."""
+    """The recipe of a run folder, or of a checkpoint. Raises UserError for one that has none of its own."""
+    if (path / RECIPE).is_file():
+        return load_recipe(path / RECIPE)
     checkpoint = load_checkpoint(find_checkpoint(path / LAST if path.is_dir() else path))
     if not checkpoint.class_counts:
         raise UserError(f"{path} does not say what it was trained on; name the data with --data FOLDER")
@@ -269,14 +285,21 @@ def _classes(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _score(
-    checkpoint: Checkpoint, network: TwoBranchNetwork, images: ImageList, device_name: str, keep_logits: bool = False
+    checkpoint: Checkpoint,
+    network: TwoBranchNetwork,
+    images: ImageList,
+    device_name: str,
+    keep_logits: bool = False,
+    world: World = ALONE,
 ) -> tuple[dict[str, Any], Predictions]:
-    device = choose_device(device_name)
+    device = choose_device(device_name, world.local_rank)
     recipe, counts = checkpoint.recipe, checkpoint.class_counts or None
     has_prior = counts is not None and min(counts) > 0
-    batches = open_batches(images, view_settings(recipe), device, worker_count(recipe.workers))
+    workers = worker_count(recipe.workers, world.local_size)
+    batches = open_batches(images, view_settings(recipe), device, workers, world)
     prior_C = log_prior(torch.tensor(counts)).float() if has_prior else None
-    predictions = predict(network.to(device), batches, prior_C, keep_logits=keep_logits)
+    predictions = predict(network.to(device), batches, prior_C, keep_logits, world)
+    batches.close()
     figures = score(predictions, counts, len(checkpoint.class_names)).as_dict()
     return {**figures, "prior_sweep": sweep(predictions, counts) if counts and has_prior else None}, predictions
 
@@ -320,12 +343,12 @@ def chosen_checkpoint(target: Path) -> Path:
 
 def figures_of(path: Path, checkpoint: Checkpoint) -> dict[str, Any] | None:
     """What the `metrics.json` beside a checkpoint's file says of it; None where it says nothing, or speaks of another
-    epoch, as while a resumed run is being trained."""
+    step, as while a resumed run is being trained."""
     name = _AUTHORS_NAMES.get(path.name, path.name)
     if name not in (LAST, BEST) or not checkpoint.class_counts or not (path.parent / METRICS).is_file():
         return None
     block = Run(path.parent).metrics[Path(name).stem]
-    return block if block and block["epoch"] == checkpoint.epoch else None
+    return block if block and block.get("step") == checkpoint.step else None
 
 
 def write_logits(path: Path, predictions: Predictions, class_names: Sequence[str]) -> None:
