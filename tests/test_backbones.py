@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torchvision.models import resnet18
 
 from equipoise import UserError, load_recipe
-from equipoise.backbones import create_encoder
+from equipoise.backbones import create_encoder, timm_arguments
 from equipoise.checkpoint import Checkpoint, create_network, state_on_cpu
 
 
@@ -203,3 +203,16 @@ def test_the_authors_encoders_start_as_theirs():
     encoder = create_encoder("resnet50", 64)[0]
     assert float(encoder.state_dict()["layer1.0.bn3.weight"].min()) == 1.0
     assert float(create_encoder("resnet18", 64)[0].state_dict()["layer1.0.bn2.weight"].max()) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("resnet32", None),
+        ("resnext50", ("resnext50_32x4d", {})),
+        ("resnet18.a1_in1k", ("resnet18", {})),
+        ("vit_tiny_patch16_224", ("vit_tiny_patch16_224", {"img_size": 48})),
+    ],
+)
+def test_what_timm_calls_an_encoder(name, expected):
+    assert timm_arguments(name, 48) == expected

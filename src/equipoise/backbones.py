@@ -64,6 +64,18 @@ def pretrained_normalisation(name: str) -> tuple[tuple[float, ...], tuple[float,
     return (known.mean, known.std) if known else None
 
 
+def timm_arguments(name: str, size: int) -> tuple[str, dict[str, Any]] | None:
+    """What timm calls the encoder `name`, and the arguments that make it take `size` pixels; None for one that is not
+    timm's."""
+    if name in _BLOCKS_PER_STAGE:
+        return None
+    import timm
+
+    name = _TIMM_NAMES.get(name, name)
+    fixed = getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False)
+    return name.split(".")[0], {"img_size": size} if fixed else {}
+
+
 def _timm_encoder(name: str, size: int, pretrained: bool) -> nn.Module:
     import timm  # two seconds, and the small networks need none of it
 
@@ -72,8 +84,7 @@ def _timm_encoder(name: str, size: int, pretrained: bool) -> nn.Module:
         close = difflib.get_close_matches(name, valid, n=3) or ["resnet32", "resnet50", "resnext50_32x4d"]
         raise UserError(f"no encoder is called '{name}'; did you mean {' or '.join(close)}?")
     try:
-        fixed = getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False)
-        options: dict[str, Any] = {"img_size": size} if fixed else {}
+        _, options = timm_arguments(name, size) or ("", {})
         if not pretrained and name in _AUTHORS_ENCODERS:
             options["zero_init_last"] = False  # as the authors' code starts them
         return timm.create_model(name, pretrained=pretrained, num_classes=0, **options)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from equipoise.authors import from_authors, is_authors_table, numpy_scalars, parameter_names, to_authors
 from equipoise.backbones import pretrained_normalisation
 from equipoise.errors import UserError
+from equipoise.losses import log_prior
 from equipoise.model import TwoBranchNetwork
 from equipoise.recipe import Recipe, Views, recipe_from_table, recipe_table
 
@@ -71,6 +72,18 @@ class Checkpoint:
                 "classes that it names; use another one"
             ) from None
         return network.eval()
+
+    def log_prior_of_logits(self) -> Tensor:
+        """`[C]`, float64: log of the class prior, up to a constant, for which the softmax of the raw logits is.
+
+        Training makes softmax(logits + tau * log p) estimate the posterior under the training prior p, so that logits =
+        log-likelihood + (1 - tau) * log p: the prior is uniform at tau = 1, and p for plain cross-entropy (tau = 0).
+        The BCL authors' code has tau = 1, so that counts which their files lack are not needed.
+        """
+        tau = 0.0 if self.recipe.method == "ce" else self.recipe.loss.tau
+        if not self.class_counts:
+            return torch.zeros(len(self.class_names), dtype=torch.float64)
+        return (1 - tau) * log_prior(torch.tensor(self.class_counts))
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from equipoise.authors_flags import (
-    AUTHORS_BEST,
-    AUTHORS_LAST,
     LOG,
     add_authors_flags,
     authors_folder,
     truth,
 )
+from equipoise.deployment import add_export_words, add_predict_words, export, predict, refuse_unwritable
 from equipoise.errors import Stopped, UserError
 from equipoise.flags import (
     DEMO,
@@ -53,6 +52,7 @@ Train image classifiers on long-tailed data with Balanced Contrastive Learning (
   equipoise train --data FOLDER            your own pictures: one sub-folder a class; or ImageNet, iNaturalist 2018,
                                            CIFAR, which are recognised
   equipoise train cifar10-lt --data FOLDER a recipe of the literature
+  equipoise predict RUN IMAGES_OR_FOLDER   the classes of images, with probabilities
 """
 
 
@@ -127,7 +127,8 @@ def _parser(words: list[str]) -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_command(commands, "recipes", "the recipes that come with the package", _recipes)
     _add_data(commands)
-    _add_export(commands)
+    add_predict_words(_add_command(commands, "predict", "name the classes of images", predict))
+    add_export_words(_add_command(commands, "export", "write a run in another layout", export))
     return parser
 
 
@@ -357,9 +358,7 @@ def _score_checkpoint(
     from equipoise.tables import print_figures
 
     checkpoint = target / LAST if target.is_dir() else find_checkpoint(target)
-    for flag, file in (("--out", out), ("--logits", logits)):
-        if file is not None and (not Path(file).absolute().parent.is_dir() or Path(file).is_dir()):
-            raise UserError(f"{flag} must be a file in a folder that is there, not {file}")
+    refuse_unwritable({"--out": out, "--logits": logits})
     with join() as world:
         metrics, predictions = evaluate_checkpoint(
             checkpoint, data, part, overrides, keep_logits=logits is not None, world=world
@@ -427,32 +426,6 @@ def _data(options: argparse.Namespace) -> None:
         return
     found, problems = survey(source)
     print_data(options.path, found, problems)
-
-
-# ---------------------------------------------------------------------------------------------- export
-
-
-def _add_export(commands: Any) -> None:
-    export = _add_command(commands, "export", "write a run in another layout", _export)
-    export.add_argument(
-        "target", metavar="RUN_OR_CHECKPOINT", help="a run folder (its best checkpoint, or else its last)"
-    )
-    export.add_argument(
-        "--to", choices=("authors",), required=True, help="authors: the layout of the BCL authors' code"
-    )
-    export.add_argument(
-        "--out", metavar="FILE", help=f"default: {AUTHORS_BEST} or {AUTHORS_LAST} beside the checkpoint"
-    )
-
-
-def _export(options: argparse.Namespace) -> None:
-    from equipoise.run import AUTHORS_NAMES, BEST, LAST, export_to_authors
-
-    target = Path(options.target)
-    checkpoint = target / (BEST if (target / BEST).is_file() else LAST) if target.is_dir() else target
-    out = Path(options.out or checkpoint.with_name(AUTHORS_NAMES.get(checkpoint.name, AUTHORS_NAMES[LAST])))
-    export_to_authors(checkpoint, out)
-    print(f"written: {out}")
 
 
 if __name__ == "__main__":

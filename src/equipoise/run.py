@@ -20,7 +20,7 @@ from equipoise.listfiles import BENCHMARKS
 from equipoise.lists import ImageList, Parts
 from equipoise.loader import open_batches, worker_count
 from equipoise.losses import log_prior
-from equipoise.metrics import choose_tau, score, sweep
+from equipoise.metrics import choose_tau, fit_temperature, score, sweep
 from equipoise.model import TwoBranchNetwork
 from equipoise.recipe import Field, Recipe, field_value, find_field, load_recipe, override
 from equipoise.sources import Source, find_parts, open_part, open_parts, part_of, recognise
@@ -112,11 +112,20 @@ def evaluate_run(path: Path, parts: Parts | None = None, device: str = "auto", w
 
     def block(checkpoint: Checkpoint) -> dict[str, Any]:
         network = checkpoint.build()
-        figures = {
-            part: _score(checkpoint, network, images, device, world=world)[0] if images else None
-            for part, images in scored.items()
+        figures: dict[str, dict[str, Any] | None] = dict.fromkeys(scored)
+        temperature: float | None = None
+        for part, images in scored.items():
+            if images:
+                chooses = part == "validation"
+                figures[part], predictions = _score(checkpoint, network, images, device, chooses, world)
+                temperature = _temperature(checkpoint, predictions) if chooses else temperature
+        return {
+            "epoch": checkpoint.epoch,
+            "step": checkpoint.step,
+            **figures,
+            "post_hoc": _post_hoc(figures),
+            "temperature": temperature,
         }
-        return {"epoch": checkpoint.epoch, **figures, "post_hoc": _post_hoc(figures)}
 
     of_last = block(last)
     result = {
@@ -315,7 +324,37 @@ def _post_hoc(figures: Mapping[str, Any]) -> dict[str, Any] | None:
     return {"tau": tau, "chosen_on": "validation", **at_tau}
 
 
+def _temperature(checkpoint: Checkpoint, validation: Predictions) -> float | None:
+    """The temperature that calibrates the checkpoint, see `fit_temperature`."""
+    assert validation.logits_NC is not None
+    shares_C = np.bincount(validation.labels_N, minlength=len(checkpoint.class_names)) / len(validation.labels_N)
+    with np.errstate(divide="ignore"):  # a class that the validation part lacks has the prior 0 there
+        log_ratio_C = np.log(shares_C) - checkpoint.log_prior_of_logits().numpy()
+    return fit_temperature(validation.logits_NC, validation.labels_N, log_ratio_C)
+
+
 # ---------------------------------------------------------------------------------------------- files
+
+
+def chosen_checkpoint(target: Path) -> Path:
+    """The best checkpoint of a run folder where one was chosen, else its last; a file is itself. Raises UserError where
+    there is none."""
+    if not target.is_dir():
+        return find_checkpoint(target)
+    found = next((target / name for name in (BEST, LAST) if (target / name).is_file()), None)
+    if found is None:
+        raise UserError(f"{target} is no run folder: it has neither {BEST} nor {LAST}")
+    return found
+
+
+def figures_of(path: Path, checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """What the `metrics.json` beside a checkpoint's file says of it; None where it says nothing, or speaks of another
+    step, as while a resumed run is being trained."""
+    name = {theirs: ours for ours, theirs in AUTHORS_NAMES.items()}.get(path.name, path.name)
+    if name not in (LAST, BEST) or not checkpoint.class_counts or not (path.parent / METRICS).is_file():
+        return None
+    block = Run(path.parent).metrics[Path(name).stem]
+    return block if block and block.get("step") == checkpoint.step else None
 
 
 def write_logits(path: Path, predictions: Predictions, class_names: Sequence[str]) -> None:
