@@ -20,11 +20,13 @@ from equipoise.loader import open_batches, worker_count
 from equipoise.losses import log_prior
 from equipoise.metrics import choose_tau, score, sweep
 from equipoise.model import TwoBranchNetwork
+from equipoise.observe import TEMPERATURES, Observation, Table
 from equipoise.recipe import Field, Recipe, field_value, load_recipe, override
 from equipoise.sources import Source, find_parts, open_part, open_parts, part_of, recognise
 from equipoise.views import ViewSettings, view_kinds
 
 RECIPE, RECORD, METRICS = "recipe.toml", "run.json", "metrics.json"
+OBSERVED = "observed.npz"  # what the report draws beside the figures
 LAST, BEST = "last.pt", "best.pt"
 
 
@@ -45,7 +47,7 @@ class Run:
         file = self.path / METRICS
         if not file.is_file():
             raise UserError(f"{self.path} has no {METRICS}: the run did not finish")
-        return json.loads(file.read_text(encoding="utf-8"))
+        return read_json(file)
 
     @cached_property
     def model(self) -> TwoBranchNetwork:
@@ -99,31 +101,56 @@ def open_data(recipe: Recipe) -> Parts:
 def evaluate_run(path: Path, parts: Parts | None = None, device: str = "auto") -> dict[str, Any]:
     """Score the last checkpoint, and the best one where one was chosen, on the run's own validation and test parts.
 
-    Returns and writes the run's `metrics.json`. Raises UserError if the run has no checkpoint or its data is gone.
+    Returns and writes the run's `metrics.json`, and beside it what the report draws of the `chosen` checkpoint. Raises
+    UserError if the run has no checkpoint or its data is gone.
     """
     last = load_checkpoint(path / LAST)
     best = load_checkpoint(path / BEST) if (path / BEST).is_file() else None
     parts = parts or _unchanged_data(last, path)
     scored = {"validation": parts.validation, "test": parts.test}
+    # Without a validation part no temperature will be fitted.
+    temperatures = TEMPERATURES if parts.validation else (1.0,)
+    observed: Table = {}
 
     def block(checkpoint: Checkpoint) -> dict[str, Any]:
         network = checkpoint.build()
-        figures = {
-            part: _score(checkpoint, network, images, device)[0] if images else None for part, images in scored.items()
-        }
+        figures: dict[str, Any] = dict.fromkeys(scored)
+        for part, images in scored.items():
+            if images is not None:
+                observation = Observation(images.labels_N, len(checkpoint.class_names), temperatures)
+                with observation.watch(network):
+                    figures[part], predictions = _score(checkpoint, network, images, device)
+                of_part = {
+                    "labels_N": images.labels_N.astype(np.int32),
+                    "predicted_N": predictions.ranked_NK[:, 0].astype(np.int32),
+                    **observation.calibration(),
+                    **observation.geometry(network, checkpoint.class_counts),
+                }
+                observed.update({f"{part}/{name}": values for name, values in of_part.items()})
         return {"epoch": checkpoint.epoch, **figures, "post_hoc": _post_hoc(figures)}
 
+    # The best, where there is one, comes last and is what is drawn.
     of_last = block(last)
+    of_best = block(best) if best else None
     result = {
         "method": last.recipe.method,
         "test": of_last["test"],
         "validation": of_last["validation"],
         "last": of_last,
-        "best": block(best) if best else None,
+        "best": of_best,
         **_classes(last),
     }
+    with atomic_file(path / OBSERVED) as file:
+        np.savez_compressed(file, **observed)  # pyright: ignore[reportArgumentType] no key is its own argument
     write_json(path / METRICS, result)
     return result
+
+
+def chosen(metrics: Mapping[str, Any]) -> tuple[str, str]:
+    """Which of a run's results speaks for it: of the best checkpoint where validation chose one, or else of the last,
+    on the test part, or else on validation."""
+    checkpoint = "best" if metrics["best"] else "last"
+    return checkpoint, "test" if metrics[checkpoint]["test"] else "validation"
 
 
 def evaluate_checkpoint(
@@ -295,6 +322,11 @@ def write_logits(path: Path, predictions: Predictions, class_names: Sequence[str
         np.savez_compressed(
             file, logits=predictions.logits_NC, labels=predictions.labels_N, class_names=np.array(class_names)
         )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What `write_json` wrote."""
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
