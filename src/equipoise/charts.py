@@ -4,7 +4,7 @@ Shapes: C classes, G shot groups, K bins of a cosine, N images.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ LIMITS = {
     "medium": f"{FEW_BELOW} to {MANY_ABOVE}",
     "few": f"fewer than {FEW_BELOW}",
 }
-_EACH_AS_DOT = 400  # classes; more are drawn as bubbles, each for the classes of one place
+EACH_AS_DOT = 400  # classes; more are drawn as bubbles, each for the classes of one place
 _TOGETHER = 60  # classes; the dots of more would hide those of another run
 _BARE = Axis("", 0, 100, ())
 
@@ -69,7 +69,7 @@ def _by_count(
             figure.word((axis.share(low) + axis.share(high)) / 2, -8, group, "axis", "middle")
     for name, counts, accuracies in dotted:
         known = [(counts[c], 100 * share, class_names[c]) for c, share in enumerate(accuracies) if share is not None]
-        if len(known) <= _EACH_AS_DOT:
+        if len(known) <= EACH_AS_DOT:
             for count, percent, class_name in known:
                 told = f"{class_name}: {count:,} training images, {name.label} {percent:.1f} %"
                 figure.dot(count, figure.y(percent), f"{name.look} faint", 4 if len(known) <= _TOGETHER else 3, told)
@@ -90,14 +90,14 @@ def _by_count(
 def _bubbles(figure: Figure, name: Name, known: Sequence[tuple[int, float, str]]) -> None:
     """A bubble's area is the number of classes of about this count and accuracy."""
     across, up = 24, 20
-    places: dict[tuple[int, int], int] = {}
+    places: dict[tuple[int, int], list[float]] = {}
     for count, percent, _ in known:
         place = (int(figure.x.share(count) * across), round(percent / 100 * up))
-        places[place] = places.get(place, 0) + 1
-    largest = max(places.values())
-    for (column, row), classes in places.items():
+        places.setdefault(place, []).append(percent)
+    largest = max(len(percents) for percents in places.values())
+    for (column, _), percents in places.items():
         middle = figure.x.low * (figure.x.high / figure.x.low) ** ((column + 0.5) / across)
-        percent = 100 * row / up
+        percent, classes = float(np.mean(percents)), len(percents)
         told = f"{classes:,} classes of about {middle:,.0f} training images and {percent:.0f} %"
         figure.dot(middle, figure.y(percent), f"{name.look} faint", 1 + 8 * math.sqrt(classes / largest), told)
 
@@ -135,22 +135,24 @@ def group_bars(runs: Sequence[tuple[Name, Mapping[str, Any]]], classes: Mapping[
     return figure.svg("accuracy by shot group, percent")
 
 
-def worst_classes(rows: Sequence[tuple[str, str, Sequence[tuple[Name, float | None]]]]) -> Markup:
-    """Rows of (class, remark, accuracy of each run) on one axis."""
-    step = 50
+def worst_classes(rows: Sequence[tuple[str, int, str, Sequence[tuple[Name, float | None]]]]) -> Markup:
+    """Rows of (class, training images, remark, accuracy of each run) on one axis."""
+    step = 64
     figure = Figure(PERCENT, len(rows) * step, margins=(4, 14, 40, 10))
-    for number, (title, remark, values) in enumerate(rows):
-        y = number * step
-        figure.word(0, y + 16, title, "row")
-        figure.word(1, y + 16, remark, "axis", "end")
+    for number, (class_name, count, remark, values) in enumerate(rows):
+        top = number * step
+        track = top + 44
+        figure.word(0, top + 16, shortened(class_name), "row")
+        figure.word(1, top + 16, f"{count:,} images", "axis", "end")
+        figure.word(0, top + 31, remark, "axis")
         known = [(name, 100 * value) for name, value in values if value is not None]
-        figure.bar(0, 100, y + 32, 2, "track")
+        figure.bar(0, 100, track, 2, "track")
         if known:
-            figure.bar(min(value for _, value in known), max(value for _, value in known), y + 32, 3, "between")
+            figure.bar(min(value for _, value in known), max(value for _, value in known), track, 3, "between")
         for place, (name, value) in enumerate(known):
-            # A dot that would hide an earlier one lies beside it.
+            # A dot that would hide an earlier one lies below it.
             hidden = sum(abs(value - other) < 1.5 for _, other in known[:place])
-            figure.dot(value, y + 32 + 7 * hidden, name.look, 5, f"{title}: {name.label} {value:.1f} %")
+            figure.dot(value, track + 7 * hidden, name.look, 5, f"{class_name}: {name.label} {value:.1f} %")
     return figure.svg("the classes of lowest accuracy, percent")
 
 
@@ -241,7 +243,8 @@ def cosines(runs: Sequence[tuple[Name, Array]], classes: int) -> Markup:
                 y = foot - 44 * float(share[index] / peak)
                 outline += [(float(edges[index]), y), (float(edges[index + 1]), y)]
             outline.append((float(edges[filled[-1] + 1]), foot))
-            figure.area(outline, name.look)
+            if len(runs) <= 2:  # more areas over each other show nothing
+                figure.area(outline, name.look)
             figure.line(outline, f"{name.look} thin")
     simplex = -1 / (classes - 1)
     figure.rule(simplex, "simplex")
@@ -289,7 +292,8 @@ def feature_map(places_M2: Array, groups_M: Array, right_M: Array, labels: Mappi
         figure.dot(*points[row], f"{GROUPS[groups_M[row]]} ring", 3.2)
     for name, rows in labels.items():
         x, y = np.median(np.array([points[row] for row in rows]), axis=0)
-        figure.word(float(x), float(y) + 5, shortened(name, 16), "place", "middle")
+        anchor = "start" if x < 0.25 else "end" if x > 0.75 else "middle"  # a long name stays on a phone
+        figure.word(float(x), float(y) + 5, shortened(name, 16), "place", anchor)
     return figure.svg("a map of the encoder's features in two dimensions")
 
 
@@ -297,58 +301,52 @@ def feature_map(places_M2: Array, groups_M: Array, right_M: Array, labels: Mappi
 
 
 def over_seeds(rows: Mapping[str, Sequence[tuple[Name, Mapping[str, Any]]]]) -> Markup:
-    """By figure, for each method: its seeds as dots, their mean as a bar across; mean ± sd in words."""
+    """By figure, for each method: its seeds as faint dots and their mean."""
     values = [100 * value for row in rows.values() for _, told in row for value in told["values"]]
-    return _by_method(rows, linear_axis("accuracy, percent", values), _seed_dots, "accuracy over the seeds", 9)
+
+    def draw(figure: Figure, name: Name, told: Mapping[str, Any], y: float) -> str:
+        for value in told["values"]:
+            figure.dot(100 * value, y, f"{name.look} faint", 4, f"{name.label}: {100 * value:.1f} %")
+        figure.dot(100 * told["mean"], y, name.look, 5.5)
+        return f"{100 * told['mean']:.1f}" + ("" if told["sd"] is None else f" ± {100 * told['sd']:.1f}")
+
+    return _by_method(rows, linear_axis("accuracy, percent", values), draw).svg("accuracy over the seeds, percent")
 
 
-def _seed_dots(figure: Figure, name: Name, told: Mapping[str, Any], y: float) -> str:
-    for value in told["values"]:
-        figure.dot(100 * value, y, f"{name.look} faint", 4, f"{name.label}: {100 * value:.1f} %")
-    figure.dot(100 * told["mean"], y, name.look, 5.5)
-    return f"{100 * told['mean']:.1f}" + ("" if told["sd"] is None else f" ± {100 * told['sd']:.1f}")
+def differences(rows: Mapping[str, Sequence[tuple[Name, Mapping[str, Any]]]]) -> Markup:
+    """By figure, for each method: the paired difference to the first and its 95 % interval."""
+    told_all = [told["difference"] for row in rows.values() for _, told in row]
+    ends = [100 * value for told in told_all for value in told.values() if value is not None]
 
+    def draw(figure: Figure, name: Name, told: Mapping[str, Any], y: float) -> str:
+        mean, low, high = (told["difference"][key] for key in ("mean", "low", "high"))
+        if low is not None:
+            figure.bar(100 * low, 100 * high, y, 3, name.look)
+        figure.dot(100 * mean, y, name.look, 5)
+        return signed(f"{100 * mean:+.1f}" + ("" if low is None else f" [{100 * low:+.1f}, {100 * high:+.1f}]"))
 
-def differences(rows: Mapping[str, Sequence[tuple[Name, Mapping[str, Any]]]], first: str) -> Markup:
-    """By figure, for each method but the first: the paired difference to it and its 95 % interval."""
-    ends = [
-        100 * (told["difference"][end] if told["difference"][end] is not None else told["difference"]["mean"])
-        for row in rows.values() for _, told in row for end in ("low", "high")
-    ]  # fmt: skip
-    axis = linear_axis(f"difference to {first}, percentage points", [*ends, 0.0])
-    return _by_method(rows, axis, _interval, f"paired differences to {first}", 19, zero=True)
-
-
-def _interval(figure: Figure, name: Name, told: Mapping[str, Any], y: float) -> str:
-    difference = told["difference"]
-    said = f"{100 * difference['mean']:+.1f}"
-    if difference["low"] is not None:
-        figure.bar(100 * difference["low"], 100 * difference["high"], y, 3, name.look)
-        said += f" [{100 * difference['low']:+.1f}, {100 * difference['high']:+.1f}]"
-    figure.dot(100 * difference["mean"], y, name.look, 5)
-    return signed(said)
+    axis = linear_axis("percentage points", [*ends, 0.0])
+    return _by_method(rows, axis, draw).svg("paired differences to the first method, percentage points")
 
 
 def _by_method(
     rows: Mapping[str, Sequence[tuple[Name, Mapping[str, Any]]]],
     axis: Axis,
-    draw: Any,
-    description: str,
-    letters: int,
-    zero: bool = False,
-) -> Markup:
-    """Of each figure a heading and below it a line for each method: its name, what `draw` draws, and what it says."""
-    step = 34
-    height = sum(26 + step * len(row) for row in rows.values())
-    figure = Figure(axis, height, margins=(4, 14 + round(6.4 * letters), 40, 10))
-    if zero:
+    draw: Callable[[Figure, Name, Mapping[str, Any], float], str],
+) -> Figure:
+    """Of each figure a heading, below it each method: its name, what `draw` says, and below them what it draws."""
+    step = 36
+    figure = Figure(axis, sum(32 + step * len(row) for row in rows.values()), margins=(4, 14, 40, 10))
+    if axis.low < 0 < axis.high:
         figure.rule(0, "rule")
     y = 0
     for heading, row in rows.items():
-        figure.word(0, y + 16, heading, "row")
-        y += 26
+        figure.word(0, y + 20, heading, "row")
+        y += 28
         for name, told in row:
-            figure.word(0, y + 8, name.label, f"name {name.look}")
-            figure.word(1, y + 24, draw(figure, name, told, y + 20), "value", dx=8)
+            figure.bar(axis.low, axis.high, y + 22, 1, "track")
+            figure.word(0, y + 12, name.label, f"name {name.look}")
+            figure.word(1, y + 12, draw(figure, name, told, y + 22), "value", "end")
             y += step
-    return figure.svg(description)
+        y += 4
+    return figure

@@ -206,6 +206,10 @@ def _train(options: argparse.Namespace) -> None:
         print(f"run folder: {run.path}")
     if root_log and not options.out:
         _export_for_authors(runs[0].path)
+    if beside:
+        from equipoise.report import write_report
+
+        print(f"report: {write_report([run.path for run in runs], runs[0].path / 'report.html')}")
 
 
 def _export_for_authors(run: Path) -> None:
@@ -255,7 +259,7 @@ def _add_compare(commands: Any, words: list[str]) -> None:
         metavar="FOLDER",
         help="one run folder a method and seed; what is there is kept (default: runs/compare-RECIPE)",
     )
-    command.set_defaults(dataset=None)
+    command.set_defaults(dataset=None, use_norm=None, cos=None, gpu=None)  # flags of `train` that it does not have
     add_set(command)
     add_recipe_flags(command, words)
 

@@ -76,7 +76,7 @@ class Figure:
                 self.rule(value, "grid")
             self.word(x.share(value), height + 18, text, "tick", "middle")
         if x.label:
-            self.word(1, height + 35, x.label, "axis", "end")
+            self.word(0, height + 35, x.label, "axis")
         if y is not None:
             for value, text in y.ticks:
                 self._add('<line class="grid" x1="0" x2="100%" y1="{0:.1f}" y2="{0:.1f}"/>', self.y(value))

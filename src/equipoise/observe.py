@@ -5,7 +5,7 @@ Shapes: B images of a batch, N of the list, C classes, D width of the contrastiv
 temperatures, G shot groups, K bins of a cosine, M images of the map.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,44 +27,39 @@ Table = dict[str, npt.NDArray[Any]]
 
 
 class Observation:
-    """Of the images of one list, in its order, by one network."""
+    """Of the images of one list, by one network."""
 
-    def __init__(self, labels_N: npt.NDArray[np.int64], classes: int, temperatures: Sequence[float]) -> None:
-        self._labels_N = torch.from_numpy(labels_N)
+    def __init__(self, classes: int, temperatures: Sequence[float]) -> None:
         self._classes = classes
         self._temperatures = temperatures
-        self._seen = 0
+        self._labels_B: list[Tensor] = []
         self._confidence_BT: list[Tensor] = []
         self._negative_log_likelihood_T = torch.zeros(len(temperatures), dtype=torch.float64)
         self._sums: dict[str, Tensor] = {}
-        self._mapped_N = torch.zeros(len(labels_N), dtype=torch.bool)
-        self._mapped_N[torch.from_numpy(_spread_over_classes(labels_N))] = True
+        self._mapped_C = torch.zeros(classes, dtype=torch.int64)
         self._map_BF: list[Tensor] = []
+        self._map_rows_B: list[Tensor] = []
 
     @contextmanager
-    def watch(self, network: TwoBranchNetwork) -> Generator[None]:
-        """While it lasts, every batch that passes `network` is one of the list, in its order."""
+    def watch(self, network: TwoBranchNetwork) -> Generator[Callable[[Tensor, Tensor], None]]:
+        """What is to be called with the labels and the logits of each batch, after it has passed `network`."""
         hidden: list[Tensor] = []
 
         def keep(_: nn.Module, __: Any, output: Tensor) -> None:
             hidden[:] = [output.float()]
 
-        def add(_: nn.Module, __: Any, logits_BC: Tensor) -> None:
+        def add(labels_B: Tensor, logits_BC: Tensor) -> None:
             features_BD = network.projection(hidden[0]) if network.projection is not None else None
-            self.add(logits_BC, hidden[0], features_BD)
+            self.add(labels_B, logits_BC, hidden[0], features_BD)
 
-        hooks = (network.encoder.register_forward_hook(keep), network.register_forward_hook(add))
+        hook = network.encoder.register_forward_hook(keep)
         try:
-            yield
+            yield add
         finally:
-            for hook in hooks:
-                hook.remove()
+            hook.remove()
 
-    def add(self, logits_BC: Tensor, hidden_BF: Tensor, features_BD: Tensor | None) -> None:
-        """The next B images of the list: logits, the encoder's output and, where there is one, the projection's."""
-        rows = slice(self._seen, self._seen + len(logits_BC))
-        labels_B = self._labels_N[rows].to(logits_BC.device)
-        self._seen += len(logits_BC)
+    def add(self, labels_B: Tensor, logits_BC: Tensor, hidden_BF: Tensor, features_BD: Tensor | None) -> None:
+        """The next batch: its labels, logits, the encoder's output and, where there is one, the projection's."""
         label_logit_B = logits_BC.gather(1, labels_B[:, None])[:, 0]
         log_sums_TB = torch.stack([(logits_BC / temperature).logsumexp(1) for temperature in self._temperatures])
         temperatures_T1 = torch.tensor(self._temperatures, device=logits_BC.device)[:, None]
@@ -74,8 +69,16 @@ class Observation:
         self._add_directions("encoder", hidden_BF, labels_B)
         if features_BD is not None:
             self._add_directions("contrastive", features_BD, labels_B)
-        mapped_B = self._mapped_N[rows].to(hidden_BF.device)
-        self._map_BF.append(F.normalize(hidden_BF[mapped_B], dim=1).half().cpu())
+        self._add_to_map(labels_B.cpu(), hidden_BF)
+        self._labels_B.append(labels_B.cpu())
+
+    def _add_to_map(self, labels_B: Tensor, hidden_BF: Tensor) -> None:
+        """The first few images of each class."""
+        rank_B = (labels_B[:, None] == labels_B).tril(-1).sum(1) + self._mapped_C[labels_B]
+        rows_B = torch.nonzero(rank_B < max(1, _MAPPED // self._classes))[:, 0]
+        self._mapped_C += torch.bincount(labels_B, minlength=self._classes)
+        self._map_BF.append(F.normalize(hidden_BF[rows_B.to(hidden_BF.device)], dim=1).half().cpu())
+        self._map_rows_B.append(rows_B + sum(map(len, self._labels_B)))
 
     def _add_directions(self, space: str, vectors_BF: Tensor, labels_B: Tensor) -> None:
         if space not in self._sums:
@@ -88,7 +91,7 @@ class Observation:
         return {
             "temperatures_T": np.array(self._temperatures),
             "confidence_NT": torch.cat(self._confidence_BT).numpy(),
-            "negative_log_likelihood_T": (self._negative_log_likelihood_T / self._seen).numpy(),
+            "negative_log_likelihood_T": (self._negative_log_likelihood_T / len(torch.cat(self._labels_B))).numpy(),
         }
 
     def geometry(self, network: TwoBranchNetwork, train_counts_C: Sequence[int]) -> Table:
@@ -100,11 +103,14 @@ class Observation:
         what a ReLU puts out has no negative cosines otherwise. `*_spread_C`: 1 - the mean cosine between two images
         of the class; NaN with fewer than two. `map_MF`: unit features of the images `map_rows_M`.
         """
-        counts_C = torch.bincount(self._labels_N, minlength=self._classes).double()
+        counts_C = torch.bincount(torch.cat(self._labels_B), minlength=self._classes).double()
         groups_C = torch.tensor([GROUPS.index(shot_group(count)) for count in train_counts_C])
+        map_rows = torch.cat(self._map_rows_B)
+        # Of more classes than a map can show, evenly many.
+        shown_M = torch.linspace(0, len(map_rows) - 1, min(_MAPPED, len(map_rows))).long()
         table: Table = {
-            "map_MF": torch.cat(self._map_BF).numpy(),
-            "map_rows_M": np.flatnonzero(self._mapped_N.numpy()),
+            "map_MF": torch.cat(self._map_BF)[shown_M].numpy(),
+            "map_rows_M": map_rows[shown_M].numpy(),
         }
         seen_C = counts_C > 0
         for space, sums_CF in self._sums.items():
@@ -127,17 +133,17 @@ def count_cosines(vectors_CF: Tensor, groups_C: Tensor, centred: bool) -> npt.ND
     vectors_CF = vectors_CF.float()
     units_CF = F.normalize(vectors_CF - vectors_CF.mean(0) if centred else vectors_CF, dim=1)
     counts_GK = torch.zeros(len(GROUPS), COSINE_BINS, dtype=torch.int64)
-    for start in range(0, len(units_CF), _ROWS_AT_ONCE):
-        rows = torch.arange(start, min(start + _ROWS_AT_ONCE, len(units_CF)))
-        cosines = units_CF[rows] @ units_CF.T
-        others = torch.ones_like(cosines, dtype=torch.bool)
-        others[torch.arange(len(rows)), rows] = False
-        for group in range(len(GROUPS)):
-            of_group = groups_C[rows] == group
-            kept = cosines[of_group][others[of_group]]
-            bins = ((kept + 1) * (COSINE_BINS / 2)).long().clamp(0, COSINE_BINS - 1)
-            counts_GK[group] += torch.bincount(bins, minlength=COSINE_BINS)
+    for group, row_GK in enumerate(counts_GK):
+        for rows in torch.nonzero(groups_C == group)[:, 0].split(_ROWS_AT_ONCE):
+            cosines = (units_CF[rows] @ units_CF.T).clamp_(-1, 1)
+            itself = cosines[torch.arange(len(rows)), rows]
+            # Exact in float32: a piece has fewer than 2^24 cosines, of up to 16,384 classes.
+            row_GK += (_histogram(cosines) - _histogram(itself)).long()
     return counts_GK.numpy()
+
+
+def _histogram(cosines: Tensor) -> Tensor:
+    return torch.histc(cosines, COSINE_BINS, -1, 1)
 
 
 def _spread(sums_CF: Tensor, counts_C: Tensor) -> npt.NDArray[np.float32]:
@@ -145,18 +151,3 @@ def _spread(sums_CF: Tensor, counts_C: Tensor) -> npt.NDArray[np.float32]:
     pairs_C = counts_C * (counts_C - 1)
     cosine_C = (sums_CF.double().square().sum(1) - counts_C) / pairs_C
     return torch.where(pairs_C > 0, 1 - cosine_C, torch.nan).float().numpy()
-
-
-def _spread_over_classes(labels_N: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """At most `_MAPPED` images: the first of each class, then the second of each, and so on; of a last round that does
-    not fit, evenly many."""
-    order = np.argsort(labels_N, kind="stable")
-    starts = np.searchsorted(labels_N[order], labels_N[order])
-    rank_N = np.empty_like(order)
-    rank_N[order] = np.arange(len(order)) - starts
-    by_round = np.lexsort((np.arange(len(labels_N)), labels_N, rank_N))
-    whole = np.searchsorted(rank_N[by_round], np.arange(rank_N.max() + 2))
-    fits = int(whole[whole <= _MAPPED].max())
-    rest = by_round[fits : whole[whole > fits].min(initial=len(by_round))]
-    wanted = min(_MAPPED - fits, len(rest))
-    return np.concatenate([by_round[:fits], rest[np.linspace(0, len(rest) - 1, wanted).astype(np.int64)]])

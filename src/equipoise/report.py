@@ -74,6 +74,7 @@ def _content(runs: list[RunRead], comparison: Mapping[str, Any] | None) -> dict[
         "finding": _finding(scored, comparison),
         "seeds": _seeds(comparison, runs) if comparison else None,
         "scored": scored,
+        "many_classes": len(runs[0].class_names) > charts.EACH_AS_DOT,
         "unseen": [run for run in scored if not run.observed],
         "stopped": [run for run in runs if not run.metrics],
         "by_count": charts.accuracy_by_count(
@@ -90,7 +91,7 @@ def _content(runs: list[RunRead], comparison: Mapping[str, Any] | None) -> dict[
         "confused": [_confusions(run, 6 if len(seen) <= 2 else 4) for run in seen],
         "calibration": [_calibration(run) for run in seen],
         "sweep": _sweep(scored),
-        "geometry": _geometry(seen),
+        "geometry": _geometry(seen, len(runs[0].class_names)),
         "maps": [(run.name, _map(run)) for run in seen],
         "origin": [_origin(run, runs[0]) for run in runs],
         "different": _different_fields(runs),
@@ -125,8 +126,8 @@ def _finding(scored: Sequence[RunRead], comparison: Mapping[str, Any] | None) ->
     shares = [(run.name.label, run.figures[group]) for run in scored]
     if comparison:
         shares = [(method, row[group]["mean"]) for method, row in comparison["methods"].items()]
-    reached = [f"{label} gets {_percent(share)} %" for label, share in shares]
-    reached[0] += " right"
+    reached = [f"{label} {_percent(share)}\N{NO-BREAK SPACE}%" for label, share in shares]
+    reached[0] = f"{shares[0][0]} gets {_percent(shares[0][1])}\N{NO-BREAK SPACE}% right"
     said = ", ".join(reached[:-1]) + " and " * (len(reached) > 1) + reached[-1]
     classes = _group_sizes(first)[group]
     noun = "one class" if classes == 1 else f"{classes:,} classes"
@@ -182,19 +183,20 @@ def _worst(scored: Sequence[RunRead]) -> dict[str, Any] | None:
     per_class: list[list[float | None]] = [run.figures["per_class"] for run in scored]
     known = [(share, -first.counts[c], c) for c, share in enumerate(per_class[0]) if share is not None]
     wrong = [place for place in sorted(known) if any((of_run[place[2]] or 0) < 1 for of_run in per_class)]
-    rows: list[tuple[str, str, list[tuple[Name, float | None]]]] = []
+    rows: list[tuple[str, int, str, list[tuple[Name, float | None]]]] = []
     for _, count, c in wrong[:_WORST]:
         values = [(run.name, of_run[c]) for run, of_run in zip(scored, per_class, strict=True)]
-        rows.append((f"{shortened(first.class_names[c], 18)} · {-count:,}", _taken_for(first, c), values))
+        rows.append((first.class_names[c], -count, _taken_for(first, c), values))
     if not rows:
         return None
-    never = [(run.name.label, of_run.count(0)) for run, of_run in zip(scored, per_class, strict=True)]
+    without = [(run.name.label, of_run.count(0)) for run, of_run in zip(scored, per_class, strict=True)]
+    never = [f"{label} leaves {count:,}" for label, count in without if count]
     return {
         "figure": charts.worst_classes(rows),
         "rows": len(rows),
         "never": never,
         "of": first.name.label,
-        "classes": len(known),
+        "classes": f"{len(known):,}",
     }
 
 
@@ -206,7 +208,8 @@ def _taken_for(run: RunRead, c: int) -> str:
     if len(wrong) == 0:
         return ""
     other = int(np.bincount(wrong).argmax())
-    return f"taken for {shortened(run.class_names[other], 12)}: {100 * (wrong == other).sum() / len(predicted):.0f} %"
+    share = 100 * (wrong == other).sum() / len(predicted)
+    return f"{run.name.label} takes {share:.0f} % for {shortened(run.class_names[other], 24)}"
 
 
 def _confusions(run: RunRead, most: int) -> dict[str, Any]:
@@ -234,6 +237,8 @@ def _images(run: RunRead) -> tuple[ImageList | None, str]:
         return None, f"No example pictures: {error}."
     if images is None or images.fingerprint() != run.record["data"]["fingerprints"][run.part]:
         return None, f"No example pictures: the data at {run.recipe.data.path} has changed since the run."
+    if len(images) != len(run.observed["labels_N"]):
+        return None, "No example pictures: some images could not be read, so it is not known which are which."
     return images, ""
 
 
@@ -269,6 +274,7 @@ def _calibration(run: RunRead) -> dict[str, Any]:
     return {
         "name": run.name,
         "temperature": temperature,
+        "at_end": temperature in (temperatures_T[0], temperatures_T[-1]),
         "errors": {look: _percent(calibration_error(values, right_N)) for look, values in confidences.items()},
         "figure": charts.reliability(run.name, right_N, confidences),
         "on": run.part,
@@ -293,10 +299,7 @@ def _sweep(scored: Sequence[RunRead]) -> list[tuple[str, Markup]]:
 # ---------------------------------------------------------------------------------------------- geometry
 
 
-def _geometry(seen: Sequence[RunRead]) -> dict[str, Any]:
-    if not seen:
-        return {}
-    classes = len(seen[0].class_names)
+def _geometry(seen: Sequence[RunRead], classes: int) -> dict[str, Any]:
     wanted = {
         "encoder_means": "class means of the encoder's features",
         "classifier": "class vectors of the classifier",
@@ -357,7 +360,7 @@ def _seeds(comparison: Mapping[str, Any], runs: Sequence[RunRead]) -> dict[str, 
         "number": len(comparison["seeds"]),
         "first": first,
         "accuracy": charts.over_seeds(rows),
-        "differences": charts.differences(others, first),
+        "differences": charts.differences(others),
     }
 
 

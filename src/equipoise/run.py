@@ -1,7 +1,7 @@
 """A run folder: the names of its files, and what can be asked of it once it is there."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -117,11 +117,11 @@ def evaluate_run(path: Path, parts: Parts | None = None, device: str = "auto") -
         figures: dict[str, Any] = dict.fromkeys(scored)
         for part, images in scored.items():
             if images is not None:
-                observation = Observation(images.labels_N, len(checkpoint.class_names), temperatures)
-                with observation.watch(network):
-                    figures[part], predictions = _score(checkpoint, network, images, device)
+                observation = Observation(len(checkpoint.class_names), temperatures)
+                with observation.watch(network) as observe:
+                    figures[part], predictions = _score(checkpoint, network, images, device, observe=observe)
                 of_part = {
-                    "labels_N": images.labels_N.astype(np.int32),
+                    "labels_N": predictions.labels_N.astype(np.int32),
                     "predicted_N": predictions.ranked_NK[:, 0].astype(np.int32),
                     **observation.calibration(),
                     **observation.geometry(network, checkpoint.class_counts),
@@ -286,14 +286,19 @@ def _classes(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _score(
-    checkpoint: Checkpoint, network: TwoBranchNetwork, images: ImageList, device_name: str, keep_logits: bool = False
+    checkpoint: Checkpoint,
+    network: TwoBranchNetwork,
+    images: ImageList,
+    device_name: str,
+    keep_logits: bool = False,
+    observe: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
 ) -> tuple[dict[str, Any], Predictions]:
     device = choose_device(device_name)
     recipe, counts = checkpoint.recipe, checkpoint.class_counts or None
     has_prior = counts is not None and min(counts) > 0
     batches = open_batches(images, view_settings(recipe), device, worker_count(recipe.workers))
     prior_C = log_prior(torch.tensor(counts)).float() if has_prior else None
-    predictions = predict(network.to(device), batches, prior_C, keep_logits=keep_logits)
+    predictions = predict(network.to(device), batches, prior_C, keep_logits, observe)
     figures = score(predictions, counts, len(checkpoint.class_names)).as_dict()
     return {**figures, "prior_sweep": sweep(predictions, counts) if counts and has_prior else None}, predictions
 
