@@ -46,7 +46,7 @@ def test_help_is_instant_and_imports_nothing_heavy():
         assert "train a classifier" in run("--help").stdout
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 0.5
-    heavy = "{'torch', 'numpy', 'PIL', 'rich'}"
+    heavy = "{'torch', 'numpy', 'PIL', 'rich', 'jinja2', 'scipy'}"
     code = f"import sys, equipoise.cli as cli; cli.main(['recipes']); print({heavy} & set(sys.modules))"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.splitlines()[-1] == "set()"
@@ -97,6 +97,11 @@ def test_train_without_arguments_is_the_demo(tmp_path):
     metrics = json.loads((tmp_path / folders[0] / "metrics.json").read_text())
     assert metrics["method"] == "bcl"
     assert json.loads((tmp_path / folders[0] / "run.json").read_text())["command"].endswith("--log_every=5")
+    report = tmp_path / folders[0] / "report.html"
+    assert text.splitlines()[-1] == f"report: {report.relative_to(tmp_path)}"
+    page = report.read_text(encoding="utf-8")
+    assert "digits-lt: bcl · ce</h1>" in page
+    assert page.count("<img class=") > 10, "pictures of what was taken for what"
 
 
 @pytest.mark.slow
@@ -281,6 +286,30 @@ def test_data_of_a_folder_with_problems(capsys, tmp_path):
         assert said in text, said
     bars = {line.split()[0]: line.count("█") for line in text.splitlines() if re.match(r"^(ant|\[bold\]bee) ", line)}
     assert bars == {"ant": 30, "[bold]bee": 7}
+
+
+@pytest.mark.slow
+def test_report_of_own_pictures_and_of_data_that_is_gone(pictures, tmp_path, capsys):
+    """With validation, without a test part: the best checkpoint speaks for the run."""
+    out = tmp_path / "run"
+    words = ["--epochs", "2", "--batch-size", "4", "--arch", "resnet8", "--set", "views.size=16"]
+    words += ["--set", "optim.warmup_epochs=0"]
+    assert main(["train", "--data", str(pictures), "--out", str(out), *words]) == 0
+    assert main(["report", str(out)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"report: {out / 'report.html'}"
+    page = (out / "report.html").read_text(encoding="utf-8")
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert f"best checkpoint (after epoch {metrics['best']['epoch']}), validation part" in page
+    assert f"gets {100 * metrics['best']['validation']['few']:.1f}\N{NO-BREAK SPACE}% right" in page
+    assert "Temperature and error are from the same validation images" in page
+    pictures.rename(tmp_path / "elsewhere")
+    other = tmp_path / "other.html"
+    assert main(["report", str(out), "--out", str(other)]) == 0
+    page = other.read_text(encoding="utf-8")
+    assert f"No example pictures: there is no file or folder at {pictures}." in page
+    assert refusal(capsys, "report", str(tmp_path / "elsewhere")) == (
+        f"{tmp_path / 'elsewhere'} is not a run folder: it has no recipe.toml or no run.json"
+    )
 
 
 def test_data_of_the_digits(capsys):

@@ -124,7 +124,9 @@ def _parser(words: list[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"equipoise {_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_train(commands, words)
+    _add_compare(commands, words)
     _add_evaluate(commands)
+    _add_report(commands)
     _add_command(commands, "recipes", "the recipes that come with the package", _recipes)
     _add_data(commands)
     add_predict_words(_add_command(commands, "predict", "name the classes of images", predict))
@@ -253,6 +255,10 @@ def _train_in(world: "World", options: argparse.Namespace, recipe: Recipe, remar
         print(f"run folder: {run.path}")
     if stale or (root_log and not options.out):
         _export_for_authors(runs[0].path)
+    if beside:
+        from equipoise.report import write_report
+
+        print(f"report: {write_report([run.path for run in runs], runs[0].path / 'report.html')}")
 
 
 def _export_for_authors(run: Path) -> None:
@@ -294,6 +300,63 @@ def _refuse_other_data(checkpoint: Path, data: str | None, named: Recipe) -> Non
             f"{checkpoint} was trained by the recipe {own}, not {named.name}: name other data to score it on with "
             "--data FOLDER"
         )
+
+
+# ---------------------------------------------------------------------------------------------- compare and report
+
+
+def _add_compare(commands: Any, words: list[str]) -> None:
+    command = _add_command(commands, "compare", "train several methods under one recipe and several seeds", _compare)
+    command.add_argument("recipe", metavar="RECIPE", help="a shipped recipe, a TOML file, or a run folder")
+    command.add_argument(
+        "--methods",
+        default=",".join(get_args(Method)),
+        help="which, separated by commas; differences are to the first [%(default)s]",
+    )
+    command.add_argument("--seeds", type=int, default=3, help="how many, from --seed on [%(default)s]")
+    command.add_argument(
+        "--out",
+        metavar="FOLDER",
+        help="one run folder a method and seed; what is there is kept (default: runs/compare-RECIPE)",
+    )
+    command.set_defaults(dataset=None, use_norm=None, cos=None, gpu=None)  # flags of `train` that it does not have
+    add_set(command)
+    add_recipe_flags(command, words)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("compare trains one run after the other in one process: start it without torchrun")
+    recipe, _ = chosen_recipe(options)
+    if options.method is not None:
+        raise UserError("compare trains the methods of --methods; drop --method")
+    out = Path(options.out or Path("runs") / f"compare-{recipe.name}")
+
+    from equipoise.compare import compare, markdown
+
+    result = compare(recipe, options.methods.split(","), options.seeds, out)
+    print(f"\n{markdown(result)}")
+    print(f"written: {out / 'compare.json'}, {out / 'compare.md'}")
+
+    from equipoise.report import write_report
+
+    of_first_seed = [out / name for name in list(result["runs"].values())[: len(result["methods"])]]
+    print(f"report: {write_report(of_first_seed, out / 'report.html', result)}")
+
+
+def _add_report(commands: Any) -> None:
+    command = _add_command(commands, "report", "write runs as one HTML page, side by side", _report)
+    command.add_argument("runs", metavar="RUN", nargs="+", help="a run folder; one that stopped early will do")
+    command.add_argument(
+        "--out", metavar="FILE", help="where to write it (default: report.html in the first run folder)"
+    )
+
+
+def _report(options: argparse.Namespace) -> None:
+    from equipoise.report import write_report
+
+    runs = [Path(run) for run in options.runs]
+    print(f"report: {write_report(runs, Path(options.out) if options.out else runs[0] / 'report.html')}")
 
 
 # ---------------------------------------------------------------------------------------------- the others

@@ -3,6 +3,8 @@
 Shapes: N images of the list, B of a batch, C classes, K the classes ranked of each image.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -22,6 +24,7 @@ def predict(
     batches: Batches,
     log_prior_C: Tensor | None = None,
     keep_logits: bool = False,
+    observe: Callable[[Tensor, Tensor], None] | None = None,
     world: World = ALONE,
 ) -> Predictions:
     """Predictions in the order of the list, from the raw logits of one view: no prior is added. With several ranks,
@@ -29,7 +32,7 @@ def predict(
 
     In float32 whatever the network was trained in, so that a figure depends on the weights and not on the device. With
     `log_prior_C`, what `logits - tau * log prior` would predict is kept too. The logits themselves are kept only if
-    asked for: of a large test set they fill gigabytes.
+    asked for: of a large test set they fill gigabytes. `observe` is called with labels and logits of each batch.
     """
     training = network.training
     network.eval()
@@ -38,6 +41,8 @@ def predict(
     try:
         for batch in batches.evaluation(_BATCH):
             logits_BC: Tensor = network(batch.images_VB3SS[0]).float()
+            if observe is not None:
+                observe(batch.labels_G, logits_BC)
             # Of equal logits the first class comes first, here and in argmax.
             ranked_BC = logits_BC.sort(dim=1, descending=True, stable=True).indices
             confidence_B = logits_BC.softmax(1).amax(1)

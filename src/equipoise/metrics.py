@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 MANY_ABOVE = 100  # Liu et al., CVPR 2019: many > 100 training images, few < 20, medium between, both ends inclusive
 FEW_BELOW = 20
+GROUPS = ("many", "medium", "few")
 TAUS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)  # strengths of the post-hoc prior
 _BINS = 15
 
@@ -112,7 +113,7 @@ def _class_accuracy(labels_N: Labels, said_N: Labels, classes: int) -> tuple[Lab
 def _group_means(accuracy_C: Fractions, train_counts_C: Sequence[int] | None) -> dict[str, float | None]:
     """The mean accuracy of each shot group; NaN is a class without test images."""
     if train_counts_C is None:
-        return dict.fromkeys(("many", "medium", "few"))
+        return dict.fromkeys(GROUPS)
     counts_C = np.asarray(train_counts_C)
     many_C, few_C = counts_C > MANY_ABOVE, counts_C < FEW_BELOW
     groups = {"many": many_C, "medium": ~many_C & ~few_C, "few": few_C}

@@ -1,7 +1,7 @@
 """A run folder: the names of its files, and what can be asked of it once it is there."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,12 +22,14 @@ from equipoise.loader import open_batches, worker_count
 from equipoise.losses import log_prior
 from equipoise.metrics import choose_tau, fit_temperature, score, sweep
 from equipoise.model import TwoBranchNetwork
+from equipoise.observe import TEMPERATURES, Observation, Table
 from equipoise.recipe import Field, Recipe, field_value, find_field, load_recipe, override
 from equipoise.sources import Source, find_parts, open_part, open_parts, part_of, recognise
 from equipoise.views import ViewSettings, view_kinds
 
 LISTS = {"train": "data.train_list", "validation": "data.val_list", "test": "data.test_list"}  # part -> recipe field
 RECIPE, RECORD, METRICS, LOCK = "recipe.toml", "run.json", "metrics.json", "run.lock"
+OBSERVED = "observed.npz"  # what the report draws beside the figures
 AUTHORS_NAMES = {LAST: AUTHORS_LAST, BEST: AUTHORS_BEST}  # of the same in the authors' layout
 
 
@@ -48,7 +50,7 @@ class Run:
         file = self.path / METRICS
         if not file.is_file():
             raise UserError(f"{self.path} has no {METRICS}: the run did not finish")
-        return json.loads(file.read_text(encoding="utf-8"))
+        return read_json(file)
 
     @cached_property
     def model(self) -> TwoBranchNetwork:
@@ -101,7 +103,8 @@ def open_data(recipe: Recipe) -> Parts:
 def evaluate_run(path: Path, parts: Parts | None = None, device: str = "auto", world: World = ALONE) -> dict[str, Any]:
     """Score the last checkpoint, and the best one where one was chosen, on the run's own validation and test parts.
 
-    Returns and writes the run's `metrics.json`. Raises UserError if the run has no checkpoint or its data is gone.
+    Returns and writes the run's `metrics.json`, and beside it what the report draws of the `chosen` checkpoint. Raises
+    UserError if the run has no checkpoint or its data is gone.
     """
     # Files are rank 0's: another host may not see them.
     last, best = world.first_makes(
@@ -109,16 +112,33 @@ def evaluate_run(path: Path, parts: Parts | None = None, device: str = "auto", w
     )
     parts = parts or world.each_makes(lambda: _unchanged_data(last, path))
     scored = {"validation": parts.validation, "test": parts.test}
+    # Without a validation part no temperature will be fitted.
+    temperatures = TEMPERATURES if parts.validation else (1.0,)
+    observed: Table = {}
 
     def block(checkpoint: Checkpoint) -> dict[str, Any]:
         network = checkpoint.build()
         figures: dict[str, dict[str, Any] | None] = dict.fromkeys(scored)
         temperature: float | None = None
         for part, images in scored.items():
-            if images:
-                chooses = part == "validation"
-                figures[part], predictions = _score(checkpoint, network, images, device, chooses, world)
-                temperature = _temperature(checkpoint, predictions) if chooses else temperature
+            if not images:
+                continue
+            chooses = part == "validation"
+            observation = Observation(len(checkpoint.class_names), temperatures)
+            with observation.watch(network) as observe:
+                watching = observe if world.size == 1 else None
+                figures[part], predictions = _score(checkpoint, network, images, device, chooses, world, watching)
+                if watching is None and world.is_first:  # once more, alone: what is observed is of all images in order
+                    _score(checkpoint, network, images, device, observe=observe)
+            temperature = _temperature(checkpoint, predictions) if chooses else temperature
+            if world.is_first:
+                of_part = {
+                    "labels_N": predictions.labels_N.astype(np.int32),
+                    "predicted_N": predictions.ranked_NK[:, 0].astype(np.int32),
+                    **observation.calibration(),
+                    **observation.geometry(network, checkpoint.class_counts),
+                }
+                observed.update({f"{part}/{name}": values for name, values in of_part.items()})
         return {
             "epoch": checkpoint.epoch,
             "step": checkpoint.step,
@@ -127,18 +147,29 @@ def evaluate_run(path: Path, parts: Parts | None = None, device: str = "auto", w
             "temperature": temperature,
         }
 
+    # The best, where there is one, comes last and is what is drawn.
     of_last = block(last)
+    of_best = block(best) if best else None
     result = {
         "method": last.recipe.method,
         "test": of_last["test"],
         "validation": of_last["validation"],
         "last": of_last,
-        "best": block(best) if best else None,
+        "best": of_best,
         **_classes(last),
     }
     if world.is_first:
+        with atomic_file(path / OBSERVED) as file:
+            np.savez_compressed(file, **observed)  # pyright: ignore[reportArgumentType] no key is its own argument
         write_json(path / METRICS, result)
     return result
+
+
+def chosen(metrics: Mapping[str, Any]) -> tuple[str, str]:
+    """Which of a run's results speaks for it: of the best checkpoint where validation chose one, or else of the last,
+    on the test part, or else on validation."""
+    checkpoint = "best" if metrics["best"] else "last"
+    return checkpoint, "test" if metrics[checkpoint]["test"] else "validation"
 
 
 def evaluate_checkpoint(
@@ -297,6 +328,7 @@ def _score(
     device_name: str,
     keep_logits: bool = False,
     world: World = ALONE,
+    observe: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
 ) -> tuple[dict[str, Any], Predictions]:
     device = choose_device(device_name, world.local_rank)
     recipe, counts = checkpoint.recipe, checkpoint.class_counts or None
@@ -304,7 +336,7 @@ def _score(
     workers = worker_count(recipe.workers, world.local_size)
     batches = open_batches(images, view_settings(recipe), device, workers, world)
     prior_C = log_prior(torch.tensor(counts)).float() if has_prior else None
-    predictions = predict(network.to(device), batches, prior_C, keep_logits, world)
+    predictions = predict(network.to(device), batches, prior_C, keep_logits, observe, world)
     batches.close()
     figures = score(predictions, counts, len(checkpoint.class_names)).as_dict()
     return {**figures, "prior_sweep": sweep(predictions, counts) if counts and has_prior else None}, predictions
@@ -364,6 +396,11 @@ def write_logits(path: Path, predictions: Predictions, class_names: Sequence[str
         np.savez_compressed(
             file, logits=predictions.logits_NC, labels=predictions.labels_N, class_names=np.array(class_names)
         )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What `write_json` wrote."""
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
