@@ -97,8 +97,8 @@ def supervised_contrastive_loss(
 
 
 class _BalancedContrastive(torch.autograd.Function):
-    """The equation above for `[K, D]`, `[K]`, `[C, D]` and the anchors `begin` to `end`: in nearly the time of its matrix
-    products, and in little memory.
+    """The equation above for `[K, D]`, `[K]`, `[C, D]` and the anchors `begin` to `end`: in nearly the time of its
+    matrix products, and in little memory.
 
     All positives of an anchor have one weight, n = |P|, so L_i = -sum_p q_ip (log softmax_p - log q_ip) with the scores
     s_ik - log w_ik and q = 1 / n on the positives. That is KL(q || softmax), and its gradient in the scores is
