@@ -21,7 +21,7 @@ from equipoise.errors import UserError
 from equipoise.figures import shortened, signed
 from equipoise.lists import ImageList, imbalance_factor
 from equipoise.loader import steps_per_epoch
-from equipoise.metrics import GROUPS, calibration_error, shot_group
+from equipoise.metrics import FURTHER, GROUPS, calibration_error, shot_group
 from equipoise.recipe import field_value, recipe_fields
 from equipoise.run import RECIPE, open_data
 from equipoise.runfiles import RunRead, read_runs
@@ -136,15 +136,7 @@ def _finding(scored: Sequence[RunRead], comparison: Mapping[str, Any] | None) ->
 
 
 def _table(scored: Sequence[RunRead]) -> list[tuple[str, list[str]]]:
-    rows = {
-        "top-1": "top1",
-        "top-5": "top5",
-        "mean over classes": "mean_per_class",
-        "worst tenth of classes": "worst_tenth",
-        "worst class": "worst_class",
-        "macro F1": "macro_f1",
-        "calibration error": "ece",
-    }
+    rows = {"top-1": "top1", **FURTHER}
     return [(said, [_percent(run.figures[key]) for run in scored]) for said, key in rows.items()]
 
 
