@@ -39,7 +39,15 @@ def test_run_folder_of_a_benchmark(method, tmp_path):
     run = train(recipe, tmp_path / "run", progress=False)
     assert run.recipe == recipe
     names = {path.name for path in run.path.iterdir()}
-    assert names == {"recipe.toml", "run.json", "metrics.jsonl", "tensorboard", "last.pt", "metrics.json"}
+    assert names == {
+        "recipe.toml",
+        "run.json",
+        "metrics.jsonl",
+        "tensorboard",
+        "last.pt",
+        "metrics.json",
+        "observed.npz",
+    }
 
     record = json.loads((run.path / "run.json").read_text())
     assert record["class_counts"] == dict(zip("0123456789", [124, 80, 51, 33, 21, 14, 9, 5, 3, 2], strict=True))
