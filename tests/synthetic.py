@@ -47,7 +47,7 @@ class Rows:
     def evaluation(self, batch_size: int) -> Iterator[Batch]:
         rows = torch.arange(len(self.labels_N))
         for part in rows.split(batch_size):
-            yield Batch((part + self.first)[None], self.labels_N[part])
+            yield Batch((part + self.first)[None], self.labels_N[part], slice(0, len(part)))
 
 
 def write_run(

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -336,13 +337,15 @@ def test_the_rehearsal(tmp_path):
     assert rehearse(tmp_path, None, size=32, epochs=2, encoders=("resnet50",)) > 25
 
 
+SMALL = ["-b", "4", "--set", "views.size=32", "--workers", "0", "--set", "model.feature_dim=16"]
+
+
 @pytest.fixture(scope="module")
 def imagenet_run(tmp_path_factory):
     """A finished run on a miniature ImageNet-LT, and its data."""
     data = build_imagenet(tmp_path_factory.mktemp("data") / "imagenet", counts=(8, 4))
     out = tmp_path_factory.mktemp("runs") / "run"
-    words = ["--epochs", "1", "-b", "4", "--set", "views.size=32", "--workers", "0", "--set", "model.feature_dim=16"]
-    assert main(["train", "--data", str(data), "--out", str(out), *words]) == 0
+    assert main(["train", "--data", str(data), "--out", str(out), "--epochs", "1", *SMALL]) == 0
     return out, data
 
 
@@ -355,6 +358,10 @@ def test_reload_and_evaluate_score_their_parts(imagenet_run, capsys):
         written = run_folder / f"metrics-best-imagenet-{part}.json"
         assert f"written: {written}" in capsys.readouterr().out
         assert json.loads(written.read_text())[part] == metrics["best"][part]
+    for named in (["places-lt"], ["--dataset", "inat"]):  # without --data: it would be scored on its own
+        said = refusal(capsys, "train", *named, "--reload", "True", "--resume", str(run_folder / "last.pt"))
+        assert "last.pt was trained by the recipe imagenet-lt, not " in said
+    assert main(["train", "--dataset", "imagenet", "--reload", "--resume", str(run_folder / "best.pt")]) == 0
     for words, field in ((["--arch", "resnext50"], "model.encoder"), (["--use-norm", "False"], "model.classifier")):
         said = refusal(
             capsys, "train", "--data", str(data), *words, "--reload", "--resume", str(run_folder / "best.pt")
@@ -362,7 +369,7 @@ def test_reload_and_evaluate_score_their_parts(imagenet_run, capsys):
         assert f"{run_folder}/best.pt has {field} = " in said
 
 
-def test_a_checkpoint_in_their_layout_scores_the_same(imagenet_run, capsys, tmp_path):
+def test_a_checkpoint_in_their_layout_scores_the_same(imagenet_run, stripped, capsys, tmp_path):
     """Written, stripped of what is ours in it, and read again: the same logits, on the same data."""
     run_folder, data = imagenet_run
     file = tmp_path / "bcl_ckpt.best.pth.tar"
@@ -373,9 +380,7 @@ def test_a_checkpoint_in_their_layout_scores_the_same(imagenet_run, capsys, tmp_
     capsys.readouterr()
     assert json.loads((tmp_path / "theirs.json").read_text()) == json.loads((tmp_path / "ours.json").read_text())
 
-    table = torch.load(file, weights_only=True)
-    del table["equipoise"]
-    torch.save(table, file)
+    file = stripped
     words = ["evaluate", str(file), "--data", str(data), "--set", "views.size=32"]
     assert main([*words, "--logits", str(tmp_path / "theirs.npz"), "--out", str(tmp_path / "stripped.json")]) == 0
     with np.load(tmp_path / "ours.npz") as expected, np.load(tmp_path / "theirs.npz") as found:
@@ -387,6 +392,10 @@ def test_a_checkpoint_in_their_layout_scores_the_same(imagenet_run, capsys, tmp_
     assert stripped["test"] == whole["test"]
     assert stripped["train_counts"] == [8, 4]
 
+    for theirs in (file, tmp_path / "bcl_ckpt.best.pth.tar"):
+        said = refusal(capsys, "export", str(theirs), "--to", "authors", "--out", str(tmp_path / "again.pth.tar"))
+        assert said.endswith("is in the authors' layout already, and would lose by being read: copy the file")
+    assert not (tmp_path / "again.pth.tar").exists()
     assert refusal(capsys, "evaluate", str(file)).endswith(
         "does not say what it was trained on; name the data with --data FOLDER"
     )
@@ -429,8 +438,8 @@ def test_data_names_lists_and_says_how_they_depart(capsys, tmp_path, shared_data
     assert main(["data", str(data)]) == 0
     said = capsys.readouterr().out
     for sentence in (
-        "no published list that is known here; the published ImageNet_LT_train.txt is a063f095fcd475db4cf8b0658c4b7395",
-        "with 115,846 images of 1,000 classes; this one has 8 of 2",
+        f"{train} is not the published ImageNet_LT_train.txt (git blob a063f095fcd475db4cf8b0658c4b73955535bbf9): that",
+        " has 115,846 images of 1,000 classes, this one 8 of 2",
         "the labels are not contiguous: 1 of 0 to 2 have no image (first: 1)",
         f"{train}: 1 images are in it more than once (first: train/n00000000/n00000000_0.JPEG)",
         "ILSVRC2012_val_00000002.JPEG is not there, and 1 of the 7 images",
@@ -440,6 +449,8 @@ def test_data_names_lists_and_says_how_they_depart(capsys, tmp_path, shared_data
     train.unlink()
     assert main(["data", str(data)]) == 0
     assert "the list ImageNet_LT_train.txt (115,846 images" in capsys.readouterr().out
+    (tmp_path / "list.csv").write_text("a.jpg,3\n")
+    assert "is a file, but no Parquet file" in refusal(capsys, "data", str(tmp_path / "list.csv"))
     assert "--images goes with a list file as PATH" in refusal(capsys, "data", str(data), "--images", str(data))
 
 
@@ -479,6 +490,72 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     logged = [line["step"] for line in metric_lines(whole) if line["kind"] == "train"]
     assert logged == sorted(set(logged))
     assert load_checkpoint(whole / "last.pt").epoch == 5
+
+
+@pytest.fixture
+def stripped(imagenet_run, tmp_path):
+    """A checkpoint as the authors' code writes it: without what is ours in it."""
+    file = tmp_path / "theirs.pth.tar"
+    assert main(["export", str(imagenet_run[0]), "--to", "authors", "--out", str(file)]) == 0
+    table = torch.load(file, weights_only=True)
+    del table["equipoise"]
+    torch.save(table, file)
+    return file
+
+
+@pytest.mark.slow
+def test_the_authors_files_of_a_run_that_goes_on(imagenet_run, tmp_path, capsys):
+    """They are gone when it begins, so that a run that fails leaves no old ones, and new when it ends."""
+    run_folder = shutil.copytree(imagenet_run[0], tmp_path / "run")
+    words = ["train", "--resume", str(run_folder), "--epochs", "2"]
+    files = {ours: run_folder / f"bcl_ckpt{best}.pth.tar" for ours, best in (("last.pt", ""), ("best.pt", ".best"))}
+    for ours, theirs in files.items():
+        assert main(["export", str(run_folder / ours), "--to", "authors"]) == 0
+        assert theirs.is_file()
+    image = next((imagenet_run[1] / "train").rglob("*.JPEG"))
+    content = image.read_bytes()
+    image.write_bytes(content[: len(content) // 2])
+    try:
+        assert "cannot be read" in refusal(capsys, *words)
+    finally:
+        image.write_bytes(content)
+    assert not any(theirs.exists() for theirs in files.values())
+    for theirs in files.values():
+        theirs.write_bytes(b"old")
+    assert main(words) == 0
+    for ours, theirs in files.items():
+        one, other = load_checkpoint(run_folder / ours), load_checkpoint(theirs)
+        assert one.epoch == other.epoch
+        assert all(torch.equal(value, other.weights[name]) for name, value in one.weights.items())
+    assert load_checkpoint(files["last.pt"]).epoch == 2
+
+
+@pytest.mark.slow
+def test_training_goes_on_from_their_checkpoint(imagenet_run, stripped, tmp_path, capsys):
+    words = ["train", "--data", str(imagenet_run[1]), *SMALL, "--epochs", "2", "--resume", str(stripped)]
+    assert main([*words, "--out", str(tmp_path / "run")]) == 0
+    assert "after epoch 1" in " ".join(capsys.readouterr().out.split())
+    assert load_checkpoint(tmp_path / "run" / "last.pt").epoch == 2
+    steps = [line["step"] for line in metric_lines(tmp_path / "run") if line["kind"] == "train"]
+    assert steps[0] > 3, "of three steps an epoch, the first epoch is not done again"
+
+
+@pytest.mark.slow
+def test_a_run_of_lists_is_scored_on_others(tmp_path, capsys):
+    """On another tree with lists of its own, and on one list; whatever the lists were that it was trained by."""
+    one, other = (build_imagenet(tmp_path / name, counts=(5, 4)) for name in ("one", "other"))
+    lists = [f"--{part}-list={one / f'ImageNet_LT_{part}.txt'}" for part in ("train", "test")]
+    words = ["--data", str(one), *lists, "--out", str(tmp_path / "run"), "--arch", "resnet8", "--method", "ce"]
+    assert main(["train", "imagenet-lt", *words, *SMALL, "--epochs", "1"]) == 0
+    shutil.move(one, tmp_path / "moved")
+    expected = json.loads((tmp_path / "run" / "metrics.json").read_text())["test"]
+    assert main(["evaluate", str(tmp_path / "run"), "--data", str(other), "--out", str(tmp_path / "x.json")]) == 0
+    assert json.loads((tmp_path / "x.json").read_text())["test"] == expected
+    shutil.move(tmp_path / "moved", one)
+    mine = tmp_path / "mine.txt"
+    mine.write_text((one / "ImageNet_LT_test.txt").read_text().splitlines()[0] + "\n")
+    assert main(["evaluate", str(tmp_path / "run"), "--test-list", str(mine), "--out", str(tmp_path / "x.json")]) == 0
+    assert json.loads((tmp_path / "x.json").read_text())["test"]["images"] == 1
 
 
 def test_what_cannot_be_resumed(imagenet_run, capsys, tmp_path):

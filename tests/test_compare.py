@@ -93,7 +93,7 @@ def test_it_goes_on_where_it_was_interrupted(compared, tmp_path, capsys):
     out = shutil.copytree(compared, tmp_path / "out")
     before = json.loads((out / "compare.json").read_text())
     shutil.rmtree(out / "ce-seed-1")
-    for name in ("last.pt", "metrics.json", "observed.npz"):
+    for name in ("last.pt", "previous.pt", "metrics.json", "observed.npz"):
         (out / "supcon-la-seed-0" / name).unlink()
     (out / "supcon-la-seed-1" / "metrics.json").unlink()
     kept = (out / "ce-seed-0" / "metrics.json").stat().st_mtime_ns
@@ -109,7 +109,7 @@ def test_it_goes_on_where_it_was_interrupted(compared, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_goes_on_after_its_last_epoch(tmp_path):
+def test_an_interrupted_run_goes_on_from_its_checkpoint(tmp_path):
     words = [sys.executable, "-m", "equipoise", *WORDS, "--epochs", "20", "--seeds", "1", "--out", f"{tmp_path}/out"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
@@ -118,12 +118,12 @@ def test_an_interrupted_run_goes_on_after_its_last_epoch(tmp_path):
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    assert process.communicate()[1] == "equipoise: interrupted\n"
+    assert "equipoise: interrupted: step" in process.communicate()[1]
     assert process.returncode == 130
     assert not (checkpoint.parent / "metrics.json").exists()
     done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
-    assert json.loads((checkpoint.parent / "run.json").read_text())["resumed"]["after_epoch"] >= 1
+    assert json.loads((checkpoint.parent / "run.json").read_text())["resumed"]["after_step"] >= 6
     assert "one seed, so no interval can be given" in done.stdout
 
 

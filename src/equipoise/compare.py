@@ -7,7 +7,6 @@ tells what other seeds would change, the data being the same, not what other dat
 """
 
 import math
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,12 +17,12 @@ import numpy as np
 from equipoise.errors import UserError
 from equipoise.plan import Plan, prepare
 from equipoise.recipe import Method, Recipe, field_value, load_recipe, nearest, recipe_fields
-from equipoise.run import LAST, METRICS, RECIPE, RECORD, Run, chosen, evaluate_run, read_json, write_json
+from equipoise.run import METRICS, RECIPE, RECORD, Run, chosen, read_json, write_json
 from equipoise.training import fit
 
 FIGURES = {"top1": "overall", "many": "many", "medium": "medium", "few": "few"}
 # They change where and how often, not what is trained.
-_FREE = {"name", "summary", "device", "workers", "log_every"}
+_FREE = {"name", "summary", "device", "workers", "log_every", "checkpoint_minutes"}
 
 
 @dataclass(frozen=True)
@@ -51,9 +50,9 @@ def compare(recipe: Recipe, methods: Sequence[str], seeds: int, out: Path) -> di
     """Train every method with `seeds` seeds, from `recipe.seed` on, into `out`/METHOD-seed-N, and write `compare.json`
     and `compare.md` there.
 
-    What is there already, of the same recipe and the same data, is kept; an unfinished run goes on after its last whole
-    epoch. Returns what `compare.json` holds. Raises UserError for an unknown method, and for a run folder of another
-    recipe or other data.
+    What is there already, of the same recipe and the same data, is kept; an unfinished run goes on from its last
+    checkpoint. Returns what `compare.json` holds. Raises UserError for an unknown method, and for a run folder of
+    another recipe or other data.
     """
     known = list(get_args(Method))
     for method in methods:
@@ -98,7 +97,7 @@ def _refuse_other(folder: Path, recipe: Recipe, plan: Plan) -> None:
     there = load_recipe(folder / RECIPE)
     for field in recipe_fields():
         before, now = field_value(there, field), field_value(recipe, field)
-        if before != now and not _FREE.intersection(field.path):
+        if before != now and field.key not in _FREE:
             raise UserError(
                 f"{folder} was trained with {field.key} = {before}, not {now}: change it back, or name another folder "
                 "with --out"
@@ -109,18 +108,8 @@ def _refuse_other(folder: Path, recipe: Recipe, plan: Plan) -> None:
 
 
 def _finish(folder: Path, recipe: Recipe) -> None:
-    """Train what is missing of a run, from nothing or from its last whole epoch."""
-    if not (folder / LAST).is_file():
-        if folder.exists():
-            shutil.rmtree(folder)  # begun and of this recipe: `_refuse_other` has looked
-        fit(prepare(recipe, folder))
-        return
-    from equipoise.checkpoint import load_checkpoint
-
-    if load_checkpoint(folder / LAST).epoch == recipe.epochs:
-        evaluate_run(folder, device=recipe.device)
-    else:
-        fit(prepare(recipe, resume=folder))
+    """Train what is missing of a run, from nothing or from its last checkpoint."""
+    fit(prepare(recipe, resume=folder) if folder.exists() else prepare(recipe, folder))
 
 
 def _summary(methods: Sequence[str], seeds: int, metrics: Sequence[dict[str, Any]]) -> dict[str, Any]:

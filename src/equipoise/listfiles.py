@@ -4,12 +4,14 @@ The fingerprint is git's blob id, by which the same file is the same in every re
 (`git hash-object FILE`). The lists are not part of this package: only their names and fingerprints are.
 """
 
+import codecs
 import hashlib
 import json
 import os
 import posixpath
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +74,7 @@ class ListFile:
     paths: tuple[str, ...]
     labels: tuple[int, ...]
 
-    @property
+    @cached_property
     def blob(self) -> str:
         return git_blob(self.content)
 
@@ -108,10 +110,13 @@ def absent_list(root: Path, benchmark: str, part: str) -> UserError:
     fingerprint = f", git blob {known.blob}" if known.blob else ""
     annotations = BENCHMARKS[benchmark].annotations.get(part)
     official = f", put the official {annotations} into {root}" if annotations else ""
+    as_folders = "; to train on all images of its class folders, name the recipe: train pictures --data FOLDER"
+    otherwise = "" if official or part != "train" else as_folders
     flag = {"train": "train", "validation": "val", "test": "test"}[part]
     return UserError(
         f"the list {known.name} ({known.images:,} images of {known.classes:,} classes{fingerprint}) is not in "
-        f"{', '.join(folders[:-1])} or {folders[-1]}; put it there{official}, or name it with --{flag}-list FILE"
+        f"{', '.join(folders[:-1])} or {folders[-1]}; put it there{official}, or name it with "
+        f"--{flag}-list FILE{otherwise}"
     )
 
 
@@ -130,7 +135,7 @@ def read_list(file: Path) -> ListFile:
         content = _from_annotations(content, file)
     paths: list[str] = []
     labels: list[int] = []
-    for number, line in enumerate(content.split(b"\n"), 1):
+    for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
         words = line.rsplit(None, 1)
         if not words:
             continue
@@ -158,9 +163,9 @@ def _from_annotations(content: bytes, file: Path) -> bytes:
     except (ValueError, RecursionError):
         raise UserError(f"{file} is not valid JSON; take the official file anew") from None
     except (KeyError, TypeError) as error:
+        missing = f": {error} is missing; the test part has no labels" if isinstance(error, KeyError) else ""
         raise UserError(
-            f"{file} is not iNaturalist's JSON (images and annotations with image_id and category_id): {error} is "
-            "missing; the test part has no labels"
+            f"{file} is not iNaturalist's JSON (images and annotations with image_id and category_id){missing}"
         ) from None
     return "".join(lines).encode()
 
@@ -184,7 +189,7 @@ def image_lists(files: Mapping[str, ListFile], root: Path) -> tuple[dict[str, Im
         if wrong is not None:
             raise UserError(f"{read.file} has label {wrong}, but the training list's classes are 0 to {classes - 1}")
         labels_N = np.array(read.labels, np.int64)
-        lists[part] = ImageList(str(read.file), ImageFiles(root, read.paths), labels_N, names)
+        lists[part] = ImageList(str(read.file), ImageFiles(root, read.paths, read.blob), labels_N, names)
     return lists, notes
 
 
@@ -239,10 +244,11 @@ def absent_images(images: ImageList) -> list[int]:
 
 def absence(images: ImageList, absent: list[int]) -> str:
     """One line about the images of a list that are not there."""
-    blob = git_blob(Path(images.origin).read_bytes())
+    assert isinstance(images.images, ImageFiles)
     return (
         f"{images.images.name(absent[0])} is not there, and {len(absent):,} of the {len(images):,} images of "
-        f"{images.origin} (git blob {blob}) are missing; its paths are looked for below the folder given as data"
+        f"{images.origin} (git blob {images.images.blob}) are missing; its paths are looked for below the folder given "
+        "as data"
     )
 
 
@@ -261,24 +267,29 @@ def overlap(one: ImageList, other: ImageList) -> str | None:
 
 
 def identity(read: ListFile) -> str:
-    """Which published list this is, by its fingerprint, or what sets it apart from the one it is named after."""
-    of_name = PUBLISHED.get(read.file.name)
-    for known in PUBLISHED.values():
-        if known.blob == read.blob:
-            return f"{read.file}: the published {known.name} (git blob {known.blob})"
-    told = f"{read.file}: git blob {read.blob}, no published list that is known here"
-    if of_name is None or not of_name.blob:
-        return told
-    told += f"; the published {of_name.name} is {of_name.blob}"
-    if git_blob(b"\n".join(line.strip() for line in read.content.split(b"\n"))) == of_name.blob:
-        return f"{told}, and differs in white space alone (line ends)"
-    told += f", with {of_name.images:,} images of {of_name.classes:,} classes; this one has {len(read.paths):,} of "
-    return f"{told}{len(set(read.labels)):,}"
+    """Which published list this is, by its fingerprint."""
+    known = next((known for known in PUBLISHED.values() if known.blob == read.blob), None)
+    if known is None:
+        return f"{read.file}: git blob {read.blob}, no published list that is known here"
+    return f"{read.file}: the published {known.name} (git blob {known.blob})"
 
 
-def departures(read: ListFile, classes: int, of_training: bool) -> list[str]:
-    """What is odd about a list by itself: classes without images, and the same image more than once."""
-    found: list[str] = []
+def _departure(read: ListFile, expected: Published) -> str:
+    """What sets a list apart from the published one that it stands for."""
+    told = f"{read.file} is not the published {expected.name} (git blob {expected.blob}): "
+    if git_blob(b"\n".join(line.strip() for line in read.content.split(b"\n"))) == expected.blob:
+        return f"{told}it differs in white space alone (line ends)"
+    return (
+        f"{told}that has {expected.images:,} images of {expected.classes:,} classes, this one {len(read.paths):,} of "
+        f"{len(set(read.labels)):,}"
+    )
+
+
+def departures(read: ListFile, classes: int, of_training: bool, expected: Published | None = None) -> list[str]:
+    """What is odd about a list: that it is another one than the published list that is expected, or than that of its
+    name; classes without images; the same image more than once."""
+    expected = expected or PUBLISHED.get(read.file.name)
+    found = [_departure(read, expected)] if expected and expected.blob not in ("", read.blob) else []
     gaps = sorted(set(range(classes)) - set(read.labels)) if of_training else []
     if gaps:
         found.append(

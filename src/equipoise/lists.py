@@ -45,10 +45,11 @@ class Images(Protocol):
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Files below a folder, by their paths relative to it."""
+    """Files below a folder, by their paths relative to it. `blob`: of the list file that names them, if one does."""
 
     root: Path
     paths: tuple[str, ...]
+    blob: str = ""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -162,6 +163,8 @@ class Parts:
     train: ImageList
     validation: ImageList | None
     test: ImageList | None
+    described: tuple[str, ...] = ()  # as in `Found`
+    notes: tuple[str, ...] = ()
 
     def named(self) -> dict[str, ImageList]:
         """The parts that exist, by name."""

@@ -2,8 +2,8 @@
 
 Pure: tensors in, a scalar out. They know of no ranks and no recipe; hand them the whole batch.
 
-Shapes: B images of a batch, V contrastive views, C classes, D width of the contrastive features,
-N = V * B anchors, M = N + C columns that an anchor is compared with.
+Shapes: B images of a batch, V contrastive views, C classes, D width of the contrastive features, K = V * B features,
+N of them anchors (all, unless said), M = K + C columns that an anchor is compared with.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+ALL = slice(None)
 
 
 def log_prior(class_counts_C: Tensor) -> Tensor:
@@ -21,24 +23,29 @@ def log_prior(class_counts_C: Tensor) -> Tensor:
     return (counts / counts.sum()).log()
 
 
-def logit_adjusted_cross_entropy(logits_BC: Tensor, labels_B: Tensor, log_prior_C: Tensor, tau: float = 1.0) -> Tensor:
+def logit_adjusted_cross_entropy(
+    logits_BC: Tensor, labels_B: Tensor, log_prior_C: Tensor, tau: float = 1.0, reduction: str = "mean"
+) -> Tensor:
     """Cross-entropy of `logits + tau * log prior` (Menon et al., ICLR 2021, eq. 10; "logit compensation" in BCL).
 
-    Computed in float32 at least, also under autocast. Returns the mean over the batch.
+    Computed in float32 at least, also under autocast. Returns the mean over the batch, or its sum (`reduction`).
     """
     with torch.autocast(logits_BC.device.type, enabled=False):
         logits_BC = _at_least_float32(logits_BC)
-        return F.cross_entropy(logits_BC + tau * log_prior_C.to(logits_BC), labels_B)
+        return F.cross_entropy(logits_BC + tau * log_prior_C.to(logits_BC), labels_B, reduction=reduction)
 
 
 def balanced_contrastive_loss(
-    features_BVD: Tensor, labels_B: Tensor, prototypes_CD: Tensor, temperature: float = 0.1
+    features_BVD: Tensor, labels_B: Tensor, prototypes_CD: Tensor, temperature: float = 0.1, rows: slice = ALL
 ) -> Tensor:
     """The balanced contrastive loss (arXiv:2207.09052, eqs. 6-9): the mean over all V * B features.
 
     `features_BVD` and `prototypes_CD` are L2-normalised along D; `labels_B` are class indices below C. Every anchor
     is compared with all other features of the batch and with all prototypes. *Class complement*: the prototypes put
     every class into every batch. *Class averaging*: each class enters the denominator by its mean, not its sum.
+
+    `rows`: the images whose features are anchors. Only they are computed, still divided by V * B, so that the losses of
+    disjoint rows, each computed elsewhere, add up to the loss of the batch.
 
     Computed in float32 at least, also under autocast. Raises ValueError where the shapes do not fit together.
     """
@@ -47,41 +54,46 @@ def balanced_contrastive_loss(
     if width != features_BVD.shape[2]:
         raise ValueError(f"features have width {features_BVD.shape[2]} but prototypes {width}")
     with torch.autocast(features_BVD.device.type, enabled=False):
-        anchors_ND, labels_N = _anchors(features_BVD, labels_B)
-        columns_MD = torch.cat([anchors_ND, _at_least_float32(prototypes_CD)])
-        labels_M = torch.cat([labels_N, torch.arange(classes, device=labels_N.device)])
-        count_C = torch.bincount(labels_M, minlength=classes).to(anchors_ND.dtype)  # K_j of the paper
+        features_KD, labels_K, itself_N = _flat(features_BVD, labels_B, rows)
+        columns_MD = torch.cat([features_KD, _at_least_float32(prototypes_CD)])
+        labels_M = torch.cat([labels_K, torch.arange(classes, device=labels_K.device)])
+        count_C = torch.bincount(labels_M, minlength=classes).to(features_KD.dtype)  # K_j of the paper
+        anchors_ND, labels_N = features_KD[itself_N], labels_K[itself_N]
         count_N, count_M = count_C[labels_N], count_C[labels_M]
 
         similarity_NM = anchors_ND @ columns_MD.T / temperature
         same_class_NM = labels_N[:, None] == labels_M
         weight_NM = torch.where(same_class_NM, count_N[:, None] - 1, count_M)
-        log_denominator_N = _exclude_self(similarity_NM - weight_NM.log()).logsumexp(1)
+        log_denominator_N = _exclude_self(similarity_NM - weight_NM.log(), itself_N).logsumexp(1)
 
         # The mean similarity to the positives, by way of the class sums: no [N, M] mask, no [N, M] product.
-        sums_CD = torch.zeros_like(prototypes_CD, dtype=anchors_ND.dtype).index_add(0, labels_M, columns_MD)
+        sums_CD = torch.zeros_like(prototypes_CD, dtype=features_KD.dtype).index_add(0, labels_M, columns_MD)
         positive_N = _sum_of_others(sums_CD[labels_N], anchors_ND) / temperature / (count_N - 1)
-        return (log_denominator_N - positive_N).mean()
+        return (log_denominator_N - positive_N).sum() / len(features_KD)
 
 
-def supervised_contrastive_loss(features_BVD: Tensor, labels_B: Tensor, temperature: float = 0.1) -> Tensor:
+def supervised_contrastive_loss(
+    features_BVD: Tensor, labels_B: Tensor, temperature: float = 0.1, rows: slice = ALL
+) -> Tensor:
     """Supervised contrastive loss (Khosla et al., NeurIPS 2020, eq. 2): BCL without averaging and complement.
 
     Anchors without a positive in the batch (possible when V = 1) are left out of the mean; where none has one, the
-    loss is 0. Computed in float32 at least. Raises ValueError where the shapes do not fit together.
+    loss is 0. `rows`: see `balanced_contrastive_loss`. Computed in float32 at least. Raises ValueError where the
+    shapes do not fit together.
     """
     _check_shapes(features_BVD, labels_B)
     with torch.autocast(features_BVD.device.type, enabled=False):
-        anchors_ND, labels_N = _anchors(features_BVD, labels_B)
-        similarity_NN = anchors_ND @ anchors_ND.T / temperature
-        log_denominator_N = _exclude_self(similarity_NN).logsumexp(1)
-        _, class_N, count_J = labels_N.unique(return_inverse=True, return_counts=True)  # J classes present
-        sums_JD = anchors_ND.new_zeros(len(count_J), anchors_ND.shape[1]).index_add(0, class_N, anchors_ND)
-        positives_N = (count_J[class_N] - 1).to(anchors_ND.dtype)
+        features_KD, labels_K, itself_N = _flat(features_BVD, labels_B, rows)
+        _, class_K, count_J = labels_K.unique(return_inverse=True, return_counts=True)  # J classes present
+        sums_JD = features_KD.new_zeros(len(count_J), features_KD.shape[1]).index_add(0, class_K, features_KD)
+        positives_K = (count_J[class_K] - 1).to(features_KD.dtype)
+        anchors_ND, class_N, positives_N = features_KD[itself_N], class_K[itself_N], positives_K[itself_N]
+
+        similarity_NK = anchors_ND @ features_KD.T / temperature
+        log_denominator_N = _exclude_self(similarity_NK, itself_N).logsumexp(1)
         positive_N = _sum_of_others(sums_JD[class_N], anchors_ND) / temperature / positives_N.clamp(min=1)
-        has_positive_N = positives_N > 0
-        loss_N = torch.where(has_positive_N, log_denominator_N - positive_N, 0.0)
-        return loss_N.sum() / has_positive_N.sum().clamp(min=1)
+        loss_N = torch.where(positives_N > 0, log_denominator_N - positive_N, 0.0)
+        return loss_N.sum() / (positives_K > 0).sum().clamp(min=1)
 
 
 class LogitAdjustedCrossEntropy(nn.Module):
@@ -129,15 +141,17 @@ def _at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _anchors(features_BVD: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Features as `[N, D]` with their labels `[N]`, in float32 at least."""
-    return _at_least_float32(features_BVD).flatten(0, 1), labels_B.repeat_interleave(features_BVD.shape[1])
+def _flat(features_BVD: Tensor, labels_B: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """All features as `[K, D]`, in float32 at least, their labels `[K]`, and which of them are anchors `[N]`."""
+    views = features_BVD.shape[1]
+    first, end, _ = rows.indices(len(labels_B))
+    itself_N = torch.arange(first * views, max(first, end) * views, device=labels_B.device)
+    return _at_least_float32(features_BVD).flatten(0, 1), labels_B.repeat_interleave(views), itself_N
 
 
-def _exclude_self(scores_NM: Tensor) -> Tensor:
-    """Column i is anchor i itself: out of the denominator."""
-    itself_NM = torch.eye(*scores_NM.shape, dtype=torch.bool, device=scores_NM.device)
-    return scores_NM.masked_fill(itself_NM, float("-inf"))
+def _exclude_self(scores_NM: Tensor, itself_N: Tensor) -> Tensor:
+    """An anchor is a column too: it is no part of its own denominator."""
+    return scores_NM.scatter(1, itself_N[:, None], float("-inf"))
 
 
 def _sum_of_others(class_sum_ND: Tensor, anchors_ND: Tensor) -> Tensor:

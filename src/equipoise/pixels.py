@@ -70,16 +70,19 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 def decode_all(images: ImageList, size: int) -> Pixels:
     """All images as `[N, size, size, 3]`, for sets small enough to stay in memory.
 
-    An image of another size is resized with Pillow's antialiased bilinear filter. Raises UserError naming a file
-    that cannot be read.
+    An image of another size is resized. Raises UserError naming a file that cannot be read.
     """
     pixels_NHW3 = np.empty((len(images), size, size, 3), np.uint8)
     for index in range(len(images)):
-        pixels = decode(images, index)
-        if pixels.shape[:2] != (size, size):
-            pixels = np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR))
-        pixels_NHW3[index] = pixels
+        pixels_NHW3[index] = resized(decode(images, index), size)
     return pixels_NHW3
+
+
+def resized(pixels: Pixels, size: int) -> Pixels:
+    """An image as `[size, size, 3]`, whatever its shape, by Pillow's antialiased bilinear filter."""
+    if pixels.shape[:2] == (size, size):
+        return pixels
+    return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR))
 
 
 def unreadable(images: ImageList) -> Iterator[UserError]:

@@ -1,6 +1,7 @@
 """What the command line shows: plans, data sets and figures as tables in the terminal."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from rich.box import SIMPLE
@@ -99,6 +100,20 @@ def print_data(path: str, found: Found, problems: Sequence[str]) -> None:
             console.print(f"… and {len(problems) - _ROWS_SHOWN:,} more")
     else:
         console.print("\nno problems found (the header of every image was read, its pixels were not)")
+
+
+def print_predictions(rows: Iterable[tuple[str, Sequence[tuple[str, float]]]], total: int) -> None:
+    """A line an image: its file, then classes with their probabilities in percent, the most probable first."""
+    table = Table(box=SIMPLE)
+    for heading in ("file", "class", "percent", "next"):
+        table.add_column(heading, justify="right" if heading == "percent" else "left", overflow="fold")
+    for file, ((name, share), *others) in islice(rows, _ROWS_SHOWN):
+        further = ", ".join(f"{other} {_percent(of_other)}" for other, of_other in others)
+        table.add_row(*(escape(" ".join(cell.split())) for cell in (file, name, _percent(share), further)))
+    console = Console()
+    console.print(table)
+    if total > _ROWS_SHOWN:
+        console.print(f"({_ROWS_SHOWN} of {total:,} images; --csv FILE or --json FILE writes all of them)")
 
 
 def _print_counts(console: Console, part: str, images: ImageList) -> None:
