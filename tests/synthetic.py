@@ -15,7 +15,7 @@ from equipoise.loader import Batch, steps_per_epoch
 from equipoise.losses import log_prior
 from equipoise.metrics import choose_tau, fit_temperature, score, sweep
 from equipoise.model import CosineClassifier
-from equipoise.observe import Observation
+from equipoise.observe import Observation, confidence_at
 from equipoise.recipe import load_recipe, recipe_toml
 from equipoise.run import METRICS, OBSERVED, RECIPE, RECORD, write_json
 
@@ -138,6 +138,9 @@ def write_figures(folder, counts, names, method, images_per_class, validation, g
             **observation.calibrated(),
             **observation.geometry(network, counts),
         }
+        if part == "validation" and block["temperature"]:
+            logits = torch.from_numpy(predictions.logits_NC)
+            arrays["calibrated_N"] = confidence_at(logits, block["temperature"]).numpy()
         observed.update({f"{part}/{name}": values for name, values in arrays.items()})
     if validation:
         block["post_hoc"] = {"tau": choose_tau(block["validation"]["prior_sweep"]), "chosen_on": "validation"}

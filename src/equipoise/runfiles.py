@@ -91,6 +91,8 @@ def _read_run(path: Path, name: Name, recipe: Recipe) -> RunRead:
                 observed = {key.removeprefix(f"{part}/"): file[key] for key in mine}
         except (ValueError, OSError, zipfile.BadZipFile):
             raise UserError(f"{path / OBSERVED} is damaged; write it anew: equipoise evaluate {path}") from None
+    if "confidence_N" not in observed:
+        observed = {}  # of an earlier version
     try:
         record = read_json(path / RECORD)
         log = _read_log(path / "metrics.jsonl")
