@@ -5,6 +5,7 @@ import struct
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 
 import cv2
 import numpy as np
@@ -28,6 +29,7 @@ _BROKEN = (
     Image.DecompressionBombWarning,
 )
 
+_HEADERS = Lock()
 cv2.setNumThreads(0)  # the loader's processes are the parallelism; threads inside each would fight for the cores
 
 
@@ -52,10 +54,13 @@ def decode_bytes(content: bytes) -> Pixels:
         pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB)
         if pixels is not None:
             return pixels.astype(np.uint8, copy=False)
-    with warnings.catch_warnings():
+    # Pillow warns of an image that is too large when it reads the header. What a warning does is the process's own, not
+    # a thread's; and reading headers is short.
+    with _HEADERS, warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(io.BytesIO(content)) as image:
-            return np.array(_as_rgb(ImageOps.exif_transpose(image)))  # a copy: torch wants to be able to write
+        image = Image.open(io.BytesIO(content))
+    with image:
+        return np.array(_as_rgb(ImageOps.exif_transpose(image)))  # a copy: torch wants to be able to write
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
