@@ -3,14 +3,21 @@
 Pure: tensors in, a scalar out. They know of no ranks and no recipe; hand them the whole batch.
 
 Shapes: B images of a batch, V contrastive views, C classes, D width of the contrastive features,
-N = V * B anchors, M = N + C columns that an anchor is compared with.
+N = V * B anchors, R of them a chunk, M = N + C columns that an anchor is compared with.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+# Entries of the matrix that is there at a time, 20 MB in float32: a batch of 256 with 8,142 classes is one chunk. Below
+# these many anchors the matrix products become slower.
+_CHUNK_ENTRIES = 5 * 2**20
+_CHUNK_ROWS = 128
 
 
 def log_prior(class_counts_C: Tensor) -> Tensor:
@@ -40,28 +47,20 @@ def balanced_contrastive_loss(
     is compared with all other features of the batch and with all prototypes. *Class complement*: the prototypes put
     every class into every batch. *Class averaging*: each class enters the denominator by its mean, not its sum.
 
-    Computed in float32 at least, also under autocast. Raises ValueError where the shapes do not fit together.
+        L_i = mean over the positives p of [ log sum_{k != i} exp(s_ik) / w_ik  -  s_ip ],    s = z . z' / temperature
+
+    w_ik is the number of columns of k's class, the anchor itself not counted; positives are the other columns of i's.
+
+    Computed in float32 at least, also under autocast; the gradients with the value, so that a second derivative cannot
+    be taken. Raises ValueError where the shapes do not fit together.
     """
     _check_shapes(features_BVD, labels_B)
-    classes, width = prototypes_CD.shape
+    width = prototypes_CD.shape[1]
     if width != features_BVD.shape[2]:
         raise ValueError(f"features have width {features_BVD.shape[2]} but prototypes {width}")
     with torch.autocast(features_BVD.device.type, enabled=False):
         anchors_ND, labels_N = _anchors(features_BVD, labels_B)
-        columns_MD = torch.cat([anchors_ND, _at_least_float32(prototypes_CD)])
-        labels_M = torch.cat([labels_N, torch.arange(classes, device=labels_N.device)])
-        count_C = torch.bincount(labels_M, minlength=classes).to(anchors_ND.dtype)  # K_j of the paper
-        count_N, count_M = count_C[labels_N], count_C[labels_M]
-
-        similarity_NM = anchors_ND @ columns_MD.T / temperature
-        same_class_NM = labels_N[:, None] == labels_M
-        weight_NM = torch.where(same_class_NM, count_N[:, None] - 1, count_M)
-        log_denominator_N = _exclude_self(similarity_NM - weight_NM.log()).logsumexp(1)
-
-        # The mean similarity to the positives, by way of the class sums: no [N, M] mask, no [N, M] product.
-        sums_CD = torch.zeros_like(prototypes_CD, dtype=anchors_ND.dtype).index_add(0, labels_M, columns_MD)
-        positive_N = _sum_of_others(sums_CD[labels_N], anchors_ND) / temperature / (count_N - 1)
-        return (log_denominator_N - positive_N).mean()
+        return _BalancedContrastive.apply(anchors_ND, labels_N, prototypes_CD.to(anchors_ND.dtype), temperature)
 
 
 def supervised_contrastive_loss(features_BVD: Tensor, labels_B: Tensor, temperature: float = 0.1) -> Tensor:
@@ -82,6 +81,70 @@ def supervised_contrastive_loss(features_BVD: Tensor, labels_B: Tensor, temperat
         has_positive_N = positives_N > 0
         loss_N = torch.where(has_positive_N, log_denominator_N - positive_N, 0.0)
         return loss_N.sum() / has_positive_N.sum().clamp(min=1)
+
+
+class _BalancedContrastive(torch.autograd.Function):
+    """The equation above for `[N, D]`, `[N]`, `[C, D]`: nearly the time of its matrix products, in little memory.
+
+    All positives of an anchor have one weight, n = |P|, so L_i = -sum_p q_ip (log softmax_p - log q_ip) with the scores
+    s_ik - log w_ik and q = 1 / n on the positives. That is KL(q || softmax), and its gradient in the scores is
+    softmax - q. It is known as soon as the scores are: so a chunk of anchors is compared, its share of the gradients
+    added up, and its matrix written over by the next one. No [N, N + C] matrix is kept and none is computed twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, anchors_ND: Tensor, labels_N: Tensor, prototypes_CD: Tensor, temperature: float) -> Tensor:
+        anchors, classes = len(anchors_ND), len(prototypes_CD)
+        # n, of each class: its features in the batch. Its columns are one more, the prototype (K of the paper).
+        members_C = anchors_ND.new_zeros(classes).index_add_(0, labels_N, torch.ones_like(anchors_ND[:, 0]))
+        members_N = members_C[labels_N]
+        log_columns_M = torch.cat([members_N, members_C]).log1p_()
+        grad_anchors_ND, grad_prototypes_CD = torch.zeros_like(anchors_ND), torch.zeros_like(prototypes_CD)
+        total = anchors_ND.new_zeros(())
+        rows = max(_CHUNK_ROWS, _CHUNK_ENTRIES // (anchors + classes))
+        memory_RM = anchors_ND.new_empty(min(rows, anchors), anchors + classes)
+        for first in range(0, anchors, rows):
+            chunk_RD = anchors_ND[first : first + rows] / temperature
+            own_R1 = labels_N[first : first + rows, None]  # where the prototype of the anchor's class is
+            members_R1 = members_N[first : first + rows, None]
+            scores_RM = memory_RM[: len(chunk_RD)]
+            of_features_RN, of_prototypes_RC = scores_RM[:, :anchors], scores_RM[:, anchors:]
+            torch.mm(chunk_RD, anchors_ND.T, out=of_features_RN)
+            torch.mm(chunk_RD, prototypes_CD.T, out=of_prototypes_RC)
+            scores_RM -= log_columns_M
+
+            # In the anchor's own class one column fewer counts, as the anchor itself does not.
+            target_R1 = 1 / members_R1  # q at the prototype; at the features:
+            target_RN = (own_R1 == labels_N) * target_R1
+            target_RN.diagonal(first).zero_()
+            of_features_RN.addcmul_(target_RN, members_R1 * target_R1.log1p())
+            of_prototypes_RC.scatter_add_(1, own_R1, target_R1.log1p())
+            at_positives_R1 = of_prototypes_RC.gather(1, own_R1) * target_R1
+            at_positives_R1 += torch.linalg.vecdot(of_features_RN, target_RN)[:, None]
+
+            of_features_RN.diagonal(first).fill_(float("-inf"))
+            highest_R1 = scores_RM.amax(1, keepdim=True)
+            sum_R1 = scores_RM.sub_(highest_R1).exp_().sum(1, keepdim=True)
+            total += (sum_R1.log() + highest_R1 - at_positives_R1 - members_R1.log()).sum()
+
+            # From here on the scores are their own gradients: softmax - q.
+            scores_RM /= sum_R1
+            of_features_RN -= target_RN
+            of_prototypes_RC.scatter_add_(1, own_R1, -target_R1)
+            del target_RN  # or it would stay beside the next chunk's
+            of_chunk_RD = grad_anchors_ND[first : first + rows]
+            of_chunk_RD.addmm_(of_features_RN, anchors_ND, alpha=1 / (temperature * anchors))
+            of_chunk_RD.addmm_(of_prototypes_RC, prototypes_CD, alpha=1 / (temperature * anchors))
+            grad_anchors_ND.addmm_(of_features_RN.T, chunk_RD, alpha=1 / anchors)  # the chunk's share as columns
+            grad_prototypes_CD.addmm_(of_prototypes_RC.T, chunk_RD, alpha=1 / anchors)
+        ctx.save_for_backward(grad_anchors_ND, grad_prototypes_CD)
+        return total / anchors
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        grad_anchors_ND, grad_prototypes_CD = ctx.saved_tensors
+        return grad * grad_anchors_ND, None, grad * grad_prototypes_CD, None
 
 
 class LogitAdjustedCrossEntropy(nn.Module):
