@@ -1,7 +1,7 @@
 """Random numbers become decisions: which piece of an image is taken, and which operations it goes through.
 
 All is decided for a whole batch at once, image by image: a `Turn` says what happens next to each of them. What the
-operations do to pixels is in `operations.py` (a batch of one size, torch) and `photo_operations.py` (a photograph,
+operations do to pixels is in `operations.py` (a batch of one size, torch) and `image_operations.py` (a photograph,
 OpenCV); which policy makes which view is in `views.py`.
 
 Shapes: B images of a batch, K random numbers of an image.
@@ -42,7 +42,7 @@ class Turn:
     operation_B: Whole
     argument_B: Array
     resampling_B: Whole
-    fill: Sequence[float] = (0, 0, 0)
+    fill: tuple[float, ...] = (0, 0, 0)
 
 
 def _turn(
@@ -161,7 +161,7 @@ def rand_augment(
     The magnitude is normal(`magnitude`, .5), clipped to [0, 10]; what geometry leaves empty is the mean colour;
     resampling is bilinear or bicubic at random. `side`: that of the images, pixels.
     """
-    fill = [round(255 * value) for value in mean]
+    fill = tuple(round(255 * value) for value in mean)
     turns: list[Turn] = []
     for _ in range(count):
         which_B = numbers.whole(len(RAND_AUGMENT))

@@ -5,26 +5,25 @@ A *view* is a geometry (crop, flip) followed by operations on pixels. The three 
 by image (`policies.py`), from `draws.uniforms`. So a view depends on (seed, epoch, image) and not on which batch,
 process or device computes it.
 
-Small images (policies `digits` and `cifar`) stay in memory and go through torch as one batch (`operations.py`), on the
-device that trains. Photographs differ in size and are large: each goes by itself through OpenCV
-(`photo_operations.py`), in the processes of the loader.
+On a CPU each image goes by itself through OpenCV (`image_operations.py`): photographs in the processes of the loader,
+the small images of CIFAR where they lie in memory. On a GPU small images go through torch as one batch
+(`operations.py`), and so do the digits everywhere.
 
 Shapes: B images of a batch, S the side of a view, V views.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional
 
+from equipoise import image_operations, policies
 from equipoise import operations as op
-from equipoise import photo_operations, policies
 from equipoise.draws import uniforms
 from equipoise.policies import Numbers, Turn
 
@@ -64,6 +63,48 @@ def small_views(
     images_B3SS: Tensor, settings: ViewSettings, seed: int, epoch: int, indices_B: npt.NDArray[np.int64]
 ) -> Tensor:
     """All views of a batch of small images: uint8 `[B, 3, S, S]` to uint8 `[V, B, 3, S, S]`, on the same device."""
+    if images_B3SS.device.type == "cpu" and settings.policy == "cifar":
+        images_BSS3 = images_B3SS.permute(0, 2, 3, 1).numpy()
+        return _one_by_one(images_BSS3, settings, seed, epoch, indices_B, _cifar_crops)
+    return batch_views(images_B3SS, settings, seed, epoch, indices_B)
+
+
+def photo_views(
+    photos: Sequence[Pixels], settings: ViewSettings, seed: int, epoch: int, indices_B: npt.NDArray[np.int64]
+) -> Tensor:
+    """All views of a batch of photographs of any size, each uint8 `[H, W, 3]`: uint8 `[V, B, 3, S, S]`."""
+    return _one_by_one(photos, settings, seed, epoch, indices_B, _photo_crops)
+
+
+def _one_by_one(
+    images: Sequence[Pixels] | Pixels,
+    settings: ViewSettings,
+    seed: int,
+    epoch: int,
+    indices_B: npt.NDArray[np.int64],
+    crops_of: Callable[[Any, str, Numbers, int], Iterator[Pixels]],
+) -> Tensor:
+    """Each image by itself, on a CPU. Of the views, the channels lie together in memory."""
+    views_VBSS3 = np.empty((len(settings.kinds), len(images), settings.size, settings.size, 3), np.uint8)
+    for stream, kind in enumerate(settings.kinds):
+        numbers = Numbers(uniforms(seed, epoch, indices_B, stream, policies.NUMBERS_PER_VIEW))
+        crops, flips = crops_of(images, kind, numbers, settings.size), (numbers.next() < 0.5).tolist()
+        steps = _steps(len(images), _turns(kind, settings, numbers))
+        for position, view in enumerate(crops):
+            if flips[position]:
+                view = image_operations.flip_horizontal(view)
+            for operation, argument in steps[position]:
+                view = operation(view, argument)
+            views_VBSS3[stream, position] = view
+        if (settings.policy, kind) == ("cifar", "cls"):
+            _cut_out(views_VBSS3[stream], numbers)
+    return torch.from_numpy(views_VBSS3).permute(0, 1, 4, 2, 3)
+
+
+def batch_views(
+    images_B3SS: Tensor, settings: ViewSettings, seed: int, epoch: int, indices_B: npt.NDArray[np.int64]
+) -> Tensor:
+    """`small_views` with whole batches in torch, on any device."""
     views: list[Tensor] = []
     geometry = _digit_geometry if settings.policy == "digits" else _cifar_geometry
     for stream, kind in enumerate(settings.kinds):
@@ -73,27 +114,6 @@ def small_views(
             view = turned(view, turn)
         views.append(_cutout(view, numbers) if (settings.policy, kind) == ("cifar", "cls") else view)
     return torch.stack(views)
-
-
-def photo_views(
-    photos: Sequence[Pixels], settings: ViewSettings, seed: int, epoch: int, indices_B: npt.NDArray[np.int64]
-) -> Tensor:
-    """All views of a batch of photographs of any size, each uint8 `[H, W, 3]`: uint8 `[V, B, 3, S, S]`, of which the
-    channels lie together in memory."""
-    heights_B = np.array([photo.shape[0] for photo in photos])
-    widths_B = np.array([photo.shape[1] for photo in photos])
-    views_VBSS3 = np.empty((len(settings.kinds), len(photos), settings.size, settings.size, 3), np.uint8)
-    for stream, kind in enumerate(settings.kinds):
-        numbers = Numbers(uniforms(seed, epoch, indices_B, stream, policies.NUMBERS_PER_VIEW))
-        boxes = np.stack(policies.random_boxes(numbers, heights_B, widths_B, smallest_share=0.08), axis=1).tolist()
-        flips = (numbers.next() < 0.5).tolist()
-        turns = [_image_by_image(turn) for turn in _turns(kind, settings, numbers)]
-        for position, photo in enumerate(photos):
-            view = _crop_photo(photo, boxes[position], settings.size, flips[position])
-            for turn in turns:
-                view = turn(view, position)
-            views_VBSS3[stream, position] = view
-    return torch.from_numpy(views_VBSS3).permute(0, 1, 4, 2, 3)
 
 
 def evaluation_view(photo: Pixels, size: int) -> Pixels:
@@ -112,20 +132,39 @@ def evaluation_view(photo: Pixels, size: int) -> Pixels:
 # ---------------------------------------------------------------------------------------------- geometry
 
 
-def _crop_photo(photo: Pixels, box: Sequence[int], size: int, flip: bool) -> Pixels:
-    """`[size, size, 3]`: Pillow's antialiased bilinear resize of the box, which torch does within one level of 255."""
-    top, left, height, width = box
-    crop_1HW3 = torch.from_numpy(photo)[None, top : top + height, left : left + width]
-    crop_13SS = functional.interpolate(crop_1HW3.permute(0, 3, 1, 2), (size, size), mode="bilinear", antialias=True)
-    crop_SS3 = crop_13SS[0].permute(1, 2, 0).numpy()
-    return cv2.flip(crop_SS3, 1) if flip else crop_SS3  # pyright: ignore[reportReturnType]
+def _photo_crops(photos: Sequence[Pixels], _: str, numbers: Numbers, size: int) -> Iterator[Pixels]:
+    heights_B, widths_B = np.array([photo.shape[:2] for photo in photos]).T
+    boxes = policies.random_boxes(numbers, heights_B, widths_B, smallest_share=0.08)
+    return _crops(photos, boxes, size)
+
+
+def _cifar_crops(images_BSS3: Pixels, kind: str, numbers: Numbers, size: int) -> Iterator[Pixels]:
+    if kind != "cls":
+        sides_B = np.full(len(images_BSS3), size)
+        return _crops(images_BSS3, policies.random_boxes(numbers, sides_B, sides_B, smallest_share=0.2), size)
+    top_B, left_B, padding = _shifts(numbers, size)
+    padded = np.pad(images_BSS3, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    return (
+        image[top : top + size, left : left + size]
+        for image, top, left in zip(padded, top_B.tolist(), left_B.tolist(), strict=True)
+    )
+
+
+def _crops(images: Sequence[Pixels] | Pixels, boxes: Sequence[npt.NDArray[np.int64]], size: int) -> Iterator[Pixels]:
+    boxes_B4 = np.stack(boxes, axis=1).tolist()
+    return (image_operations.resized_crop(image, box, size) for image, box in zip(images, boxes_B4, strict=True))
+
+
+def _shifts(numbers: Numbers, side: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], int]:
+    """The corners of the crops of padded images, and the padding: 4 at 32 pixels."""
+    padding = side // 8
+    return numbers.whole(2 * padding + 1), numbers.whole(2 * padding + 1), padding
 
 
 def _cifar_geometry(images_B3SS: Tensor, kind: str, numbers: Numbers) -> Tensor:
     batch, _, side, _ = images_B3SS.shape
     if kind == "cls":
-        padding = side // 8  # 4 at 32 pixels
-        top, left = numbers.whole(2 * padding + 1), numbers.whole(2 * padding + 1)
+        top, left, padding = _shifts(numbers, side)
         cropped = op.shift_crop(images_B3SS, *_tensors(images_B3SS, top, left), padding=padding)
     else:
         sides = np.full(batch, side)
@@ -178,17 +217,18 @@ def _rand_augment(settings: ViewSettings, numbers: Numbers) -> list[Turn]:
     return policies.rand_augment(numbers, settings.size, settings.mean, settings.randaug_n, settings.randaug_m)
 
 
-def _image_by_image(turn: Turn) -> Callable[[Pixels, int], Pixels]:
-    """The turn of one photograph at a position in the batch."""
-    operations, arguments, resamplings = turn.operation_B.tolist(), turn.argument_B.tolist(), turn.resampling_B.tolist()
-
-    def of(photo: Pixels, position: int) -> Pixels:
-        if operations[position] < 0:
-            return photo
-        name, resampling = policies.OPERATIONS[operations[position]], policies.RESAMPLINGS[resamplings[position]]
-        return photo_operations.apply(photo, name, arguments[position], resampling, turn.fill)
-
-    return of
+def _steps(images: int, turns: Sequence[Turn]) -> list[list[tuple[image_operations.Operation, float]]]:
+    """What is done to each image of a batch, one after the other: operations with their arguments."""
+    steps: list[list[tuple[image_operations.Operation, float]]] = [[] for _ in range(images)]
+    for turn in turns:
+        of_images = zip(
+            steps, *(part.tolist() for part in (turn.operation_B, turn.argument_B, turn.resampling_B)), strict=True
+        )
+        for of_image, operation, argument, resampling in of_images:
+            if operation >= 0:
+                name, how = policies.OPERATIONS[operation], policies.RESAMPLINGS[resampling]
+                of_image.append((image_operations.operation(name, how, turn.fill), argument))
+    return steps
 
 
 def turned(images_B3SS: Tensor, turn: Turn) -> Tensor:
@@ -223,6 +263,15 @@ def _cutout(images: Tensor, numbers: Numbers) -> Tensor:
     side = images.shape[-1]
     centre_y, centre_x = numbers.whole(side), numbers.whole(side)
     return op.cutout(images, *_tensors(images, centre_y, centre_x), length=side // 2)  # 16 at 32 pixels
+
+
+def _cut_out(images_BSS3: Pixels, numbers: Numbers) -> None:
+    """The same, in place."""
+    side = images_BSS3.shape[1]
+    half = side // 4
+    centres_y, centres_x = numbers.whole(side).tolist(), numbers.whole(side).tolist()
+    for image, y, x in zip(images_BSS3, centres_y, centres_x, strict=True):
+        image[max(0, y - half) : y + half, max(0, x - half) : x + half] = 0
 
 
 def named_operation(
