@@ -6,6 +6,7 @@ A list knows nothing of decoding (`pixels.py`) and reads no pixels. How lists co
 
 import hashlib
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -147,6 +148,54 @@ class EncodedImages:
             for buffer in chunk.buffers():
                 hasher.update(buffer or b"")
         return hasher.hexdigest()
+
+
+class MappedFile:
+    """A file mapped into memory: read where it is looked at, and shared by all processes that look."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.content: npt.NDArray[np.uint8] = np.memmap(path, np.uint8, "r").view(np.ndarray)
+
+    def __reduce__(self) -> tuple[type["MappedFile"], tuple[Path]]:
+        return MappedFile, (self.path,)  # not the content
+
+
+@dataclass(frozen=True)
+class PackedImages:
+    """Image files one after the other in one file. `index_digest` stands for all of them; `checksums_N`: CRC-32."""
+
+    file: MappedFile
+    index_digest: str
+    names: Paths
+    starts_N: Indices
+    ends_N: Indices
+    checksums_N: npt.NDArray[np.uint32]
+
+    def __len__(self) -> int:
+        return len(self.starts_N)
+
+    def take(self, indices_N: Indices) -> "PackedImages":
+        return replace(
+            self,
+            names=self.names.take(indices_N),
+            starts_N=self.starts_N[indices_N],
+            ends_N=self.ends_N[indices_N],
+            checksums_N=self.checksums_N[indices_N],
+        )
+
+    def name(self, index: int) -> str:
+        return f"{self.names[index]} in {self.file.path}"
+
+    def content(self, index: int) -> bytes:
+        """The image file's bytes. Raises ValueError where they are not those that were packed."""
+        content = self.file.content[self.starts_N[index] : self.ends_N[index]].tobytes()
+        if zlib.crc32(content) != self.checksums_N[index]:
+            raise ValueError("its bytes have changed since they were packed")
+        return content
+
+    def digest(self) -> str:
+        return _sha256(self.index_digest.encode() + self.starts_N.tobytes())
 
 
 @dataclass(frozen=True)
