@@ -2,6 +2,8 @@
 
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,8 @@ from equipoise import UserError
 from equipoise.listfiles import (
     BENCHMARKS,
     PUBLISHED,
+    _all_at_once,
+    _line_by_line,
     absent_images,
     absent_list,
     departures,
@@ -34,8 +38,8 @@ def write(path: Path, text: str | bytes) -> Path:
 def test_a_list(tmp_path):
     file = write(tmp_path / "train.txt", "train/a b/1.jpg 0\r\n\n./train//c/2.jpg\t1\ntrain/c/3.jpg 1")
     read = read_list(file)
-    assert read.paths == ("train/a b/1.jpg", "train/c/2.jpg", "train/c/3.jpg")
-    assert read.labels == (0, 1, 1)
+    assert tuple(read.paths) == ("train/a b/1.jpg", "train/c/2.jpg", "train/c/3.jpg")
+    assert read.labels_N.tolist() == [0, 1, 1]
     lists, notes = image_lists({"train": read}, tmp_path)
     assert lists["train"].class_names == ("a b", "c")
     assert lists["train"].class_counts == (1, 2)
@@ -68,10 +72,11 @@ def test_refused_lists(text, sentence, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_a_byte_order_mark_is_no_part_of_a_path(tmp_path):
-    content = "\ufefftrain/c/3.jpg 1\n".encode()
+@pytest.mark.parametrize("blank", [" ", "\t"])  # read all at once, and line by line
+def test_a_byte_order_mark_is_no_part_of_a_path(tmp_path, blank):
+    content = f"\ufefftrain/c/3.jpg{blank}1\n".encode()
     read = read_list(write(tmp_path / "train.txt", content))
-    assert read.paths == ("train/c/3.jpg",)
+    assert tuple(read.paths) == ("train/c/3.jpg",)
     assert read.blob == git_blob(content)
 
 
@@ -89,14 +94,73 @@ def test_any_bytes_are_read_or_refused(tmp_path_factory, content):
     except UserError as error:
         assert "\n" not in str(error)  # noqa: PT017 it may be either
     else:
-        assert len(read.paths) == len(read.labels) > 0
+        assert len(read.paths) == len(read.labels_N) > 0
         assert not any(path.startswith(("/", "../")) for path in read.paths)
+
+
+NAMES = st.text("ab/. \\\t0é", min_size=1, max_size=6)
+
+
+@settings(max_examples=300)
+@given(
+    st.one_of(
+        st.binary(max_size=60),
+        st.lists(st.tuples(NAMES, st.integers(0, 10**7)), max_size=5).map(
+            lambda lines: "\n".join(f"{name} {label}" for name, label in lines).encode()
+        ),
+    )
+)
+def test_all_at_once_reads_what_line_by_line_reads(content):
+    together = _all_at_once(content)
+    if together is not None:
+        paths, labels_N = _line_by_line(content, Path("list.txt"))
+        assert list(together[0]) == list(paths)
+        assert together[1].tolist() == labels_N.tolist()
+
+
+def test_an_ordinary_list_is_read_all_at_once():
+    lines = "".join(f"train/n{label:08}/a_{label} b.jpg {label}\n" for label in [0, 7, 42, 999_999])
+    for content in (lines.encode(), lines.rstrip().encode()):
+        together = _all_at_once(content)
+        assert together is not None
+        assert together[1].tolist() == [0, 7, 42, 999_999]
+        assert together[0][1] == "train/n00000007/a_7 b.jpg"
+
+
+A_MILLION = """
+import os, resource, sys
+from equipoise.sources import Source, find_parts
+
+images = find_parts(Source(sys.argv[1], lists={"train": sys.argv[1] + "/list.txt"})).parts["train"]
+used = resource.getrusage(resource.RUSAGE_SELF)
+peak = next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(len(images), len(images.class_names), used.ru_utime + used.ru_stime, peak, flush=True)
+if os.fork() == 0:  # a worker, that looks at every image's name
+    for index in range(len(images)):
+        images.images.name(index)
+    lines = open("/proc/self/smaps_rollup").read().splitlines()
+    print(next(int(line.split()[1]) / 1024 for line in lines if line.startswith("Private_Dirty")), flush=True)
+    os._exit(0)
+os.wait()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="asks Linux for the memory")
+def test_a_million_lines_in_three_seconds_and_300_megabytes(tmp_path):
+    lines = (f"train_val2018/Plantae/{number // 123}/{number:032x}.jpg {number // 123}\n" for number in range(10**6))
+    write(tmp_path / "list.txt", "".join(lines))
+    command = [sys.executable, "-c", A_MILLION, str(tmp_path)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert told[:2] == ["1000000", "8131"]
+    seconds, megabytes, copied = map(float, told[2:])
+    assert seconds < 3, "of the processor, from the start of Python"
+    assert megabytes < 300
+    assert copied < 20, "by a process that shares the list"
 
 
 @pytest.mark.parametrize("text", ["a.jpg 0\n", "", "äö.jpg 3\r\n"])
 def test_the_fingerprint_is_gits(text, tmp_path):
-    import subprocess
-
     file = write(tmp_path / "list.txt", text)
     told = subprocess.run(["git", "hash-object", "--no-filters", str(file)], capture_output=True, text=True, check=True)
     assert git_blob(file.read_bytes()) == told.stdout.strip()
@@ -175,7 +239,7 @@ def test_published_lists_are_known(name, shared_data, tmp_path):
     read = read_list(shared_data / "lists" / f"{name}.txt")
     known = PUBLISHED[f"{name}.txt"]
     assert read.blob == known.blob
-    assert (len(read.paths), len(set(read.labels))) == (known.images, known.classes)
+    assert (len(read.paths), len(set(read.labels_N.tolist()))) == (known.images, known.classes)
     assert identity(read) == f"{read.file}: the published {name}.txt (git blob {known.blob})"
     lists, notes = image_lists({"test": read}, tmp_path)
     assert notes == []

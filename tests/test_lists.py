@@ -1,11 +1,14 @@
 """Image lists, and the benchmark's subsets of them."""
 
+import hashlib
+import os
+
 import numpy as np
 import pytest
 from conftest import GOLDEN, draw_folder
 
 from equipoise import UserError
-from equipoise.lists import ImageList, PixelArrays, hold_out, long_tail_counts, long_tailed
+from equipoise.lists import ImageList, Paths, PixelArrays, hold_out, long_tail_counts, long_tailed, of_classes
 from equipoise.sources import find_parts
 
 
@@ -28,6 +31,37 @@ def test_fingerprint_changes_with_content_labels_and_names(tmp_path):
     draw_folder(tmp_path, {"c0": 3, "c1": 2})
     others.append(find_parts(str(tmp_path)).parts["train"])
     assert len({base.fingerprint(), *(other.fingerprint() for other in others)}) == 6
+
+
+NAMES = ["a/1.jpg", "", "b/é 2.jpg", "a/1.jpg", "\udcff.png"]
+
+
+@pytest.mark.parametrize("names", [NAMES, NAMES[:1], []])
+def test_paths_are_a_sequence_of_strings(names):
+    paths = Paths.of(names)
+    assert list(paths) == names
+    assert [paths[index] for index in range(len(paths))] == names
+    assert paths.digest() == hashlib.sha256(os.fsencode("\0".join(names))).hexdigest()
+    taken = np.arange(len(names))[::-2]
+    assert list(paths.take(taken)) == [names[index] for index in taken]
+    assert [len(set(paths.hashes)), len(set(paths.folder_hashes))] == [
+        len(set(names)),
+        len({name.rpartition("/")[0] for name in names}),
+    ]
+
+
+def test_the_digest_of_many_paths(monkeypatch):
+    names = [f"n{number}.jpg" for number in range(25)]
+    whole = Paths.of(names).digest()
+    for block in (1, 5, 7, 25):
+        monkeypatch.setattr("equipoise.lists._BLOCK", block)
+        assert Paths.of(names).digest() == whole
+
+
+def test_images_of_each_class():
+    images = image_list([3, 0, 2, 0])
+    of_each = [np.flatnonzero(images.labels_N == label).tolist() for label in range(4)]
+    assert [indices.tolist() for indices in of_classes(images)] == of_each
 
 
 @pytest.mark.parametrize("name", GOLDEN["long_tail_counts"])

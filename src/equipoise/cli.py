@@ -131,6 +131,7 @@ def _parser(words: list[str]) -> argparse.ArgumentParser:
     _add_data(commands)
     add_predict_words(_add_command(commands, "predict", "name the classes of images", predict))
     add_export_words(_add_command(commands, "export", "write a run in another layout", export))
+    _add_pack(commands)
     return parser
 
 
@@ -489,6 +490,44 @@ def _data(options: argparse.Namespace) -> None:
         return
     found, problems = survey(source)
     print_data(options.path, found, problems)
+
+
+# ---------------------------------------------------------------------------------------------- pack
+
+
+def _add_pack(commands: Any) -> None:
+    pack = _add_command(commands, "pack", "re-encode images once, smaller, into one file a part", _pack)
+    pack.add_argument("path", metavar="DATA", help="any data that `train` takes as files of images")
+    pack.add_argument("--out", metavar="FOLDER", required=True, help="then: equipoise train --data FOLDER")
+    pack.add_argument(
+        "--short-side",
+        type=int,
+        default=256,
+        metavar="PIXELS",
+        help="larger images are resized to it, and become JPEG (default: 256, which training at 224 pixels asks for)",
+    )
+    pack.add_argument("--workers", type=int, default=-1, help="processes (default: one for each core)")
+    for part in ("train", "val", "test"):
+        pack.add_argument(f"--{part}-list", dest=f"data.{part}_list", metavar="FILE", help="a list file of that part")
+    add_set(pack)
+
+
+def _pack(options: argparse.Namespace) -> None:
+    if options.short_side < 8:
+        raise UserError(f"--short-side must be at least 8 pixels, not {options.short_side}")
+    recipe = Recipe()
+    for field, value in overrides_of(options):
+        recipe = override(recipe, field, value)
+
+    from equipoise.loader import worker_count
+    from equipoise.pack import pack
+    from equipoise.run import source_of
+    from equipoise.sources import as_it_lies, find_parts
+
+    source, _ = as_it_lies(source_of(replace(recipe, data=replace(recipe.data, path=options.path))))
+    out = Path(os.path.expanduser(options.out))
+    told = pack(find_parts(source), source.benchmark, out, options.short_side, worker_count(options.workers))
+    print("\n".join([*told, f"train on it: equipoise train --data {out}"]))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """Folders of class folders become image lists."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from equipoise.errors import UserError
-from equipoise.lists import PART_NAMES, Found, ImageFiles, ImageList
+from equipoise.lists import PART_NAMES, Found, ImageFiles, ImageList, Paths
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
 
@@ -47,6 +49,21 @@ def _part_folders(root: Path, folders: list[Path], notes: list[str]) -> dict[str
     return parts
 
 
+def _files(folder: str, path: str) -> Iterator[str]:
+    """Paths of the files below a folder that is itself at `path`, as a class may be sorted into further folders. In an
+    order that is the same on every machine; a million of them in seconds, as none is asked for more than its kind."""
+    with os.scandir(folder) as entries:
+        ordered = sorted(entries, key=lambda entry: entry.name)
+    for entry in ordered:
+        # Hidden folders hold thumbnails and notebook checkpoints: copies of images that are there already.
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            yield from _files(entry.path, f"{path}/{entry.name}")
+        elif entry.is_file():
+            yield f"{path}/{entry.name}"
+
+
 def _class_folders(root: Path, names: tuple[str, ...], notes: list[str]) -> ImageList:
     unknown = [folder.name for folder in subfolders(root) if folder.name not in names]
     if unknown:
@@ -55,17 +72,13 @@ def _class_folders(root: Path, names: tuple[str, ...], notes: list[str]) -> Imag
     labels: list[int] = []
     others = 0
     for label, name in enumerate(names):
-        # rglob so that a class may be sorted into further folders; sorted so that every machine sees one order.
-        folder = root / name
-        files = sorted(entry for entry in folder.rglob("*") if entry.is_file()) if folder.is_dir() else []
-        # Hidden folders hold thumbnails and notebook checkpoints: copies of images that are there already.
-        files = [entry for entry in files if not any(part[0] == "." for part in entry.relative_to(folder).parts)]
-        images = [entry for entry in files if entry.suffix.lower() in SUFFIXES]
+        files = list(_files(str(root / name), name)) if (root / name).is_dir() else []
+        images = [path for path in files if os.path.splitext(path)[1].lower() in SUFFIXES]
         others += len(files) - len(images)
-        paths += [entry.relative_to(root).as_posix() for entry in images]
+        paths += images
         labels += [label] * len(images)
     if others:
         notes.append(f"{root}: {others} files that are not images by their ending were passed over")
     if not paths:
         raise UserError(f"{root} holds no images in its class folders (known endings: {' '.join(sorted(SUFFIXES))})")
-    return ImageList(str(root), ImageFiles(root, tuple(paths)), np.array(labels, dtype=np.int64), names)
+    return ImageList(str(root), ImageFiles(root, Paths.of(paths)), np.array(labels, dtype=np.int64), names)

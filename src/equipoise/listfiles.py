@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from equipoise.errors import UserError
-from equipoise.lists import ImageFiles, ImageList
+from equipoise.lists import ImageFiles, ImageList, Indices, Paths
 
 _MOST_CLASSES = 1_000_000  # a larger label is a mistake: a year, an image id
 
@@ -71,8 +71,8 @@ class ListFile:
 
     file: Path
     content: bytes
-    paths: tuple[str, ...]
-    labels: tuple[int, ...]
+    paths: Paths
+    labels_N: Indices
 
     @cached_property
     def blob(self) -> str:
@@ -133,9 +133,53 @@ def read_list(file: Path) -> ListFile:
         raise UserError(f"the list {file} cannot be read ({reason})") from None
     if file.suffix == ".json":
         content = _from_annotations(content, file)
+    text = content.removeprefix(codecs.BOM_UTF8)
+    paths, labels_N = _all_at_once(text) or _line_by_line(text, file)
+    return ListFile(file, content, paths, labels_N)
+
+
+# What a line of `path label` that nobody wrote by hand has not got: other white space, paths to be made shorter or that
+# may lead elsewhere. In a list that has, every line is looked at.
+# fmt: off
+_UNUSUAL = (
+    b"\t", b"\r", b"\v", b"\f", b"\0", b"//", b"./", b"/.", b"/ ", b". ",
+    b"  ", b" \n", b"\n ", b"\n\n", b"\n/", b"\n\\",
+)
+# fmt: on
+_DIGITS = len(str(_MOST_CLASSES - 1))
+
+
+def _all_at_once(content: bytes) -> tuple[Paths, Indices] | None:
+    """Paths and labels of an ordinary list, a million lines a second; None for one that has to be read line by line."""
+    if not content or content[0] in b" /\\\n" or any(text in content for text in _UNUSUAL):
+        return None
+    characters = np.frombuffer(content, np.uint8)
+    ends_N = np.flatnonzero(characters == ord("\n"))
+    if content[-1:] != b"\n":
+        ends_N = np.append(ends_N, len(content))
+    starts_N = np.concatenate([[0], ends_N[:-1] + 1])
+    blanks = np.flatnonzero(characters == ord(" "))
+    last_N = np.searchsorted(blanks, ends_N) - 1
+    if len(blanks) == 0 or last_N[0] < 0:
+        return None
+    blank_N = blanks[last_N]
+    width_N = ends_N - blank_N - 1  # of the label
+    if not ((blank_N > starts_N) & (width_N > 0) & (width_N <= _DIGITS)).all():
+        return None
+    labels_N = np.zeros(len(ends_N), np.int64)
+    for place in range(_DIGITS):
+        there_N = place < width_N
+        digit_N = characters[ends_N - 1 - np.where(there_N, place, 0)].astype(np.int64) - ord("0")
+        if ((digit_N < 0) | (digit_N > 9)).any():
+            return None
+        labels_N += np.where(there_N, digit_N * 10**place, 0)
+    return Paths(content, starts_N, blank_N), labels_N
+
+
+def _line_by_line(content: bytes, file: Path) -> tuple[Paths, Indices]:
     paths: list[str] = []
     labels: list[int] = []
-    for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
+    for number, line in enumerate(content.split(b"\n"), 1):
         words = line.rsplit(None, 1)
         if not words:
             continue
@@ -151,7 +195,7 @@ def read_list(file: Path) -> ListFile:
         labels.append(int(words[1]))
     if not paths:
         raise UserError(f"the list {file} names no images")
-    return ListFile(file, content, tuple(paths), tuple(labels))
+    return Paths.of(paths), np.array(labels, np.int64)
 
 
 def _from_annotations(content: bytes, file: Path) -> bytes:
@@ -177,19 +221,18 @@ def image_lists(files: Mapping[str, ListFile], root: Path) -> tuple[dict[str, Im
     the folder that holds their images, where all agree. Raises UserError for a label that training does not know.
     """
     leading = files.get("train")
-    classes = 1 + max(max(part.labels) for part in ([leading] if leading else files.values()))
-    if leading and classes > len(leading.labels):
+    classes = 1 + max(int(part.labels_N.max()) for part in ([leading] if leading else files.values()))
+    if leading and classes > len(leading.paths):
         raise UserError(
-            f"{leading.file}: label {classes - 1} is out of range: there are {len(leading.labels)} images only"
+            f"{leading.file}: label {classes - 1} is out of range: there are {len(leading.paths)} images only"
         )
     names, notes = _class_names(files.values(), classes)
     lists: dict[str, ImageList] = {}
     for part, read in files.items():
-        wrong = next((label for label in read.labels if label >= classes), None)
-        if wrong is not None:
-            raise UserError(f"{read.file} has label {wrong}, but the training list's classes are 0 to {classes - 1}")
-        labels_N = np.array(read.labels, np.int64)
-        lists[part] = ImageList(str(read.file), ImageFiles(root, read.paths, read.blob), labels_N, names)
+        wrong = read.labels_N[read.labels_N >= classes]
+        if len(wrong):
+            raise UserError(f"{read.file} has label {wrong[0]}, but the training list's classes are 0 to {classes - 1}")
+        lists[part] = ImageList(str(read.file), ImageFiles(root, read.paths, read.blob), read.labels_N, names)
     return lists, notes
 
 
@@ -200,14 +243,14 @@ def _class_names(files: Iterable[ListFile], classes: int) -> tuple[tuple[str, ..
     names: dict[int, str] = {}
     notes: list[str] = []
     for read in files:
-        folders = [posixpath.dirname(path) for path in read.paths]
-        first = {folder.partition("/")[0] for folder in folders}
-        if len(first) == 1:  # train/, val/, train_val2018/
-            folders = [folder.partition("/")[2] for folder in folders]
-        own: dict[int, str] = {}
-        for label, folder in zip(read.labels, folders, strict=True):
-            if not folder or own.setdefault(label, folder) != folder:
-                return numbers, notes
+        labels, first, which_N = np.unique(read.labels_N, return_index=True, return_inverse=True)
+        if (read.paths.folder_hashes != read.paths.folder_hashes[first][which_N]).any():
+            return numbers, notes
+        own = {label: read.paths[index].rpartition("/")[0] for label, index in zip(labels.tolist(), first, strict=True)}
+        if len({folder.partition("/")[0] for folder in own.values()}) == 1:  # train/, val/, train_val2018/
+            own = {label: folder.partition("/")[2] for label, folder in own.items()}
+        if not all(own.values()):
+            return numbers, notes
         differing = [label for label, name in own.items() if names.get(label, name) != name]
         if differing:
             label = min(differing)
@@ -228,18 +271,20 @@ def _class_names(files: Iterable[ListFile], classes: int) -> tuple[tuple[str, ..
 def absent_images(images: ImageList) -> list[int]:
     """Indices of images of files that are not there. Each folder is listed once; no image is opened."""
     assert isinstance(images.images, ImageFiles)
-    root, folders = images.images.root, dict[str, set[str]]()
+    root, paths = images.images.root, images.images.paths
     absent: list[int] = []
-    for index, path in enumerate(images.images.paths):
-        folder, name = posixpath.split(path)
-        if folder not in folders:
+    listed, names = None, set[str]()
+    for index in np.argsort(paths.folder_hashes, kind="stable").tolist():  # folder by folder: the names of one are kept
+        folder, _, name = paths[index].rpartition("/")
+        if folder != listed:
+            listed = folder
             try:
-                folders[folder] = set(os.listdir(root / folder))
+                names = set(os.listdir(root / folder))
             except OSError:
-                folders[folder] = set()
-        if name not in folders[folder]:
+                names = set()
+        if name not in names:
             absent.append(index)
-    return absent
+    return sorted(absent)
 
 
 def absence(images: ImageList, absent: list[int]) -> str:
@@ -256,8 +301,9 @@ def overlap(one: ImageList, other: ImageList) -> str | None:
     """One line about images that are in both lists; None where there are none."""
     assert isinstance(one.images, ImageFiles)
     assert isinstance(other.images, ImageFiles)
-    seen = set(one.images.paths)
-    both = [path for path in other.images.paths if path in seen]
+    mine, theirs = one.images.paths, other.images.paths
+    seen = set(mine.take(np.flatnonzero(np.isin(mine.hashes, theirs.hashes))))
+    both = [path for path in theirs.take(np.flatnonzero(np.isin(theirs.hashes, mine.hashes))) if path in seen]
     if not both:
         return None
     return (
@@ -281,7 +327,7 @@ def _departure(read: ListFile, expected: Published) -> str:
         return f"{told}it differs in white space alone (line ends)"
     return (
         f"{told}that has {expected.images:,} images of {expected.classes:,} classes, this one {len(read.paths):,} of "
-        f"{len(set(read.labels)):,}"
+        f"{len(np.unique(read.labels_N)):,}"
     )
 
 
@@ -290,17 +336,19 @@ def departures(read: ListFile, classes: int, of_training: bool, expected: Publis
     name; classes without images; the same image more than once."""
     expected = expected or PUBLISHED.get(read.file.name)
     found = [_departure(read, expected)] if expected and expected.blob not in ("", read.blob) else []
-    gaps = sorted(set(range(classes)) - set(read.labels)) if of_training else []
-    if gaps:
+    gaps = np.setdiff1d(np.arange(classes), read.labels_N) if of_training else np.array([])
+    if len(gaps):
         found.append(
             f"{read.file}: the labels are not contiguous: {len(gaps):,} of 0 to {classes - 1} have no image "
             f"(first: {gaps[0]})"
         )
-    if len(set(read.paths)) < len(read.paths):
+    if len(np.unique(read.paths.hashes)) < len(read.paths):
         labels_of: dict[str, list[int]] = {}
-        for path, label in zip(read.paths, read.labels, strict=True):
+        for path, label in zip(read.paths, read.labels_N.tolist(), strict=True):
             labels_of.setdefault(path, []).append(label)
         repeated = {path: labels for path, labels in labels_of.items() if len(labels) > 1}
+        if not repeated:
+            return found
         contradictory = [path for path, labels in repeated.items() if len(set(labels)) > 1]
         first = next(iter(repeated))
         said = f"{read.file}: {len(repeated):,} images are in it more than once (first: {first})"

@@ -6,9 +6,11 @@ A list knows nothing of decoding (`pixels.py`) and reads no pixels. How lists co
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -32,6 +34,7 @@ PART_NAMES = {
 }
 
 Indices = npt.NDArray[np.int64]
+_BLOCK = 2**14
 
 
 class Images(Protocol):
@@ -43,25 +46,79 @@ class Images(Protocol):
     def digest(self) -> str: ...
 
 
+class Paths:
+    """Many paths, in one string of bytes with a start and an end for each.
+
+    A million take a third of the memory of as many strings, and processes that share them by fork copy nothing: of
+    strings, each has a reference count, which is written to by reading.
+    """
+
+    def __init__(self, content: bytes, starts_N: Indices, ends_N: Indices) -> None:
+        self._content, self._starts_N, self._ends_N = content, starts_N, ends_N
+
+    @classmethod
+    def of(cls, paths: Iterable[str]) -> "Paths":
+        encoded = [os.fsencode(path) for path in paths]
+        ends_N = np.cumsum([len(path) for path in encoded], dtype=np.int64)
+        return cls(b"".join(encoded), np.concatenate([ends_N[:0], [0], ends_N[:-1]])[: len(encoded)], ends_N)
+
+    def __len__(self) -> int:
+        return len(self._starts_N)
+
+    def __getitem__(self, index: int) -> str:
+        return os.fsdecode(self._content[self._starts_N[index] : self._ends_N[index]])
+
+    def encoded(self) -> Iterator[bytes]:
+        """Each path as bytes."""
+        for first in range(0, len(self), _BLOCK):
+            block = slice(first, first + _BLOCK)  # as lists, whose numbers are faster to read one by one
+            for start, end in zip(self._starts_N[block].tolist(), self._ends_N[block].tolist(), strict=True):
+                yield self._content[start:end]
+
+    def __iter__(self) -> Iterator[str]:
+        return map(os.fsdecode, self.encoded())
+
+    def take(self, indices_N: Indices) -> "Paths":
+        return Paths(self._content, self._starts_N[indices_N], self._ends_N[indices_N])
+
+    @cached_property
+    def hashes(self) -> Indices:
+        """A hash of each: where two differ, so do the paths. Of this process only."""
+        return np.fromiter(map(hash, self.encoded()), np.int64, len(self))
+
+    @cached_property
+    def folder_hashes(self) -> Indices:
+        """The same of what is before the last slash."""
+        folders = (path.rpartition(b"/")[0] for path in self.encoded())
+        return np.fromiter(map(hash, folders), np.int64, len(self))
+
+    def digest(self) -> str:
+        """SHA-256 over all of them, with a zero byte between."""
+        hasher, encoded = hashlib.sha256(), self.encoded()
+        for number, block in enumerate(iter(lambda: b"\0".join(islice(encoded, _BLOCK)), b"")):
+            hasher.update(b"\0" + block if number else block)
+        return hasher.hexdigest()
+
+
 @dataclass(frozen=True)
 class ImageFiles:
     """Files below a folder, by their paths relative to it. `blob`: of the list file that names them, if one does."""
 
     root: Path
-    paths: tuple[str, ...]
+    paths: Paths
     blob: str = ""
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def take(self, indices_N: Indices) -> "ImageFiles":
-        return replace(self, paths=tuple(self.paths[index] for index in indices_N))
+        return replace(self, paths=self.paths.take(indices_N))
 
     def name(self, index: int) -> str:
         return str(self.root / self.paths[index])
 
     def digest(self) -> str:
-        return _sha256(os.fsencode("\0".join(self.paths)))
+        return self.paths.digest()
 
 
 @dataclass(frozen=True)
@@ -92,6 +149,54 @@ class EncodedImages:
             for buffer in chunk.buffers():
                 hasher.update(buffer or b"")
         return hasher.hexdigest()
+
+
+class MappedFile:
+    """A file mapped into memory: read where it is looked at, and shared by all processes that look."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.content: npt.NDArray[np.uint8] = np.memmap(path, np.uint8, "r").view(np.ndarray)
+
+    def __reduce__(self) -> tuple[type["MappedFile"], tuple[Path]]:
+        return MappedFile, (self.path,)  # not the content
+
+
+@dataclass(frozen=True)
+class PackedImages:
+    """Image files one after the other in one file. `index_digest` stands for all of them; `checksums_N`: CRC-32."""
+
+    file: MappedFile
+    index_digest: str
+    names: Paths
+    starts_N: Indices
+    ends_N: Indices
+    checksums_N: npt.NDArray[np.uint32]
+
+    def __len__(self) -> int:
+        return len(self.starts_N)
+
+    def take(self, indices_N: Indices) -> "PackedImages":
+        return replace(
+            self,
+            names=self.names.take(indices_N),
+            starts_N=self.starts_N[indices_N],
+            ends_N=self.ends_N[indices_N],
+            checksums_N=self.checksums_N[indices_N],
+        )
+
+    def name(self, index: int) -> str:
+        return f"{self.names[index]} in {self.file.path}"
+
+    def content(self, index: int) -> bytes:
+        """The image file's bytes. Raises ValueError where they are not those that were packed."""
+        content = self.file.content[self.starts_N[index] : self.ends_N[index]].tobytes()
+        if zlib.crc32(content) != self.checksums_N[index]:
+            raise ValueError("its bytes have changed since they were packed")
+        return content
+
+    def digest(self) -> str:
+        return _sha256(self.index_digest.encode() + self.starts_N.tobytes())
 
 
 @dataclass(frozen=True)
@@ -186,6 +291,12 @@ def training_problems(train: ImageList) -> list[str]:
 # ---------------------------------------------------------------------------------------------- subsets
 
 
+def of_classes(full: ImageList) -> list[Indices]:
+    """The indices of each class's images, ascending. Sorted once: with many classes, a search for each is slow."""
+    order_N = np.argsort(full.labels_N, kind="stable")
+    return np.split(order_N, np.cumsum(full.class_counts)[:-1])
+
+
 def long_tail_counts(largest: int, classes: int, imbalance_factor: float, shape: str) -> list[int]:
     """Images kept of each class (Cao et al., NeurIPS 2019, section 4).
 
@@ -214,8 +325,7 @@ def long_tailed(full: ImageList, imbalance_factor: float, shape: str) -> ImageLi
         )
     generator = np.random.RandomState(0)
     kept: list[Indices] = []
-    for label, count in enumerate(counts):
-        indices = np.flatnonzero(full.labels_N == label)
+    for indices, count in zip(of_classes(full), counts, strict=True):
         generator.shuffle(indices)
         kept.append(indices[:count])
     return full.take(np.concatenate(kept))
@@ -229,8 +339,8 @@ def hold_out(full: ImageList, share: float) -> tuple[ImageList, ImageList]:
     """
     generator = np.random.default_rng(0)
     held: list[Indices] = []
-    for label, count in enumerate(full.class_counts):
-        shuffled = generator.permutation(np.flatnonzero(full.labels_N == label))
+    for indices, count in zip(of_classes(full), full.class_counts, strict=True):
+        shuffled = generator.permutation(indices)
         held.append(shuffled[: max(1, round(share * count)) if count >= 3 else 0])
     chosen = np.sort(np.concatenate(held))
     if len(chosen) == 0:

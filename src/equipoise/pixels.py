@@ -13,7 +13,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from equipoise.errors import UserError
-from equipoise.lists import EncodedImages, ImageFiles, ImageList, PixelArrays
+from equipoise.lists import EncodedImages, ImageFiles, ImageList, PackedImages, PixelArrays
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -39,7 +39,7 @@ def decode(images: ImageList, index: int) -> Pixels:
     if isinstance(source, PixelArrays):
         return source.pixels_NHW3[index]
     try:
-        return decode_bytes(_content(images, index))
+        return decode_bytes(content_of(images, index))
     except _BROKEN as error:
         raise _unreadable(images, index, error) from None
 
@@ -92,14 +92,14 @@ def resized(pixels: Pixels, size: int) -> Pixels:
 
 def unreadable(images: ImageList) -> Iterator[UserError]:
     """An error for every image whose file cannot be opened or whose header is no image's. Pixels are not decoded."""
-    if isinstance(images.images, PixelArrays):
+    if isinstance(images.images, PixelArrays | PackedImages):  # packed ones were decoded when they were packed
         return
 
     def check(index: int) -> UserError | None:
         path = images.images.name(index) if isinstance(images.images, ImageFiles) else None
         try:
             # Of a file, only the header is read.
-            with Image.open(path if path else io.BytesIO(_content(images, index))):
+            with Image.open(path if path else io.BytesIO(content_of(images, index))):
                 return None
         except _BROKEN as error:
             return _unreadable(images, index, error)
@@ -111,11 +111,12 @@ def unreadable(images: ImageList) -> Iterator[UserError]:
                 yield error
 
 
-def _content(images: ImageList, index: int) -> bytes:
+def content_of(images: ImageList, index: int) -> bytes:
+    """The image's file, as bytes. Raises OSError or ValueError where it cannot be had."""
     source = images.images
     if isinstance(source, ImageFiles):
         return (source.root / source.paths[index]).read_bytes()
-    assert isinstance(source, EncodedImages)
+    assert isinstance(source, EncodedImages | PackedImages)
     content = source.content(index)
     if content is None:
         raise ValueError("it has no bytes")

@@ -37,7 +37,7 @@ from equipoise.errors import UserError
 from equipoise.folders import SUFFIXES
 from equipoise.hub import is_hub_folder, read_hub_folder
 from equipoise.listfiles import BENCHMARKS
-from equipoise.lists import ImageFiles, ImageList
+from equipoise.lists import ImageFiles, ImageList, Paths
 from equipoise.loader import worker_count
 from equipoise.losses import log_prior
 from equipoise.model import TwoBranchNetwork
@@ -236,7 +236,7 @@ def find_images(paths: Sequence[str | Path]) -> tuple[list[str], list[UserError]
 
 def as_list(files: Sequence[str]) -> ImageList:
     """Files of which no label is known, for `decode`."""
-    return ImageList("", ImageFiles(Path(), tuple(files)), np.zeros(len(files), np.int64), ("",))
+    return ImageList("", ImageFiles(Path(), Paths.of(files)), np.zeros(len(files), np.int64), ("",))
 
 
 def read_weights(file: Path) -> dict[str, float]:

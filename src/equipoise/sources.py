@@ -1,7 +1,7 @@
 """What lies at a path is recognised and becomes image lists, divided into the parts that a run needs.
 
-Five sources: a folder of class folders (`folders.py`), list files (`listfiles.py`), Parquet (`parquet.py`), the CIFAR
-archives (`cifar.py`), and scikit-learn's digits inside its wheel.
+Six sources: a folder of class folders (`folders.py`), list files (`listfiles.py`), Parquet (`parquet.py`), the CIFAR
+archives (`cifar.py`), packed images (`packed.py`), and scikit-learn's digits inside its wheel.
 """
 
 import os
@@ -38,6 +38,7 @@ from equipoise.lists import (
     long_tailed,
     training_problems,
 )
+from equipoise.packed import open_packed, packed_files, read_about
 from equipoise.parquet import open_parquet, parquet_files
 from equipoise.pixels import unreadable
 
@@ -65,6 +66,9 @@ def recognise(path: str) -> str:
     if path in (DIGITS, ""):
         return path
     root = _existing(path)
+    packed = packed_files(root)
+    if packed:
+        return read_about(packed[0])["benchmark"]
     archive = find_cifar(root)
     if archive is not None:
         return f"cifar{archive.classes}"
@@ -102,6 +106,11 @@ def find_parts(source: Source | str) -> Found:
     if source.path == DIGITS:
         return _open_digits()
     root = _existing(source.path)
+    packed = packed_files(root)
+    if packed and source.lists:
+        raise UserError(f"{root} is packed: its parts are in its files, and no list can divide it otherwise")
+    if packed:
+        return open_packed(packed)
     if source.benchmark or source.lists:
         return _open_list_files(root, source)
     archive = find_cifar(root)
@@ -175,19 +184,24 @@ def part_of(found: Found, part: str, path: str) -> ImageList:
     return images
 
 
+def as_it_lies(source: Source) -> tuple[Source, list[str]]:
+    """The source with the benchmark that it is recognised as, where nothing says what it is, or none if its lists are
+    not there: then the folders are looked at as they are. And what is wrong then."""
+    if source.lists or source.path == DIGITS:
+        return source, []
+    root, benchmark = _existing(source.path), source.benchmark or recognise(source.path)
+    if benchmark not in BENCHMARKS or packed_files(root):
+        return replace(source, benchmark=""), []
+    parts = BENCHMARKS[benchmark].lists
+    if any(find_list(root, benchmark, part) for part in parts):
+        return replace(source, benchmark=benchmark), []
+    return replace(source, benchmark=""), [str(absent_list(root, benchmark, part)) for part in parts]
+
+
 def survey(source: Source) -> tuple[Found, list[str]]:
     """What lies at a source, recognised where nothing says what it is, and every problem that can be seen without
     decoding an image. Raises UserError for what cannot be read at all."""
-    problems: list[str] = []
-    if not source.lists:
-        benchmark = source.benchmark or recognise(source.path)
-        source = replace(source, benchmark=benchmark if benchmark in BENCHMARKS else "")
-    if source.benchmark and not source.lists:
-        root, parts = _existing(source.path), BENCHMARKS[source.benchmark].lists
-        if not any(find_list(root, source.benchmark, part) for part in parts):
-            # Then the folders are looked at as they are.
-            problems = [str(absent_list(root, source.benchmark, part)) for part in parts]
-            source = replace(source, benchmark="")
+    source, problems = as_it_lies(source)
     found = find_parts(source)
     problems += [*found.notes, *map(str, found.absent.values()), *disagreements(found)]
     if "train" in found.parts and not found.of_lists:

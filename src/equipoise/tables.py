@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from equipoise.lists import Found, ImageList, imbalance_factor
+from equipoise.lists import Found, ImageList, PackedImages, imbalance_factor
 from equipoise.metrics import FURTHER, shot_group
 
 _ROWS_SHOWN = 40
@@ -99,7 +99,10 @@ def print_data(path: str, found: Found, problems: Sequence[str]) -> None:
         if len(problems) > _ROWS_SHOWN:
             console.print(f"… and {len(problems) - _ROWS_SHOWN:,} more")
     else:
-        console.print("\nno problems found (the header of every image was read, its pixels were not)")
+        packed = any(isinstance(part.images, PackedImages) for part in found.parts.values())
+        headers = "the header of every image was read, its pixels were not"
+        looked_at = "the index was checked, the images were not" if packed else headers
+        console.print(f"\nno problems found ({looked_at})")
 
 
 def print_predictions(rows: Iterable[tuple[str, Sequence[tuple[str, float]]]], total: int) -> None:

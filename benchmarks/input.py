@@ -1,0 +1,85 @@
+"""Three 224-pixel views (cls, sim, sim) from JPEG photographs: `python -m benchmarks.input [FOLDER]`.
+
+One process and one thread, so per core. "ratio" is the time of the obvious way divided by ours; the obvious way is
+Pillow's decoder, torchvision's transforms of Pillow images and timm's RandAugment, image by image, up to a normalised
+batch. Ours ends as a batch of bytes, because the network normalises on its device; "ratio_bytes" compares with the
+obvious way up to bytes. FOLDER: photographs (default: ../shared/data/photos). Takes 60 s.
+"""
+
+import argparse
+import io
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks import plain_views
+from benchmarks.timing import finish, in_turn, ratio, say_times, say_where
+from equipoise.pixels import decode_bytes
+from equipoise.views import ViewSettings, photo_views
+
+SIZE = 224
+BATCH = 64
+PHOTOS = Path(__file__).resolve().parents[2] / "shared" / "data" / "photos"
+
+
+def read_photos(folder: Path, most: int) -> list[bytes]:
+    """Up to `most` JPEG files of a folder, spread over it. Ends the benchmark where there are none."""
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
+    if not files:
+        raise SystemExit(f"{folder} holds no JPEG files; name a folder of photographs")
+    return [path.read_bytes() for path in files[:: -(-len(files) // most)]]
+
+
+def ours(decode: Callable[[int], np.ndarray], images: int) -> Callable[[], None]:
+    settings, epochs = ViewSettings("photos", ("cls", "sim", "sim"), SIZE), itertools.count()
+
+    def run() -> None:
+        epoch = next(epochs)
+        for first in range(0, images, BATCH):
+            indices_B = np.arange(first, min(first + BATCH, images))
+            photo_views([decode(int(index)) for index in indices_B], settings, 0, epoch, indices_B)
+
+    return run
+
+
+def plain(contents: list[bytes], end: str) -> Callable[[], None]:
+    views = plain_views.photo_views(SIZE, end)
+
+    def run() -> None:
+        for first in range(0, len(contents), BATCH):
+            rows: list[list[torch.Tensor]] = []
+            for content in contents[first : first + BATCH]:
+                image = Image.open(io.BytesIO(content)).convert("RGB")
+                rows.append([view(image) for view in views])
+            for view in zip(*rows, strict=True):
+                torch.stack(view)
+
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, default=PHOTOS)
+    contents = read_photos(parser.parse_args().folder, most=320)
+    torch.set_num_threads(1)
+    say_where()
+    kilobytes = sum(map(len, contents)) / len(contents) / 1000
+    print(f"{len(contents)} photographs of {kilobytes:.0f} kB, three views of {SIZE} pixels, batches of {BATCH}")
+    subjects = {
+        "ours": ours(lambda index: decode_bytes(contents[index]), len(contents)),
+        "obvious way, normalised": plain(contents, "normalised"),
+        "obvious way, bytes": plain(contents, "bytes"),
+        "decoding alone, as ours": lambda: [decode_bytes(content) for content in contents],
+    }
+    times = in_turn(subjects, rounds=max(5, 1500 // len(contents)))
+    say_times(times, len(contents))
+    as_bytes = ratio(times["obvious way, bytes"].wall, times["ours"].wall)
+    finish("input", times["obvious way, normalised"], times["ours"], ratio_bytes=round(as_bytes, 3))
+
+
+if __name__ == "__main__":
+    main()

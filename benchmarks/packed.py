@@ -1,0 +1,57 @@
+"""Three 224-pixel views (cls, sim, sim) from packed images: `python -m benchmarks.packed [FOLDER] [--short-side 256]`.
+
+The photographs in FOLDER (default: ../shared/data/photos) are packed as `equipoise pack` does it; then as in
+`benchmarks.input`: one process, one thread, "ratio" is the time of the obvious way from the photographs themselves
+divided by ours from the packed file. Takes 60 s.
+"""
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+
+from benchmarks.input import BATCH, PHOTOS, SIZE, ours, plain, read_photos
+from benchmarks.timing import finish, in_turn, ratio, say_times, say_where
+from equipoise.pack import pack
+from equipoise.pixels import content_of, decode
+from equipoise.sources import find_parts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, default=PHOTOS)
+    parser.add_argument("--short-side", type=int, default=256)
+    options = parser.parse_args()
+    contents = read_photos(options.folder, most=320)
+    torch.set_num_threads(1)
+    say_where()
+    with tempfile.TemporaryDirectory() as folder:
+        data, out = Path(folder) / "data", Path(folder) / "packed"
+        for number, content in enumerate(contents):  # of two classes, as a folder must be
+            file = data / "ab"[number % 2] / f"{number:04}.jpg"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
+        pack(find_parts(str(data)), "", out, options.short_side, os.cpu_count() or 1)
+        images = find_parts(str(out)).parts["train"]
+        before = sum(map(len, contents)) / len(contents) / 1000
+        after = sum(len(content_of(images, index)) for index in range(len(images))) / len(images) / 1000
+        print(
+            f"{len(images)} photographs of {before:.0f} kB, packed {after:.0f} kB, short sides of at most "
+            f"{options.short_side}, three views of {SIZE} pixels, batches of {BATCH}"
+        )
+        subjects = {
+            "ours, packed": ours(lambda index: decode(images, index), len(images)),
+            "obvious way, normalised": plain(contents, "normalised"),
+            "obvious way, bytes": plain(contents, "bytes"),
+            "decoding alone, packed": lambda: [decode(images, index) for index in range(len(images))],
+        }
+        times = in_turn(subjects, rounds=max(5, 1500 // len(contents)))
+    say_times(times, len(contents))
+    as_bytes = ratio(times["obvious way, bytes"].wall, times["ours, packed"].wall)
+    finish("packed", times["obvious way, normalised"], times["ours, packed"], ratio_bytes=round(as_bytes, 3))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Operations on photographs against Pillow, timm and torchvision, at the size they are trained at."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import auto_augment as timm_augment
+from torchvision.transforms.v2 import functional as tv
+
+from equipoise import image_operations, policies
+from equipoise.pixels import decode_bytes
+from equipoise.views import named_operation
+
+FILL = (124, 116, 104)
+OF_PILLOW = {"nearest": Image.NEAREST, "bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC}
+IN_TIMM = {"TranslateX": "TranslateXRel", "TranslateY": "TranslateYRel"}
+
+
+def drawn(side: int) -> list[np.ndarray]:
+    """A smooth picture with some noise, one of low contrast, one of constant colour."""
+    generator = np.random.default_rng(0)
+    coarse = Image.fromarray(generator.integers(0, 256, (9, 9, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize((side, side), Image.BICUBIC)).astype(int)
+    noisy = (smooth + generator.integers(-8, 9, smooth.shape)).clip(0, 255).astype(np.uint8)
+    return [noisy, noisy // 8 + 100, np.full_like(noisy, (200, 17, 90))]
+
+
+def photographs(shared_data, count: int) -> list[np.ndarray]:
+    files = sorted((shared_data / "photos").glob("*.JPEG"))
+    images = [Image.fromarray(decode_bytes(file.read_bytes())) for file in files[:: len(files) // count][:count]]
+    return [np.asarray(image.resize((224, 224), Image.BILINEAR)) for image in images]
+
+
+def difference(ours: np.ndarray, reference: Image.Image | np.ndarray) -> float:
+    """Mean over pixels and channels of the absolute difference, in steps of 1/255."""
+    assert ours.dtype == np.uint8
+    return float(np.abs(ours.astype(float) - np.asarray(reference)).mean())
+
+
+def of_rand_augment(name: str, side: int):
+    """Ours and timm's at three magnitudes and both signs, bilinear and bicubic."""
+    signed = name in policies.GEOMETRY
+    to_argument = timm_augment.LEVEL_TO_ARG[IN_TIMM.get(name, name)]
+    for level in (2.6, 6.6, 10.0):  # below 2.5 Posterize keeps no bit, which Pillow refuses
+        for sign in (1.0, -1.0) if signed else (1.0,):
+            argument = float(policies.rand_augment_argument(name, np.array([level / 10]), np.array([sign]), side)[0])
+            theirs = to_argument(level, {}) if to_argument else ()
+            theirs = (sign * abs(theirs[0]),) if signed else theirs
+            for resampling in ("bilinear", "bicubic") if signed else ("bilinear",):
+                yield argument, theirs, resampling
+
+
+def check_rand_augment(name: str, images: list[np.ndarray]) -> None:
+    reference = timm_augment.NAME_TO_OP[IN_TIMM.get(name, name)]
+    for image in images:
+        for argument, theirs, resampling in of_rand_augment(name, len(image)):
+            ours = image_operations.operation(name, resampling, FILL)(image, argument)
+            options = {"fillcolor": FILL, "resample": OF_PILLOW[resampling]}
+            assert difference(ours, reference(Image.fromarray(image), *theirs, **options)) < 2, (argument, resampling)
+
+
+@pytest.mark.parametrize("name", policies.RAND_AUGMENT)
+def test_rand_augment_is_timms(name):
+    check_rand_augment(name, drawn(224) + drawn(96))
+
+
+@pytest.mark.parametrize("name", policies.RAND_AUGMENT)
+def test_rand_augment_of_photographs_is_timms(name, shared_data):
+    check_rand_augment(name, photographs(shared_data, 4))
+
+
+def exact_hue(image: Image.Image, shift: float) -> np.ndarray:
+    """Of a tensor: of an image it is in 8 bits, and the shift is truncated."""
+    return tv.adjust_hue(tv.pil_to_tensor(image), shift).permute(1, 2, 0).numpy()
+
+
+JITTER = {
+    "Brightness": (tv.adjust_brightness, (0.6, 1.0, 1.4)),
+    "Contrast": (tv.adjust_contrast, (0.6, 1.0, 1.4)),
+    "Color": (tv.adjust_saturation, (0.6, 1.0, 1.4)),
+    "Hue": (exact_hue, (-0.1, 0.0, 0.03, 0.1, 0.5)),
+    "Grayscale": (lambda image, _: tv.rgb_to_grayscale(image, 3), (0.0,)),
+    "Blur": (lambda image, sigma: tv.gaussian_blur(image, [17, 17], [sigma, sigma]), (0.1, 0.7, 2.0)),
+}
+
+
+def check_jitter(name: str, images: list[np.ndarray]) -> None:
+    reference, arguments = JITTER[name]
+    for image in images:
+        for argument in arguments:
+            ours = image_operations.operation(name, "nearest", FILL)(image, argument)
+            # One of 256 hues more or less is a difference of 6 where colours are pure.
+            limit = 2 if name == "Hue" else 1
+            assert difference(ours, reference(Image.fromarray(image), argument)) < limit, argument
+
+
+@pytest.mark.parametrize("name", JITTER)
+def test_jitter_is_torchvisions(name):
+    check_jitter(name, drawn(224))
+
+
+@pytest.mark.parametrize("name", JITTER)
+def test_jitter_of_photographs_is_torchvisions(name, shared_data):
+    check_jitter(name, photographs(shared_data, 6))
+
+
+@pytest.mark.parametrize("resampling", policies.RESAMPLINGS)
+@pytest.mark.parametrize("name", policies.OPERATIONS)
+def test_they_are_the_operations_of_small_images(name, resampling):
+    """Of batches in torch, with an argument that fits them all; inputs are not changed."""
+    argument = {"Posterize": 3.0, "Solarize": 99.5, "SolarizeAdd": 40.0, "Hue": 0.2, "Rotate": 17.0}.get(name, 0.8)
+    for image in drawn(64):
+        before = image.copy()
+        ours = image_operations.operation(name, resampling, FILL)(image, argument)
+        batch = torch.from_numpy(image).permute(2, 0, 1)[None]
+        theirs = named_operation(batch, torch.tensor([argument]), name, FILL, resampling)
+        assert difference(ours, theirs[0].permute(1, 2, 0).numpy()) < 2
+        assert (image == before).all()
+
+
+def test_every_range_is_stretched():
+    ramp = np.arange(256, dtype=np.uint8)[None, :, None].repeat(3, 0).repeat(3, 2)
+    stretched = image_operations.autocontrast(ramp // 4 + 30)
+    assert stretched.min() == 0
+    assert stretched.max() == 255
+
+
+def test_hue_moves_red_to_green_to_blue():
+    red = np.zeros((4, 4, 3), np.uint8)
+    red[..., 0] = 255
+    for shift, colour in ((0.0, (255, 0, 0)), (1 / 3, (0, 255, 0)), (-1 / 3, (0, 0, 255)), (0.5, (0, 255, 255))):
+        assert np.abs(image_operations.adjust_hue(red, shift)[0, 0].astype(int) - colour).max() <= 6  # one of 256 hues
