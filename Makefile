@@ -4,15 +4,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test check results rehearsal clean
+.PHONY: help setup demo test check results rehearsal crash-test clean
 
 help:
-	@echo "make demo     train on the built-in digits: BCL, and plain cross-entropy beside it"
+	@echo "make demo     train on the built-in digits: BCL, and plain cross-entropy beside it; write the report"
 	@echo "make setup    .venv with the command .venv/bin/equipoise"
 	@echo "make test     all tests"
 	@echo "make check    ruff, pyright, import contracts"
-	@echo "make results  the table of docs/results.md for Digits-LT (20 runs, about 10 minutes on two cores)"
+	@echo "make results  the table of docs/results.md for Digits-LT (20 runs; what is there already is kept)"
 	@echo "make rehearsal [PHOTOS=folder]  the BCL authors' commands on miniature ImageNet-LT and iNaturalist 2018"
+	@echo "make crash-test  a run that is killed 60 times ends where one ends that is left alone (about half an hour)"
 	@echo "make clean    remove .venv and caches; runs/ stays"
 
 setup: .venv/.setup
@@ -30,10 +31,13 @@ check: .venv/.check
 	$(BIN)/lint-imports
 
 results: setup
-	$(BIN)/python -m benchmarks.digits_lt
+	$(BIN)/equipoise compare digits-lt --methods bcl,ce,logit-adjusted,supcon+la --seeds 5
 
 rehearsal: setup
 	$(BIN)/python -m benchmarks.rehearsal $(if $(PHOTOS),"$(PHOTOS)")
+
+crash-test: setup
+	$(BIN)/python -m benchmarks.crash
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -206,6 +206,17 @@ def rehearse(place: Path, photos: Path | None, size: int, epochs: int, encoders:
         check("--reload scores the test list", scored.get("split") == "test")
         check("--reload gives the figures of training", scored.get("test") == metrics["best"]["test"])
 
+        del theirs["equipoise"]  # so it is as their own code would have written it
+        torch.save(theirs, place / "theirs.pth.tar")
+        longer = {**options, "epochs": epochs + 1}
+        words = f"{TRAIN_IMAGENET.format(data=imagenet.name, **longer)} {small} --resume theirs.pth.tar"
+        equipoise(f"train {words}", place)
+        logged = (
+            place / "log" / name.replace(f"epochs_{epochs}", f"epochs_{epochs + 1}") / "metrics.jsonl"
+        ).read_text()
+        first = json.loads(logged.splitlines()[0])["epoch"]
+        check("training goes on from the authors' checkpoint", first == theirs["epoch"])
+
         options["name"] = name = f"inat_{encoder}_batchsize16_epochs_{epochs}_temp_0.07_lr_0.2_{views}"
         said = equipoise(f"train {TRAIN_INATURALIST.format(data=inaturalist.name, **options)} {small}", place)
         check(

@@ -15,7 +15,7 @@ from equipoise.loader import open_batches
 from equipoise.optim import create_sgd
 from equipoise.plan import prepare
 from equipoise.run import view_settings
-from equipoise.training import loss_terms
+from equipoise.step import Step
 
 
 def main(folder: str, steps: int) -> None:
@@ -23,7 +23,7 @@ def main(folder: str, steps: int) -> None:
     recipe, train = plan.recipe, plan.parts.train
     network = create_network(recipe, len(train.class_names), start=True)
     network = network.to(memory_format=torch.channels_last).train()
-    terms_of = loss_terms(recipe, train.class_counts, plan.device)
+    take_step = Step(recipe, network, train.class_counts, plan.device, plan.precision, plan.world)
     optimizer = create_sgd(network.parameters(), 0.01, 0.9, 5e-4)
     batches = open_batches(train, view_settings(recipe), plan.device).training(0, 0, recipe.batch_size)
     waiting, whole = [], []
@@ -31,10 +31,8 @@ def main(folder: str, steps: int) -> None:
         start = time.perf_counter()
         batch = next(batches)
         arrived = time.perf_counter()
-        outputs = network.training_outputs(batch.images_VB3SS.flatten(0, 1), views=3)
-        _, loss = terms_of(outputs, batch.labels_B)
         optimizer.zero_grad()
-        loss.backward()
+        take_step(batch)
         optimizer.step()
         waiting.append(arrived - start)
         whole.append(time.perf_counter() - start)

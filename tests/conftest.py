@@ -44,6 +44,41 @@ def pictures(tmp_path: Path) -> Path:
     return draw_folder(tmp_path / "my pictures", {"ant": 12, "bee": 6, "cat": 3})
 
 
+ODD_NAMES = ("<b>x & y<", 'a, "quoted"', "two\nlines|")  # what a folder may be called
+
+
+def draw_colour(path: Path, label: int, seed: int) -> None:
+    """A picture of one colour, whose class can be guessed: the classes overlap."""
+    mean = [(90, 120, 128), (128, 110, 120), (150, 140, 110)][label]
+    colour = np.random.default_rng(seed).normal(mean, 25).clip(0, 255).astype(np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (40, 30), tuple(colour.tolist())).save(path)
+
+
+@pytest.fixture(scope="session")
+def odd_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished BCL run on pictures of three classes of odd names; its data is `data` beside it."""
+    from equipoise import load_recipe, train
+
+    root = tmp_path_factory.mktemp("odd")
+    for part, counts in {"train": (30, 12, 5), "val": (9, 6, 5), "test": (6, 6, 6)}.items():
+        for label, (name, count) in enumerate(zip(ODD_NAMES, counts, strict=True)):
+            for number in range(count):
+                seed = 10_000 * len(part) + 100 * label + number
+                draw_colour(root / "data" / part / name / f"{number}.png", label, seed)
+    fields = {
+        "arch": "resnet8",
+        "size": 16,
+        "epochs": 6,
+        "batch_size": 12,
+        "lr": 0.05,
+        "warmup_epochs": 0,
+        "workers": 0,
+    }
+    recipe = load_recipe("pictures", data=str(root / "data"), hidden_dim=16, feature_dim=8, randaug=False, **fields)
+    return train(recipe, root / "run", progress=False).path
+
+
 @pytest.fixture
 def shared_data() -> Path:
     """Real data sets, which lie beside the checkout where they are available; they are not part of the project."""

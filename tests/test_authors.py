@@ -114,14 +114,14 @@ def test_the_logits_are_theirs(arch, is_cosine):
     read = from_authors(table, "file")
     assert (read.arch, read.classes, read.hidden_dim, read.feature_dim) == (arch, CLASSES, 2048, FEATURE_DIM)
     assert read.classifier == ("cosine" if is_cosine else "linear")
-    assert (read.epoch, read.best_top1) == (90, 0.5725)
+    assert read.epoch == 90
     network = TwoBranchNetwork(arch, CLASSES, size=64, classifier=read.classifier, feature_dim=FEATURE_DIM).eval()
     network.load_state_dict(read.weights)
     images = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         normalised = (images / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
         features, logits, prototypes = model(normalised)
-        ours = network.training_outputs(images.repeat(2, 1, 1, 1), views=2)
+        ours = network.training_outputs(images.repeat(2, 1, 1, 1, 1))
         assert 0.1 < logits.abs().max() < 100
         assert (network(images) - logits).abs().max() < 1e-4
         assert (ours.features_BVD[:, 0] - features).abs().max() < 1e-5
@@ -142,17 +142,16 @@ def test_as_many_classes_as_features():
     read = from_authors({"state_dict": model.state_dict(), "arch": "resnet50"}, "file")
     assert torch.equal(read.weights["classifier.weight"], model.fc.weight.detach().T)
     assert read.momentum == {}
-    assert read.best_top1 is None
 
 
 def test_there_and_back(cosine):
     model, optimizer, table = cosine
     read = from_authors(table, "file")
-    groups = optimizer.state_dict()["param_groups"]
+    group = optimizer.state_dict()["param_groups"][0]
     extra = {"class_names": ["a"]}
     back = to_authors(
-        read.weights, read.momentum, arch="resnet50", classifier="cosine", epoch=90, best_top1=read.best_top1,
-        param_groups=groups, extra=extra,
+        read.weights, read.momentum, arch="resnet50", classifier="cosine", epoch=90, best_per_class=0.5725,
+        param_group=group, extra=extra,
     )  # fmt: skip
     assert list(back["state_dict"]) == list(table["state_dict"])
     assert all(torch.equal(back["state_dict"][key], value) for key, value in table["state_dict"].items())
@@ -273,7 +272,7 @@ def test_models_that_theirs_cannot_be():
 
     def write(weights, arch="resnet50"):
         to_authors(
-            weights, {}, arch=arch, classifier="cosine", epoch=1, best_top1=None, param_groups=[], extra={}
+            weights, {}, arch=arch, classifier="cosine", epoch=1, best_per_class=None, param_group={}, extra={}
         )  # fmt: skip
 
     with pytest.raises(UserError, match="knows resnet50 and resnext50, not resnet18; nothing was written"):

@@ -5,14 +5,16 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
 from torchvision.models import resnet18
 
-from equipoise import UserError
-from equipoise.backbones import create_encoder
+from equipoise import UserError, load_recipe
+from equipoise.backbones import create_encoder, timm_arguments
+from equipoise.checkpoint import Checkpoint, create_network, state_on_cpu
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("resnet8", 75_000), ("resnet20", 269_000), ("resnet32", 461_000)])
@@ -113,6 +115,23 @@ def test_weights_of_a_file_with_and_without_classifier(reference, suffix, tmp_pa
     assert all(torch.equal(value, state[key]) for key, value in encoder.state_dict().items())
 
 
+def test_the_encoder_of_a_checkpoint_of_a_run(tmp_path):
+    recipe = load_recipe("digits-lt")
+    network = create_network(recipe, 2, start=False)
+    Checkpoint(recipe, ("a", "b"), (1, 1), 1, 1, None, state_on_cpu(network), {}, {}).save(tmp_path / "last.pt")
+    encoder = create_encoder("resnet8", 32, weights=tmp_path / "last.pt")[0]
+    assert all(torch.equal(value, network.encoder.state_dict()[key]) for key, value in encoder.state_dict().items())
+
+
+def test_the_encoder_of_a_checkpoint_of_the_authors(tmp_path):
+    full = resnet18(weights=None)
+    state = {f"module.encoder.{key}": value for key, value in full.state_dict().items() if not key.startswith("fc")}
+    table = {"state_dict": {**state, "module.head.0.weight": torch.zeros(1)}, "best_acc1": np.float64(57.2)}
+    torch.save(table, tmp_path / "bcl_ckpt.pth.tar")
+    encoder = create_encoder("resnet18", 64, weights=tmp_path / "bcl_ckpt.pth.tar")[0]
+    assert all(torch.equal(value, full.state_dict()[key]) for key, value in encoder.state_dict().items())
+
+
 def test_small_networks_take_a_file_too(tmp_path):
     state = saved(create_encoder("resnet8", 32)[0], tmp_path / "x.pt")
     encoder = create_encoder("resnet8", 32, weights=tmp_path / "x.pt")[0]
@@ -184,3 +203,16 @@ def test_the_authors_encoders_start_as_theirs():
     encoder = create_encoder("resnet50", 64)[0]
     assert float(encoder.state_dict()["layer1.0.bn3.weight"].min()) == 1.0
     assert float(create_encoder("resnet18", 64)[0].state_dict()["layer1.0.bn2.weight"].max()) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("resnet32", None),
+        ("resnext50", ("resnext50_32x4d", {})),
+        ("resnet18.a1_in1k", ("resnet18", {})),
+        ("vit_tiny_patch16_224", ("vit_tiny_patch16_224", {"img_size": 48})),
+    ],
+)
+def test_what_timm_calls_an_encoder(name, expected):
+    assert timm_arguments(name, 48) == expected

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from equipoise import UserError, load_recipe
+from equipoise.backbones import pretrained_normalisation
 from equipoise.checkpoint import Checkpoint, atomic_file, create_network, load_checkpoint, state_on_cpu
+from equipoise.recipe import Views
 
 
 @pytest.fixture
@@ -42,6 +44,22 @@ def test_round_trip(checkpoint, tmp_path):
     network = read.build()
     assert not network.training
     assert network(torch.zeros(2, 3, 16, 16, dtype=torch.uint8)).shape == (2, 3)
+
+
+def test_pretrained_weights_of_another_normalisation_are_refused():
+    """Unless the recipe has a mean of its own. The weights themselves are not asked for before."""
+    vit = {"encoder": "vit_small_patch16_224", "pretrained": True}
+    with pytest.raises(UserError, match=r"recipe's; add --mean 0.5 0.5 0.5 --std 0.5 0.5 0.5$"):
+        create_network(load_recipe("pictures", **vit), 3, start=True)
+    absent = {"weights": "none.pth", "mean": "0.5 0.5 0.5", "std": "0.5 0.5 0.5"}
+    with pytest.raises(UserError, match=r"no file of weights at none\.pth"):
+        create_network(load_recipe("pictures", **vit, **absent), 3, start=True)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnext50", "resnet152.tv_in1k", "resnet32", "none", "resnet18.none"])
+def test_imagenets_normalisation(name):
+    known = pretrained_normalisation(name)
+    assert known == (None if name in ("resnet32", "none", "resnet18.none") else (Views().mean, Views().std))
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):

@@ -17,15 +17,18 @@ from equipoise import UserError
 from equipoise.cifar import CifarArchive, find_cifar, open_cifar
 from equipoise.lists import long_tail_counts, long_tailed
 
-NAMES = ("ant", "bee", "cat")
+NAMES = {classes: tuple(f"kind{label}" for label in range(classes)) for classes in (10, 100)}
 PER_FILE = 40
 
 
-def images(files: int, seed: int) -> list[tuple[np.ndarray, list[int]]]:
+def images(files: int, seed: int, classes: int = 10) -> list[tuple[np.ndarray, list[int]]]:
     """Pixels [N, 3072] and labels of each file."""
     generator = np.random.default_rng(seed)
     return [
-        (generator.integers(0, 256, (PER_FILE, 3072), dtype=np.uint8), generator.integers(0, 3, PER_FILE).tolist())
+        (
+            generator.integers(0, 256, (PER_FILE, 3072), dtype=np.uint8),
+            generator.integers(0, classes, PER_FILE).tolist(),
+        )
         for _ in range(files)
     ]
 
@@ -61,8 +64,8 @@ def pickled(protocol):
 
 def files_of(classes: int, form: str, dump=pickle_of_python2) -> dict[str, bytes]:
     """A small archive's files by name."""
-    train, test = images(5 if classes == 10 else 1, seed=classes), images(1, seed=1)
-    names = [name.encode() for name in NAMES]
+    train, test = images(5 if classes == 10 else 1, classes, classes), images(1, 1, classes)
+    names = [name.encode() for name in NAMES[classes]]
     coarse = 7  # a coarse label, which is not to be read
     if form == "python" and classes == 10:
         table = {f"data_batch_{n}": batch for n, batch in enumerate(train, 1)} | {"test_batch": test[0]}
@@ -128,15 +131,15 @@ def test_every_form_gives_the_images_in_the_archives_order(classes, form, packed
     path = plant(tmp_path, classes, form, files_of(classes, form), packed)
     assert find_cifar(path) == find_cifar(tmp_path) == CifarArchive(path, classes, form)
     parts = open_cifar(CifarArchive(path, classes, form))
-    train = images(5 if classes == 10 else 1, seed=classes)
-    for part, expected in (("train", train), ("test", images(1, seed=1))):
+    train = images(5 if classes == 10 else 1, classes, classes)
+    for part, expected in (("train", train), ("test", images(1, 1, classes))):
         pixels = np.concatenate([batch for batch, _ in expected])
         found = parts[part].images.pixels_NHW3
         for n in (0, len(pixels) // 2, len(pixels) - 1):
             for y, x, channel in ((0, 0, 0), (0, 31, 1), (31, 0, 2), (17, 5, 0)):
                 assert found[n, y, x, channel] == pixels[n, 1024 * channel + 32 * y + x]
         assert parts[part].labels_N.tolist() == [label for _, labels in expected for label in labels]
-        assert parts[part].class_names == NAMES
+        assert parts[part].class_names == NAMES[classes]
 
 
 @pytest.mark.parametrize("protocol", range(2, 6))
@@ -154,10 +157,10 @@ def test_the_long_tail_subset_is_the_benchmarks(tmp_path):
     train = open_cifar(CifarArchive(path, 10, "python"))["train"]
     labels = np.array([label for _, batch in images(5, seed=10) for label in batch])
     pixels = np.concatenate([batch for batch, _ in images(5, seed=10)])
-    counts = long_tail_counts(min(np.bincount(labels)), 3, 5, "exponential")
+    counts = long_tail_counts(min(np.bincount(labels)), 10, 5, "exponential")
     np.random.seed(0)
     kept = []
-    for label in range(3):
+    for label in range(10):
         indices = np.where(labels == label)[0]
         np.random.shuffle(indices)
         kept.extend(indices[: counts[label]])
@@ -165,7 +168,7 @@ def test_the_long_tail_subset_is_the_benchmarks(tmp_path):
     assert np.array_equal(long_tailed(train, 5, "exponential").images.pixels_NHW3, expected)
 
 
-def test_what_is_found(tmp_path):
+def test_what_is_found(tmp_path, monkeypatch):
     assert find_cifar(tmp_path) is None
     (tmp_path / "one").mkdir()
     plant(tmp_path / "one", 10, "binary", files_of(10, "binary"), packed=True)
@@ -175,6 +178,8 @@ def test_what_is_found(tmp_path):
     with pytest.raises(UserError, match="holds both CIFAR-10 and CIFAR-100; name one of them"):
         find_cifar(tmp_path / "one")
     assert find_cifar(python) == CifarArchive(python, 10, "python")
+    monkeypatch.chdir(python)
+    assert find_cifar(Path()) == CifarArchive(Path(), 10, "python")
 
 
 # ---- what is refused
@@ -231,7 +236,7 @@ def with_field(key, value):
         (with_field(b"data", np.zeros((PER_FILE, 3072), np.float32)), "does not hold bytes"),
         (with_field(b"data", b"no array"), "are no images of 3,072 bytes each"),
         (with_field(b"labels", [0, 1]), f"has {PER_FILE} images, but 2 labels"),
-        (with_field(b"labels", [3] * PER_FILE), "has label 3, but the classes are 0 to 2"),
+        (with_field(b"labels", [10] * PER_FILE), "has label 10, but the classes are 0 to 9"),
         (with_field(b"labels", [-1] * PER_FILE), "its labels are no whole numbers from 0 to 255"),
         (with_field(b"labels", ["0"] * PER_FILE), "its labels are no whole numbers from 0 to 255"),
         (b"\x80\x02" + b"(" * 1_000_000 + b".", "data_batch_2"),
@@ -284,6 +289,16 @@ def test_refused_archives(tmp_path):
     assert "is damaged" in refused(find_cifar(path))
     path.write_bytes(b"no archive")
     assert "is damaged" in refused(find_cifar(path))
+
+
+@pytest.mark.parametrize("names", [NAMES[10][:9], NAMES[100], ("kind0",) * 10])
+@pytest.mark.parametrize("form", ["python", "binary"])
+def test_other_names_than_those_of_ten_classes(names, form, tmp_path):
+    listed = [name.encode() for name in names]
+    file = {"python": {"batches.meta": pickle_of_python2({b"label_names": listed})},
+            "binary": {"batches.meta.txt": b"\n".join(listed)}}[form]  # fmt: skip
+    said = refused(find_cifar(plant(tmp_path, 10, form, files_of(10, form) | file)))
+    assert "does not name 10 different classes" in said
 
 
 def test_members_that_are_no_plain_files(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,7 +46,7 @@ def test_help_is_instant_and_imports_nothing_heavy():
         assert "train a classifier" in run("--help").stdout
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 0.5
-    heavy = "{'torch', 'numpy', 'PIL', 'rich'}"
+    heavy = "{'torch', 'numpy', 'PIL', 'rich', 'jinja2', 'scipy'}"
     code = f"import sys, equipoise.cli as cli; cli.main(['recipes']); print({heavy} & set(sys.modules))"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.splitlines()[-1] == "set()"
@@ -96,6 +97,11 @@ def test_train_without_arguments_is_the_demo(tmp_path):
     metrics = json.loads((tmp_path / folders[0] / "metrics.json").read_text())
     assert metrics["method"] == "bcl"
     assert json.loads((tmp_path / folders[0] / "run.json").read_text())["command"].endswith("--log_every=5")
+    report = tmp_path / folders[0] / "report.html"
+    assert text.splitlines()[-1] == f"report: {report.relative_to(tmp_path)}"
+    page = report.read_text(encoding="utf-8")
+    assert "digits-lt: bcl · ce</h1>" in page
+    assert page.count("<img class=") > 10, "pictures of what was taken for what"
 
 
 @pytest.mark.slow
@@ -282,6 +288,29 @@ def test_data_of_a_folder_with_problems(capsys, tmp_path):
     assert bars == {"ant": 30, "[bold]bee": 7}
 
 
+@pytest.mark.slow
+def test_report_of_own_pictures_and_of_data_that_is_gone(pictures, tmp_path, capsys):
+    """With validation, without a test part: the best checkpoint speaks for the run."""
+    out = tmp_path / "run"
+    words = ["--epochs", "2", "--batch-size", "4", "--arch", "resnet8", "--set", "views.size=16"]
+    words += ["--set", "optim.warmup_epochs=0"]
+    assert main(["train", "--data", str(pictures), "--out", str(out), *words]) == 0
+    assert main(["report", str(out)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"report: {out / 'report.html'}"
+    page = (out / "report.html").read_text(encoding="utf-8")
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert f"best checkpoint (after epoch {metrics['best']['epoch']}), validation part" in page
+    assert f"gets {100 * metrics['best']['validation']['few']:.1f}\N{NO-BREAK SPACE}% right" in page
+    pictures.rename(tmp_path / "elsewhere")
+    other = tmp_path / "other.html"
+    assert main(["report", str(out), "--out", str(other)]) == 0
+    page = other.read_text(encoding="utf-8")
+    assert f"No example pictures: there is no file or folder at {pictures}." in page
+    assert refusal(capsys, "report", str(tmp_path / "elsewhere")) == (
+        f"{tmp_path / 'elsewhere'} is not a run folder: it has no recipe.toml or no run.json"
+    )
+
+
 def test_data_of_the_digits(capsys):
     assert main(["data", "digits"]) == 0
     text = capsys.readouterr().out
@@ -307,13 +336,15 @@ def test_the_rehearsal(tmp_path):
     assert rehearse(tmp_path, None, size=32, epochs=2, encoders=("resnet50",)) > 25
 
 
+SMALL = ["-b", "4", "--set", "views.size=32", "--workers", "0", "--set", "model.feature_dim=16"]
+
+
 @pytest.fixture(scope="module")
 def imagenet_run(tmp_path_factory):
     """A finished run on a miniature ImageNet-LT, and its data."""
     data = build_imagenet(tmp_path_factory.mktemp("data") / "imagenet", counts=(8, 4))
     out = tmp_path_factory.mktemp("runs") / "run"
-    words = ["--epochs", "1", "-b", "4", "--set", "views.size=32", "--workers", "0", "--set", "model.feature_dim=16"]
-    assert main(["train", "--data", str(data), "--out", str(out), *words]) == 0
+    assert main(["train", "--data", str(data), "--out", str(out), "--epochs", "1", *SMALL]) == 0
     return out, data
 
 
@@ -326,6 +357,10 @@ def test_reload_and_evaluate_score_their_parts(imagenet_run, capsys):
         written = run_folder / f"metrics-best-imagenet-{part}.json"
         assert f"written: {written}" in capsys.readouterr().out
         assert json.loads(written.read_text())[part] == metrics["best"][part]
+    for named in (["places-lt"], ["--dataset", "inat"]):  # without --data: it would be scored on its own
+        said = refusal(capsys, "train", *named, "--reload", "True", "--resume", str(run_folder / "last.pt"))
+        assert "last.pt was trained by the recipe imagenet-lt, not " in said
+    assert main(["train", "--dataset", "imagenet", "--reload", "--resume", str(run_folder / "best.pt")]) == 0
     for words, field in ((["--arch", "resnext50"], "model.encoder"), (["--use-norm", "False"], "model.classifier")):
         said = refusal(
             capsys, "train", "--data", str(data), *words, "--reload", "--resume", str(run_folder / "best.pt")
@@ -333,7 +368,7 @@ def test_reload_and_evaluate_score_their_parts(imagenet_run, capsys):
         assert f"{run_folder}/best.pt has {field} = " in said
 
 
-def test_a_checkpoint_in_their_layout_scores_the_same(imagenet_run, capsys, tmp_path):
+def test_a_checkpoint_in_their_layout_scores_the_same(imagenet_run, stripped, capsys, tmp_path):
     """Written, stripped of what is ours in it, and read again: the same logits, on the same data."""
     run_folder, data = imagenet_run
     file = tmp_path / "bcl_ckpt.best.pth.tar"
@@ -344,9 +379,7 @@ def test_a_checkpoint_in_their_layout_scores_the_same(imagenet_run, capsys, tmp_
     capsys.readouterr()
     assert json.loads((tmp_path / "theirs.json").read_text()) == json.loads((tmp_path / "ours.json").read_text())
 
-    table = torch.load(file, weights_only=True)
-    del table["equipoise"]
-    torch.save(table, file)
+    file = stripped
     words = ["evaluate", str(file), "--data", str(data), "--set", "views.size=32"]
     assert main([*words, "--logits", str(tmp_path / "theirs.npz"), "--out", str(tmp_path / "stripped.json")]) == 0
     with np.load(tmp_path / "ours.npz") as expected, np.load(tmp_path / "theirs.npz") as found:
@@ -358,6 +391,10 @@ def test_a_checkpoint_in_their_layout_scores_the_same(imagenet_run, capsys, tmp_
     assert stripped["test"] == whole["test"]
     assert stripped["train_counts"] == [8, 4]
 
+    for theirs in (file, tmp_path / "bcl_ckpt.best.pth.tar"):
+        said = refusal(capsys, "export", str(theirs), "--to", "authors", "--out", str(tmp_path / "again.pth.tar"))
+        assert said.endswith("is in the authors' layout already, and would lose by being read: copy the file")
+    assert not (tmp_path / "again.pth.tar").exists()
     assert refusal(capsys, "evaluate", str(file)).endswith(
         "does not say what it was trained on; name the data with --data FOLDER"
     )
@@ -400,8 +437,8 @@ def test_data_names_lists_and_says_how_they_depart(capsys, tmp_path, shared_data
     assert main(["data", str(data)]) == 0
     said = capsys.readouterr().out
     for sentence in (
-        "no published list that is known here; the published ImageNet_LT_train.txt is a063f095fcd475db4cf8b0658c4b7395",
-        "with 115,846 images of 1,000 classes; this one has 8 of 2",
+        f"{train} is not the published ImageNet_LT_train.txt (git blob a063f095fcd475db4cf8b0658c4b73955535bbf9): that",
+        " has 115,846 images of 1,000 classes, this one 8 of 2",
         "the labels are not contiguous: 1 of 0 to 2 have no image (first: 1)",
         f"{train}: 1 images are in it more than once (first: train/n00000000/n00000000_0.JPEG)",
         "ILSVRC2012_val_00000002.JPEG is not there, and 1 of the 7 images",
@@ -411,6 +448,8 @@ def test_data_names_lists_and_says_how_they_depart(capsys, tmp_path, shared_data
     train.unlink()
     assert main(["data", str(data)]) == 0
     assert "the list ImageNet_LT_train.txt (115,846 images" in capsys.readouterr().out
+    (tmp_path / "list.csv").write_text("a.jpg,3\n")
+    assert "is a file, but no Parquet file" in refusal(capsys, "data", str(tmp_path / "list.csv"))
     assert "--images goes with a list file as PATH" in refusal(capsys, "data", str(data), "--images", str(data))
 
 
@@ -450,6 +489,72 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     logged = [line["step"] for line in metric_lines(whole) if line["kind"] == "train"]
     assert logged == sorted(set(logged))
     assert load_checkpoint(whole / "last.pt").epoch == 5
+
+
+@pytest.fixture
+def stripped(imagenet_run, tmp_path):
+    """A checkpoint as the authors' code writes it: without what is ours in it."""
+    file = tmp_path / "theirs.pth.tar"
+    assert main(["export", str(imagenet_run[0]), "--to", "authors", "--out", str(file)]) == 0
+    table = torch.load(file, weights_only=True)
+    del table["equipoise"]
+    torch.save(table, file)
+    return file
+
+
+@pytest.mark.slow
+def test_the_authors_files_of_a_run_that_goes_on(imagenet_run, tmp_path, capsys):
+    """They are gone when it begins, so that a run that fails leaves no old ones, and new when it ends."""
+    run_folder = shutil.copytree(imagenet_run[0], tmp_path / "run")
+    words = ["train", "--resume", str(run_folder), "--epochs", "2"]
+    files = {ours: run_folder / f"bcl_ckpt{best}.pth.tar" for ours, best in (("last.pt", ""), ("best.pt", ".best"))}
+    for ours, theirs in files.items():
+        assert main(["export", str(run_folder / ours), "--to", "authors"]) == 0
+        assert theirs.is_file()
+    image = next((imagenet_run[1] / "train").rglob("*.JPEG"))
+    content = image.read_bytes()
+    image.write_bytes(content[: len(content) // 2])
+    try:
+        assert "cannot be read" in refusal(capsys, *words)
+    finally:
+        image.write_bytes(content)
+    assert not any(theirs.exists() for theirs in files.values())
+    for theirs in files.values():
+        theirs.write_bytes(b"old")
+    assert main(words) == 0
+    for ours, theirs in files.items():
+        one, other = load_checkpoint(run_folder / ours), load_checkpoint(theirs)
+        assert one.epoch == other.epoch
+        assert all(torch.equal(value, other.weights[name]) for name, value in one.weights.items())
+    assert load_checkpoint(files["last.pt"]).epoch == 2
+
+
+@pytest.mark.slow
+def test_training_goes_on_from_their_checkpoint(imagenet_run, stripped, tmp_path, capsys):
+    words = ["train", "--data", str(imagenet_run[1]), *SMALL, "--epochs", "2", "--resume", str(stripped)]
+    assert main([*words, "--out", str(tmp_path / "run")]) == 0
+    assert "after epoch 1" in " ".join(capsys.readouterr().out.split())
+    assert load_checkpoint(tmp_path / "run" / "last.pt").epoch == 2
+    steps = [line["step"] for line in metric_lines(tmp_path / "run") if line["kind"] == "train"]
+    assert steps[0] > 3, "of three steps an epoch, the first epoch is not done again"
+
+
+@pytest.mark.slow
+def test_a_run_of_lists_is_scored_on_others(tmp_path, capsys):
+    """On another tree with lists of its own, and on one list; whatever the lists were that it was trained by."""
+    one, other = (build_imagenet(tmp_path / name, counts=(5, 4)) for name in ("one", "other"))
+    lists = [f"--{part}-list={one / f'ImageNet_LT_{part}.txt'}" for part in ("train", "test")]
+    words = ["--data", str(one), *lists, "--out", str(tmp_path / "run"), "--arch", "resnet8", "--method", "ce"]
+    assert main(["train", "imagenet-lt", *words, *SMALL, "--epochs", "1"]) == 0
+    shutil.move(one, tmp_path / "moved")
+    expected = json.loads((tmp_path / "run" / "metrics.json").read_text())["test"]
+    assert main(["evaluate", str(tmp_path / "run"), "--data", str(other), "--out", str(tmp_path / "x.json")]) == 0
+    assert json.loads((tmp_path / "x.json").read_text())["test"] == expected
+    shutil.move(tmp_path / "moved", one)
+    mine = tmp_path / "mine.txt"
+    mine.write_text((one / "ImageNet_LT_test.txt").read_text().splitlines()[0] + "\n")
+    assert main(["evaluate", str(tmp_path / "run"), "--test-list", str(mine), "--out", str(tmp_path / "x.json")]) == 0
+    assert json.loads((tmp_path / "x.json").read_text())["test"]["images"] == 1
 
 
 def test_what_cannot_be_resumed(imagenet_run, capsys, tmp_path):

@@ -24,7 +24,7 @@ class Images:
 
     def evaluation(self, batch_size: int) -> Iterator[Batch]:
         for images, labels in zip(self.images.split(batch_size), self.labels.split(batch_size), strict=True):
-            yield Batch(images[None], labels)
+            yield Batch(images[None], labels, slice(0, len(labels)))
 
 
 class Network(nn.Module):

@@ -72,6 +72,13 @@ def test_refused_lists(text, sentence, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_a_byte_order_mark_is_no_part_of_a_path(tmp_path):
+    content = "\ufefftrain/c/3.jpg 1\n".encode()
+    read = read_list(write(tmp_path / "train.txt", content))
+    assert read.paths == ("train/c/3.jpg",)
+    assert read.blob == git_blob(content)
+
+
 def test_unreadable(tmp_path):
     with pytest.raises(UserError, match=r"the list .*none.txt cannot be read \(no such file or directory\)"):
         read_list(tmp_path / "none.txt")
@@ -243,12 +250,14 @@ def test_a_published_list_that_departs(shared_data, tmp_path):
     content = (shared_data / "lists" / "ImageNet_LT_val.txt").read_bytes()
     shorter = read_list(write(tmp_path / "ImageNet_LT_val.txt", b"".join(content.splitlines(keepends=True)[:-20])))
     known = PUBLISHED["ImageNet_LT_val.txt"].blob
-    assert identity(shorter) == (
-        f"{shorter.file}: git blob {shorter.blob}, no published list that is known here; the published "
-        f"ImageNet_LT_val.txt is {known}, with 20,000 images of 1,000 classes; this one has 19,980 of 999"
-    )
+    assert identity(shorter) == f"{shorter.file}: git blob {shorter.blob}, no published list that is known here"
+    assert departures(shorter, 1000, of_training=False) == [
+        f"{shorter.file} is not the published ImageNet_LT_val.txt (git blob {known}): that has 20,000 images of 1,000 "
+        "classes, this one 19,980 of 999"
+    ]
     other = read_list(write(tmp_path / "ImageNet_LT_val.txt", content.replace(b"\n", b"\r\n")))
-    assert identity(other).endswith(f"is {known}, and differs in white space alone (line ends)")
+    assert departures(other, 1000, of_training=False)[0].endswith("it differs in white space alone (line ends)")
+    assert other.blob is other.blob, "computed once: the lists have up to 40 MB"
 
 
 @pytest.mark.parametrize("shuffled", [False, True])
@@ -272,7 +281,7 @@ def test_inaturalist_json_is_the_canonical_list(shuffled, shared_data, tmp_path)
     [
         ("{", "is not valid JSON"),
         ("[" * 100_000, "is not valid JSON"),
-        ("[]", "is not iNaturalist's JSON"),
+        ("[]", "is not iNaturalist's JSON (images and annotations with image_id and category_id)\n"),
         ('{"images": [{"id": 1, "file_name": "a"}]}', "'annotations' is missing; the test part has no labels"),
         ('{"images": [{"id": 1, "file_name": "a"}], "annotations": []}', "1 is missing"),
         ('{"images": [], "annotations": []}', "names no images"),
@@ -282,7 +291,7 @@ def test_refused_json(text, sentence, tmp_path):
     file = write(tmp_path / "train2018.json", text)
     with pytest.raises(UserError) as error:
         read_list(file)
-    assert sentence in str(error.value)
+    assert sentence in f"{error.value}\n"
     assert str(file) in str(error.value)
 
 
@@ -318,3 +327,4 @@ def test_an_absent_list_is_named_with_its_places_and_fingerprint(benchmark, part
         assert word in said
     assert f"--{ {'train': 'train', 'validation': 'val', 'test': 'test'}[part] }-list FILE" in said
     assert ("2018.json" in said) == (benchmark == "inat2018")
+    assert ("train pictures --data" in said) == (part == "train" and benchmark != "inat2018")

@@ -32,7 +32,7 @@ def test_steps_leave_out_a_single_last_image():
 def test_an_epoch_holds_every_image_once(images, settings):
     batches = epoch(open_batches(images, settings, CPU, workers=0))
     assert [batch.images_VB3SS.shape[:2] for batch in batches] == [(3, 8), (3, 8), (3, 5)]
-    labels = torch.cat([batch.labels_B for batch in batches])
+    labels = torch.cat([batch.labels_G for batch in batches])
     assert torch.bincount(labels).tolist() == [12, 6, 3]
 
 
@@ -42,7 +42,7 @@ def test_epochs_differ_and_repeat(images, settings):
     first, second, again = epoch(batches, 0), epoch(batches, 1), epoch(batches, 0)
     assert torch.equal(first[0].images_VB3SS, again[0].images_VB3SS)
     assert not torch.equal(first[0].images_VB3SS, second[0].images_VB3SS)
-    assert [batch.labels_B.tolist() for batch in first] != [batch.labels_B.tolist() for batch in second]
+    assert [batch.labels_G.tolist() for batch in first] != [batch.labels_G.tolist() for batch in second]
 
 
 @pytest.mark.slow
@@ -51,7 +51,7 @@ def test_workers_change_no_number(images):
     for number in (0, 1):
         for ours, theirs in zip(epoch(none, number), epoch(two, number), strict=True):
             assert torch.equal(ours.images_VB3SS, theirs.images_VB3SS)
-            assert torch.equal(ours.labels_B, theirs.labels_B)
+            assert torch.equal(ours.labels_G, theirs.labels_G)
     for ours, theirs in zip(none.evaluation(8), two.evaluation(8), strict=True):
         assert torch.equal(ours.images_VB3SS, theirs.images_VB3SS)
 
@@ -65,7 +65,7 @@ def test_batch_size_changes_no_view(images):
 
 def test_evaluation_is_in_order_and_whole(images):
     batches = list(Photographs(images, PHOTOS, CPU, workers=0).evaluation(8))
-    assert torch.cat([batch.labels_B for batch in batches]).tolist() == images.labels_N.tolist()
+    assert torch.cat([batch.labels_G for batch in batches]).tolist() == images.labels_N.tolist()
     view = batches[1].images_VB3SS[0, 2].permute(1, 2, 0).numpy()
     assert (view == evaluation_view(decode(images, 10), 24)).all()
 

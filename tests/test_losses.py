@@ -1,5 +1,6 @@
 """The losses against slow loops, golden numbers, invariances and a gradient check."""
 
+import itertools
 import math
 
 import numpy as np
@@ -302,3 +303,27 @@ def test_wrong_inputs_are_named():
         equipoise.BalancedContrastiveLoss(0.0)
     with pytest.raises(ValueError, match="one positive number a class"):
         equipoise.LogitAdjustedCrossEntropy([5, 0])
+
+
+@pytest.mark.parametrize("name", ["bcl", "supcon"])
+def test_losses_of_disjoint_rows_add_up_with_their_gradients(name):
+    """What several ranks compute of a batch: parts of any size, an empty one, and a class that is in one part only."""
+    random = torch.Generator().manual_seed(5)
+    raw = torch.randn(11, 2, 6, generator=random, dtype=torch.float64, requires_grad=True)
+    centres = torch.randn(4, 6, generator=random, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([0, 1, 0, 2, 0, 0, 1, 0, 0, 1, 0])
+
+    def loss(**rows):
+        features, prototypes = F.normalize(raw, dim=-1), F.normalize(centres, dim=-1)
+        if name == "bcl":
+            return balanced_contrastive_loss(features, labels, prototypes, 0.2, **rows)
+        return supervised_contrastive_loss(features, labels, 0.2, **rows) + 0 * prototypes.sum()
+
+    whole = torch.autograd.grad(loss(), (raw, centres))
+    bounds = [0, 3, 3, 4, 11]
+    parts = [loss(rows=slice(*pair)) for pair in itertools.pairwise(bounds)]
+    assert sum(parts).item() == pytest.approx(loss().item(), rel=1e-12)
+    assert parts[1].item() == 0
+    assert min(part.item() for number, part in enumerate(parts) if number != 1) > 0
+    for ours, expected in zip(torch.autograd.grad(sum(parts), (raw, centres)), whole, strict=True):
+        assert torch.allclose(ours, expected, rtol=1e-10, atol=1e-14)

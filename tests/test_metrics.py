@@ -9,7 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as reference
 
-from equipoise.metrics import TAUS, Predictions, calibration_error, choose_tau, score, shot_group, sweep
+from equipoise.metrics import (
+    TAUS,
+    Predictions,
+    calibration_error,
+    choose_tau,
+    fit_temperature,
+    score,
+    shot_group,
+    sweep,
+)
 
 
 def predictions(best, labels, confidence=None) -> Predictions:
@@ -148,6 +157,58 @@ def test_calibration_error_by_hand():
     assert apart == pytest.approx(((1 - edge) + edge) / 2), "two bins: the gaps do not cancel"
     together = calibration_error(np.array([edge - 1e-9, edge]), np.array([True, False]))
     assert together == pytest.approx(abs(0.5 - edge)), "one bin: they do"
+
+
+# ---- temperature
+
+
+def slow_loss(logits, labels, shift, temperature) -> float:
+    """Mean negative log-likelihood, image by image."""
+    total = 0.0
+    for line, label in zip(logits.astype(float), labels, strict=True):
+        scores = line / temperature + shift
+        total -= scores[label] - np.logaddexp.reduce(scores)
+    return total / len(labels)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_temperature_is_the_best_of_a_grid(seed):
+    """With a shift by class, of which one class is impossible, and more images than one chunk."""
+    generator = np.random.default_rng(seed)
+    classes, images = 7, 1500
+    labels = generator.integers(0, classes - 1, images)
+    logits = (generator.normal(size=(images, classes)) * (seed + 1)).astype(np.float32)
+    logits[np.arange(images), labels] += 1.5
+    shift = np.append(generator.normal(size=classes - 1), -np.inf)
+    fitted = fit_temperature(logits, labels, shift)
+    assert fitted is not None
+    losses = {temperature: slow_loss(logits, labels, shift, temperature) for temperature in np.geomspace(0.06, 19, 120)}
+    nearest = min(losses, key=losses.__getitem__)
+    assert abs(math.log(fitted / nearest)) < 0.05, "the grid has steps of 5 percent"
+    best = slow_loss(logits, labels, shift, fitted)
+    assert best <= min(losses.values())
+    assert best <= min(slow_loss(logits, labels, shift, fitted * factor) for factor in (0.999, 1.001))
+
+
+def test_the_temperature_that_was_put_in_is_found():
+    """Labels drawn from the softmax of what the logits are a multiple of."""
+    generator = np.random.default_rng(0)
+    shift = np.log([0.6, 0.3, 0.1])
+    true = generator.normal(size=(40_000, 3)) * 2
+    shares = np.exp(true + shift)
+    labels = (shares.cumsum(1) / shares.sum(1, keepdims=True) < generator.random((40_000, 1))).sum(1)
+    assert fit_temperature((2.5 * true).astype(np.float32), labels, shift) == pytest.approx(2.5, rel=0.03)
+    assert fit_temperature((0.4 * true).astype(np.float32), labels, shift) == pytest.approx(0.4, rel=0.03)
+    without = fit_temperature((2.5 * true).astype(np.float32), labels, np.zeros(3))
+    assert without is not None
+    assert abs(math.log(without / 2.5)) > 0.15, "bent to make up for the shares"
+
+
+@pytest.mark.parametrize("sign", [1, -1, 0])
+def test_no_temperature_where_nothing_is_the_minimum(sign):
+    """All right: the smaller the better. All wrong, or no difference: the larger the better."""
+    labels = np.arange(30) % 3
+    assert fit_temperature((sign * np.eye(3)[labels]).astype(np.float32), labels, np.zeros(3)) is None
 
 
 # ---- post-hoc prior

@@ -2,7 +2,9 @@
 
 import io
 import struct
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -102,6 +104,27 @@ def test_broken_files_are_named(damage, reason, photo, pictures):
     assert str(error.value).endswith("; repair or remove it")
     assert reason in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_decoding_by_threads_leaves_the_process_as_it_was(monkeypatch):
+    """What is too large is refused and what is not is read, whichever thread opens what at the same time; and warnings
+    are afterwards what they were."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
+    contents = [encoded(Image.new("RGB", (40, rows)), "PNG") for rows in (50, 51)]  # 2,000 and 2,040 pixels
+
+    def refused(number: int) -> bool:
+        try:
+            decode_bytes(contents[number % 2])
+        except Image.DecompressionBombWarning:
+            return True
+        return False
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        before = list(warnings.filters)
+        with ThreadPoolExecutor(8) as pool:
+            assert list(pool.map(refused, range(4000))) == [False, True] * 2000
+        assert warnings.filters == before
 
 
 def test_vanished_file(pictures):

@@ -9,7 +9,7 @@ from conftest import draw_folder, write_parquet
 
 from benchmarks.rehearsal import build_imagenet, build_inaturalist
 from equipoise import UserError
-from equipoise.listfiles import git_blob
+from equipoise.listfiles import PUBLISHED, git_blob
 from equipoise.lists import training_problems
 from equipoise.sources import (
     Source,
@@ -18,6 +18,7 @@ from equipoise.sources import (
     open_part,
     open_parts,
     recognise,
+    survey,
     write_lists,
 )
 
@@ -50,7 +51,9 @@ def test_scoring_another_folder_keeps_the_labels_of_the_model(tmp_path):
 
 def test_scoring_takes_all_only_of_what_is_not_divided(tmp_path):
     draw_folder(tmp_path / "train", {"ant": 2, "bee": 1})
-    with pytest.raises(UserError, match=r"has no test part; it has train: choose one with --split"):
+    with pytest.raises(
+        UserError, match=r"has no test part; it has train: score one of them with equipoise evaluate .* --split PART"
+    ):
         open_part(str(tmp_path), "test", ("ant", "bee"))
     assert len(open_part(str(tmp_path), "train", ("ant", "bee"))) == 3
 
@@ -88,9 +91,12 @@ def plant(root, *paths):
 @pytest.mark.parametrize(
     ("paths", "name"),
     [
-        (("train/n01440764/1.JPEG", "train/n01443537/1.JPEG", "val/n01440764/1.JPEG"), "imagenet-lt"),
-        (("val/n01440764/1.JPEG",), "imagenet-lt"),
-        (("train/n01440764/1.JPEG", "train/goldfish/1.JPEG"), ""),
+        ([f"train/n{label:08}/1.JPEG" for label in range(1000)], "imagenet-lt"),
+        ([f"val/n{label:08}/1.JPEG" for label in range(1000)], "imagenet-lt"),
+        ([f"train/n{label:08}/1.JPEG" for label in range(10)], ""),  # Imagenette: its classes are its own
+        ([f"train/{label:08}/1.JPEG" for label in range(1000)], ""),
+        (("ImageNet_LT/ImageNet_LT_val.txt", "train/n01440764/1.JPEG"), "imagenet-lt"),
+        (("Places_LT/Places_LT_train.txt", "train/airfield/1.jpg"), "places-lt"),
         (("train/cat/1.jpg", "val/cat/2.jpg"), ""),
         (("ImageNet_LT_test.txt", "images/1.jpg"), "imagenet-lt"),
         (("train_val2018/Aves/1/1.jpg",), "inat2018"),
@@ -153,6 +159,27 @@ def test_inaturalist_by_its_json_and_by_its_lists(inaturalist, tmp_path, monkeyp
     of_lists = open_parts(Source(str(tmp_path / "images"), "inat2018"))
     assert list(of_lists.train.images.paths) == list(of_json.train.images.paths)
     assert of_lists.train.labels_N.tolist() == of_json.train.labels_N.tolist()
+
+
+def test_a_departing_json_is_told_from_the_published_list(inaturalist):
+    """Its name is not the list's, but it stands for it."""
+    problems = survey(Source(str(inaturalist)))[1]
+    for name, said in (("train", "437,513 images of 8,142 classes, this one 7 of 2"), ("val", "24,426 images")):
+        blob = PUBLISHED[f"iNaturalist18_{name}.txt"].blob
+        told = (
+            f"{inaturalist}/{name}2018.json is not the published iNaturalist18_{name}.txt (git blob {blob}): that has "
+        )
+        assert any(problem.startswith(told + said) for problem in problems)
+
+
+def test_absent_images_of_a_json_are_told_with_the_blob_of_its_list(inaturalist, tmp_path):
+    for name in ("train", "val"):
+        shutil.copy(inaturalist / f"{name}2018.json", tmp_path)
+    (tmp_path / "train_val2018").mkdir()
+    found = find_parts(Source(str(tmp_path), "inat2018"))
+    for said, problem in zip(found.described, disagreements(found), strict=True):
+        blob = said.partition("git blob ")[2].partition(",")[0]
+        assert f"(git blob {blob}) are missing" in problem
 
 
 def test_lists_are_not_overwritten(inaturalist, tmp_path):

@@ -12,13 +12,14 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import equipoise
-from equipoise import UserError, load_recipe, training
+from equipoise import UserError, load_recipe, step, training
 from equipoise.checkpoint import load_checkpoint
 from equipoise.losses import log_prior, logit_adjusted_cross_entropy, supervised_contrastive_loss
 from equipoise.model import Outputs
 from equipoise.plan import prepare
 from equipoise.sources import open_parts
-from equipoise.training import NonFiniteLossError, loss_terms, train
+from equipoise.step import loss_terms
+from equipoise.training import NonFiniteLossError, train
 
 QUICK = {"epochs": 2, "warmup_epochs": 0, "log_every": 4, "device": "cpu"}
 
@@ -39,7 +40,10 @@ def test_run_folder_of_a_benchmark(method, tmp_path):
     run = train(recipe, tmp_path / "run", progress=False)
     assert run.recipe == recipe
     names = {path.name for path in run.path.iterdir()}
-    assert names == {"recipe.toml", "run.json", "metrics.jsonl", "tensorboard", "last.pt", "metrics.json"}
+    assert names == {
+        "recipe.toml", "run.json", "metrics.jsonl", "tensorboard", "last.pt", "previous.pt", "metrics.json",
+        "observed.npz",
+    }  # fmt: skip
 
     record = json.loads((run.path / "run.json").read_text())
     assert record["class_counts"] == dict(zip("0123456789", [124, 80, 51, 33, 21, 14, 9, 5, 3, 2], strict=True))
@@ -166,7 +170,7 @@ def test_methods_are_their_formulas():
         "ce": torch.nn.functional.cross_entropy(made.logits_BC, labels),
     }
     for method, total in expected.items():
-        terms, loss = loss_terms(replace(recipe, method=method), counts, torch.device("cpu"))(made, labels)
+        terms, loss = loss_terms(replace(recipe, method=method), counts, torch.device("cpu"))(made, labels, slice(0, 6))
         assert loss.item() == pytest.approx(total.item(), rel=1e-6)
         assert terms["loss"].item() == loss.item()
 
@@ -179,13 +183,13 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer_moves(spoilt, tmp_
         "classification": "logit_adjusted_cross_entropy",
         "contrastive": "balanced_contrastive_loss",
     }[spoilt]
-    honest, calls = getattr(training, function), []
+    honest, calls = getattr(step, function), []
 
-    def turns_bad(*arguments):
+    def turns_bad(*arguments, **further):
         calls.append(1)
-        return honest(*arguments) * (float("inf") if len(calls) == 3 else 1.0)
+        return honest(*arguments, **further) * (float("inf") if len(calls) == 3 else 1.0)
 
-    monkeypatch.setattr(training, function, turns_bad)
+    monkeypatch.setattr(step, function, turns_bad)
     with pytest.raises(NonFiniteLossError) as error:
         train(load_recipe("digits-lt", **QUICK, lr=0.25), tmp_path / "run", progress=False)
     assert str(error.value).startswith(f"step 3 (epoch 1): the loss term '{spoilt}' is inf")

@@ -10,26 +10,31 @@ if TYPE_CHECKING:
     from equipoise.checkpoint import load_checkpoint
     from equipoise.errors import UserError
     from equipoise.losses import BalancedContrastiveLoss, LogitAdjustedCrossEntropy
+    from equipoise.predict import Classifier, load
     from equipoise.recipe import Recipe, load_recipe
     from equipoise.run import Run
     from equipoise.training import train
 
 _HOME = {
     "BalancedContrastiveLoss": "losses",
+    "Classifier": "predict",
     "LogitAdjustedCrossEntropy": "losses",
     "Recipe": "recipe",
     "Run": "run",
     "UserError": "errors",
+    "load": "predict",
     "load_checkpoint": "checkpoint",
     "load_recipe": "recipe",
     "train": "training",
 }
 __all__ = [
     "BalancedContrastiveLoss",
+    "Classifier",
     "LogitAdjustedCrossEntropy",
     "Recipe",
     "Run",
     "UserError",
+    "load",
     "load_checkpoint",
     "load_recipe",
     "train",

@@ -9,7 +9,7 @@ Shapes: C classes, F width of the encoder, D width of the contrastive features.
 """
 
 import contextlib
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -28,7 +28,7 @@ _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 @dataclass(frozen=True)
 class AuthorsModel:
     """What one of their checkpoints holds, in our names and layout. `momentum`: SGD's buffers by parameter, where the
-    file has them; `best_top1` is a fraction."""
+    file has them. Its best accuracy is not read: it is of another run's best checkpoint, which need not be at hand."""
 
     arch: str
     classifier: str
@@ -36,7 +36,6 @@ class AuthorsModel:
     hidden_dim: int
     feature_dim: int
     epoch: int
-    best_top1: float | None
     weights: dict[str, Tensor]
     momentum: dict[str, Tensor]
 
@@ -58,6 +57,12 @@ def numpy_scalars() -> Generator[None]:
     ]
     with torch.serialization.safe_globals(allowed):
         yield
+
+
+def parameter_names(weights: Mapping[str, Tensor]) -> list[str]:
+    """The names of a network's parameters in the order in which an optimizer numbers them: a state without
+    BatchNorm's counters and averages."""
+    return [name for name in weights if name.rpartition(".")[2] not in _BUFFERS]
 
 
 # ---------------------------------------------------------------------------------------------- theirs to ours
@@ -95,7 +100,6 @@ def from_authors(table: Mapping[str, Any], where: str) -> AuthorsModel:
         hidden_dim=hidden,
         feature_dim=feature_dim,
         epoch=epoch,
-        best_top1=_percent(table.get("best_acc1")),
         weights={name: weights[name] for name in _in_our_order(weights)},
         momentum={_our_name(name): _ours(name, value, transposed) for name, value in momentum.items()},
     )
@@ -148,12 +152,6 @@ def _arch(arch: object, state: Mapping[str, Tensor], where: str) -> str:
     raise UserError(f"{where}: its encoder is neither a ResNet-50 nor a ResNeXt-50 by its weights")
 
 
-def _percent(accuracy: object) -> float | None:
-    if isinstance(accuracy, Tensor) and accuracy.numel() == 1:
-        accuracy = accuracy.item()
-    return float(accuracy) / 100 if isinstance(accuracy, int | float | np.floating) else None
-
-
 def _our_name(name: str) -> str:
     part, _, rest = name.partition(".")
     return f"{_PARTS[part]}.{rest}"
@@ -176,7 +174,7 @@ def _momentum(optimizer: object, state: Mapping[str, Tensor], where: str) -> dic
     """SGD's momentum by their parameter names. It is numbered in the order of the state, buffers left out."""
     if not isinstance(optimizer, Mapping) or not isinstance(optimizer.get("state"), Mapping):
         return {}
-    names = [name for name in state if name.rpartition(".")[2] not in _BUFFERS]
+    names = parameter_names(state)
     momentum: dict[str, Tensor] = {}
     for index, entry in optimizer["state"].items():
         buffer = entry.get("momentum_buffer") if isinstance(entry, Mapping) else None
@@ -199,12 +197,13 @@ def to_authors(
     arch: str,
     classifier: str,
     epoch: int,
-    best_top1: float | None,
-    param_groups: Sequence[Mapping[str, Any]],
+    best_per_class: float | None,
+    param_group: Mapping[str, Any],
     extra: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The table that their code would have saved. `param_groups`: of our SGD, one group; `extra` is kept under the
-    key 'equipoise', which their code does not look at.
+    """The table that their code would have saved. `best_per_class`: the best mean per-class accuracy on the
+    validation part, a fraction: on ImageNet-LT's, which is balanced, it is the top-1 accuracy that theirs has there.
+    `param_group`: the one of our SGD; `extra` is kept under the key 'equipoise', which their code does not look at.
 
     Raises UserError for a model that theirs cannot be: another encoder, or no contrastive branch with prototypes.
     """
@@ -232,12 +231,11 @@ def to_authors(
                 if name in momentum:
                     buffers[parameters] = {"momentum_buffer": _ours(key, momentum[name], transposed)}
                 parameters += 1
-    group = {**param_groups[0]} if param_groups else {}
     return {
         "epoch": epoch,
         "arch": _ARCHS[arch],
         "state_dict": state,
-        "best_acc1": 100 * best_top1 if best_top1 is not None else 0.0,
-        "optimizer": {"state": buffers, "param_groups": [{**group, "params": list(range(parameters))}]},
+        "best_acc1": 100 * best_per_class if best_per_class is not None else 0.0,
+        "optimizer": {"state": buffers, "param_groups": [{**param_group, "params": list(range(parameters))}]},
         "equipoise": dict(extra),
     }

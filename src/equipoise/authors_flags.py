@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from equipoise.errors import UserError
-from equipoise.recipe import Field, Recipe, find_field, nearest
+from equipoise.recipe import Field, Recipe, as_bool, find_field, nearest
 
 LOG = "log"  # their default of --root_log
-BEST, LAST = "bcl_ckpt.best.pth.tar", "bcl_ckpt.pth.tar"
+AUTHORS_BEST, AUTHORS_LAST = "bcl_ckpt.best.pth.tar", "bcl_ckpt.pth.tar"
 DATASETS = {
     "imagenet": "imagenet-lt",
     "inat": "inat2018",
@@ -34,7 +34,11 @@ def add_authors_flags(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--root-log", metavar="FOLDER", help=f"name the run folder as the authors do, inside this one (theirs: {LOG})"
     )
-    group.add_argument("--resume", metavar="CHECKPOINT", help="go on from this checkpoint, or score it (see below)")
+    group.add_argument(
+        "--resume",
+        metavar="CHECKPOINT",
+        help="go on with this run or from this checkpoint, or score it (see below); auto: the newest unfinished run",
+    )
     group.add_argument("--reload", help="score the checkpoint of --resume on the test part; no training", **switch)
     group.add_argument("-e", "--evaluate", help="score it on the validation part; no training", **switch)
 
@@ -43,10 +47,10 @@ def truth(flag: str, text: str | None) -> bool | None:
     """What was said by a switch, or None if it was not there. Raises UserError for any other word."""
     if text is None:
         return None
-    words = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
-    if text.lower() not in words:
+    said = as_bool(text)
+    if said is None:
         raise UserError(f"{flag} must be true or false, not '{text}'")
-    return words[text.lower()]
+    return said
 
 
 def recipe_of_dataset(name: str) -> str:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from equipoise.authors import numpy_scalars
 from equipoise.errors import UserError
 
 _BLOCKS_PER_STAGE = {"resnet8": 1, "resnet20": 3, "resnet32": 5}
@@ -23,8 +24,9 @@ _TIMM_NAMES = {"resnext50": "resnext50_32x4d"}  # the authors' spelling
 def create_encoder(name: str, size: int, pretrained: bool = False, weights: str | Path = "") -> tuple[nn.Module, int]:
     """The encoder called `name` for images of `size` pixels, and its width F.
 
-    It starts from random weights, or with `pretrained` from those of timm's hub, or from the file `weights`: of timm or
-    torchvision, `.safetensors` or what torch saves, with or without its classifier. Nothing in the file is executed.
+    It starts from random weights, or with `pretrained` from those of timm's hub, or from the file `weights`: in
+    timm's naming or that of torchvision's ResNets, `.safetensors` or what torch saves, with or without a classifier; a
+    checkpoint of a run or of the BCL authors' code too. Nothing in the file is executed.
 
     Raises UserError for an unknown name, weights that cannot be had or do not fit, or a size the encoder does not take.
     """
@@ -51,6 +53,29 @@ def create_encoder(name: str, size: int, pretrained: bool = False, weights: str 
     return encoder.train(), features.shape[1]
 
 
+def pretrained_normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and std of the images that an encoder's pretrained weights are of; None where timm has none."""
+    import timm
+
+    try:
+        known = timm.get_pretrained_cfg(_TIMM_NAMES.get(name, name))
+    except RuntimeError:  # no such weights: `create_encoder` says so
+        return None
+    return (known.mean, known.std) if known else None
+
+
+def timm_arguments(name: str, size: int) -> tuple[str, dict[str, Any]] | None:
+    """What timm calls the encoder `name`, and the arguments that make it take `size` pixels; None for one that is not
+    timm's."""
+    if name in _BLOCKS_PER_STAGE:
+        return None
+    import timm
+
+    name = _TIMM_NAMES.get(name, name)
+    fixed = getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False)
+    return name.split(".")[0], {"img_size": size} if fixed else {}
+
+
 def _timm_encoder(name: str, size: int, pretrained: bool) -> nn.Module:
     import timm  # two seconds, and the small networks need none of it
 
@@ -59,8 +84,7 @@ def _timm_encoder(name: str, size: int, pretrained: bool) -> nn.Module:
         close = difflib.get_close_matches(name, valid, n=3) or ["resnet32", "resnet50", "resnext50_32x4d"]
         raise UserError(f"no encoder is called '{name}'; did you mean {' or '.join(close)}?")
     try:
-        fixed = getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False)
-        options: dict[str, Any] = {"img_size": size} if fixed else {}
+        _, options = timm_arguments(name, size) or ("", {})
         if not pretrained and name in _AUTHORS_ENCODERS:
             options["zero_init_last"] = False  # as the authors' code starts them
         return timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
@@ -76,10 +100,12 @@ def _timm_encoder(name: str, size: int, pretrained: bool) -> nn.Module:
 
 def _load_weights(encoder: nn.Module, name: str, file: Path) -> None:
     """Put the weights of a file into the encoder, all of them. Raises UserError where any is missing or differs."""
-    state = _read_weights(file)
+    state, expected = _read_weights(file), encoder.state_dict()
+    if not any(key.startswith("encoder.") for key in expected):
+        # In a checkpoint of a network with two branches the encoder is a part.
+        state = {key.removeprefix("encoder."): value for key, value in state.items()}
     if not isinstance(encoder, SmallResNet):
         state = _as_timm_has_them(state, encoder)
-    expected = encoder.state_dict()
     # What a classifier above the encoder would be called is not looked at.
     missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
     differing = [key for key in expected if key in state and state[key].shape != expected[key].shape]
@@ -100,7 +126,7 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
 
             table: Any = load_file(file)
         else:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), numpy_scalars():
                 warnings.simplefilter("ignore")  # of what is odd about a file that is then refused
                 table = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -108,7 +134,7 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
     except Exception as error:  # either library raises what it likes for a damaged file; nothing in it is executed
         reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
         raise UserError(f"{file} cannot be read as weights ({reason})") from None
-    for wrapping in ("state_dict_ema", "model_ema", "state_dict", "model"):
+    for wrapping in ("state_dict_ema", "model_ema", "state_dict", "model", "weights"):
         if isinstance(table, dict) and isinstance(table.get(wrapping), dict):
             table = table[wrapping]
     if not isinstance(table, dict) or not all(isinstance(value, Tensor) for value in table.values()):

@@ -1,8 +1,10 @@
 """Training state and files, atomically. Nothing in a file is executed: only tensors and plain values are read."""
 
 import contextlib
+import hashlib
 import os
 import pickle
+import shutil
 import tempfile
 import warnings
 from collections.abc import Generator
@@ -13,12 +15,15 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
-from equipoise.authors import from_authors, is_authors_table, numpy_scalars, to_authors
+from equipoise.authors import from_authors, is_authors_table, numpy_scalars, parameter_names, to_authors
+from equipoise.backbones import pretrained_normalisation
 from equipoise.errors import UserError
+from equipoise.losses import log_prior
 from equipoise.model import TwoBranchNetwork
-from equipoise.recipe import Recipe, recipe_from_table, recipe_table
+from equipoise.recipe import Recipe, Views, recipe_from_table, recipe_table
 
-FORMAT = 1
+FORMAT = 2
+LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"  # the checkpoints of a run folder
 AUTHORS = "authors"  # the name of a recipe of which only the model is known
 
 
@@ -41,8 +46,20 @@ class Checkpoint:
 
     def save(self, path: Path) -> None:
         """Write to `path`, which holds the old file or the whole new one at any moment."""
+        table = {**_described(self), "weights": self.weights, "optimizer": self.optimizer}
         with atomic_file(path) as file:
-            torch.save({**_described(self), "weights": self.weights, "optimizer": self.optimizer}, file)
+            torch.save({**table, "digest": _digest(table)}, file)
+
+    def save_last(self, folder: Path) -> None:
+        """Write the folder's last checkpoint and keep the one before it, in case the disk spoils this one."""
+        last, previous = folder / LAST, folder / PREVIOUS
+        if last.exists():
+            previous.unlink(missing_ok=True)
+            try:
+                os.link(last, previous)
+            except OSError:  # a file system without links
+                shutil.copyfile(last, previous)
+        self.save(last)
 
     def build(self) -> TwoBranchNetwork:
         """The network with these weights, on the CPU, in evaluation mode."""
@@ -55,6 +72,18 @@ class Checkpoint:
                 "classes that it names; use another one"
             ) from None
         return network.eval()
+
+    def log_prior_of_logits(self) -> Tensor:
+        """`[C]`, float64: log of the class prior, up to a constant, for which the softmax of the raw logits is.
+
+        Training makes softmax(logits + tau * log p) estimate the posterior under the training prior p, so that logits =
+        log-likelihood + (1 - tau) * log p: the prior is uniform at tau = 1, and p for plain cross-entropy (tau = 0).
+        The BCL authors' code has tau = 1, so that counts which their files lack are not needed.
+        """
+        tau = 0.0 if self.recipe.method == "ce" else self.recipe.loss.tau
+        if not self.class_counts:
+            return torch.zeros(len(self.class_names), dtype=torch.float64)
+        return (1 - tau) * log_prior(torch.tensor(self.class_counts))
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
@@ -72,6 +101,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         return _from_authors(table, path)
     if not isinstance(table, dict) or table.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of this version of equipoise")
+    if _digest(table) != table.pop("digest", None):
+        raise UserError(f"{path} is damaged: its checksum does not fit")
     return _from_table(table, table, path)
 
 
@@ -106,11 +137,12 @@ def _from_authors(table: dict[str, Any], path: Path) -> Checkpoint:
     if isinstance(table.get("equipoise"), dict):
         return _from_table(table["equipoise"], {"weights": read.weights, "optimizer": optimizer}, path)
     unknown = Recipe(name=AUTHORS)
+    width = read.weights["classifier.weight"].shape[1]  # 0 stands for it, as in the recipes
     model = replace(
         unknown.model,
         encoder=read.arch,
         classifier="linear" if read.classifier == "linear" else "cosine",
-        hidden_dim=read.hidden_dim,
+        hidden_dim=0 if read.hidden_dim == width else read.hidden_dim,
         feature_dim=read.feature_dim,
     )
     return Checkpoint(
@@ -129,8 +161,11 @@ def _from_authors(table: dict[str, Any], path: Path) -> Checkpoint:
 def save_for_authors(checkpoint: Checkpoint, path: Path) -> None:
     """Write `checkpoint` in the layout of the BCL authors' code, with what theirs leaves out under a key of its own.
 
-    Raises UserError for a model that their code does not have.
+    Raises UserError for a model that their code does not have, and for a checkpoint that is in that layout already.
     """
+    groups = checkpoint.optimizer["param_groups"]
+    if not groups:  # which is not read: nor is the best accuracy of one of theirs
+        raise UserError("the checkpoint is in the authors' layout already, and would lose by being read: copy the file")
     names = parameter_names(checkpoint.weights)
     states = checkpoint.optimizer["state"]
     recipe = checkpoint.recipe
@@ -140,9 +175,9 @@ def save_for_authors(checkpoint: Checkpoint, path: Path) -> None:
         arch=recipe.model.encoder,
         classifier=recipe.model.classifier,
         epoch=checkpoint.epoch,
-        best_top1=checkpoint.best[0] if checkpoint.best else None,
+        best_per_class=checkpoint.best[0] if checkpoint.best else None,
         extra=_described(checkpoint),
-        param_groups=checkpoint.optimizer["param_groups"],
+        param_group=groups[0],
     )
     with atomic_file(path) as file:
         torch.save(table, file)
@@ -162,15 +197,42 @@ def _described(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def parameter_names(weights: dict[str, Tensor]) -> list[str]:
-    """The names of a network's parameters in the order in which an optimizer numbers them: a state without
-    BatchNorm's counters and averages."""
-    buffers = ("running_mean", "running_var", "num_batches_tracked")
-    return [name for name in weights if name.rpartition(".")[2] not in buffers]
+def _digest(table: dict[str, Any]) -> str:
+    """SHA-256 over all that a checkpoint holds but the digest itself."""
+    hasher = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor):
+            hasher.update(f"{value.dtype} {list(value.shape)}".encode())
+            hasher.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        elif isinstance(value, dict):
+            for key in sorted(value, key=str):
+                if key != "digest":
+                    hasher.update(f"{key!r}:".encode())
+                    add(value[key])
+        elif isinstance(value, list | tuple):
+            hasher.update(f"{len(value)} entries".encode())
+            for entry in value:
+                add(entry)
+        else:
+            hasher.update(f"{value!r};".encode(errors="backslashreplace"))
+
+    add(table)
+    return hasher.hexdigest()
 
 
 def create_network(recipe: Recipe, classes: int, start: bool) -> TwoBranchNetwork:
-    """The network that `recipe` describes; with `start`, from the pretrained weights that it may name."""
+    """The network that `recipe` describes; with `start`, from the pretrained weights that it may name. Raises UserError
+    where these are of images normalised in another way than a recipe without a mean of its own says."""
+    views, model = recipe.views, recipe.model
+    if start and model.pretrained and not model.weights and (views.mean, views.std) == (Views().mean, Views().std):
+        known = pretrained_normalisation(model.encoder)
+        if known is not None and known != (views.mean, views.std):
+            mean, std = (" ".join(f"{number:g}" for number in numbers) for numbers in known)
+            raise UserError(
+                f"the pretrained weights of {model.encoder} are of images of another mean and std than the recipe's; "
+                f"add --mean {mean} --std {std}"
+            )
     return TwoBranchNetwork(
         recipe.model.encoder,
         classes,
@@ -184,7 +246,7 @@ def create_network(recipe: Recipe, classes: int, start: bool) -> TwoBranchNetwor
         weights=recipe.model.weights if start else "",
         mean=recipe.views.mean,
         std=recipe.views.std,
-    )
+    )  # batch_norm is no part of it: it says how the network is trained
 
 
 def state_on_cpu(module: nn.Module) -> dict[str, Tensor]:

@@ -60,8 +60,9 @@ _FILES = {
 def find_cifar(root: Path) -> CifarArchive | None:
     """The archive at `root`: its `.tar.gz`, its unpacked folder, or a folder that holds one of these; None where there
     is none. Names alone are looked at. Raises UserError where both CIFAR-10 and CIFAR-100 lie there."""
+    names = {root.name, root.resolve().name}  # `.` has no name of its own, and a link may have another
     for folder, (archive, classes, form) in _KNOWN.items():
-        if (root.name == folder and root.is_dir()) or (root.name == archive and root.is_file()):
+        if (folder in names and root.is_dir()) or (archive in names and root.is_file()):
             return CifarArchive(root, classes, form)
     if not root.is_dir():
         return None
@@ -121,7 +122,7 @@ def _names(archive: CifarArchive, content: Mapping[str, bytes], file: str) -> tu
     if not isinstance(found, list) or not found or not all(isinstance(name, bytes | str) for name in found):
         raise UserError(f"{where} names no classes; take the archive anew")
     names = tuple(name.decode("utf-8", "replace") if isinstance(name, bytes) else name for name in found)
-    if len(set(names)) < len(names) or len(names) > archive.classes:
+    if not len(set(names)) == len(names) == archive.classes:
         raise UserError(f"{where} does not name {archive.classes} different classes; take the archive anew")
     return names
 

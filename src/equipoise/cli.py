@@ -4,24 +4,33 @@ Nothing heavy is imported before it is needed: `equipoise --help` knows of no to
 """
 
 import argparse
+import contextlib
 import io
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from equipoise.authors_flags import (
-    BEST,
-    LAST,
     LOG,
     add_authors_flags,
     authors_folder,
     truth,
 )
-from equipoise.errors import UserError
-from equipoise.flags import DEMO, OWN_FOLDER, add_recipe_flags, add_set, chosen_recipe, overrides_of, resumed_recipe
+from equipoise.deployment import add_export_words, add_predict_words, export, predict, refuse_unwritable
+from equipoise.errors import Stopped, UserError
+from equipoise.flags import (
+    DEMO,
+    OWN_FOLDER,
+    add_recipe_flags,
+    add_set,
+    chosen_recipe,
+    overrides_of,
+    refuse_swallowed_recipe,
+    resumed_recipe,
+)
 from equipoise.recipe import (
     Field,
     Method,
@@ -33,6 +42,9 @@ from equipoise.recipe import (
     shipped_recipes,
 )
 
+if TYPE_CHECKING:
+    from equipoise.distributed import World
+
 _DESCRIPTION = """\
 Train image classifiers on long-tailed data with Balanced Contrastive Learning (BCL, CVPR 2022).
 
@@ -40,6 +52,7 @@ Train image classifiers on long-tailed data with Balanced Contrastive Learning (
   equipoise train --data FOLDER            your own pictures: one sub-folder a class; or ImageNet, iNaturalist 2018,
                                            CIFAR, which are recognised
   equipoise train cifar10-lt --data FOLDER a recipe of the literature
+  equipoise predict RUN IMAGES_OR_FOLDER   the classes of images, with probabilities
 """
 
 
@@ -54,6 +67,10 @@ def main(words: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"equipoise: {error}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"equipoise: {stopped}", file=sys.stderr)
+        return stopped.code
     except BrokenPipeError:  # `equipoise recipes | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -107,11 +124,14 @@ def _parser(words: list[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"equipoise {_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_train(commands, words)
+    _add_compare(commands, words)
     _add_evaluate(commands)
+    _add_report(commands)
     _add_command(commands, "recipes", "the recipes that come with the package", _recipes)
     _add_data(commands)
-    _add_export(commands)
     _add_pack(commands)
+    add_predict_words(_add_command(commands, "predict", "name the classes of images", predict))
+    add_export_words(_add_command(commands, "export", "write a run in another layout", export))
     return parser
 
 
@@ -157,12 +177,36 @@ def _add_train(commands: Any, words: list[str]) -> None:
 def _train(options: argparse.Namespace) -> None:
     if options.out == "":
         raise UserError("--out names no folder")
+    refuse_swallowed_recipe(options)
     reload, evaluate = truth("--reload", options.reload), truth("--evaluate", options.evaluate)
     if reload or evaluate:
         _score_resumed(options, "test" if reload else "validation")
         return
-    of_checkpoint = resumed_recipe(options)
-    recipe, remark = (of_checkpoint, "") if of_checkpoint else chosen_recipe(options)
+    # Of one process alone, words are refused before torch is imported.
+    chosen = _recipe_of_run(options) if "WORLD_SIZE" not in os.environ else None
+
+    from equipoise.distributed import join
+
+    with join() as world, _silent_unless(world.is_first):
+        _train_in(world, options, *(chosen or world.each_makes(lambda: _recipe_of_run(options))))
+
+
+def _recipe_of_run(options: argparse.Namespace) -> tuple[Recipe, str, bool]:
+    """The recipe, a remark where it was not named, and whether it is that of the run that goes on."""
+    of_run = resumed_recipe(options)
+    return (of_run, "", True) if of_run else (*chosen_recipe(options), False)
+
+
+@contextlib.contextmanager
+def _silent_unless(speaks: bool) -> Generator[None]:
+    with contextlib.ExitStack() as stack:
+        if not speaks:
+            nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+        yield
+
+
+def _train_in(world: "World", options: argparse.Namespace, recipe: Recipe, remark: str, of_run: bool) -> None:
     demo = not (options.recipe or options.dataset or options.resume) and recipe.data.path == "digits"
     if options.beside and options.resume:
         raise UserError("--resume goes on with one run: drop --beside")
@@ -170,26 +214,33 @@ def _train(options: argparse.Namespace) -> None:
     if beside == recipe.method:
         beside = None
     # The seed's commands name no recipe and expect their run where the authors' README looks for it.
-    unnamed = not (options.recipe or of_checkpoint)
+    unnamed = not (options.recipe or of_run)
     authors_style = unnamed and recipe.data.benchmark in ("imagenet-lt", "inat2018")
     root_log = options.root_log or (LOG if authors_style else None)
     out = options.out or (authors_folder(root_log, recipe) if root_log else None)
 
     from equipoise.plan import prepare
+    from equipoise.run import AUTHORS_NAMES
     from equipoise.tables import print_figures, print_plan, print_post_hoc
     from equipoise.training import fit
 
-    plans = [prepare(recipe, out, options.resume)]
+    plans = [prepare(recipe, out, options.resume, world)]
     if beside:
         folder = plans[0].folder
         other = replace(recipe, method=beside)
-        plans.append(prepare(other, Path(f"{folder.resolve()}-{beside}") if out else None))
+        plans.append(prepare(other, Path(f"{folder.resolve()}-{beside}") if out else None, None, world))
     if remark:
         print(remark)
+    stale = [file for name in AUTHORS_NAMES.values() if (file := plans[0].folder / name).exists()]
+    if world.is_first:
+        for file in stale:  # of the run as it was; written anew when it ends
+            file.unlink()
     runs: list[Any] = []
     for plan in plans:
         print_plan(plan.describe())
         runs.append(fit(plan))
+    if not world.is_first:  # the files are rank 0's
+        return
     part = "test" if runs[0].metrics["test"] else "validation"
     results: list[tuple[str, Any]] = []
     for run in runs:
@@ -203,17 +254,19 @@ def _train(options: argparse.Namespace) -> None:
         print_post_hoc(run.metrics)
     for run in runs:
         print(f"run folder: {run.path}")
-    if root_log and not options.out:
+    if stale or (root_log and not options.out):
         _export_for_authors(runs[0].path)
+    if beside:
+        from equipoise.report import write_report
+
+        print(f"report: {write_report([run.path for run in runs], runs[0].path / 'report.html')}")
 
 
 def _export_for_authors(run: Path) -> None:
     """The run's checkpoints under the authors' names and in their layout, where a run can be written so."""
-    from equipoise.run import BEST as BEST_OF_RUN
-    from equipoise.run import LAST as LAST_OF_RUN
-    from equipoise.run import export_to_authors
+    from equipoise.run import AUTHORS_NAMES, export_to_authors
 
-    for ours, theirs in ((LAST_OF_RUN, LAST), (BEST_OF_RUN, BEST)):
+    for ours, theirs in AUTHORS_NAMES.items():
         if (run / ours).is_file():
             try:
                 export_to_authors(run / ours, run / theirs)
@@ -232,9 +285,79 @@ def _score_resumed(options: argparse.Namespace, part: str) -> None:
         raise UserError(f"{flag} trains nothing: drop {'--beside' if options.beside else '--out'}")
     overrides = overrides_of(options)
     data = {field.key: value for field, value in overrides}.get("data.path")
-    if data:
-        chosen_recipe(options)  # for its refusal of a data set that is not the one named
+    if data or options.recipe or options.dataset:
+        _refuse_other_data(Path(options.resume), data, chosen_recipe(options)[0])
     _score_checkpoint(Path(options.resume), data, part, overrides, None)
+
+
+def _refuse_other_data(checkpoint: Path, data: str | None, named: Recipe) -> None:
+    """Raise UserError where a recipe is named without data and the checkpoint, which would be scored on its own, has
+    another one."""
+    from equipoise.run import recipe_of
+
+    own = named.name if data else recipe_of(checkpoint).name
+    if own != named.name:
+        raise UserError(
+            f"{checkpoint} was trained by the recipe {own}, not {named.name}: name other data to score it on with "
+            "--data FOLDER"
+        )
+
+
+# ---------------------------------------------------------------------------------------------- compare and report
+
+
+def _add_compare(commands: Any, words: list[str]) -> None:
+    command = _add_command(commands, "compare", "train several methods under one recipe and several seeds", _compare)
+    command.add_argument("recipe", metavar="RECIPE", help="a shipped recipe, a TOML file, or a run folder")
+    command.add_argument(
+        "--methods",
+        default=",".join(get_args(Method)),
+        help="which, separated by commas; differences are to the first [%(default)s]",
+    )
+    command.add_argument("--seeds", type=int, default=3, help="how many, from --seed on [%(default)s]")
+    command.add_argument(
+        "--out",
+        metavar="FOLDER",
+        help="one run folder a method and seed; what is there is kept (default: runs/compare-RECIPE)",
+    )
+    command.set_defaults(dataset=None, use_norm=None, cos=None, gpu=None)  # flags of `train` that it does not have
+    add_set(command)
+    add_recipe_flags(command, words)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("compare trains one run after the other in one process: start it without torchrun")
+    recipe, _ = chosen_recipe(options)
+    if options.method is not None:
+        raise UserError("compare trains the methods of --methods; drop --method")
+    out = Path(options.out or Path("runs") / f"compare-{recipe.name}")
+
+    from equipoise.compare import compare, markdown
+
+    result = compare(recipe, options.methods.split(","), options.seeds, out)
+    print(f"\n{markdown(result)}")
+    print(f"written: {out / 'compare.json'}, {out / 'compare.md'}")
+
+    from equipoise.report import write_report
+
+    of_first_seed = [out / name for name in list(result["runs"].values())[: len(result["methods"])]]
+    print(f"report: {write_report(of_first_seed, out / 'report.html', result)}")
+
+
+def _add_report(commands: Any) -> None:
+    command = _add_command(commands, "report", "write runs as one HTML page, side by side", _report)
+    command.add_argument("runs", metavar="RUN", nargs="+", help="a run folder; one that stopped early will do")
+    command.add_argument(
+        "--out", metavar="FILE", help="where to write it (default: report.html in the first run folder)"
+    )
+
+
+def _report(options: argparse.Namespace) -> None:
+    from equipoise.report import write_report
+
+    runs = [Path(run) for run in options.runs]
+    print(f"report: {write_report(runs, Path(options.out) if options.out else runs[0] / 'report.html')}")
 
 
 # ---------------------------------------------------------------------------------------------- the others
@@ -251,6 +374,7 @@ def _add_evaluate(commands: Any) -> None:
         choices=("train", "validation", "test"),
         help="the part to score (default: test, or validation where there is no test)",
     )
+    _add_list_flags(command, ("val", "test"))
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     command.add_argument("--out", metavar="FILE", help="where to write the figures (default: beside the checkpoint)")
     command.add_argument("--logits", metavar="FILE", help="write the logits of every image too, as .npz")
@@ -260,14 +384,19 @@ def _add_evaluate(commands: Any) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     target = Path(options.target)
     overrides = [*overrides_of(options), (find_field("device"), options.device)]
-    if not target.is_dir() or options.data or options.split or options.out or options.logits or options.set:
+    other_data = options.data or options.split or any(field.path[-1].endswith("_list") for field, _ in overrides)
+    if not target.is_dir() or other_data or options.out or options.logits or options.set:
         _score_checkpoint(target, options.data, options.split, overrides, options.out, options.logits)
         return
 
+    from equipoise.distributed import join
     from equipoise.run import METRICS, evaluate_run
     from equipoise.tables import print_figures, print_post_hoc
 
-    metrics = evaluate_run(target, device=options.device)
+    with join() as world:
+        metrics = evaluate_run(target, device=options.device, world=world)
+    if not world.is_first:
+        return
     results = [
         (f"{part} {checkpoint}", metrics[checkpoint][part])
         for part in ("validation", "test")
@@ -288,15 +417,18 @@ def _score_checkpoint(
     logits: str | None = None,
 ) -> None:
     """Score one checkpoint (of a run: the last), show and write its figures."""
-    from equipoise.run import LAST as LAST_OF_RUN
-    from equipoise.run import evaluate_checkpoint, find_checkpoint, write_json, write_logits
+    from equipoise.distributed import join
+    from equipoise.run import LAST, evaluate_checkpoint, find_checkpoint, write_json, write_logits
     from equipoise.tables import print_figures
 
-    checkpoint = target / LAST_OF_RUN if target.is_dir() else find_checkpoint(target)
-    for flag, file in (("--out", out), ("--logits", logits)):
-        if file is not None and (not Path(file).absolute().parent.is_dir() or Path(file).is_dir()):
-            raise UserError(f"{flag} must be a file in a folder that is there, not {file}")
-    metrics, predictions = evaluate_checkpoint(checkpoint, data, part, overrides, keep_logits=logits is not None)
+    checkpoint = target / LAST if target.is_dir() else find_checkpoint(target)
+    refuse_unwritable({"--out": out, "--logits": logits})
+    with join() as world:
+        metrics, predictions = evaluate_checkpoint(
+            checkpoint, data, part, overrides, keep_logits=logits is not None, world=world
+        )
+    if not world.is_first:
+        return
     scored: str = metrics["split"]
     print_figures([(scored, metrics[scored])], f"{metrics['method']}: accuracy, percent", metrics)
     if logits is not None:
@@ -325,9 +457,15 @@ def _add_data(commands: Any) -> None:
     data.add_argument(
         "--write-lists", metavar="FOLDER", help="write iNaturalist's JSON as the list files of the literature"
     )
-    for part in ("train", "val", "test"):
-        data.add_argument(f"--{part}-list", dest=f"data.{part}_list", metavar="FILE", help="a list file of that part")
+    _add_list_flags(data, ("train", "val", "test"))
     add_set(data)
+
+
+def _add_list_flags(command: argparse.ArgumentParser, parts: Sequence[str]) -> None:
+    for part in parts:
+        command.add_argument(
+            f"--{part}-list", dest=f"data.{part}_list", metavar="FILE", help="a list file of that part"
+        )
 
 
 def _data(options: argparse.Namespace) -> None:
@@ -340,7 +478,7 @@ def _data(options: argparse.Namespace) -> None:
     from equipoise.tables import print_data
 
     path = Path(options.path)
-    if path.is_file() and path.suffix in (".txt", ".lst", ".csv", ".json"):
+    if path.is_file() and path.suffix in (".txt", ".lst", ".json"):
         source = Source(options.images or str(path.absolute().parent), lists={"train": str(path)})
     elif options.images:
         raise UserError("--images goes with a list file as PATH; for a folder, name its lists with --train-list")
@@ -390,33 +528,6 @@ def _pack(options: argparse.Namespace) -> None:
     out = Path(os.path.expanduser(options.out))
     told = pack(find_parts(source), source.benchmark, out, options.short_side, worker_count(options.workers))
     print("\n".join([*told, f"train on it: equipoise train --data {out}"]))
-
-
-# ---------------------------------------------------------------------------------------------- export
-
-
-def _add_export(commands: Any) -> None:
-    export = _add_command(commands, "export", "write a run in another layout", _export)
-    export.add_argument(
-        "target", metavar="RUN_OR_CHECKPOINT", help="a run folder (its best checkpoint, or else its last)"
-    )
-    export.add_argument(
-        "--to", choices=("authors",), required=True, help="authors: the layout of the BCL authors' code"
-    )
-    export.add_argument("--out", metavar="FILE", help=f"default: {BEST} or {LAST} beside the checkpoint")
-
-
-def _export(options: argparse.Namespace) -> None:
-    from equipoise.run import BEST as BEST_OF_RUN
-    from equipoise.run import LAST as LAST_OF_RUN
-    from equipoise.run import export_to_authors
-
-    target = Path(options.target)
-    best = (target / BEST_OF_RUN).is_file() or target.name == BEST_OF_RUN
-    checkpoint = target / (BEST_OF_RUN if best else LAST_OF_RUN) if target.is_dir() else target
-    out = Path(options.out or checkpoint.with_name(BEST if best else LAST))
-    export_to_authors(checkpoint, out)
-    print(f"written: {out}")
 
 
 if __name__ == "__main__":

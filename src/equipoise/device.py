@@ -9,8 +9,9 @@ import torch
 from equipoise.errors import UserError
 
 
-def choose_device(name: str) -> torch.device:
-    """'auto' takes cuda, then mps, then cpu; 'cuda:1' is the second GPU. Raises UserError for one that is not there."""
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """'auto' takes cuda, mps, cpu; 'cuda:1' is the second GPU. 'cuda' without a number is, for each process on
+    this host, its own. Raises UserError for one that is not there."""
     available = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
@@ -19,6 +20,9 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = next(device for device, there in available.items() if there)
     kind, _, number = name.partition(":")
+    if kind == "cuda" and not number:
+        number = str(local_rank)
+        name = f"cuda:{local_rank}" if local_rank else name
     if not available[kind]:
         raise UserError(f"this machine has no {kind} device that torch {torch.__version__} can use; try --device auto")
     if number and int(number) >= torch.cuda.device_count():

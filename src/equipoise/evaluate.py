@@ -3,11 +3,14 @@
 Shapes: N images of the list, B of a batch, C classes, K the classes ranked of each image.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from equipoise.distributed import ALONE, World
 from equipoise.loader import Batches
 from equipoise.metrics import TAUS, Predictions
 
@@ -17,40 +20,51 @@ _RANKED = 5
 
 @torch.inference_mode()
 def predict(
-    network: nn.Module, batches: Batches, log_prior_C: Tensor | None = None, keep_logits: bool = False
+    network: nn.Module,
+    batches: Batches,
+    log_prior_C: Tensor | None = None,
+    keep_logits: bool = False,
+    observe: Callable[[Tensor, Tensor], None] | None = None,
+    world: World = ALONE,
 ) -> Predictions:
-    """Predictions in the order of the list, from the raw logits of one view: no prior is added.
+    """Predictions in the order of the list, from the raw logits of one view: no prior is added. With several ranks,
+    each computes its batches and all have the whole.
 
     In float32 whatever the network was trained in, so that a figure depends on the weights and not on the device. With
     `log_prior_C`, what `logits - tau * log prior` would predict is kept too. The logits themselves are kept only if
-    asked for: of a large test set they fill gigabytes.
+    asked for: of a large test set they fill gigabytes. `observe` is called with labels and logits of each batch.
     """
     training = network.training
     network.eval()
-    rows: list[tuple[npt.NDArray[np.generic], ...]] = []
-    logits: list[npt.NDArray[np.float32]] = []
+    rows: list[tuple[npt.NDArray[np.generic], ...]] = []  # one of each batch
     prior_TC: Tensor | None = None
     try:
         for batch in batches.evaluation(_BATCH):
             logits_BC: Tensor = network(batch.images_VB3SS[0]).float()
+            if observe is not None:
+                observe(batch.labels_G, logits_BC)
             # Of equal logits the first class comes first, here and in argmax.
             ranked_BC = logits_BC.sort(dim=1, descending=True, stable=True).indices
             confidence_B = logits_BC.softmax(1).amax(1)
-            found = [batch.labels_B, ranked_BC[:, :_RANKED], confidence_B]
+            found = [batch.labels_G, ranked_BC[:, :_RANKED], confidence_B]
             if log_prior_C is not None:
                 if prior_TC is None:
                     prior_TC = torch.tensor(TAUS, device=logits_BC.device)[:, None] * log_prior_C.to(logits_BC)
                 found.append(torch.stack([(logits_BC - prior_C).argmax(1) for prior_C in prior_TC], dim=1))
-            rows.append(tuple(tensor.cpu().numpy() for tensor in found))
             if keep_logits:
-                logits.append(logits_BC.cpu().numpy())
+                found.append(logits_BC)
+            rows.append(tuple(tensor.cpu().numpy() for tensor in found))
     finally:
         network.train(training)
-    labels_N, ranked_NK, confidence_N, *adjusted = (np.concatenate(column) for column in zip(*rows, strict=True))
+    # Rank r had the batches r, r + size, ...
+    of_ranks = world.gather_objects(rows)
+    in_order = [of_ranks[batch % world.size][batch // world.size] for batch in range(sum(map(len, of_ranks)))]
+    labels_N, ranked_NK, confidence_N, *further = (np.concatenate(column) for column in zip(*in_order, strict=True))
+    logits_NC = further.pop() if keep_logits else None
     return Predictions(
         labels_N=labels_N.astype(np.int64),
         ranked_NK=ranked_NK.astype(np.int64),
         confidence_N=confidence_N.astype(np.float64),
-        adjusted={tau: adjusted[0][:, index].astype(np.int64) for index, tau in enumerate(TAUS)} if adjusted else {},
-        logits_NC=np.concatenate(logits) if keep_logits else None,
+        adjusted={tau: further[0][:, index].astype(np.int64) for index, tau in enumerate(TAUS)} if further else {},
+        logits_NC=logits_NC,
     )

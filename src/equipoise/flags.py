@@ -77,6 +77,19 @@ def _add_field(group: Any, field: Field, default: Any) -> None:
     group.add_argument(*flags, dest=field.key, default=None, help=text, **arguments)
 
 
+def refuse_swallowed_recipe(options: argparse.Namespace) -> None:
+    """Raise UserError where a flag with an optional value, or several, took the recipe that was written behind it."""
+    if options.recipe is not None:
+        return
+    for flag in options.parser._actions:
+        value = getattr(options, flag.dest, None) if flag.nargs in ("?", "+") else None
+        for word in value if isinstance(value, list) else [value]:
+            if word in shipped_recipes() or str(word).endswith(".toml"):
+                raise UserError(
+                    f"'{word}' was taken as a value of {flag.option_strings[0]}: write the recipe before the flags"
+                )
+
+
 def overrides_of(options: argparse.Namespace) -> list[tuple[Field, Any]]:
     """Fields set on the command line: those of `--set` first, so that a flag wins."""
     settings: list[tuple[Field, Any]] = []
@@ -125,10 +138,10 @@ def chosen_recipe(options: argparse.Namespace) -> tuple[Recipe, str]:
 
 
 def resumed_recipe(options: argparse.Namespace) -> Recipe | None:
-    """With `--resume` and neither a recipe nor data named, the recipe is the checkpoint's own."""
+    """With `--resume` and neither a recipe nor data named, the recipe is the run's own."""
     overrides = overrides_of(options)
     named = options.recipe or options.dataset or "data.path" in {field.key for field, _ in overrides}
-    if not options.resume or named:
+    if not options.resume or options.resume == "auto" or named:
         return None
 
     from equipoise.run import recipe_of

@@ -4,6 +4,7 @@ The fingerprint is git's blob id, by which the same file is the same in every re
 (`git hash-object FILE`). The lists are not part of this package: only their names and fingerprints are.
 """
 
+import codecs
 import hashlib
 import json
 import os
@@ -109,10 +110,13 @@ def absent_list(root: Path, benchmark: str, part: str) -> UserError:
     fingerprint = f", git blob {known.blob}" if known.blob else ""
     annotations = BENCHMARKS[benchmark].annotations.get(part)
     official = f", put the official {annotations} into {root}" if annotations else ""
+    as_folders = "; to train on all images of its class folders, name the recipe: train pictures --data FOLDER"
+    otherwise = "" if official or part != "train" else as_folders
     flag = {"train": "train", "validation": "val", "test": "test"}[part]
     return UserError(
         f"the list {known.name} ({known.images:,} images of {known.classes:,} classes{fingerprint}) is not in "
-        f"{', '.join(folders[:-1])} or {folders[-1]}; put it there{official}, or name it with --{flag}-list FILE"
+        f"{', '.join(folders[:-1])} or {folders[-1]}; put it there{official}, or name it with "
+        f"--{flag}-list FILE{otherwise}"
     )
 
 
@@ -146,7 +150,8 @@ _DIGITS = len(str(_MOST_CLASSES - 1))
 
 def _all_at_once(content: bytes) -> tuple[Paths, Indices] | None:
     """Paths and labels of an ordinary list, a million lines a second; None for one that has to be read line by line."""
-    if not content or content[0] in b" /\\\n" or any(text in content for text in _UNUSUAL):
+    start = (b" ", b"/", b"\\", b"\n", codecs.BOM_UTF8)
+    if not content or content.startswith(start) or any(text in content for text in _UNUSUAL):
         return None
     characters = np.frombuffer(content, np.uint8)
     ends_N = np.flatnonzero(characters == ord("\n"))
@@ -174,7 +179,7 @@ def _all_at_once(content: bytes) -> tuple[Paths, Indices] | None:
 def _line_by_line(content: bytes, file: Path) -> tuple[Paths, Indices]:
     paths: list[str] = []
     labels: list[int] = []
-    for number, line in enumerate(content.split(b"\n"), 1):
+    for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
         words = line.rsplit(None, 1)
         if not words:
             continue
@@ -202,9 +207,9 @@ def _from_annotations(content: bytes, file: Path) -> bytes:
     except (ValueError, RecursionError):
         raise UserError(f"{file} is not valid JSON; take the official file anew") from None
     except (KeyError, TypeError) as error:
+        missing = f": {error} is missing; the test part has no labels" if isinstance(error, KeyError) else ""
         raise UserError(
-            f"{file} is not iNaturalist's JSON (images and annotations with image_id and category_id): {error} is "
-            "missing; the test part has no labels"
+            f"{file} is not iNaturalist's JSON (images and annotations with image_id and category_id){missing}"
         ) from None
     return "".join(lines).encode()
 
@@ -227,7 +232,7 @@ def image_lists(files: Mapping[str, ListFile], root: Path) -> tuple[dict[str, Im
         wrong = read.labels_N[read.labels_N >= classes]
         if len(wrong):
             raise UserError(f"{read.file} has label {wrong[0]}, but the training list's classes are 0 to {classes - 1}")
-        lists[part] = ImageList(str(read.file), ImageFiles(root, read.paths), read.labels_N, names)
+        lists[part] = ImageList(str(read.file), ImageFiles(root, read.paths, read.blob), read.labels_N, names)
     return lists, notes
 
 
@@ -284,10 +289,11 @@ def absent_images(images: ImageList) -> list[int]:
 
 def absence(images: ImageList, absent: list[int]) -> str:
     """One line about the images of a list that are not there."""
-    blob = git_blob(Path(images.origin).read_bytes())
+    assert isinstance(images.images, ImageFiles)
     return (
         f"{images.images.name(absent[0])} is not there, and {len(absent):,} of the {len(images):,} images of "
-        f"{images.origin} (git blob {blob}) are missing; its paths are looked for below the folder given as data"
+        f"{images.origin} (git blob {images.images.blob}) are missing; its paths are looked for below the folder given "
+        "as data"
     )
 
 
@@ -307,24 +313,29 @@ def overlap(one: ImageList, other: ImageList) -> str | None:
 
 
 def identity(read: ListFile) -> str:
-    """Which published list this is, by its fingerprint, or what sets it apart from the one it is named after."""
-    of_name = PUBLISHED.get(read.file.name)
-    for known in PUBLISHED.values():
-        if known.blob == read.blob:
-            return f"{read.file}: the published {known.name} (git blob {known.blob})"
-    told = f"{read.file}: git blob {read.blob}, no published list that is known here"
-    if of_name is None or not of_name.blob:
-        return told
-    told += f"; the published {of_name.name} is {of_name.blob}"
-    if git_blob(b"\n".join(line.strip() for line in read.content.split(b"\n"))) == of_name.blob:
-        return f"{told}, and differs in white space alone (line ends)"
-    told += f", with {of_name.images:,} images of {of_name.classes:,} classes; this one has {len(read.paths):,} of "
-    return f"{told}{len(np.unique(read.labels_N)):,}"
+    """Which published list this is, by its fingerprint."""
+    known = next((known for known in PUBLISHED.values() if known.blob == read.blob), None)
+    if known is None:
+        return f"{read.file}: git blob {read.blob}, no published list that is known here"
+    return f"{read.file}: the published {known.name} (git blob {known.blob})"
 
 
-def departures(read: ListFile, classes: int, of_training: bool) -> list[str]:
-    """What is odd about a list by itself: classes without images, and the same image more than once."""
-    found: list[str] = []
+def _departure(read: ListFile, expected: Published) -> str:
+    """What sets a list apart from the published one that it stands for."""
+    told = f"{read.file} is not the published {expected.name} (git blob {expected.blob}): "
+    if git_blob(b"\n".join(line.strip() for line in read.content.split(b"\n"))) == expected.blob:
+        return f"{told}it differs in white space alone (line ends)"
+    return (
+        f"{told}that has {expected.images:,} images of {expected.classes:,} classes, this one {len(read.paths):,} of "
+        f"{len(np.unique(read.labels_N)):,}"
+    )
+
+
+def departures(read: ListFile, classes: int, of_training: bool, expected: Published | None = None) -> list[str]:
+    """What is odd about a list: that it is another one than the published list that is expected, or than that of its
+    name; classes without images; the same image more than once."""
+    expected = expected or PUBLISHED.get(read.file.name)
+    found = [_departure(read, expected)] if expected and expected.blob not in ("", read.blob) else []
     gaps = np.setdiff1d(np.arange(classes), read.labels_N) if of_training else np.array([])
     if len(gaps):
         found.append(

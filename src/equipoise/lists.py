@@ -102,10 +102,11 @@ class Paths:
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Files below a folder, by their paths relative to it."""
+    """Files below a folder, by their paths relative to it. `blob`: of the list file that names them, if one does."""
 
     root: Path
     paths: Paths
+    blob: str = ""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -267,6 +268,8 @@ class Parts:
     train: ImageList
     validation: ImageList | None
     test: ImageList | None
+    described: tuple[str, ...] = ()  # as in `Found`
+    notes: tuple[str, ...] = ()
 
     def named(self) -> dict[str, ImageList]:
         """The parts that exist, by name."""

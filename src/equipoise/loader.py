@@ -6,8 +6,9 @@ because every random number comes from (seed, epoch, index).
 """
 
 import os
+import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from equipoise.distributed import ALONE, World
 from equipoise.draws import permutation
 from equipoise.errors import UserError
 from equipoise.lists import ImageList
@@ -24,20 +26,33 @@ from equipoise.views import ViewSettings, evaluation_view, photo_views, small_vi
 
 Indices = npt.NDArray[np.int64]
 
+_SECONDS_AFTER_SIGTERM = 60
+
 
 @dataclass(frozen=True)
 class Batch:
-    """`images_VB3SS`: uint8; evaluation batches have one view. All on the device."""
+    """`images_VB3SS`: uint8, of this rank; evaluation batches have one view. `labels_G`: of the whole batch, of which
+    `rows` are this rank's. A rank without rows has images all the same, which do not count. All on the device."""
 
     images_VB3SS: Tensor
-    labels_B: Tensor
+    labels_G: Tensor
+    rows: slice
 
 
 class Batches(Protocol):
     """What training and evaluation read from."""
 
-    def training(self, seed: int, epoch: int, batch_size: int) -> Iterator[Batch]: ...
-    def evaluation(self, batch_size: int) -> Iterator[Batch]: ...
+    def training(self, seed: int, epoch: int, batch_size: int, first_step: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from its step `first_step` on, of each this rank's share."""
+        ...
+
+    def evaluation(self, batch_size: int) -> Iterator[Batch]:
+        """All images in order, in batches; of several ranks, rank r has the batches r, r + size, ..."""
+        ...
+
+    def close(self) -> None:
+        """End the worker processes."""
+        ...
 
 
 def steps_per_epoch(images: int, batch_size: int) -> int:
@@ -47,21 +62,24 @@ def steps_per_epoch(images: int, batch_size: int) -> int:
     return full + (rest > 1)
 
 
-def worker_count(workers: int) -> int:
-    """Loader processes: -1 means one for each core this process may use."""
+def worker_count(workers: int, local_ranks: int = 1) -> int:
+    """Loader processes: -1 means one for each core this process may use, of which it has its share."""
     if workers >= 0:
         return workers
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // local_ranks)
 
 
-def open_batches(images: ImageList, settings: ViewSettings, device: torch.device, workers: int = 0) -> "Batches":
+def open_batches(
+    images: ImageList, settings: ViewSettings, device: torch.device, workers: int = 0, world: World = ALONE
+) -> "Batches":
     """The loader that fits the policy: images of `digits` and `cifar` are decoded now and stay in memory.
 
     Raises UserError naming an image that cannot be read: here, or, of photographs, when their turn comes.
     """
     if settings.policy == "photos":
-        return Photographs(images, settings, device, workers)
-    return SmallImages(images, settings, device)
+        return Photographs(images, settings, device, workers, world)
+    return SmallImages(images, settings, device, world)
 
 
 def _epoch_batches(images: int, seed: int, epoch: int, batch_size: int) -> list[Indices]:
@@ -69,55 +87,73 @@ def _epoch_batches(images: int, seed: int, epoch: int, batch_size: int) -> list[
     return [order[step * batch_size : (step + 1) * batch_size] for step in range(steps_per_epoch(images, batch_size))]
 
 
-def _in_order(images: int, batch_size: int) -> list[Indices]:
-    return [np.arange(start, min(start + batch_size, images)) for start in range(0, images, batch_size)]
+def _in_order(images: int, batch_size: int, world: World) -> list[Indices]:
+    """Whole batches go to the ranks, so that each is what it would be with one rank, to the last bit."""
+    starts = range(world.rank * batch_size, images, world.size * batch_size)
+    return [np.arange(start, min(start + batch_size, images)) for start in starts]
+
+
+def _share(indices_G: Indices, world: World) -> tuple[Indices, slice]:
+    """The images that this rank computes of a batch, and which rows of it count as its own."""
+    rows = world.share(len(indices_G))
+    return indices_G[rows] if rows.stop > rows.start else indices_G[:2], rows
 
 
 class SmallImages:
     """Images of one size, in memory; views are made batch-wise on the device."""
 
-    def __init__(self, images: ImageList, settings: ViewSettings, device: torch.device) -> None:
+    def __init__(self, images: ImageList, settings: ViewSettings, device: torch.device, world: World = ALONE) -> None:
         self._pixels_NSS3 = torch.from_numpy(decode_all(images, settings.size))
         self._labels_N = torch.from_numpy(images.labels_N)
         self._settings = settings
         self._device = device
+        self._world = world
         # The operations need float64 here and there, which Apple's devices do not have.
         self._view_device = torch.device("cpu") if device.type == "mps" else device
 
-    def _gather(self, indices_B: Indices) -> tuple[Tensor, Tensor]:
-        rows = torch.from_numpy(indices_B)
-        images_BSS3 = self._pixels_NSS3[rows].to(self._view_device)
-        return images_BSS3.permute(0, 3, 1, 2), self._labels_N[rows]
+    def _gather(self, indices_B: Indices) -> Tensor:
+        return self._pixels_NSS3[torch.from_numpy(indices_B)].to(self._view_device).permute(0, 3, 1, 2)
 
-    def training(self, seed: int, epoch: int, batch_size: int) -> Iterator[Batch]:
-        for indices_B in _epoch_batches(len(self._labels_N), seed, epoch, batch_size):
-            images_B3SS, labels_B = self._gather(indices_B)
-            views = small_views(images_B3SS, self._settings, seed, epoch, indices_B)
-            yield Batch(views.to(self._device), labels_B.to(self._device))
+    def training(self, seed: int, epoch: int, batch_size: int, first_step: int = 0) -> Iterator[Batch]:
+        for indices_G in _epoch_batches(len(self._labels_N), seed, epoch, batch_size)[first_step:]:
+            indices_B, rows = _share(indices_G, self._world)
+            views = small_views(self._gather(indices_B), self._settings, seed, epoch, indices_B)
+            labels_G = self._labels_N[torch.from_numpy(indices_G)]
+            yield Batch(views.to(self._device), labels_G.to(self._device), rows)
 
     def evaluation(self, batch_size: int) -> Iterator[Batch]:
-        for indices_B in _in_order(len(self._labels_N), batch_size):
-            images_B3SS, labels_B = self._gather(indices_B)
-            yield Batch(images_B3SS[None].to(self._device), labels_B.to(self._device))
+        for indices_B in _in_order(len(self._labels_N), batch_size, self._world):
+            labels_B = self._labels_N[torch.from_numpy(indices_B)]
+            yield Batch(
+                self._gather(indices_B)[None].to(self._device), labels_B.to(self._device), slice(0, len(indices_B))
+            )
+
+    def close(self) -> None:
+        """There are no processes to end."""
 
 
 @dataclass(frozen=True)
 class _Task:
-    """One batch for a worker: `seed_and_epoch` None asks for the evaluation view."""
+    """One batch for a worker: `seed_and_epoch` None asks for the evaluation view. The other two are `Batch`'s."""
 
     indices_B: Indices
     seed_and_epoch: tuple[int, int] | None
+    indices_G: Indices
+    rows: slice
 
 
 class Photographs:
     """Image files of any size, decoded and made into views by `workers` processes (0: this one)."""
 
-    def __init__(self, images: ImageList, settings: ViewSettings, device: torch.device, workers: int) -> None:
+    def __init__(
+        self, images: ImageList, settings: ViewSettings, device: torch.device, workers: int, world: World = ALONE
+    ) -> None:
         self._images = images
         self._device = device
+        self._world = world
         self._tasks: list[_Task] = []
         # The sampler is the list that `_run` refills, so that one set of worker processes serves all epochs.
-        self._loader: DataLoader[Batch | UserError] = DataLoader(
+        self._loader: DataLoader[Batch | UserError] | None = DataLoader(
             _BatchMaker(images, settings),
             batch_size=None,
             sampler=_Refillable(self._tasks),
@@ -127,22 +163,29 @@ class Photographs:
             worker_init_fn=_start_worker,
         )
 
-    def training(self, seed: int, epoch: int, batch_size: int) -> Iterator[Batch]:
-        batches = _epoch_batches(len(self._images), seed, epoch, batch_size)
-        return self._run([_Task(indices_B, (seed, epoch)) for indices_B in batches])
+    def training(self, seed: int, epoch: int, batch_size: int, first_step: int = 0) -> Iterator[Batch]:
+        batches = _epoch_batches(len(self._images), seed, epoch, batch_size)[first_step:]
+        shares = [(*_share(indices_G, self._world), indices_G) for indices_G in batches]
+        return self._run([_Task(indices_B, (seed, epoch), indices_G, rows) for indices_B, rows, indices_G in shares])
 
     def evaluation(self, batch_size: int) -> Iterator[Batch]:
-        return self._run([_Task(indices_B, None) for indices_B in _in_order(len(self._images), batch_size)])
+        batches = _in_order(len(self._images), batch_size, self._world)
+        return self._run([_Task(indices_B, None, indices_B, slice(0, len(indices_B))) for indices_B in batches])
 
     def _run(self, tasks: Sequence[_Task]) -> Iterator[Batch]:
         self._tasks[:] = tasks
+        assert self._loader is not None, "it is closed"
         for batch in self._loader:
             if isinstance(batch, UserError):
                 raise batch
-            yield Batch(
-                batch.images_VB3SS.to(self._device, non_blocking=True),
-                batch.labels_B.to(self._device, non_blocking=True),
+            yield replace(
+                batch,
+                images_VB3SS=batch.images_VB3SS.to(self._device, non_blocking=True),
+                labels_G=batch.labels_G.to(self._device, non_blocking=True),
             )
+
+    def close(self) -> None:
+        self._loader = None  # its end is the workers' end
 
 
 class _Refillable:
@@ -164,17 +207,27 @@ class _BatchMaker(Dataset["Batch | UserError"]):
         self._settings = settings
 
     def __getitem__(self, task: _Task) -> "Batch | UserError":  # pyright: ignore[reportIncompatibleMethodOverride]
-        labels_B = torch.from_numpy(self._images.labels_N[task.indices_B])
+        labels_G = torch.from_numpy(self._images.labels_N[task.indices_G])
         try:
             photos = [decode(self._images, int(index)) for index in task.indices_B]
         except UserError as error:
             return error
         if task.seed_and_epoch is None:
             views = np.stack([evaluation_view(photo, self._settings.size) for photo in photos])
-            return Batch(torch.from_numpy(views).permute(0, 3, 1, 2)[None], labels_B)
+            return Batch(torch.from_numpy(views).permute(0, 3, 1, 2)[None], labels_G, task.rows)
         seed, epoch = task.seed_and_epoch
-        return Batch(photo_views(photos, self._settings, seed, epoch, task.indices_B), labels_B)
+        return Batch(photo_views(photos, self._settings, seed, epoch, task.indices_B), labels_G, task.rows)
 
 
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
+    # A signal to the whole group of processes is the main one's to answer: it finishes its step, for which it needs its
+    # workers. They end with it, or by themselves should it not.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGTERM, _end_later)
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
+def _end_later(*_: object) -> None:
+    signal.alarm(_SECONDS_AFTER_SIGTERM)

@@ -1,10 +1,13 @@
 """Numbers of a training run become JSON lines, TensorBoard curves and a line of progress."""
 
 import json
+import os
+import socket
 import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
@@ -12,30 +15,82 @@ _SECONDS_BETWEEN_PLAIN_LINES = 10.0
 
 
 class RunLog:
-    """`metrics.jsonl` and TensorBoard events of a run folder."""
+    """`metrics.jsonl` and TensorBoard events of a run folder. Without a folder (all ranks but the first): none."""
 
-    def __init__(self, folder: Path, step: int) -> None:
-        """Begin after `step` steps: what the folder has of later ones, which will be done again, is dropped."""
-        from torch.utils.tensorboard.writer import SummaryWriter
-
-        self._curves = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+    def __init__(self, folder: Path | None, epoch: int, step: int) -> None:
+        """Begin after `step` steps and `epoch` whole epochs: what the folder has of what will be done again is
+        dropped."""
+        self._open = folder is not None
+        if folder is None:
+            return
+        self._curves = _Curves(folder / "tensorboard", step)
         file = folder / "metrics.jsonl"
         if file.exists():
-            lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-            file.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
+            os.truncate(file, _length_of_done(file, epoch, step))
         self._lines = file.open("a", encoding="utf-8")
 
     def write(self, kind: str, step: int, epoch: int, values: dict[str, float | None]) -> None:
         """One line, `kind` 'train' or 'validation', after `step` steps; `None` (absent) is no point of a curve."""
+        if not self._open:
+            return
         self._lines.write(json.dumps({"kind": kind, "step": step, "epoch": epoch, **values}) + "\n")
         self._lines.flush()
         for name, value in values.items():
             if value is not None:
-                self._curves.add_scalar(f"{kind}/{name}", value, step)
+                self._curves.add(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
-        self._lines.close()
-        self._curves.close()
+        if self._open:
+            self._lines.close()
+            self._curves.close()
+
+
+class _Curves:
+    """A TensorBoard event file, written at once: the writer that comes with torch has a thread of its own, which ends
+    in a traceback where the disk is full."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        folder.mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}.{step}"
+        self._records = RecordWriter((folder / name).open("wb"))
+        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        if step:  # what other files have of later steps does not count any more
+            start = SessionLog(status=SessionLog.START)
+            self._write(Event(wall_time=time.time(), step=step + 1, session_log=start))
+
+    def add(self, name: str, value: float, step: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+
+        point = Summary(value=[Summary.Value(tag=name, simple_value=value)])
+        self._write(Event(wall_time=time.time(), step=step, summary=point))
+
+    def _write(self, event: Any) -> None:
+        self._records.write(event.SerializeToString())
+        self._records.flush()
+
+    def close(self) -> None:
+        self._records.close()
+
+
+def _length_of_done(file: Path, epoch: int, step: int) -> int:
+    """Bytes of the file up to the first line of something later, or one that a killed run has not finished. An epoch is
+    whole when it is validated: its last step may be done without."""
+    length = 0
+    with file.open("rb") as lines:
+        for line in lines:
+            try:
+                said = json.loads(line)
+                later = said["step"] > step or (said["kind"] == "validation" and said["epoch"] >= epoch)
+            except (ValueError, KeyError, TypeError):
+                break
+            if later or not line.endswith(b"\n"):
+                break
+            length += len(line)
+    return length
 
 
 class ProgressLine:

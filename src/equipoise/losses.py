@@ -2,8 +2,8 @@
 
 Pure: tensors in, a scalar out. They know of no ranks and no recipe; hand them the whole batch.
 
-Shapes: B images of a batch, V contrastive views, C classes, D width of the contrastive features,
-N = V * B anchors, R of them a chunk, M = N + C columns that an anchor is compared with.
+Shapes: B images of a batch, V contrastive views, C classes, D width of the contrastive features, K = V * B features,
+N of them anchors (all, unless said), R of these a chunk, M = K + C columns that an anchor is compared with.
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+ALL = slice(None)
 
 # Entries of the matrix that is there at a time, 20 MB in float32: a batch of 256 with 8,142 classes is one chunk. Below
 # these many anchors the matrix products become slower.
@@ -28,18 +30,20 @@ def log_prior(class_counts_C: Tensor) -> Tensor:
     return (counts / counts.sum()).log()
 
 
-def logit_adjusted_cross_entropy(logits_BC: Tensor, labels_B: Tensor, log_prior_C: Tensor, tau: float = 1.0) -> Tensor:
+def logit_adjusted_cross_entropy(
+    logits_BC: Tensor, labels_B: Tensor, log_prior_C: Tensor, tau: float = 1.0, reduction: str = "mean"
+) -> Tensor:
     """Cross-entropy of `logits + tau * log prior` (Menon et al., ICLR 2021, eq. 10; "logit compensation" in BCL).
 
-    Computed in float32 at least, also under autocast. Returns the mean over the batch.
+    Computed in float32 at least, also under autocast. Returns the mean over the batch, or its sum (`reduction`).
     """
     with torch.autocast(logits_BC.device.type, enabled=False):
         logits_BC = _at_least_float32(logits_BC)
-        return F.cross_entropy(logits_BC + tau * log_prior_C.to(logits_BC), labels_B)
+        return F.cross_entropy(logits_BC + tau * log_prior_C.to(logits_BC), labels_B, reduction=reduction)
 
 
 def balanced_contrastive_loss(
-    features_BVD: Tensor, labels_B: Tensor, prototypes_CD: Tensor, temperature: float = 0.1
+    features_BVD: Tensor, labels_B: Tensor, prototypes_CD: Tensor, temperature: float = 0.1, rows: slice = ALL
 ) -> Tensor:
     """The balanced contrastive loss (arXiv:2207.09052, eqs. 6-9): the mean over all V * B features.
 
@@ -50,6 +54,8 @@ def balanced_contrastive_loss(
         L_i = mean over the positives p of [ log sum_{k != i} exp(s_ik) / w_ik  -  s_ip ],    s = z . z' / temperature
 
     w_ik is the number of columns of k's class, the anchor itself not counted; positives are the other columns of i's.
+    `rows`: the images whose features are anchors. Only they are computed, still divided by V * B, so that the losses of
+    disjoint rows, each computed elsewhere, add up to the loss of the batch.
 
     Computed in float32 at least, also under autocast; the gradients with the value, so that a second derivative cannot
     be taken. Raises ValueError where the shapes do not fit together.
@@ -59,92 +65,108 @@ def balanced_contrastive_loss(
     if width != features_BVD.shape[2]:
         raise ValueError(f"features have width {features_BVD.shape[2]} but prototypes {width}")
     with torch.autocast(features_BVD.device.type, enabled=False):
-        anchors_ND, labels_N = _anchors(features_BVD, labels_B)
-        return _BalancedContrastive.apply(anchors_ND, labels_N, prototypes_CD.to(anchors_ND.dtype), temperature)
+        features_KD, labels_K, anchors = _flat(features_BVD, labels_B, rows)
+        prototypes_CD = prototypes_CD.to(features_KD.dtype)
+        return _BalancedContrastive.apply(
+            features_KD, labels_K, prototypes_CD, temperature, anchors.start, anchors.stop
+        )
 
 
-def supervised_contrastive_loss(features_BVD: Tensor, labels_B: Tensor, temperature: float = 0.1) -> Tensor:
+def supervised_contrastive_loss(
+    features_BVD: Tensor, labels_B: Tensor, temperature: float = 0.1, rows: slice = ALL
+) -> Tensor:
     """Supervised contrastive loss (Khosla et al., NeurIPS 2020, eq. 2): BCL without averaging and complement.
 
     Anchors without a positive in the batch (possible when V = 1) are left out of the mean; where none has one, the
-    loss is 0. Computed in float32 at least. Raises ValueError where the shapes do not fit together.
+    loss is 0. `rows`: see `balanced_contrastive_loss`. Computed in float32 at least. Raises ValueError where the
+    shapes do not fit together.
     """
     _check_shapes(features_BVD, labels_B)
     with torch.autocast(features_BVD.device.type, enabled=False):
-        anchors_ND, labels_N = _anchors(features_BVD, labels_B)
-        similarity_NN = anchors_ND @ anchors_ND.T / temperature
-        log_denominator_N = _exclude_self(similarity_NN).logsumexp(1)
-        _, class_N, count_J = labels_N.unique(return_inverse=True, return_counts=True)  # J classes present
-        sums_JD = anchors_ND.new_zeros(len(count_J), anchors_ND.shape[1]).index_add(0, class_N, anchors_ND)
-        positives_N = (count_J[class_N] - 1).to(anchors_ND.dtype)
+        features_KD, labels_K, anchors = _flat(features_BVD, labels_B, rows)
+        _, class_K, count_J = labels_K.unique(return_inverse=True, return_counts=True)  # J classes present
+        sums_JD = features_KD.new_zeros(len(count_J), features_KD.shape[1]).index_add(0, class_K, features_KD)
+        positives_K = (count_J[class_K] - 1).to(features_KD.dtype)
+        anchors_ND, class_N, positives_N = features_KD[anchors], class_K[anchors], positives_K[anchors]
+
+        similarity_NK = anchors_ND @ features_KD.T / temperature
+        log_denominator_N = _exclude_self(similarity_NK, anchors).logsumexp(1)
         positive_N = _sum_of_others(sums_JD[class_N], anchors_ND) / temperature / positives_N.clamp(min=1)
-        has_positive_N = positives_N > 0
-        loss_N = torch.where(has_positive_N, log_denominator_N - positive_N, 0.0)
-        return loss_N.sum() / has_positive_N.sum().clamp(min=1)
+        loss_N = torch.where(positives_N > 0, log_denominator_N - positive_N, 0.0)
+        return loss_N.sum() / (positives_K > 0).sum().clamp(min=1)
 
 
 class _BalancedContrastive(torch.autograd.Function):
-    """The equation above for `[N, D]`, `[N]`, `[C, D]`: nearly the time of its matrix products, in little memory.
+    """The equation above for `[K, D]`, `[K]`, `[C, D]` and the anchors `begin` to `end`: in nearly the time of its
+    matrix products, and in little memory.
 
     All positives of an anchor have one weight, n = |P|, so L_i = -sum_p q_ip (log softmax_p - log q_ip) with the scores
     s_ik - log w_ik and q = 1 / n on the positives. That is KL(q || softmax), and its gradient in the scores is
     softmax - q. It is known as soon as the scores are: so a chunk of anchors is compared, its share of the gradients
-    added up, and its matrix written over by the next one. No [N, N + C] matrix is kept and none is computed twice.
+    added up, and its matrix written over by the next one. No [N, M] matrix is kept and none is computed twice.
     """
 
     @staticmethod
-    def forward(ctx: Any, anchors_ND: Tensor, labels_N: Tensor, prototypes_CD: Tensor, temperature: float) -> Tensor:
-        anchors, classes = len(anchors_ND), len(prototypes_CD)
+    def forward(
+        ctx: Any,
+        features_KD: Tensor,
+        labels_K: Tensor,
+        prototypes_CD: Tensor,
+        temperature: float,
+        begin: int,
+        end: int,
+    ) -> Tensor:
+        features, classes = len(features_KD), len(prototypes_CD)
         # n, of each class: its features in the batch. Its columns are one more, the prototype (K of the paper).
-        members_C = anchors_ND.new_zeros(classes).index_add_(0, labels_N, torch.ones_like(anchors_ND[:, 0]))
-        members_N = members_C[labels_N]
-        log_columns_M = torch.cat([members_N, members_C]).log1p_()
-        grad_anchors_ND, grad_prototypes_CD = torch.zeros_like(anchors_ND), torch.zeros_like(prototypes_CD)
-        total = anchors_ND.new_zeros(())
-        rows = max(_CHUNK_ROWS, _CHUNK_ENTRIES // (anchors + classes))
-        memory_RM = anchors_ND.new_empty(min(rows, anchors), anchors + classes)
-        for first in range(0, anchors, rows):
-            chunk_RD = anchors_ND[first : first + rows] / temperature
-            own_R1 = labels_N[first : first + rows, None]  # where the prototype of the anchor's class is
-            members_R1 = members_N[first : first + rows, None]
+        members_C = features_KD.new_zeros(classes).index_add_(0, labels_K, torch.ones_like(features_KD[:, 0]))
+        members_K = members_C[labels_K]
+        log_columns_M = torch.cat([members_K, members_C]).log1p_()
+        grad_features_KD, grad_prototypes_CD = torch.zeros_like(features_KD), torch.zeros_like(prototypes_CD)
+        total = features_KD.new_zeros(())
+        rows = max(_CHUNK_ROWS, _CHUNK_ENTRIES // (features + classes))
+        memory_RM = features_KD.new_empty(min(rows, end - begin), features + classes)
+        for first in range(begin, end, rows):
+            chunk_RD = features_KD[first : min(first + rows, end)] / temperature
+            own_R1 = labels_K[first : first + len(chunk_RD), None]  # where the prototype of the anchor's class is
+            members_R1 = members_K[first : first + len(chunk_RD), None]
             scores_RM = memory_RM[: len(chunk_RD)]
-            of_features_RN, of_prototypes_RC = scores_RM[:, :anchors], scores_RM[:, anchors:]
-            torch.mm(chunk_RD, anchors_ND.T, out=of_features_RN)
+            of_features_RK, of_prototypes_RC = scores_RM[:, :features], scores_RM[:, features:]
+            torch.mm(chunk_RD, features_KD.T, out=of_features_RK)
             torch.mm(chunk_RD, prototypes_CD.T, out=of_prototypes_RC)
             scores_RM -= log_columns_M
 
             # In the anchor's own class one column fewer counts, as the anchor itself does not.
             target_R1 = 1 / members_R1  # q at the prototype; at the features:
-            target_RN = (own_R1 == labels_N) * target_R1
-            target_RN.diagonal(first).zero_()
-            of_features_RN.addcmul_(target_RN, members_R1 * target_R1.log1p())
+            target_RK = (own_R1 == labels_K) * target_R1
+            target_RK.diagonal(first).zero_()
+            of_features_RK.addcmul_(target_RK, members_R1 * target_R1.log1p())
             of_prototypes_RC.scatter_add_(1, own_R1, target_R1.log1p())
             at_positives_R1 = of_prototypes_RC.gather(1, own_R1) * target_R1
-            at_positives_R1 += torch.linalg.vecdot(of_features_RN, target_RN)[:, None]
+            at_positives_R1 += torch.linalg.vecdot(of_features_RK, target_RK)[:, None]
 
-            of_features_RN.diagonal(first).fill_(float("-inf"))
+            of_features_RK.diagonal(first).fill_(float("-inf"))
             highest_R1 = scores_RM.amax(1, keepdim=True)
             sum_R1 = scores_RM.sub_(highest_R1).exp_().sum(1, keepdim=True)
             total += (sum_R1.log() + highest_R1 - at_positives_R1 - members_R1.log()).sum()
 
             # From here on the scores are their own gradients: softmax - q.
             scores_RM /= sum_R1
-            of_features_RN -= target_RN
+            of_features_RK -= target_RK
             of_prototypes_RC.scatter_add_(1, own_R1, -target_R1)
-            del target_RN  # or it would stay beside the next chunk's
-            of_chunk_RD = grad_anchors_ND[first : first + rows]
-            of_chunk_RD.addmm_(of_features_RN, anchors_ND, alpha=1 / (temperature * anchors))
-            of_chunk_RD.addmm_(of_prototypes_RC, prototypes_CD, alpha=1 / (temperature * anchors))
-            grad_anchors_ND.addmm_(of_features_RN.T, chunk_RD, alpha=1 / anchors)  # the chunk's share as columns
-            grad_prototypes_CD.addmm_(of_prototypes_RC.T, chunk_RD, alpha=1 / anchors)
-        ctx.save_for_backward(grad_anchors_ND, grad_prototypes_CD)
-        return total / anchors
+            del target_RK  # or it would stay beside the next chunk's
+            of_chunk_RD = grad_features_KD[first : first + len(chunk_RD)]
+            of_chunk_RD.addmm_(of_features_RK, features_KD, alpha=1 / (temperature * features))
+            of_chunk_RD.addmm_(of_prototypes_RC, prototypes_CD, alpha=1 / (temperature * features))
+            grad_features_KD.addmm_(of_features_RK.T, chunk_RD, alpha=1 / features)  # the chunk's share as columns
+            grad_prototypes_CD.addmm_(of_prototypes_RC.T, chunk_RD, alpha=1 / features)
+        ctx.save_for_backward(grad_features_KD, grad_prototypes_CD)
+        return total / features
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        grad_anchors_ND, grad_prototypes_CD = ctx.saved_tensors
-        return grad * grad_anchors_ND, None, grad * grad_prototypes_CD, None
+        grad_features_KD, grad_prototypes_CD = ctx.saved_tensors
+        return grad * grad_features_KD, None, grad * grad_prototypes_CD, None, None, None
 
 
 class LogitAdjustedCrossEntropy(nn.Module):
@@ -192,15 +214,18 @@ def _at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _anchors(features_BVD: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Features as `[N, D]` with their labels `[N]`, in float32 at least."""
-    return _at_least_float32(features_BVD).flatten(0, 1), labels_B.repeat_interleave(features_BVD.shape[1])
+def _flat(features_BVD: Tensor, labels_B: Tensor, rows: slice) -> tuple[Tensor, Tensor, slice]:
+    """All features as `[K, D]`, in float32 at least, their labels `[K]`, and which of them are anchors."""
+    views = features_BVD.shape[1]
+    first, end, _ = rows.indices(len(labels_B))
+    anchors = slice(first * views, max(first, end) * views)
+    return _at_least_float32(features_BVD).flatten(0, 1), labels_B.repeat_interleave(views), anchors
 
 
-def _exclude_self(scores_NM: Tensor) -> Tensor:
-    """Column i is anchor i itself: out of the denominator."""
-    itself_NM = torch.eye(*scores_NM.shape, dtype=torch.bool, device=scores_NM.device)
-    return scores_NM.masked_fill(itself_NM, float("-inf"))
+def _exclude_self(scores_NM: Tensor, anchors: slice) -> Tensor:
+    """An anchor is a column too: it is no part of its own denominator."""
+    itself_N = torch.arange(anchors.start, anchors.stop, device=scores_NM.device)
+    return scores_NM.scatter(1, itself_N[:, None], float("-inf"))
 
 
 def _sum_of_others(class_sum_ND: Tensor, anchors_ND: Tensor) -> Tensor:

@@ -14,6 +14,15 @@ import numpy.typing as npt
 
 MANY_ABOVE = 100  # Liu et al., CVPR 2019: many > 100 training images, few < 20, medium between, both ends inclusive
 FEW_BELOW = 20
+GROUPS = ("many", "medium", "few")
+FURTHER = {  # what else is shown beside top-1 and the groups: in words, and its field of `Scores`
+    "top-5": "top5",
+    "mean over classes": "mean_per_class",
+    "worst tenth of classes": "worst_tenth",
+    "worst class": "worst_class",
+    "macro F1": "macro_f1",
+    "calibration error": "ece",
+}
 TAUS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)  # strengths of the post-hoc prior
 _BINS = 15
 
@@ -84,10 +93,8 @@ def score(predictions: Predictions, train_counts_C: Sequence[int] | None, classe
     if labels_N.min() < 0 or labels_N.max() >= classes:
         raise ValueError(f"labels must be 0 to {classes - 1}")
     best_N = ranked_NK[:, 0]
-    hits_C = np.bincount(labels_N[best_N == labels_N], minlength=classes)
-    seen_C, said_C = np.bincount(labels_N, minlength=classes), np.bincount(best_N, minlength=classes)
-    present_C = seen_C > 0
-    accuracy_C = np.divide(hits_C, seen_C, out=np.full(classes, np.nan), where=present_C)
+    hits_C, seen_C, accuracy_C = _class_accuracy(labels_N, best_N, classes)
+    said_C, present_C = np.bincount(best_N, minlength=classes), seen_C > 0
     ascending = np.sort(accuracy_C[present_C])
     f1_C = 2 * hits_C[present_C] / (seen_C + said_C)[present_C]  # 2 TP / (2 TP + FP + FN)
     return Scores(
@@ -104,10 +111,17 @@ def score(predictions: Predictions, train_counts_C: Sequence[int] | None, classe
     )
 
 
+def _class_accuracy(labels_N: Labels, said_N: Labels, classes: int) -> tuple[Labels, Labels, Fractions]:
+    """Of each class: the images that are told rightly, all of its images, and their share; NaN without images."""
+    hits_C = np.bincount(labels_N[said_N == labels_N], minlength=classes)
+    seen_C = np.bincount(labels_N, minlength=classes)
+    return hits_C, seen_C, np.divide(hits_C, seen_C, out=np.full(classes, np.nan), where=seen_C > 0)
+
+
 def _group_means(accuracy_C: Fractions, train_counts_C: Sequence[int] | None) -> dict[str, float | None]:
     """The mean accuracy of each shot group; NaN is a class without test images."""
     if train_counts_C is None:
-        return dict.fromkeys(("many", "medium", "few"))
+        return dict.fromkeys(GROUPS)
     counts_C = np.asarray(train_counts_C)
     many_C, few_C = counts_C > MANY_ABOVE, counts_C < FEW_BELOW
     groups = {"many": many_C, "medium": ~many_C & ~few_C, "few": few_C}
@@ -136,9 +150,7 @@ def sweep(predictions: Predictions, train_counts_C: Sequence[int]) -> list[dict[
     classes = len(train_counts_C)
     for tau, adjusted_N in predictions.adjusted.items():
         labels_N = predictions.labels_N
-        hits_C = np.bincount(labels_N[adjusted_N == labels_N], minlength=classes)
-        seen_C = np.bincount(labels_N, minlength=classes)
-        accuracy_C = np.divide(hits_C, seen_C, out=np.full(classes, np.nan), where=seen_C > 0)
+        _, _, accuracy_C = _class_accuracy(labels_N, adjusted_N, classes)
         rows.append(
             {
                 "tau": tau,
@@ -154,3 +166,41 @@ def choose_tau(validation_sweep: Sequence[Mapping[str, Any]]) -> float:
     """The tau of the highest mean per-class accuracy; the smallest of those that are equal. Only ever call it with the
     sweep of a validation part: a tau that is chosen on the test part makes its figures too good."""
     return max(validation_sweep, key=lambda row: (row["mean_per_class"], -row["tau"]))["tau"]
+
+
+# ---------------------------------------------------------------------------------------------- calibration
+
+_COLDEST, _HOTTEST = 0.05, 20.0
+_ROWS = 1024  # at a time: the logits of a large validation part fill memory once, not four times
+
+
+def fit_temperature(
+    logits_NC: npt.NDArray[np.float32], labels_N: Labels, log_prior_ratio_C: npt.NDArray[np.floating[Any]]
+) -> float | None:
+    """The temperature T of the smallest mean negative log-likelihood of softmax(logits / T + log prior ratio) (Guo et
+    al., ICML 2017, section 4.2). Only ever call it with a validation part.
+
+    `log_prior_ratio_C`: log of each class's share of these images over the prior that the logits are for; zeros where
+    the two agree, -inf for a class without images. Without it a temperature would be bent to make up for the shares.
+
+    None where nothing between 0.05 and 20 is the minimum: of images that are all classified right, the smaller T the
+    better; of logits that say nothing, the larger.
+    """
+    from scipy.optimize import root_scalar  # a quarter of a second, needed here alone
+
+    own_N = logits_NC[np.arange(len(labels_N)), labels_N].astype(np.float64)
+
+    def slope(inverse: float) -> float:
+        """The derivative of the loss by 1/T: mean over the images of E[logit] - logit of the label. The loss is convex
+        in 1/T, so this rises."""
+        total = -float(own_N.sum())
+        for start in range(0, len(logits_NC), _ROWS):
+            rows_BC = logits_NC[start : start + _ROWS].astype(np.float64)
+            scores_BC = inverse * rows_BC + log_prior_ratio_C
+            shares_BC = np.exp(scores_BC - scores_BC.max(1, keepdims=True))
+            total += float(((shares_BC * rows_BC).sum(1) / shares_BC.sum(1)).sum())
+        return total / len(logits_NC)
+
+    if not slope(1 / _HOTTEST) < 0 < slope(1 / _COLDEST):
+        return None
+    return 1 / float(root_scalar(slope, bracket=(1 / _HOTTEST, 1 / _COLDEST), rtol=1e-6).root)

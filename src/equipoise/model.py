@@ -5,13 +5,16 @@ N images that pass the encoder together.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from equipoise.backbones import create_encoder
+from equipoise.batchnorm import resting_averages
 
 COSINE_SCALE = 30.0
 
@@ -67,18 +70,26 @@ class TwoBranchNetwork(nn.Module):
         """`logits_NC` of uint8 images, with no prior added: their argmax is the prediction."""
         return self._classify(self._encode(images_N3HW))
 
-    def training_outputs(self, images_N3HW: Tensor, views: int) -> Outputs:
-        """What the losses need of a training batch of uint8 images, view-major: N = `views` * B.
+    def training_outputs(self, images_VB3HW: Tensor, micro_batch: int = 0) -> Outputs:
+        """What the losses need of a training batch of uint8 images: view 0 is the classifier's, the others (V of the
+        outputs) are those of the contrastive branch.
 
-        The first B images go to the classifier, the rest (V = `views` - 1) to the contrastive branch. All pass the
-        encoder and its BatchNorm together, as in the authors' code.
+        All views pass the encoder and its BatchNorm together, as in the authors' code: at once, or `micro_batch` images
+        after the other. Then only the encoder's output is kept, and the backward pass computes each micro-batch anew,
+        so that the memory is that of one: the feature cache of GradCache (Gao et al., 2021, arXiv:2101.06983). The
+        losses, and so the gradients, are still those of the whole batch; BatchNorm's statistics in the encoder are
+        those of a micro-batch.
         """
-        batch = len(images_N3HW) // views
-        hidden_NF = self._encode(images_N3HW)
+        views, batch = images_VB3HW.shape[:2]
+        if micro_batch and micro_batch < batch:
+            parts = [self._encode_twice(part) for part in images_VB3HW.split(micro_batch, dim=1)]
+            hidden_NF = torch.cat(parts, dim=1).flatten(0, 1)
+        else:
+            hidden_NF = self._encode(images_VB3HW.flatten(0, 1))
         logits_BC = self._classify(hidden_NF[:batch])
         if self.projection is None:
             return Outputs(logits_BC, None, None)
-        with torch.autocast(images_N3HW.device.type, enabled=False):
+        with torch.autocast(images_VB3HW.device.type, enabled=False):
             # View 0 is projected too, and dropped: the authors' BatchNorm statistics are over all views.
             features_ND = F.normalize(self.projection(hidden_NF), dim=1)
             prototypes_CD = (
@@ -89,9 +100,21 @@ class TwoBranchNetwork(nn.Module):
         features_BVD = features_ND.unflatten(0, (views, batch))[1:].transpose(0, 1)
         return Outputs(logits_BC, features_BVD, prototypes_CD)
 
+    def _encode_twice(self, images_VB3HW: Tensor) -> Tensor:
+        """`[V, B, F]` without keeping what the backward pass needs: it will encode them again, with the same random
+        numbers and without moving BatchNorm's averages a second time."""
+        hidden: Tensor = checkpoint(  # pyright: ignore[reportAssignmentType]
+            self._encode,
+            images_VB3HW.flatten(0, 1),
+            use_reentrant=False,
+            context_fn=lambda: (nullcontext(), resting_averages(self.encoder)),
+        )
+        return hidden.unflatten(0, images_VB3HW.shape[:2])
+
     def _encode(self, images_N3HW: Tensor) -> Tensor:
         images_N3HW = images_N3HW.contiguous(memory_format=torch.channels_last)
-        return self.encoder((images_N3HW - self.mean) / self.std).float()
+        hidden_NF: Tensor = self.encoder((images_N3HW - self.mean) / self.std)
+        return hidden_NF if hidden_NF.dtype == torch.float64 else hidden_NF.float()
 
     def _classify(self, hidden_NF: Tensor) -> Tensor:
         # In float32 under autocast too: at scale 30, bfloat16 would round logits to steps of an eighth.

@@ -5,6 +5,7 @@ import struct
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 
 import cv2
 import numpy as np
@@ -28,6 +29,7 @@ _BROKEN = (
     Image.DecompressionBombWarning,
 )
 
+_HEADERS = Lock()
 cv2.setNumThreads(0)  # the loader's processes are the parallelism; threads inside each would fight for the cores
 
 
@@ -52,10 +54,13 @@ def decode_bytes(content: bytes) -> Pixels:
         pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB)
         if pixels is not None:
             return pixels.astype(np.uint8, copy=False)
-    with warnings.catch_warnings():
+    # Pillow warns of an image that is too large when it reads the header. What a warning does is the process's own, not
+    # a thread's; and reading headers is short.
+    with _HEADERS, warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(io.BytesIO(content)) as image:
-            return np.array(_as_rgb(ImageOps.exif_transpose(image)))  # a copy: torch wants to be able to write
+        image = Image.open(io.BytesIO(content))
+    with image:
+        return np.array(_as_rgb(ImageOps.exif_transpose(image)))  # a copy: torch wants to be able to write
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
@@ -70,16 +75,19 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 def decode_all(images: ImageList, size: int) -> Pixels:
     """All images as `[N, size, size, 3]`, for sets small enough to stay in memory.
 
-    An image of another size is resized with Pillow's antialiased bilinear filter. Raises UserError naming a file
-    that cannot be read.
+    An image of another size is resized. Raises UserError naming a file that cannot be read.
     """
     pixels_NHW3 = np.empty((len(images), size, size, 3), np.uint8)
     for index in range(len(images)):
-        pixels = decode(images, index)
-        if pixels.shape[:2] != (size, size):
-            pixels = np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR))
-        pixels_NHW3[index] = pixels
+        pixels_NHW3[index] = resized(decode(images, index), size)
     return pixels_NHW3
+
+
+def resized(pixels: Pixels, size: int) -> Pixels:
+    """An image as `[size, size, 3]`, whatever its shape, by Pillow's antialiased bilinear filter."""
+    if pixels.shape[:2] == (size, size):
+        return pixels
+    return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR))
 
 
 def unreadable(images: ImageList) -> Iterator[UserError]:

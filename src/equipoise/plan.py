@@ -1,33 +1,56 @@
 """A recipe becomes a plan: its data read, everything refused that cannot be trained, nothing written yet."""
 
 import itertools
+import json
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
-from equipoise.checkpoint import Checkpoint, load_checkpoint
+from equipoise.checkpoint import LAST, PREVIOUS, Checkpoint, load_checkpoint
 from equipoise.device import choose_device, choose_precision
+from equipoise.distributed import ALONE, SharedError, World
 from equipoise.errors import UserError
+from equipoise.listfiles import BENCHMARKS, find_list
 from equipoise.lists import DIGITS, Parts, imbalance_factor
 from equipoise.loader import steps_per_epoch
 from equipoise.pixels import unreadable
-from equipoise.recipe import Recipe, field_value, recipe_fields
-from equipoise.run import BEST, LAST, RECORD, find_checkpoint, open_data
+from equipoise.recipe import Recipe, field_value, load_recipe, recipe_fields
+from equipoise.run import LISTS, LOCK, METRICS, RECIPE, RECORD, find_checkpoint, open_data, source_of
 
-# Recipe fields that may differ where a run goes on: they change no number but the run's length.
-_FREE_IN_RESUME = {"name", "summary", "epochs", "device", "precision", "workers", "log_every", "pretrained", "weights"}
+AUTO = "auto"  # --resume auto: find out which run
+# Fields that say where and how is computed, not what: they may differ where a run goes on, and between ranks.
+_FREE = {"name", "summary", "device", "precision", "workers", "log_every", "checkpoint_minutes"}
+_FREE_IN_RESUME = {*_FREE, "epochs", "model.pretrained", "model.weights"}  # how long, and what it started from
+_PLACES = ("path", "train_list", "val_list", "test_list")
 
 
 @dataclass(frozen=True)
 class Resumed:
-    """The checkpoint from which a run goes on. `in_place`: in the run folder that it lies in."""
+    """The checkpoint from which a run goes on. `in_place`: in the run folder that it lies in. `remark`: where it is not
+    the last one, why."""
 
     path: Path
     checkpoint: Checkpoint
     in_place: bool
+    remark: str = ""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run is to be written. `named`: by the user; else another name will do if it is taken meanwhile. `taken`:
+    a run's own folder, in which it goes on, or begins again if it had no checkpoint yet."""
+
+    folder: Path
+    named: bool
+    taken: bool
+    resumed: Resumed | None
 
 
 @dataclass(frozen=True)
@@ -39,9 +62,20 @@ class Plan:
     device: torch.device
     precision: str
     steps_per_epoch: int
-    folder: Path
-    folder_named: bool  # by the user; else another name will do if it is taken meanwhile
-    resumed: Resumed | None
+    place: Place
+    world: World
+
+    def at(self, folder: Path) -> "Plan":
+        """The plan in another folder."""
+        return replace(self, place=replace(self.place, folder=folder))
+
+    @property
+    def folder(self) -> Path:
+        return self.place.folder
+
+    @property
+    def resumed(self) -> Resumed | None:
+        return self.place.resumed
 
     def describe(self) -> dict[str, str]:
         """The plan for people: what, and its value."""
@@ -52,85 +86,218 @@ class Plan:
         return {
             "recipe": f"{self.recipe.name}, method {self.recipe.method}, seed {self.recipe.seed}",
             "data": f"{self.recipe.data.path} ({self.parts.kind})",
+            **({"lists": "; ".join(self.parts.described)} if self.parts.described else {}),
+            **({"note": "; ".join(self.parts.notes)} if self.parts.notes else {}),
             "images": f"{len(train):,} to train on"
             + "".join(f", {count:,} for {name}" for name, count in held.items()),
             "classes": f"{len(counts):,}, from {counts[largest]:,} images ({names[largest]}) "
             f"to {counts[smallest]:,} ({names[smallest]}): imbalance factor {imbalance_factor(counts):.4g}",
             "network": f"{self.recipe.model.encoder} at {self.recipe.views.size} pixels, "
             f"{self.recipe.model.classifier} classifier",
-            "device": f"{self.device}, {self.precision}",
+            "device": f"{self.device}, {self.precision}"
+            + (
+                f", {self.world.size} processes, BatchNorm {self.recipe.model.batch_norm}"
+                if self.world.size > 1
+                else ""
+            ),
             "steps": f"{self.recipe.epochs} epochs of {self.steps_per_epoch:,}: "
             f"{self.recipe.epochs * self.steps_per_epoch:,} steps of {self.recipe.batch_size} images",
-            **({"goes on from": self._resumed_from()} if self.resumed else {}),
+            **({"goes on": self._resumed_from()} if self.place.taken or self.resumed else {}),
             "run folder": str(self.folder),
         }
 
     def _resumed_from(self) -> str:
-        assert self.resumed is not None
-        return f"{self.resumed.path}, after epoch {self.resumed.checkpoint.epoch}"
+        if self.resumed is None:
+            return "from its beginning: it had no checkpoint yet"
+        checkpoint, remark = self.resumed.checkpoint, self.resumed.remark
+        steps = f"from {self.resumed.path}, after epoch {checkpoint.epoch}"
+        if checkpoint.step % self.steps_per_epoch:
+            steps = f"from {self.resumed.path}, after step {checkpoint.step}"
+        if self.place.taken and checkpoint.recipe.epochs != self.recipe.epochs:
+            steps += (
+                f"; {self.recipe.epochs} epochs instead of {checkpoint.recipe.epochs}: so the learning rate changes"
+            )
+        return f"{steps} ({remark})" if remark else steps
 
 
-def prepare(recipe: Recipe, out: str | Path | None = None, resume: str | Path | None = None) -> Plan:
+def prepare(
+    recipe: Recipe, out: str | Path | None = None, resume: str | Path | None = None, world: World = ALONE
+) -> Plan:
     """Read the data and check that `recipe` can be trained on it, into the folder `out`.
 
-    `resume` is a checkpoint to go on from, after the epoch it was written at: one of a run, which goes on in its own
-    folder unless `out` is another, or one of the BCL authors' code.
+    `resume` is a run folder, or a checkpoint, to go on from: one of a run, which goes on in its own folder unless `out`
+    is another, or one of the BCL authors' code. 'auto' is the newest unfinished run of the same recipe, where there is
+    one; a process that torchrun has started anew goes on with the run that it was.
 
-    Raises UserError for what the user must put right; writes nothing.
+    Raises UserError for what the user must put right; writes nothing. With several ranks, all call it and all raise.
     """
-    resumed = _open_resumed(Path(os.path.expanduser(resume)), out) if resume else None
-    in_place = resumed is not None and resumed.in_place
-    folder = Path(os.path.expanduser(out)) if out else default_folder(recipe)
-    if resumed is not None and in_place:
-        folder = resumed.path.parent
-    elif folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise UserError(
-            f"{folder} exists and is not empty; go on with it by --resume {folder}, or name another folder with --out"
-        )
-    if recipe.data.path not in (DIGITS, "") and folder.resolve().is_relative_to(Path(recipe.data.path).resolve()):
-        raise UserError(f"the run folder {folder} would lie inside the data; name one outside with --out")
-    # Absolute, so that the recipe.toml of the run can be trained again from anywhere.
-    files = {
-        name: str(Path(os.path.expanduser(value)).resolve())
-        for name in ("path", "train_list", "val_list", "test_list")
-        if (value := getattr(recipe.data, name)) not in (DIGITS, "")
-    }
-    recipe = replace(recipe, data=replace(recipe.data, **files))
+    recipe = _with_absolute_paths(recipe)
+    place = world.first_makes(lambda: _find_place(recipe, out, resume, world))
+    plan = world.each_makes(lambda: _prepare(recipe, place, world))
+    _refuse_different_ranks(plan)
+    return plan
+
+
+def _with_absolute_paths(recipe: Recipe) -> Recipe:
+    """The recipe as it can be trained again from anywhere. A benchmark's lists that were found below the working
+    directory become lists of the recipe."""
+
+    def absolute(path: str) -> str:
+        return path if path in (DIGITS, "") else str(Path(os.path.expanduser(path)).resolve())
+
+    data = recipe.data
+    files = {name: absolute(getattr(data, name)) for name in _PLACES}
+    if data.benchmark and not source_of(recipe).lists:
+        lists = BENCHMARKS[data.benchmark].lists
+        found = {part: find_list(Path(files["path"]), data.benchmark, part) for part in lists}
+        complete = all(found[part] or not known.blob for part, known in lists.items())
+        if complete and any(file and not file.is_absolute() for file in found.values()):
+            files |= {LISTS[part].removeprefix("data."): str(file.resolve()) for part, file in found.items() if file}
+    model = replace(recipe.model, weights=absolute(recipe.model.weights))
+    return replace(recipe, data=replace(data, **files), model=model)
+
+
+def _prepare(recipe: Recipe, place: Place, world: World) -> Plan:
+    _refuse_batches(recipe, world)
+    if recipe.data.path not in (DIGITS, "") and place.folder.resolve().is_relative_to(recipe.data.path):
+        raise UserError(f"the run folder {place.folder} would lie inside the data; name one outside with --out")
     parts = open_data(recipe)
     if recipe.batch_size > len(parts.train):
         raise UserError(
             f"batch_size ({recipe.batch_size}) is larger than the training part ({len(parts.train)} images); "
             f"set --batch-size {max(2, len(parts.train) // 4)} or so"
         )
+    last_batch = len(parts.train) % recipe.batch_size
+    if recipe.model.batch_norm == "synchronised" and 1 < last_batch < 2 * world.size:
+        raise UserError(
+            f"the last batch of an epoch has {last_batch} images, but with model.batch_norm = synchronised each of "
+            f"{world.size} processes needs two; change --batch-size, or set model.batch_norm to per-rank"
+        )
     for part in parts.named().values():
-        for error in unreadable(part):
+        # Each rank looks at its share of the headers.
+        for error in unreadable(part.take(np.arange(world.rank, len(part), world.size))):
             raise error
-    if resumed is not None:
-        _refuse_unfitting(resumed, recipe, parts)
-    device = choose_device(recipe.device)
+    if place.resumed is not None:
+        _refuse_unfitting(place, recipe, parts)
+    if world.local_size > 1 and recipe.device.startswith("cuda:"):
+        raise UserError(f"{world.local_size} processes on this host cannot all take {recipe.device}; set --device cuda")
+    device = choose_device(recipe.device, world.local_rank)
     return Plan(
         recipe,
         parts,
         device,
         choose_precision(recipe.precision, device),
         steps_per_epoch(len(parts.train), recipe.batch_size),
-        folder,
-        bool(out),
-        resumed,
+        place,
+        world,
     )
 
 
-def _open_resumed(path: Path, out: str | Path | None) -> Resumed:
-    path = find_checkpoint(path / LAST if path.is_dir() else path)
-    in_run = (path.parent / RECORD).is_file() and path.name in (LAST, BEST)
-    same = out is None or Path(os.path.expanduser(out)).resolve() == path.parent.resolve()
-    return Resumed(path, load_checkpoint(path), in_run and same)
+def _refuse_batches(recipe: Recipe, world: World) -> None:
+    if recipe.batch_size % world.size:
+        below = max(recipe.batch_size // world.size, 1) * world.size
+        raise UserError(
+            f"batch_size ({recipe.batch_size}) is that of all {world.size} processes together, and no multiple of "
+            f"{world.size}; set --batch-size {below} or {below + world.size}"
+        )
+    if recipe.batch_size < 2 * world.size:
+        raise UserError(
+            f"batch_size ({recipe.batch_size}) gives each of {world.size} processes one image; BatchNorm needs two: "
+            f"set --batch-size {2 * world.size} or {3 * world.size}"
+        )
 
 
-def _refuse_unfitting(resumed: Resumed, recipe: Recipe, parts: Parts) -> None:
+def _refuse_different_ranks(plan: Plan) -> None:
+    """Raise SharedError where another rank has another recipe, other data, or another version."""
+    said: dict[str, Any] = {
+        field.key: field_value(plan.recipe, field)
+        for field in recipe_fields()
+        if field.key not in {*_FREE, "model.weights", *(f"data.{name}" for name in _PLACES)}
+    }
+    said |= {f"the {name} images": part.fingerprint() for name, part in plan.parts.named().items()}
+    said |= {"the number of steps": plan.steps_per_epoch, "the precision": plan.precision}
+    said |= {f"the version of {name}": metadata.version(name) for name in ("equipoise", "torch")}
+    all_said = plan.world.gather_objects(said)
+    for rank, other in enumerate(all_said):
+        for name in {**all_said[0], **other}:
+            one, two = all_said[0].get(name), other.get(name)
+            if one != two:
+                raise SharedError(
+                    f"rank {rank} has {name} = {two}, but rank 0 has {one}: start all ranks with the same recipe "
+                    "and data"
+                )
+
+
+# ---------------------------------------------------------------------------------------------- the run's folder
+
+
+def _find_place(recipe: Recipe, out: str | Path | None, resume: str | Path | None, world: World) -> Place:
+    folder = Path(os.path.expanduser(out)) if out else None
+    launch = world.launch if world.restarted or world.launch != "none" else ""
+    if resume == AUTO or (not resume and launch):
+        resume = next(_unfinished(recipe, folder, "" if resume == AUTO else launch), None)
+    if resume:
+        path = Path(os.path.expanduser(resume))
+        resumed, run = _open_resumed(path, folder)
+        if run is not None:
+            return Place(run, True, True, resumed)
+    else:
+        resumed = None
+    if folder is not None and (folder.is_file() or (folder.is_dir() and _is_used(folder))):
+        raise UserError(
+            f"{folder} exists and is not empty; go on with it by --resume {folder}, or name another folder with --out"
+        )
+    return Place(folder or default_folder(recipe), folder is not None, False, resumed)
+
+
+def _is_used(folder: Path) -> bool:
+    """Whether a folder holds more than what a run leaves that was killed in its first moment."""
+    first = (LOCK, RECIPE, f".{RECIPE}.", f".{RECORD}.")
+    return any(entry.name not in first and not entry.name.startswith(first[2:]) for entry in folder.iterdir())
+
+
+def _unfinished(recipe: Recipe, folder: Path | None, launch: str) -> Iterator[Path]:
+    """Run folders, newest first, with this recipe and without figures; with `launch`, those that torchrun began in it.
+    With `folder`, only that one."""
+    found: list[tuple[str, Path]] = []
+    for run in [folder] if folder else [record.parent for record in Path("runs").glob(f"*/{RECORD}")]:
+        try:
+            record = json.loads((run / RECORD).read_text(encoding="utf-8"))
+            before = load_recipe(run / RECIPE)
+        except (OSError, ValueError):  # no run, or one that was killed while it made its folder
+            continue
+        of_launch = not launch or record.get("launch") == launch
+        if of_launch and not (run / METRICS).exists() and not _differing(before, recipe, _FREE):
+            found.append((str(record.get("started")), run))
+    return (run for _, run in sorted(found, reverse=True))
+
+
+def _open_resumed(path: Path, out: Path | None) -> tuple[Resumed | None, Path | None]:
+    """The checkpoint to go on from (None: the run has none yet), and the run folder to do it in (None: another one)."""
+    run = path if path.is_dir() else path.parent
+    own = (run / RECORD).is_file() and (path.is_dir() or path.name in (LAST, PREVIOUS))
+    in_place = own and (out is None or out.resolve() == run.resolve())
+    if not path.is_dir():
+        path = find_checkpoint(path)
+        return Resumed(path, load_checkpoint(path), in_place), run if in_place else None
+    if not (run / LAST).exists() and not (run / PREVIOUS).exists():
+        if not in_place:
+            raise UserError(f"{run} has no checkpoint to go on from")
+        return None, run
+    try:
+        return Resumed(run / LAST, load_checkpoint(run / LAST), in_place), run if in_place else None
+    except UserError as error:
+        if not (run / PREVIOUS).exists():
+            raise
+        before = load_checkpoint(run / PREVIOUS)
+        return Resumed(run / PREVIOUS, before, in_place, remark=str(error)), run if in_place else None
+
+
+def _refuse_unfitting(place: Place, recipe: Recipe, parts: Parts) -> None:
     """Raise UserError where the recipe or the data cannot go on from the checkpoint."""
-    path, checkpoint = resumed.path, resumed.checkpoint
-    if checkpoint.epoch >= recipe.epochs:
+    assert place.resumed is not None
+    path, checkpoint = place.resumed.path, place.resumed.checkpoint
+    if checkpoint.epoch >= recipe.epochs and (not place.taken or (place.folder / METRICS).exists()):
         raise UserError(
             f"{path} has trained {checkpoint.epoch} epochs already, of {recipe.epochs}; set --epochs higher"
         )
@@ -142,15 +309,23 @@ def _refuse_unfitting(resumed: Resumed, recipe: Recipe, parts: Parts) -> None:
     if checkpoint.class_counts and checkpoint.fingerprints.get("train") != parts.train.fingerprint():
         raise UserError(f"the training images are not those of {path}; name the data it was trained on")
     of_authors = not checkpoint.class_counts  # of whose recipe only the model is known
-    for field in recipe_fields():
-        before, now = field_value(checkpoint.recipe, field), field_value(recipe, field)
-        in_model = field.path[0] == "model" and field.path[1] not in ("pretrained", "weights")
-        free = bool(_FREE_IN_RESUME.intersection(field.path)) or of_authors or not resumed.in_place
-        if before != now and (in_model or not free):
+    for key, before, now in _differing(checkpoint.recipe, recipe, _FREE_IN_RESUME):
+        in_model = key.startswith("model.") and key != "model.batch_norm"
+        if in_model or (place.taken and not of_authors):
             raise UserError(
-                f"{path} was trained with {field.key} = {before}, not {now}: a run goes on under its own recipe; "
+                f"{path} was trained with {key} = {before}, not {now}: a run goes on under its own recipe; "
                 "change it back, or start a new run"
             )
+
+
+def _differing(one: Recipe, other: Recipe, free: set[str]) -> list[tuple[str, Any, Any]]:
+    """The fields in which two recipes differ, those called `free` left out, with both values."""
+    values = [
+        (field.key, field_value(one, field), field_value(other, field))
+        for field in recipe_fields()
+        if field.key not in free
+    ]
+    return [(key, before, now) for key, before, now in values if before != now]
 
 
 def default_folder(recipe: Recipe) -> Path:

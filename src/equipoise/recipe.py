@@ -105,11 +105,15 @@ class Model:
     pretrained: Annotated[bool, Setting("start from timm's pretrained weights (fetched from its hub)")] = False
     weights: Annotated[
         str,
-        Setting("start from the encoder's weights in this file instead, of timm or torchvision (.pth, .safetensors)"),
+        Setting("start from the encoder's weights in this file instead, in timm's naming, or torchvision's ResNets"),
     ] = ""
     classifier: Annotated[Literal["cosine", "linear"], Setting("cosine with scale 30, or linear with bias")] = "cosine"
     hidden_dim: Annotated[int, Setting("hidden width of the two projections (0: the encoder's width)", at_least=0)] = 0
     feature_dim: Annotated[int, Setting("width D of the contrastive features", flags=("feat-dim",), at_least=2)] = 1024
+    batch_norm: Annotated[
+        Literal["per-rank", "synchronised", "frozen"],
+        Setting("BatchNorm's statistics: of each process's images, of the whole batch, or as they start"),
+    ] = "per-rank"
 
 
 @dataclass(frozen=True)
@@ -143,7 +147,12 @@ class Recipe:
     method: Annotated[Method, Setting("what is trained: bcl, or a baseline under the same recipe")] = "bcl"
     seed: Annotated[int, Setting("everything random follows from it", at_least=0, at_most=2**31 - 1)] = 0
     epochs: Annotated[int, Setting("passes over the training images", at_least=1)] = 90
-    batch_size: Annotated[int, Setting("images a step (each gives three views)", flags=("b",), at_least=2)] = 256
+    batch_size: Annotated[
+        int, Setting("images a step (each gives three views), over all processes", flags=("b",), at_least=2)
+    ] = 256
+    micro_batch: Annotated[
+        int, Setting("images that pass the encoder at a time, to save memory (0: all of a process)", at_least=0)
+    ] = 0
     device: Annotated[
         str,
         Setting(
@@ -159,6 +168,9 @@ class Recipe:
     log_every: Annotated[
         int, Setting("steps between two lines of metrics.jsonl", flags=("p", "print-freq"), at_least=1)
     ] = 20
+    checkpoint_minutes: Annotated[
+        float, Setting("minutes between two checkpoints within an epoch (each epoch ends with one)", above=0)
+    ] = 10.0
     data: Data = Data()
     views: Views = Views()
     model: Model = Model()
@@ -266,8 +278,7 @@ def _checked(field: Field, value: Any) -> Any:
             raise refuse(f"one of {', '.join(choices)}")
         return value
     if field.type is bool:
-        words = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
-        converted = words.get(value.lower()) if isinstance(value, str) else value
+        converted = as_bool(value) if isinstance(value, str) else value
         if not isinstance(converted, bool):
             raise refuse("true or false")
         return converted
@@ -297,6 +308,11 @@ def _checked(field: Field, value: Any) -> Any:
         if setting.at_most is not None and not number <= setting.at_most:
             raise refuse(f"at most {setting.at_most:.12g}")
     return converted
+
+
+def as_bool(word: str) -> bool | None:
+    """What a word says, or None where it is neither a yes nor a no."""
+    return {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}.get(word.lower())
 
 
 def _number(value: Any, kind: type) -> float | int | None:

@@ -1,7 +1,7 @@
 """A run folder: the names of its files, and what can be asked of it once it is there."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -10,22 +10,27 @@ from typing import Any
 import numpy as np
 import torch
 
-from equipoise.checkpoint import Checkpoint, atomic_file, load_checkpoint, save_for_authors
+from equipoise.authors_flags import AUTHORS_BEST, AUTHORS_LAST
+from equipoise.checkpoint import BEST, LAST, Checkpoint, atomic_file, load_checkpoint, save_for_authors
 from equipoise.device import choose_device
+from equipoise.distributed import ALONE, World
 from equipoise.errors import UserError
 from equipoise.evaluate import Predictions, predict
 from equipoise.listfiles import BENCHMARKS
 from equipoise.lists import ImageList, Parts
 from equipoise.loader import open_batches, worker_count
 from equipoise.losses import log_prior
-from equipoise.metrics import choose_tau, score, sweep
+from equipoise.metrics import choose_tau, fit_temperature, score, sweep
 from equipoise.model import TwoBranchNetwork
-from equipoise.recipe import Field, Recipe, field_value, load_recipe, override
+from equipoise.observe import Observation, Table, confidence_at
+from equipoise.recipe import Field, Recipe, field_value, find_field, load_recipe, override
 from equipoise.sources import Source, find_parts, open_part, open_parts, part_of, recognise
 from equipoise.views import ViewSettings, view_kinds
 
-RECIPE, RECORD, METRICS = "recipe.toml", "run.json", "metrics.json"
-LAST, BEST = "last.pt", "best.pt"
+LISTS = {"train": "data.train_list", "validation": "data.val_list", "test": "data.test_list"}  # part -> recipe field
+RECIPE, RECORD, METRICS, LOCK = "recipe.toml", "run.json", "metrics.json", "run.lock"
+OBSERVED = "observed.npz"  # what the report draws beside the figures
+AUTHORS_NAMES = {LAST: AUTHORS_LAST, BEST: AUTHORS_BEST}  # of the same in the authors' layout
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class Run:
         file = self.path / METRICS
         if not file.is_file():
             raise UserError(f"{self.path} has no {METRICS}: the run did not finish")
-        return json.loads(file.read_text(encoding="utf-8"))
+        return read_json(file)
 
     @cached_property
     def model(self) -> TwoBranchNetwork:
@@ -77,8 +82,7 @@ def view_settings(recipe: Recipe) -> ViewSettings:
 def source_of(recipe: Recipe) -> Source:
     """Where `recipe` has its data."""
     data = recipe.data
-    lists = {"train": data.train_list, "validation": data.val_list, "test": data.test_list}
-    named = {part: file for part, file in lists.items() if file}
+    named = {part: file for part, key in LISTS.items() if (file := field_value(recipe, find_field(key)))}
     return Source(data.path, data.benchmark, named, data.image_column, data.label_column)
 
 
@@ -96,34 +100,78 @@ def open_data(recipe: Recipe) -> Parts:
 # ---------------------------------------------------------------------------------------------- evaluation
 
 
-def evaluate_run(path: Path, parts: Parts | None = None, device: str = "auto") -> dict[str, Any]:
+def evaluate_run(path: Path, parts: Parts | None = None, device: str = "auto", world: World = ALONE) -> dict[str, Any]:
     """Score the last checkpoint, and the best one where one was chosen, on the run's own validation and test parts.
 
-    Returns and writes the run's `metrics.json`. Raises UserError if the run has no checkpoint or its data is gone.
+    Returns and writes the run's `metrics.json`, and beside it what the report draws of the `chosen` checkpoint. Raises
+    UserError if the run has no checkpoint or its data is gone.
     """
-    last = load_checkpoint(path / LAST)
-    best = load_checkpoint(path / BEST) if (path / BEST).is_file() else None
-    parts = parts or _unchanged_data(last, path)
+    # Files are rank 0's: another host may not see them.
+    last, best = world.first_makes(
+        lambda: (load_checkpoint(path / LAST), load_checkpoint(path / BEST) if (path / BEST).is_file() else None)
+    )
+    parts = parts or world.each_makes(lambda: _unchanged_data(last, path))
     scored = {"validation": parts.validation, "test": parts.test}
+    observed: Table = {}
 
     def block(checkpoint: Checkpoint) -> dict[str, Any]:
         network = checkpoint.build()
-        figures = {
-            part: _score(checkpoint, network, images, device)[0] if images else None for part, images in scored.items()
+        figures: dict[str, dict[str, Any] | None] = dict.fromkeys(scored)
+        temperature: float | None = None
+        for part, images in scored.items():
+            if not images:
+                continue
+            chooses = part == "validation"
+            observation = Observation(len(checkpoint.class_names), temperature)
+            with observation.watch(network) as observe:
+                watching = observe if world.size == 1 else None
+                figures[part], predictions = _score(checkpoint, network, images, device, chooses, world, watching)
+                if watching is None and world.is_first:  # once more, alone: what is observed is of all images in order
+                    _score(checkpoint, network, images, device, observe=observe)
+            calibrated = observation.calibrated()
+            if chooses:
+                temperature = _temperature(checkpoint, predictions)
+                calibrated = _calibrated(predictions, temperature)
+            if world.is_first:
+                of_part = {
+                    "labels_N": predictions.labels_N.astype(np.int32),
+                    "predicted_N": predictions.ranked_NK[:, 0].astype(np.int32),
+                    "confidence_N": predictions.confidence_N.astype(np.float32),
+                    **calibrated,
+                    **observation.geometry(network, checkpoint.class_counts),
+                }
+                observed.update({f"{part}/{name}": values for name, values in of_part.items()})
+        return {
+            "epoch": checkpoint.epoch,
+            "step": checkpoint.step,
+            **figures,
+            "post_hoc": _post_hoc(figures),
+            "temperature": temperature,
         }
-        return {"epoch": checkpoint.epoch, **figures, "post_hoc": _post_hoc(figures)}
 
+    # The best, where there is one, comes last and is what is drawn.
     of_last = block(last)
+    of_best = block(best) if best else None
     result = {
         "method": last.recipe.method,
         "test": of_last["test"],
         "validation": of_last["validation"],
         "last": of_last,
-        "best": block(best) if best else None,
+        "best": of_best,
         **_classes(last),
     }
-    write_json(path / METRICS, result)
+    if world.is_first:
+        with atomic_file(path / OBSERVED) as file:
+            np.savez_compressed(file, **observed)  # pyright: ignore[reportArgumentType] no key is its own argument
+        write_json(path / METRICS, result)
     return result
+
+
+def chosen(metrics: Mapping[str, Any]) -> tuple[str, str]:
+    """Which of a run's results speaks for it: of the best checkpoint where validation chose one, or else of the last,
+    on the test part, or else on validation."""
+    checkpoint = "best" if metrics["best"] else "last"
+    return checkpoint, "test" if metrics[checkpoint]["test"] else "validation"
 
 
 def evaluate_checkpoint(
@@ -132,38 +180,19 @@ def evaluate_checkpoint(
     split: str | None = None,
     overrides: Sequence[tuple[Field, Any]] = (),
     keep_logits: bool = False,
+    world: World = ALONE,
 ) -> tuple[dict[str, Any], Predictions]:
     """Score one checkpoint on the part `split` of `data` (None: what it was trained on). Without a `split` it is the
     test part, or the validation part where there is no test part.
 
     Returns a table like `metrics.json`, with that part alone, and the predictions it is made of. `overrides` are
-    fields of the recipe, as text or values: those that decide the model must be the checkpoint's. Raises UserError
+    fields of the recipe, as text or values: those that decide the model must be the checkpoint's; a list file among
+    them stands for the data's own lists. Raises UserError
     where there is no such part or its classes are not the checkpoint's.
     """
-    checkpoint = load_checkpoint(path)
-    if data is None:
-        if not checkpoint.class_counts:
-            raise UserError(f"{path} does not say what it was trained on; name the data with --data FOLDER")
-        checkpoint = _overridden(checkpoint, overrides, path)
-        parts = _unchanged_data(checkpoint, path).named()
-        split = split or ("test" if "test" in parts else "validation")
-        if split not in parts:
-            raise UserError(f"the data of {path} has no {split} part; it has {', '.join(parts)}")
-        images = parts[split]
-    else:
-        benchmark = recognise(data)
-        if not checkpoint.class_counts:
-            checkpoint = _with_views_of(checkpoint, benchmark)
-        checkpoint = _overridden(checkpoint, overrides, path)
-        source = replace(source_of(checkpoint.recipe), path=data)
-        if not source.lists:
-            source = replace(source, benchmark=benchmark if benchmark in BENCHMARKS else "")
-        if checkpoint.class_counts:
-            split = split or "test"
-            images = open_part(source, split, checkpoint.class_names)
-        else:
-            checkpoint, split, images = _with_classes_of(checkpoint, source, split, path)
-    figures, predictions = _score(checkpoint, checkpoint.build(), images, checkpoint.recipe.device, keep_logits)
+    checkpoint, split, images = world.each_makes(lambda: _to_score(path, data, split, overrides))
+    device = checkpoint.recipe.device
+    figures, predictions = _score(checkpoint, checkpoint.build(), images, device, keep_logits, world)
     scored = {
         "method": checkpoint.recipe.method,
         "epoch": checkpoint.epoch,
@@ -174,10 +203,44 @@ def evaluate_checkpoint(
     return scored, predictions
 
 
+def _to_score(
+    path: Path, data: str | None, split: str | None, overrides: Sequence[tuple[Field, Any]]
+) -> tuple[Checkpoint, str, ImageList]:
+    """The checkpoint, the part of the data it is to be scored on, and its images: see `evaluate_checkpoint`."""
+    checkpoint = load_checkpoint(path)
+    if data is None and not checkpoint.class_counts:
+        raise UserError(f"{path} does not say what it was trained on; name the data with --data FOLDER")
+    if data is None and any(field.key in LISTS.values() for field, _ in overrides):
+        data = checkpoint.recipe.data.path  # the images are where they were, the list is another
+    if data is None:
+        checkpoint = _overridden(checkpoint, overrides, path)
+        parts = _unchanged_data(checkpoint, path).named()
+        split = split or ("test" if "test" in parts else "validation")
+        if split not in parts:
+            raise UserError(f"the data of {path} has no {split} part; it has {', '.join(parts)}")
+        images = parts[split]
+    else:
+        benchmark = recognise(data)
+        if not checkpoint.class_counts:
+            checkpoint = _with_views_of(checkpoint, benchmark)
+        no_lists: list[tuple[Field, Any]] = [(find_field(key), "") for key in LISTS.values()]  # its own are of its data
+        overrides = [*no_lists, *overrides]
+        checkpoint = _overridden(checkpoint, overrides, path)
+        source = replace(source_of(checkpoint.recipe), path=data)
+        if not source.lists:
+            source = replace(source, benchmark=benchmark if benchmark in BENCHMARKS else "")
+        if checkpoint.class_counts:
+            split = split or "test"
+            images = open_part(source, split, checkpoint.class_names)
+        else:
+            checkpoint, split, images = _with_classes_of(checkpoint, source, split, path)
+    return checkpoint, split, images
+
+
 def find_checkpoint(path: Path) -> Path:
     """`path`, or what it is called here if it is one of the authors' names in a run folder. Raises UserError where
     there is neither."""
-    ours = {"bcl_ckpt.best.pth.tar": BEST, "bcl_ckpt.pth.tar": LAST}.get(path.name)
+    ours = {theirs: ours for ours, theirs in AUTHORS_NAMES.items()}.get(path.name)
     if not path.exists() and ours and path.with_name(ours).is_file():
         return path.with_name(ours)
     if not path.exists():
@@ -186,7 +249,9 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def recipe_of(path: Path) -> Recipe:
-    """The recipe of a checkpoint, or of a run folder's last one. Raises UserError for one that has none of its own."""
+    """The recipe of a run folder, or of a checkpoint. Raises UserError for one that has none of its own."""
+    if (path / RECIPE).is_file():
+        return load_recipe(path / RECIPE)
     checkpoint = load_checkpoint(find_checkpoint(path / LAST if path.is_dir() else path))
     if not checkpoint.class_counts:
         raise UserError(f"{path} does not say what it was trained on; name the data with --data FOLDER")
@@ -259,14 +324,22 @@ def _classes(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _score(
-    checkpoint: Checkpoint, network: TwoBranchNetwork, images: ImageList, device_name: str, keep_logits: bool = False
+    checkpoint: Checkpoint,
+    network: TwoBranchNetwork,
+    images: ImageList,
+    device_name: str,
+    keep_logits: bool = False,
+    world: World = ALONE,
+    observe: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
 ) -> tuple[dict[str, Any], Predictions]:
-    device = choose_device(device_name)
+    device = choose_device(device_name, world.local_rank)
     recipe, counts = checkpoint.recipe, checkpoint.class_counts or None
     has_prior = counts is not None and min(counts) > 0
-    batches = open_batches(images, view_settings(recipe), device, worker_count(recipe.workers))
+    workers = worker_count(recipe.workers, world.local_size)
+    batches = open_batches(images, view_settings(recipe), device, workers, world)
     prior_C = log_prior(torch.tensor(counts)).float() if has_prior else None
-    predictions = predict(network.to(device), batches, prior_C, keep_logits=keep_logits)
+    predictions = predict(network.to(device), batches, prior_C, keep_logits, observe, world)
+    batches.close()
     figures = score(predictions, counts, len(checkpoint.class_names)).as_dict()
     return {**figures, "prior_sweep": sweep(predictions, counts) if counts and has_prior else None}, predictions
 
@@ -285,7 +358,44 @@ def _post_hoc(figures: Mapping[str, Any]) -> dict[str, Any] | None:
     return {"tau": tau, "chosen_on": "validation", **at_tau}
 
 
+def _temperature(checkpoint: Checkpoint, validation: Predictions) -> float | None:
+    """The temperature that calibrates the checkpoint, see `fit_temperature`."""
+    assert validation.logits_NC is not None
+    shares_C = np.bincount(validation.labels_N, minlength=len(checkpoint.class_names)) / len(validation.labels_N)
+    with np.errstate(divide="ignore"):  # a class that the validation part lacks has the prior 0 there
+        log_ratio_C = np.log(shares_C) - checkpoint.log_prior_of_logits().numpy()
+    return fit_temperature(validation.logits_NC, validation.labels_N, log_ratio_C)
+
+
+def _calibrated(validation: Predictions, temperature: float | None) -> Table:
+    """As `Observation.calibrated`, of the part that the temperature was fitted on."""
+    if temperature is None or validation.logits_NC is None:
+        return {}
+    return {"calibrated_N": confidence_at(torch.from_numpy(validation.logits_NC), temperature).numpy()}
+
+
 # ---------------------------------------------------------------------------------------------- files
+
+
+def chosen_checkpoint(target: Path) -> Path:
+    """The best checkpoint of a run folder where one was chosen, else its last; a file is itself. Raises UserError where
+    there is none."""
+    if not target.is_dir():
+        return find_checkpoint(target)
+    found = next((target / name for name in (BEST, LAST) if (target / name).is_file()), None)
+    if found is None:
+        raise UserError(f"{target} is no run folder: it has neither {BEST} nor {LAST}")
+    return found
+
+
+def figures_of(path: Path, checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """What the `metrics.json` beside a checkpoint's file says of it; None where it says nothing, or speaks of another
+    step, as while a resumed run is being trained."""
+    name = {theirs: ours for ours, theirs in AUTHORS_NAMES.items()}.get(path.name, path.name)
+    if name not in (LAST, BEST) or not checkpoint.class_counts or not (path.parent / METRICS).is_file():
+        return None
+    block = Run(path.parent).metrics[Path(name).stem]
+    return block if block and block.get("step") == checkpoint.step else None
 
 
 def write_logits(path: Path, predictions: Predictions, class_names: Sequence[str]) -> None:
@@ -295,6 +405,11 @@ def write_logits(path: Path, predictions: Predictions, class_names: Sequence[str
         np.savez_compressed(
             file, logits=predictions.logits_NC, labels=predictions.labels_N, class_names=np.array(class_names)
         )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What `write_json` wrote."""
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -44,6 +44,7 @@ from equipoise.pixels import unreadable
 
 _DIGITS_TEST_PER_CLASS = 50
 _WORDNET_ID = re.compile(r"n\d{8}")
+_IMAGENET_FOLDERS = 500  # ImageNet-2012 has 1,000; the subsets of it that are shared as class folders have 10 to 200
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,12 @@ def recognise(path: str) -> str:
     if (root / "train_val2018").is_dir():
         return "inat2018"
     for name, benchmark in BENCHMARKS.items():
-        if any((root / known.name).is_file() for known in benchmark.lists.values()):
-            return name
+        for known in benchmark.lists.values():
+            if (root / known.name).is_file() or (root / benchmark.folder / known.name).is_file():
+                return name
     for part in ("train", "val"):
         folders = subfolders(root / part) if (root / part).is_dir() else []
-        if folders and all(_WORDNET_ID.fullmatch(folder.name) for folder in folders):
+        if len([folder for folder in folders if _WORDNET_ID.fullmatch(folder.name)]) >= _IMAGENET_FOLDERS:
             return "imagenet-lt"
     return ""
 
@@ -140,7 +142,7 @@ def open_parts(
         train = long_tailed(train, imbalance_factor, imbalance)
     if validation is None and holdout > 0:
         train, validation = hold_out(train, holdout)
-    return Parts(found.kind, train, validation, found.parts.get("test"))
+    return Parts(found.kind, train, validation, found.parts.get("test"), found.described, found.notes)
 
 
 def open_part(source: Source | str, part: str, class_names: Sequence[str]) -> ImageList:
@@ -172,7 +174,10 @@ def part_of(found: Found, part: str, path: str) -> ImageList:
     if part in found.absent:
         raise found.absent[part]
     if part not in found.parts and found.divided:
-        raise UserError(f"{path} has no {part} part; it has {', '.join(found.parts)}: choose one with --split")
+        raise UserError(
+            f"{path} has no {part} part; it has {', '.join(found.parts)}: score one of them with equipoise evaluate "
+            f"CHECKPOINT --data {path} --split PART"
+        )
     images = found.parts[part if found.divided else "train"]
     if found.of_lists and (absent := absent_images(images)):
         raise UserError(absence(images, absent))
@@ -238,8 +243,10 @@ def _open_list_files(root: Path, source: Source) -> Found:
     read = {part: read_list(file) for part, file in files.items()}
     parts, notes = image_lists(read, root)
     classes = len(next(iter(parts.values())).class_names)
-    notes += [note for part, file in read.items() for note in departures(file, classes, part == "train")]
-    kind = f"list files of {source.benchmark}" if source.benchmark and not source.lists else "list files"
+    published = BENCHMARKS[source.benchmark].lists if source.benchmark and not source.lists else {}
+    for part, file in read.items():
+        notes += departures(file, classes, part == "train", published.get(part))
+    kind = f"list files of {source.benchmark}" if published else "list files"
     # Labels are numbers, the same in every list of a benchmark: names, where folders give some, are for people.
     return Found(
         kind,

@@ -1,6 +1,7 @@
 """What the command line shows: plans, data sets and figures as tables in the terminal."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from rich.box import SIMPLE
@@ -9,18 +10,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from equipoise.lists import Found, ImageList, PackedImages, imbalance_factor
-from equipoise.metrics import shot_group
+from equipoise.metrics import FURTHER, shot_group
 
 _ROWS_SHOWN = 40
 _BAR = 30
-_FURTHER = {
-    "top-5": "top5",
-    "mean over classes": "mean_per_class",
-    "worst tenth of classes": "worst_tenth",
-    "worst class": "worst_class",
-    "macro F1": "macro_f1",
-    "calibration error": "ece",
-}
 
 
 def print_plan(plan: Mapping[str, str]) -> None:
@@ -54,7 +47,7 @@ def print_figures(results: Sequence[tuple[str, Mapping[str, Any]]], title: str, 
         if classes:
             add_row(f"{group} ({classes:,} {'class' if classes == 1 else 'classes'})", limit, group)
     table.add_section()
-    for label, figure_name in _FURTHER.items():
+    for label, figure_name in FURTHER.items():
         if any(figure[figure_name] is not None for _, figure in results):
             add_row(label, "", figure_name)
     table.add_section()
@@ -110,6 +103,20 @@ def print_data(path: str, found: Found, problems: Sequence[str]) -> None:
         headers = "the header of every image was read, its pixels were not"
         looked_at = "the index was checked, the images were not" if packed else headers
         console.print(f"\nno problems found ({looked_at})")
+
+
+def print_predictions(rows: Iterable[tuple[str, Sequence[tuple[str, float]]]], total: int) -> None:
+    """A line an image: its file, then classes with their probabilities in percent, the most probable first."""
+    table = Table(box=SIMPLE)
+    for heading in ("file", "class", "percent", "next"):
+        table.add_column(heading, justify="right" if heading == "percent" else "left", overflow="fold")
+    for file, ((name, share), *others) in islice(rows, _ROWS_SHOWN):
+        further = ", ".join(f"{other} {_percent(of_other)}" for other, of_other in others)
+        table.add_row(*(escape(" ".join(cell.split())) for cell in (file, name, _percent(share), further)))
+    console = Console()
+    console.print(table)
+    if total > _ROWS_SHOWN:
+        console.print(f"({_ROWS_SHOWN} of {total:,} images; --csv FILE or --json FILE writes all of them)")
 
 
 def _print_counts(console: Console, part: str, images: ImageList) -> None:

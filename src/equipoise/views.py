@@ -116,10 +116,15 @@ def batch_views(
     return torch.stack(views)
 
 
+def short_side(size: int) -> int:
+    """To how many pixels the evaluation view resizes the short side before it takes the centre."""
+    return round(size * _EVALUATION_MARGIN)
+
+
 def evaluation_view(photo: Pixels, size: int) -> Pixels:
     """Short side to 256/224 of `size`, then the centre `[size, size, 3]`: Pillow's antialiased bilinear resize."""
     height, width = photo.shape[:2]
-    short = round(size * _EVALUATION_MARGIN)
+    short = short_side(size)
     # The long side is truncated, as torchvision does it.
     new_height, new_width = (
         (short, int(short * width / height)) if height <= width else (int(short * height / width), short)

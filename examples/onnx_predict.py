@@ -1,0 +1,20 @@
+"""python onnx_predict.py MODEL.onnx PICTURE... : needs onnxruntime, numpy and Pillow alone."""
+
+import json
+import sys
+
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps
+
+session = onnxruntime.InferenceSession(sys.argv[1])
+names, view = (json.loads(session.get_modelmeta().custom_metadata_map[key]) for key in ("class_names", "preprocessing"))
+for path in sys.argv[2:]:
+    image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    size, short, smaller = view["size"], view["short_side"], min(image.size)
+    shape = tuple(short * side // smaller for side in image.size) if short else (size, size)
+    left, top = (round((side - size) / 2) for side in shape)
+    pixels = np.asarray(image.resize(shape, Image.Resampling.BILINEAR))[top : top + size, left : left + size]
+    scores = session.run(None, {"images": pixels.transpose(2, 0, 1)[None]})[0][0]
+    shares = np.exp(scores - scores.max())  # for a class prior that is not uniform, add its logarithm to the scores
+    print(path, names[scores.argmax()], f"{shares.max() / shares.sum():.4f}", sep="\t")

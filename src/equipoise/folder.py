@@ -1,0 +1,154 @@
+"""A run folder belongs to one process at a time: it is taken, locked, and given back empty if nothing came of it."""
+
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from equipoise.checkpoint import LAST, PREVIOUS, atomic_file
+from equipoise.device import describe_machine
+from equipoise.errors import UserError
+from equipoise.plan import Plan, default_folder
+from equipoise.recipe import recipe_toml
+from equipoise.run import LOCK, METRICS, RECIPE, RECORD, write_json
+
+
+class RunFolder:
+    """A context in which a folder is this process's own, once `take` has been called.
+
+    What makes training fail before its first checkpoint, and is no bug, leaves nothing behind.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._folder = plan.folder
+        self._created = self._kept = False
+        self._lock: IO[bytes] | None = None
+
+    def take(self) -> Path:
+        """The folder that was got: another one than planned where that was taken meanwhile and the user had not named
+        it. Raises UserError if it cannot be had."""
+        place = self._plan.place
+        while not self._take():
+            if place.named:
+                raise UserError(
+                    f"another run is writing into {self._folder}; wait for it, or name another folder with --out"
+                )
+            self._folder = default_folder(self._plan.recipe)
+        for leftover in self._folder.glob(".*.*"):  # files that a killed run was writing: see atomic_file
+            leftover.unlink(missing_ok=True)
+        (self._folder / METRICS).unlink(missing_ok=True)
+        if place.taken and place.resumed is not None and place.resumed.path.name == PREVIOUS:
+            (self._folder / LAST).unlink(missing_ok=True)  # the damaged one must not become the previous one
+        _write_record(self._plan, self._folder)
+        return self._folder
+
+    def keep(self) -> None:
+        """Leave the folder whatever comes: what was logged shows how it came about."""
+        self._kept = True
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._lock is None:
+            return
+        user_caused = isinstance(error, UserError | OSError | KeyboardInterrupt)
+        kept = self._kept or self._plan.place.taken or (self._folder / LAST).exists()
+        if user_caused and not kept:
+            _remove(self._folder, self._created)
+        (self._folder / LOCK).unlink(missing_ok=True)
+        self._lock.close()
+
+    def _take(self) -> bool:
+        """Make the folder, or take an empty one, or that of the run that goes on; of two runs that want it, one gets
+        it."""
+        folder = self._folder
+        try:
+            self._created = not folder.exists()
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = (folder / LOCK).open("ab")
+            taken = _locked(lock) and (self._plan.place.taken or not (folder / RECORD).exists())
+            if not taken:
+                lock.close()
+                return False
+            self._lock = lock
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise UserError(f"the run folder {folder} cannot be made ({reason}); name another with --out") from None
+        return True
+
+
+def _locked(file: IO[bytes]) -> bool:
+    """Lock the file for as long as it is open; false if another process has it. The end of a process frees it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: two runs in one folder are not found out
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system that cannot lock
+        return True
+    return True
+
+
+def _remove(folder: Path, created: bool) -> None:
+    """Take back a folder, or what was put into one that was there, empty."""
+    for entry in [folder] if created else list(folder.iterdir()):
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)
+
+
+def _write_record(plan: Plan, folder: Path) -> None:
+    with atomic_file(folder / RECIPE) as file:
+        file.write(recipe_toml(plan.recipe).encode())
+    parts = plan.parts
+    record: dict[str, Any] = {
+        "command": shlex.join(sys.argv),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in ("equipoise", "torch", "torchvision", "timm", "numpy")},
+        },
+        "machine": describe_machine(plan.device),
+        "processes": plan.world.size,
+        "launch": plan.world.launch,
+        "precision": plan.precision,
+        "git": _git_state(),
+        "data": {
+            "kind": parts.kind,
+            "lists": parts.described,
+            "notes": parts.notes,
+            "fingerprints": {name: part.fingerprint() for name, part in parts.named().items()},
+            "images": {name: len(part) for name, part in parts.named().items()},
+        },
+        "class_counts": dict(zip(parts.train.class_names, parts.train.class_counts, strict=True)),
+    }
+    if plan.resumed is not None:
+        checkpoint = plan.resumed.checkpoint
+        record["resumed"] = {
+            "from": str(plan.resumed.path), "after_epoch": checkpoint.epoch, "after_step": checkpoint.step,
+        }  # fmt: skip
+    write_json(folder / RECORD, record)
+
+
+def _git_state() -> dict[str, Any] | None:
+    """Commit of the working directory and whether it has changes; None outside a repository or without git."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,143 @@
+"""A batch becomes gradients: the forward pass, the gather over ranks, the losses, the backward pass.
+
+Shapes: B images of this rank, G images of the whole batch, V contrastive views, C classes, D width of the features.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from equipoise.device import autocast
+from equipoise.distributed import World
+from equipoise.loader import Batch
+from equipoise.losses import (
+    balanced_contrastive_loss,
+    log_prior,
+    logit_adjusted_cross_entropy,
+    supervised_contrastive_loss,
+)
+from equipoise.model import Outputs, TwoBranchNetwork
+from equipoise.recipe import Recipe
+
+Terms = dict[str, Tensor]
+
+
+class Step:
+    """Computes the gradients of one batch into the network's parameters; with several ranks, those of the batch that
+    they hold together, on every rank."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        network: TwoBranchNetwork,
+        class_counts: Sequence[int],
+        device: torch.device,
+        precision: str,
+        world: World,
+    ) -> None:
+        self._terms_of = loss_terms(recipe, class_counts, device)
+        self._device, self._precision, self._world = device, precision, world
+        self._forward: nn.Module = _Forward(network, recipe.micro_batch)
+        if world.size > 1:
+            # Buffers stay each rank's own while training: see World.first_buffers. torch has a new word for it.
+            parallel = nn.parallel.DistributedDataParallel
+            words = ("forward_sync_buffers", "broadcast_buffers")
+            word = next(word for word in words if word in inspect.signature(parallel).parameters)
+            options: dict[str, Any] = {word: False}
+            self._forward = parallel(self._forward, gradient_as_bucket_view=True, **options)
+
+    def __call__(self, batch: Batch, votes: Sequence[int] = ()) -> tuple[dict[str, float], list[float]]:
+        """The loss terms of the whole batch, and the sum over ranks of the votes. The gradients are there, the weights
+        have not moved."""
+        images, own = len(batch.labels_G), batch.rows
+        with autocast(self._device, self._precision):
+            logits_BC, features_BVD, prototypes_CD = self._forward(batch.images_VB3SS)
+        # A rank without images of its own has computed others, so that every rank does the same: they do not count.
+        count = own.stop - own.start
+        if features_BVD is not None:
+            features_BVD = self._world.gather_rows(features_BVD[:count], images)
+        terms, loss = self._terms_of(Outputs(logits_BC[:count], features_BVD, prototypes_CD), batch.labels_G, own)
+        read = _start_reading(terms, votes, self._world)
+        # The losses of all ranks add up to the batch's, but DistributedDataParallel takes the mean of their gradients.
+        (loss * self._world.size).backward()
+        return read()
+
+
+class _Forward(nn.Module):
+    """What DistributedDataParallel wraps: it looks after the calls of `forward` alone."""
+
+    def __init__(self, network: TwoBranchNetwork, micro_batch: int) -> None:
+        super().__init__()
+        self.network = network
+        self.micro_batch = micro_batch
+
+    def forward(self, images_VB3SS: Tensor) -> Outputs:
+        return self.network.training_outputs(images_VB3SS, self.micro_batch)
+
+
+def loss_terms(
+    recipe: Recipe, class_counts: Sequence[int], device: torch.device
+) -> Callable[[Outputs, Tensor, slice], tuple[Terms, Tensor]]:
+    """The objective of the recipe's method: outputs, labels of the whole batch and this rank's rows of it, to its named
+    terms (`loss` is the total) and the total. Of several ranks, each has its rows' part; the parts add up.
+
+    `outputs` has the logits of these rows, `[B, C]`, and the features of the whole batch, `[G, V, D]`.
+
+    bcl: alpha * logit-adjusted cross-entropy + beta * balanced contrastive loss. supcon+la: the same with the
+    supervised contrastive loss. The others have one term, with weight 1.
+    """
+    loss, method = recipe.loss, recipe.method
+    log_prior_C = log_prior(torch.tensor(class_counts)).to(device, torch.float32)
+
+    def terms_of(outputs: Outputs, labels_G: Tensor, rows: slice) -> tuple[Terms, Tensor]:
+        logits_BC, labels_B = outputs.logits_BC, labels_G[rows]
+        if method == "ce":
+            total = F.cross_entropy(logits_BC, labels_B, reduction="sum") / len(labels_G)
+            return {"loss": total.detach()}, total
+        adjusted = logit_adjusted_cross_entropy(logits_BC, labels_B, log_prior_C, loss.tau, reduction="sum")
+        classification = adjusted / len(labels_G)
+        if method == "logit-adjusted":
+            return {"loss": classification.detach()}, classification
+        features_GVD, prototypes_CD = outputs.features_BVD, outputs.prototypes_CD
+        assert features_GVD is not None
+        if method == "bcl":
+            assert prototypes_CD is not None
+            contrastive = balanced_contrastive_loss(features_GVD, labels_G, prototypes_CD, loss.temperature, rows)
+        else:
+            contrastive = supervised_contrastive_loss(features_GVD, labels_G, loss.temperature, rows)
+        total = loss.alpha * classification + loss.beta * contrastive
+        terms = {"loss": total, "classification": classification, "contrastive": contrastive}
+        return {name: term.detach() for name, term in terms.items()}, total
+
+    return terms_of
+
+
+def _start_reading(
+    terms: Terms, votes: Sequence[int], world: World
+) -> Callable[[], tuple[dict[str, float], list[float]]]:
+    """Add up the terms and votes of all ranks and send them to the host now, before the backward pass is queued; the
+    function returned waits for them alone.
+
+    So a GPU goes on with the backward pass while its loss is looked at.
+    """
+    stacked = torch.stack([*terms.values()])
+    values = world.sum(torch.cat([stacked, torch.tensor(votes, dtype=stacked.dtype).to(stacked.device)]))
+    if values.device.type == "cuda":
+        on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        on_host.copy_(values, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+    else:
+        on_host, arrived = values, None
+
+    def read() -> tuple[dict[str, float], list[float]]:
+        if arrived is not None:
+            arrived.synchronize()
+        numbers = on_host.tolist()
+        return dict(zip(terms, numbers, strict=False)), numbers[len(terms) :]
+
+    return read

@@ -1,0 +1,81 @@
+"""Run by torchrun in tests/test_distributed.py: `ranks.py FOLDER CASES`. Trains in float64 on noise with labels,
+and rank 0 saves what came of it: gradients of the first and of a short batch, weights after 20 steps, loss terms."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from equipoise.batchnorm import batch_norms, synchronise
+from equipoise.checkpoint import create_network
+from equipoise.distributed import World, join
+from equipoise.lists import ImageList, PixelArrays
+from equipoise.loader import open_batches, steps_per_epoch
+from equipoise.optim import create_sgd
+from equipoise.recipe import load_recipe
+from equipoise.run import view_settings
+from equipoise.step import Step
+
+CLASSES, STEPS = 5, 20
+CPU = torch.device("cpu")
+
+
+def pictures(count: int) -> ImageList:
+    generator = np.random.default_rng(0)
+    labels_N = np.sort((CLASSES * generator.random(count) ** 3).astype(np.int64))  # a long tail
+    labels_N[:CLASSES] = np.arange(CLASSES)
+    pixels = generator.integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
+    return ImageList("noise", PixelArrays("noise", pixels), labels_N, tuple("abcde"))
+
+
+def train(world: World, case: dict[str, Any]) -> dict[str, Any]:
+    recipe = load_recipe("digits-lt", method=case["method"], micro_batch=case["micro_batch"], batch_size=32)
+    torch.manual_seed(0)
+    network = create_network(recipe, CLASSES, start=True).double().train()
+    for module in batch_norms(network):
+        # What a frozen BatchNorm does depends on its averages: let it be no identity.
+        module.running_mean.normal_(0, 0.1)
+        module.running_var.uniform_(0.5, 1.5)
+    if case["batch_norm"] == "frozen":
+        for module in batch_norms(network):
+            module.eval()
+    elif case["batch_norm"] == "synchronised" and world.size > 1:
+        network.encoder = synchronise(network.encoder, CPU)
+        network.projection = synchronise(network.projection, CPU)
+    images = pictures(case["images"])
+    batches = open_batches(images, view_settings(recipe), CPU, 0, world)
+    take_step = Step(recipe, network, images.class_counts, CPU, "fp32", world)
+    optimizer = create_sgd(network.parameters(), 0.02, 0.9, 5e-4)
+    saved: dict[str, Any] = {"terms": [], "rows": [], "classes": [], "gradients": {}}
+    for epoch in range(math.ceil(STEPS / steps_per_epoch(len(images), recipe.batch_size))):
+        for batch in batches.training(0, epoch, recipe.batch_size):
+            optimizer.zero_grad()
+            values, votes = take_step(batch, (1, 2))
+            assert votes == [world.size, 2 * world.size]
+            saved["terms"].append(values)
+            saved["rows"].append(world.gather_objects((batch.rows.start, batch.rows.stop)))
+            saved["classes"].append(world.gather_objects(batch.labels_G[batch.rows].unique().tolist()))
+            # After the first step, and after the first short batch.
+            if not saved["gradients"] or len(batch.labels_G) < recipe.batch_size:
+                key = len(batch.labels_G)
+                saved["gradients"].setdefault(key, {n: p.grad.clone() for n, p in network.named_parameters()})
+            optimizer.step()
+    world.first_buffers(network)
+    return {**saved, "state": network.state_dict()}
+
+
+def main(folder: Path, cases: dict[str, dict[str, Any]]) -> None:
+    torch.set_num_threads(1)
+    with join() as world:
+        for name, case in cases.items():
+            saved = train(world, case)
+            if world.is_first:
+                torch.save(saved, folder / f"{name}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))

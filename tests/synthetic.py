@@ -1,0 +1,151 @@
+"""Run folders without training: a made-up network is scored by the real code, and its files written as a run's are."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from equipoise.evaluate import predict
+from equipoise.loader import Batch, steps_per_epoch
+from equipoise.losses import log_prior
+from equipoise.metrics import choose_tau, fit_temperature, score, sweep
+from equipoise.model import CosineClassifier
+from equipoise.observe import Observation, confidence_at
+from equipoise.recipe import load_recipe, recipe_toml
+from equipoise.run import METRICS, OBSERVED, RECIPE, RECORD, write_json
+
+WIDTH = 24
+
+
+class MadeUp(nn.Module):
+    """Its images are numbers of rows of `hidden_NF`; `prior` is how much of the training prior it has learned."""
+
+    def __init__(
+        self, hidden_NF: torch.Tensor, centres_CF: torch.Tensor, prior_C: torch.Tensor, two_branch: bool
+    ) -> None:
+        super().__init__()
+        self.encoder = nn.Embedding.from_pretrained(hidden_NF)
+        self.classifier = CosineClassifier(WIDTH, len(centres_CF))
+        self.classifier.weight.data = centres_CF
+        self.projection = nn.Linear(WIDTH, 16) if two_branch else None
+        self.prototype_projection = nn.Linear(WIDTH, 16) if two_branch else None
+        self.prior_C = prior_C
+
+    def forward(self, rows_N: torch.Tensor) -> torch.Tensor:
+        return self.classifier(self.encoder(rows_N)) + self.prior_C
+
+
+class Rows:
+    def __init__(self, labels_N: torch.Tensor, first: int) -> None:
+        self.labels_N, self.first = labels_N, first
+
+    def evaluation(self, batch_size: int) -> Iterator[Batch]:
+        rows = torch.arange(len(self.labels_N))
+        for part in rows.split(batch_size):
+            yield Batch((part + self.first)[None], self.labels_N[part], slice(0, len(part)))
+
+
+def write_run(
+    folder: Path,
+    counts: Sequence[int],
+    *,
+    method: str = "bcl",
+    names: Sequence[str] | None = None,
+    images_per_class: int = 10,
+    validation: bool = True,
+    seed: int = 0,
+    scored: bool = True,
+    data: str = "no-such-folder",
+) -> Path:
+    """A run on classes of those training counts, whose images are harder to tell apart the rarer their class is.
+    Without `scored` it stopped half-way."""
+    generator = torch.Generator().manual_seed(seed)
+    names = names or [f"class {number}" for number in range(len(counts))]
+    folder.mkdir(parents=True)
+    recipe = load_recipe("digits-lt", method=method, seed=seed, data=data, epochs=20, batch_size=64, log_every=5)
+    recipe = replace(recipe, name="synthetic")
+    (folder / RECIPE).write_text(recipe_toml(recipe), encoding="utf-8")
+    parts = ["train", "test", *(["validation"] if validation else [])]
+    images = {"train": sum(counts), "test": len(counts) * images_per_class, "validation": len(counts) * 2}
+    write_json(
+        folder / RECORD,
+        {
+            "command": f"equipoise train --method {method}",
+            "started": "2026-11-24T12:00:00+0000",
+            "versions": {"python": "3.11", "torch": "2.14.1"},
+            "machine": {"system": "Linux", "device": "cpu"},
+            "precision": "fp32",
+            "git": None,
+            "data": {
+                "kind": "class folders",
+                "fingerprints": {part: f"{part}-{len(counts)}" for part in parts},
+                "images": {part: images[part] for part in parts},
+            },
+            "class_counts": dict(zip(names, counts, strict=True)),
+        },
+    )
+    steps = steps_per_epoch(sum(counts), recipe.batch_size)
+    with (folder / "metrics.jsonl").open("w", encoding="utf-8") as log:
+        for epoch in range(recipe.epochs if scored else recipe.epochs // 2):
+            line = {"step": (epoch + 1) * steps, "epoch": epoch}
+            loss = 3 / (1 + epoch)
+            terms = {"classification": loss / 3, "contrastive": loss} if method in ("bcl", "supcon+la") else {}
+            log.write(json.dumps({"kind": "train", **line, "loss": loss, **terms, "lr": 0.1 / (1 + epoch)}) + "\n")
+            if validation:
+                shares = {"mean_per_class": 0.6 - loss / 10, "few": None if min(counts) >= 20 else 0.5 - loss / 10}
+                log.write(json.dumps({"kind": "validation", **line, **shares}) + "\n")
+    if not scored:
+        return folder
+    write_figures(folder, list(counts), list(names), method, images_per_class, validation, generator)
+    return folder
+
+
+def write_figures(folder, counts, names, method, images_per_class, validation, generator) -> None:
+    classes = len(counts)
+    centres_CF = F.normalize(torch.randn(classes, WIDTH, generator=generator), dim=1)
+    noise_C = 0.15 + 0.5 / torch.tensor(counts, dtype=torch.float32).sqrt()
+    labels = {"validation": torch.arange(classes).repeat_interleave(2)} if validation else {}
+    labels["test"] = torch.arange(classes).repeat_interleave(images_per_class)
+    labels_N = torch.cat(list(labels.values()))
+    drawn = torch.randn(len(labels_N), WIDTH, generator=generator)
+    prior_C = log_prior(torch.tensor(counts)).float()
+    network = MadeUp(
+        centres_CF[labels_N] + noise_C[labels_N, None] * drawn,
+        centres_CF,
+        prior_C * (1.0 if method == "ce" else 0.1),
+        method in ("bcl", "supcon+la"),
+    ).eval()
+    block = {"epoch": 20, "validation": None, "test": None, "post_hoc": None, "temperature": None}
+    observed: dict[str, np.ndarray] = {}
+    first = 0
+    for part, of_part in labels.items():
+        observation = Observation(classes, block["temperature"])
+        with observation.watch(network) as observe:
+            predictions = predict(network, Rows(of_part, first), prior_C, part == "validation", observe)
+        if part == "validation":
+            block["temperature"] = fit_temperature(predictions.logits_NC, predictions.labels_N, np.zeros(classes))
+        first += len(of_part)
+        block[part] = {**score(predictions, counts, classes).as_dict(), "prior_sweep": sweep(predictions, counts)}
+        arrays = {
+            "labels_N": of_part.numpy().astype(np.int32),
+            "predicted_N": predictions.ranked_NK[:, 0].astype(np.int32),
+            "confidence_N": predictions.confidence_N.astype(np.float32),
+            **observation.calibrated(),
+            **observation.geometry(network, counts),
+        }
+        if part == "validation" and block["temperature"]:
+            logits = torch.from_numpy(predictions.logits_NC)
+            arrays["calibrated_N"] = confidence_at(logits, block["temperature"]).numpy()
+        observed.update({f"{part}/{name}": values for name, values in arrays.items()})
+    if validation:
+        block["post_hoc"] = {"tau": choose_tau(block["validation"]["prior_sweep"]), "chosen_on": "validation"}
+    np.savez_compressed(folder / OBSERVED, **observed)
+    write_json(
+        folder / METRICS,
+        {"method": method, **block, "last": block, "best": None, "class_names": names, "train_counts": counts},
+    )

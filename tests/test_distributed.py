@@ -1,0 +1,400 @@
+"""Several processes: they train what one trains, score what one scores, and end together."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import draw_folder
+
+from equipoise import UserError
+from equipoise.checkpoint import load_checkpoint
+from equipoise.distributed import ALONE, World, join
+from equipoise.plan import Place, _prepare, _refuse_batches, prepare
+from equipoise.recipe import load_recipe
+
+HERE = Path(__file__).resolve().parent
+CASES = {
+    "bcl": {"method": "bcl", "micro_batch": 0, "batch_norm": "frozen", "images": 83},
+    # The last batch has three images: of four ranks, three have none.
+    "three-left": {"method": "bcl", "micro_batch": 0, "batch_norm": "frozen", "images": 67},
+    "supcon": {"method": "supcon+la", "micro_batch": 0, "batch_norm": "frozen", "images": 83},
+    "ce": {"method": "ce", "micro_batch": 0, "batch_norm": "frozen", "images": 67},
+    "micro": {"method": "bcl", "micro_batch": 3, "batch_norm": "frozen", "images": 83},
+    "synchronised": {"method": "bcl", "micro_batch": 0, "batch_norm": "synchronised", "images": 83},
+    "per-rank": {"method": "bcl", "micro_batch": 0, "batch_norm": "per-rank", "images": 83},
+}
+
+
+def torchrun(processes: int, *words: str, cwd: Path | None = None, **more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *words],
+        capture_output=True, text=True, cwd=cwd, check=False, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100", **more},
+    )  # fmt: skip
+
+
+# ---- gradients
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> dict[int, dict[str, Any]]:
+    """What every case came to on 1, 2 and 4 processes."""
+    results: dict[int, dict[str, Any]] = {}
+    for processes in (1, 2, 4):
+        folder = tmp_path_factory.mktemp("ranks")
+        done = torchrun(processes, str(HERE / "ranks.py"), str(folder), json.dumps(CASES))
+        assert done.returncode == 0, done.stderr
+        results[processes] = {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in CASES}
+    return results
+
+
+def largest_relative_error(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    assert ours.keys() == expected.keys()
+    scale = max(float(value.abs().max()) for value in expected.values())
+    # Relative to the tensor's own largest entry, or to the largest of all where a tensor is as good as zero.
+    return max(
+        float((ours[name] - value).abs().max() / max(float(value.abs().max()), 1e-3 * scale))
+        for name, value in expected.items()
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("case", [name for name in CASES if name != "per-rank"])
+def test_many_processes_train_what_one_trains(trained, case, processes):
+    one, many = trained[1][case], trained[processes][case]
+    assert one["gradients"].keys() == many["gradients"].keys() == {32, CASES[case]["images"] % 32}
+    for rows, gradients in one["gradients"].items():
+        assert largest_relative_error(many["gradients"][rows], gradients) < 1e-9, f"after a batch of {rows}"
+    assert largest_relative_error(many["state"], one["state"]) < 1e-6
+    assert len(one["terms"]) >= 20
+    for ours, expected in zip(many["terms"], one["terms"], strict=True):
+        assert ours == pytest.approx(expected, rel=1e-9)
+        assert expected["loss"] > 0
+
+
+@pytest.mark.slow
+def test_the_cases_are_as_hard_as_they_say(trained):
+    four = trained[4]["three-left"]
+    assert four["rows"][2] == [[0, 3], [3, 3], [3, 3], [3, 3]] or four["rows"][2] == [(0, 3), (3, 3), (3, 3), (3, 3)]
+    every_class = set(range(5))
+    assert any(set(own) != every_class for ranks in trained[4]["bcl"]["classes"] for own in ranks)
+    assert any(set().union(*ranks) == every_class for ranks in trained[4]["bcl"]["classes"])
+
+
+@pytest.mark.slow
+def test_statistics_of_each_rank_are_another_thing(trained):
+    """BatchNorm over a quarter of the batch is not BatchNorm over all of it: what 'synchronised' is there for."""
+    one, four = trained[1]["per-rank"]["gradients"][32], trained[4]["per-rank"]["gradients"][32]
+    assert largest_relative_error(four, one) > 0.05
+    assert largest_relative_error(trained[1]["synchronised"]["gradients"][32], one) == 0
+
+
+@pytest.mark.slow
+def test_micro_batches_give_the_gradients_of_the_batch(trained):
+    for rows, gradients in trained[1]["bcl"]["gradients"].items():
+        assert largest_relative_error(trained[1]["micro"]["gradients"][rows], gradients) < 1e-9
+
+
+# ---- shares
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("rows", [2, 3, 5, 8, 31, 256])
+def test_shares_are_the_batch(size, rows):
+    shares = [World(rank, size).share(rows) for rank in range(size)]
+    assert [row for share in shares for row in range(rows)[share]] == list(range(rows))
+    sizes = [share.stop - share.start for share in shares]
+    assert all(count != 1 for count in sizes), "BatchNorm cannot normalise one image"
+    given = [count for count in sizes if count]
+    assert max(given) - min(given) <= 1
+
+
+def test_batch_sizes_that_are_refused():
+    _refuse_batches(load_recipe("digits-lt", batch_size=256), World(0, 4))
+    for batch, size, offered in ((256, 3, "255 or 258"), (10, 4, "8 or 12"), (3, 4, "4 or 8")):
+        with pytest.raises(UserError) as error:
+            _refuse_batches(load_recipe("digits-lt", batch_size=batch), World(0, size))
+        assert str(error.value) == (
+            f"batch_size ({batch}) is that of all {size} processes together, and no multiple of {size}; "
+            f"set --batch-size {offered}"
+        )
+    with pytest.raises(UserError, match="gives each of 4 processes one image; BatchNorm needs two: set --batch-size 8"):
+        _refuse_batches(load_recipe("digits-lt", batch_size=4), World(0, 4))
+
+
+def test_a_last_batch_too_small_to_be_synchronised():
+    recipe = load_recipe("digits-lt", batch_size=68, **{"model.batch_norm": "synchronised"})  # 342 = 5 * 68 + 2
+    assert prepare(recipe, "runs/not-written").steps_per_epoch == 6
+    with pytest.raises(UserError, match=r"the last batch of an epoch has 2 images, but with model.batch_norm = sync"):
+        _prepare(recipe, Place(Path("runs/not-written"), True, False, None), World(1, 4))
+
+
+# ---- one process
+
+
+def test_alone_nothing_is_exchanged():
+    with join() as world:
+        assert world is ALONE
+    x = torch.ones(3, 2, requires_grad=True)
+    assert world.gather_rows(x, 3) is x
+    assert world.sum(x) is x
+    assert world.gather_objects("x") == ["x"]
+    assert world.first_makes(lambda: 7) == world.each_makes(lambda: 7) == 7
+
+
+def test_a_world_that_cannot_be_joined(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(UserError, match="WORLD_SIZE is 2, but RANK is not set; start several processes with torchrun"):
+        join().__enter__()
+
+
+# ---- whole runs
+
+
+def train_words(out: Path, *words: str) -> list[str]:
+    return ["-m", "equipoise", "train", "digits-lt", "--epochs", "2", "--precision", "fp32", "--out", str(out), *words]
+
+
+@pytest.mark.slow
+def test_figures_of_three_processes_are_those_of_one(tmp_path):
+    """Three ranks divide neither the 500 test images nor the last batch. The run is scored by three, then by one, then
+    by three once more, from the file."""
+    done = torchrun(3, *train_words(tmp_path / "run", "-b", "63", "--set", "data.holdout=0.2"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("accuracy on the test part") == 1, "one rank speaks"
+    assert "3 processes, BatchNorm per-rank" in done.stdout
+    of_three = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert of_three["test"]["images"] == 500
+    alone = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"} | {"OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-m", "equipoise", "evaluate", str(tmp_path / "run")]
+    subprocess.run(words, check=True, capture_output=True, env=alone)
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == of_three
+    words = ["--split", "test", "--out", str(tmp_path / "again.json"), "--logits", str(tmp_path / "again.npz")]
+    done = torchrun(3, "-m", "equipoise", "evaluate", str(tmp_path / "run"), *words)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "again.json").read_text())["test"] == of_three["test"]
+    with np.load(tmp_path / "again.npz") as saved:
+        assert saved["logits"].shape == (500, 10)
+        assert (saved["logits"].argmax(1) == saved["labels"]).mean() == of_three["test"]["top1"]
+
+
+@pytest.mark.slow
+def test_ranks_that_differ_are_refused(tmp_path):
+    launcher = tmp_path / "launch.py"
+    launcher.write_text(
+        "import os, sys\n"
+        "from equipoise.cli import main\n"
+        "words = ['train', 'digits-lt', '--epochs', '1', '--out', sys.argv[1]]\n"
+        "raise SystemExit(main([*words, '--lr', '0.01'] if os.environ['RANK'] == '1' else words))\n"
+    )
+    done = torchrun(2, str(launcher), str(tmp_path / "run"))
+    assert done.returncode != 0
+    said = "equipoise: rank 1 has optim.lr = 0.01, but rank 0 has 0.05: start all ranks with the same recipe and data"
+    assert done.stderr.count(said) == 1
+    assert not (tmp_path / "run").exists()
+
+
+# ---- failures
+
+
+def start(processes: int, *words: str, restarts: int = 0) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
+         f"--max-restarts={restarts}", *words],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def ranks_of(launcher: subprocess.Popen[str]) -> list[int]:
+    """Process ids of the ranks, in their order."""
+    found = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True, check=False)
+    return sorted(int(word) for word in found.stdout.split())
+
+
+def steps_of(run: Path) -> list[int]:
+    file = run / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line)["step"] for line in lines if line.endswith("\n")]
+
+
+def wait_for(what: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 150
+    while not what():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_all_ranks_stop_soon_after_one_is_killed(rank, tmp_path):
+    launcher = start(2, *train_words(tmp_path / "run", "--epochs", "2000", "--log-every", "1"))
+    wait_for(lambda: len(steps_of(tmp_path / "run")) > 10, launcher)
+    ranks = ranks_of(launcher)
+    begun = time.monotonic()
+    os.kill(ranks[rank], signal.SIGKILL)
+    _, said = launcher.communicate(timeout=60)
+    assert time.monotonic() - begun < 30
+    assert launcher.returncode != 0
+    assert [line for line in said.splitlines() if line.startswith("equipoise: ")] == [
+        f"equipoise: rank {rank} (on {os.uname().nodename}) is lost: no sign of life for 12 s; all ranks stop"
+    ]
+    for process in ranks:
+        with pytest.raises(ProcessLookupError):
+            os.kill(process, 0)
+    assert load_checkpoint(tmp_path / "run" / "last.pt").step > 0
+
+
+@pytest.mark.slow
+def test_a_restart_goes_on_to_the_same_end(tmp_path):
+    words = ["--epochs", "60", "--log-every", "1", "--checkpoint-minutes", "0.005"]
+    launcher = start(2, *train_words(tmp_path / "killed", *words), restarts=1)
+    wait_for(lambda: len(steps_of(tmp_path / "killed")) > 20, launcher)
+    os.kill(ranks_of(launcher)[1], signal.SIGKILL)
+    out, said = launcher.communicate(timeout=200)
+    assert launcher.returncode == 0, said
+    assert "goes on" in out
+    assert steps_of(tmp_path / "killed") == list(range(1, 361))
+    done = torchrun(2, *train_words(tmp_path / "whole", *words))
+    assert done.returncode == 0, done.stderr
+    one, other = (load_checkpoint(tmp_path / name / "last.pt") for name in ("killed", "whole"))
+    assert all(torch.equal(one.weights[name], value) for name, value in other.weights.items())
+
+
+@pytest.mark.slow
+def test_a_terminated_launch_is_saved(tmp_path):
+    """As Slurm ends a job: torchrun hands SIGTERM to its ranks, which agree on the step to stop at."""
+    launcher = start(2, *train_words(tmp_path / "run", "--epochs", "2000", "--log-every", "1"))
+    wait_for(lambda: len(steps_of(tmp_path / "run")) > 10, launcher)
+    launcher.send_signal(signal.SIGTERM)
+    _, said = launcher.communicate(timeout=100)
+    step = load_checkpoint(tmp_path / "run" / "last.pt").step
+    assert (
+        said.count(
+            f"equipoise: terminated: step {step} is done and saved; go on with:\ntorchrun --nproc-per-node 2 -m "
+        )
+        == 1
+    )
+    assert steps_of(tmp_path / "run")[-1] == step
+
+
+@pytest.mark.slow
+def test_a_rank_says_which_file_it_cannot_read(tmp_path):
+    data = draw_folder(tmp_path / "data", {"ant": 12, "bee": 6})
+    broken = data / "bee" / "3.png"
+    broken.write_bytes(broken.read_bytes()[:200])  # a good header and no pixels
+    small = [
+        "--arch",
+        "resnet8",
+        "--set",
+        "views.size=16",
+        "--epochs",
+        "1",
+        "-b",
+        "6",
+        "--set",
+        "data.holdout=0",
+        "-j",
+        "1",
+    ]
+    done = torchrun(2, "-m", "equipoise", "train", "--data", str(data), "--out", str(tmp_path / "run"), *small)
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("equipoise: ")]
+    assert len(said) == 1
+    assert re.fullmatch(r"equipoise: rank [01]: .*bee/3.png cannot be read \(.*\); repair or remove it", said[0])
+    broken.write_bytes(b"none")  # and what headers tell, before training
+    done = torchrun(2, "-m", "equipoise", "train", "--data", str(data), "--out", str(tmp_path / "other"), *small)
+    said = [line for line in done.stderr.splitlines() if line.startswith("equipoise: ")]
+    assert len(said) == 1
+    assert re.search(r"rank [01]: .*bee/3.png cannot be read \(it is no image\)", said[0])
+    assert not (tmp_path / "other").exists()
+
+
+# ---- hosts
+
+
+@pytest.fixture
+def hosts() -> Iterator[dict[str, list[str]]]:
+    """Two hosts with a name, an address and a network device each, joined by a cable: name to the command that runs
+    something on it. They are network namespaces; where the machine does not allow them, the test is skipped aloud."""
+    names = {"eqp-a": "10.77.31.1", "eqp-b": "10.77.31.2"}
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True)
+
+    folders = [Path("/etc/netns") / name for name in names]
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", "eqp-va", "netns", "eqp-a", "type", "veth", "peer", "name", "eqp-vb", "netns", "eqp-b")
+        for (name, address), device in zip(names.items(), ("eqp-va", "eqp-vb"), strict=True):
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", device)
+            for interface in ("lo", device):
+                ip("-n", name, "link", "set", interface, "up")
+        table = "127.0.0.1 localhost\n" + "".join(f"{address} {name}\n" for name, address in names.items())
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "hosts").write_text(table)
+        run = 'hostname $0 && exec "$@"'
+        yield {name: ["ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c", run, name] for name in names}
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"this machine does not allow network namespaces ({error})")
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.slow
+def test_two_hosts_train_together_until_one_is_cut_off(hosts, tmp_path):
+    words = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d",
+             "--rdzv-endpoint=eqp-a:29471", "--rdzv-id=job"]  # fmt: skip
+    run = tmp_path / "run"
+    outputs = {name: (tmp_path / name).open("w") for name in hosts}
+    agents = [
+        subprocess.Popen(
+            [*command, *words, *train_words(run, "--epochs", "2000", "--log-every", "1")], start_new_session=True,
+            stdout=subprocess.DEVNULL, stderr=outputs[name], env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        for name, command in hosts.items()
+    ]  # fmt: skip
+    try:
+        wait_for(lambda: len(steps_of(run)) > 20, agents[0])
+        assert json.loads((run / "run.json").read_text())["processes"] == 2
+        begun = time.monotonic()
+        subprocess.run(["ip", "-n", "eqp-b", "link", "set", "eqp-vb", "down"], check=True)
+        said = {}
+        while len(said) < 2 and time.monotonic() - begun < 30:
+            for name in hosts:
+                lines = (tmp_path / name).read_text().splitlines()
+                if spoken := [line for line in lines if line.startswith("equipoise: ")]:
+                    said[name] = spoken
+            time.sleep(0.1)
+        assert said["eqp-a"] == ["equipoise: rank 1 (on eqp-b) is lost: no sign of life for 12 s; all ranks stop"]
+        assert re.fullmatch(
+            r"equipoise: rank 1 has lost the others: eqp-a:\d+ does not answer; all ranks stop", said["eqp-b"][0]
+        )
+        steps = len(steps_of(run))
+        time.sleep(1)
+        assert len(steps_of(run)) == steps, "nothing trains any more"
+        assert load_checkpoint(run / "last.pt").step > 0
+    finally:
+        for agent in agents:
+            os.killpg(agent.pid, signal.SIGKILL)
+            agent.wait()
+        for output in outputs.values():
+            output.close()

@@ -1,0 +1,255 @@
+"""Run folders: one process each, nothing lost when the disk fails, nothing left where nothing came of it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.crash import crash
+from equipoise import UserError, load_recipe, train
+from equipoise.checkpoint import load_checkpoint
+from equipoise.distributed import World
+from equipoise.folder import RunFolder
+from equipoise.plan import _find_place, prepare
+
+RECIPE = load_recipe("digits-lt", epochs=2, precision="fp32", method="ce", log_every=1)
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_where_an_undisturbed_one_ends(tmp_path):
+    """The short form of `make crash-test`."""
+    assert sum(crash(tmp_path, kills=3, epochs=10, seed=3).values()) == 3
+
+
+# ---- whose folder it is
+
+
+def test_a_folder_belongs_to_one_process(tmp_path):
+    plan = prepare(RECIPE, tmp_path / "run")
+    code = (
+        "import sys, time\n"
+        "from equipoise import load_recipe\nfrom equipoise.folder import RunFolder\n"
+        "from equipoise.plan import prepare\n"
+        "with RunFolder(prepare(load_recipe('digits-lt'), sys.argv[1])) as folder:\n"
+        "    folder.take()\n    print('taken', flush=True)\n    time.sleep(60)\n"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "taken\n"
+        with pytest.raises(UserError, match=r"another run is writing into .*run; wait for it, or name another"):
+            RunFolder(plan).take()
+        resumed = prepare(load_recipe("digits-lt"), resume=tmp_path / "run")
+        with pytest.raises(UserError, match="another run is writing into"):
+            RunFolder(resumed).take()
+        assert (tmp_path / "run" / "recipe.toml").exists(), "the other's files are not touched"
+    finally:
+        other.kill()
+        other.wait()
+        other.stdout.close()
+    # A dead process holds nothing, and a run without a checkpoint begins again.
+    resumed = prepare(load_recipe("digits-lt"), resume=tmp_path / "run")
+    assert resumed.describe()["goes on"] == "from its beginning: it had no checkpoint yet"
+    with RunFolder(resumed) as folder:
+        assert folder.take() == tmp_path / "run"
+    assert not (tmp_path / "run" / "run.lock").exists()
+
+
+def test_an_interrupted_resume_does_not_remove_the_folder(tmp_path):
+    train(RECIPE, tmp_path / "run", progress=False)
+    (tmp_path / "run" / "last.pt").unlink()
+    (tmp_path / "run" / "previous.pt").unlink()
+
+    def interrupted() -> None:
+        with RunFolder(prepare(RECIPE, resume=tmp_path / "run")) as folder:
+            folder.take()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_run_killed_in_its_first_moment_is_no_obstacle(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("run.lock", "recipe.toml", ".recipe.toml.x7", ".run.json.abc"):
+        (folder / name).touch()
+    assert prepare(RECIPE, folder).folder == folder
+    (folder / "notes.txt").touch()
+    with pytest.raises(UserError, match="exists and is not empty"):
+        prepare(RECIPE, folder)
+
+
+# ---- auto
+
+
+def fake_run(folder: Path, started: str, recipe=RECIPE, finished: bool = False, launch: str = "") -> Path:
+    with RunFolder(prepare(recipe, folder)) as taken:
+        taken.take()
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**record, "started": started, "launch": launch}))
+    if finished:
+        (folder / "metrics.json").write_text("{}")
+    return folder
+
+
+def test_auto_is_the_newest_unfinished_run_of_the_same_recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    find = lambda recipe=RECIPE, out=None: _find_place(recipe, out, "auto", World())  # noqa: E731
+    assert not find().taken, "there is none: a new one"
+    older = fake_run(Path("runs/older"), "2026-01-01T10:00:00")
+    assert find().folder == older
+    # A clock that was set back: what counts is what the record says, not the order of the files.
+    newer = fake_run(Path("runs/a-newer"), "2026-01-01T11:00:00")
+    os.utime(older / "run.json", (2e9, 2e9))
+    assert find().folder == newer
+    fake_run(Path("runs/finished"), "2026-01-01T12:00:00", finished=True)
+    fake_run(Path("runs/another"), "2026-01-01T12:00:00", load_recipe("digits-lt", epochs=3))
+    (Path("runs") / "broken").mkdir()
+    (Path("runs") / "broken" / "run.json").write_text("{")
+    assert find().folder == newer
+    assert find(load_recipe("digits-lt", epochs=2, precision="bf16", method="ce", log_every=7)).folder == newer
+    assert find(out=older).folder == older
+    assert find(out=tmp_path / "new").folder == tmp_path / "new"
+
+
+def test_a_restart_by_torchrun_goes_on_with_its_own_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = fake_run(Path("runs/own"), "2026-01-01T10:00:00", launch="7f3")
+    fake_run(Path("runs/other"), "2026-01-01T11:00:00", launch="aaa")
+    assert _find_place(RECIPE, None, None, World(launch="7f3")).folder == own
+    assert not _find_place(RECIPE, None, None, World(launch="bbb")).taken
+    assert not _find_place(RECIPE, None, None, World(launch="none")).taken, "torchrun's name for no name"
+    unnamed = fake_run(Path("runs/unnamed"), "2026-01-01T12:00:00", launch="none")
+    assert _find_place(RECIPE, None, None, World(launch="none", restarted=True)).folder == unnamed
+
+
+# ---- damaged checkpoints
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    return train(RECIPE, tmp_path_factory.mktemp("runs") / "run", progress=False).path
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "flipped", "flipped in the middle"])
+def test_the_checkpoint_before_a_damaged_one_is_used(damage, finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    whole = (run / "last.pt").read_bytes()
+    # Where a weight is, a flipped bit gives another number and no other sign than the checksum.
+    weight = load_checkpoint(run / "last.pt").weights["encoder.stem.weight"].numpy().tobytes()
+    at = {"flipped": whole.index(weight) + 2, "flipped in the middle": len(whole) // 2}.get(damage)
+    if at is not None:
+        content = bytearray(whole)
+        content[at] ^= 0x10
+        (run / "last.pt").write_bytes(content)
+    else:
+        (run / "last.pt").write_bytes(whole[: len(whole) // 2] if damage == "truncated" else b"")
+    plan = prepare(load_recipe(run), resume=run)
+    assert plan.resumed.path == run / "previous.pt"
+    assert plan.resumed.checkpoint.epoch == 1
+    assert "last.pt is" in plan.describe()["goes on"]
+    assert "damaged" in plan.describe()["goes on"]
+    train(load_recipe(run), progress=False, resume=run)
+    one, other = load_checkpoint(run / "last.pt"), load_checkpoint(finished / "last.pt")
+    assert all(torch.equal(one.weights[name], value) for name, value in other.weights.items())
+    assert (run / "metrics.json").read_bytes() == (finished / "metrics.json").read_bytes()
+    # Both damaged: then there is nothing, and it is said.
+    for name in ("last.pt", "previous.pt"):
+        (run / name).write_bytes(b"x")
+    with pytest.raises(UserError, match=r"previous.pt is not a checkpoint that can be read"):
+        prepare(load_recipe(run), resume=run)
+
+
+def test_a_half_written_line_is_dropped(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    before = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(before + '{"kind": "train", "st')
+    train(load_recipe(run, epochs=3), progress=False, resume=run)
+    lines = (run / "metrics.jsonl").read_text()
+    assert lines.startswith(before)
+    assert [json.loads(line)["step"] for line in lines.splitlines()] == list(range(1, 19))
+
+
+def test_another_method_cannot_go_on(finished, tmp_path):
+    with pytest.raises(UserError, match=r"do not fit method bcl with a resnet8; it was trained with ce$"):
+        train(load_recipe("digits-lt", epochs=3), tmp_path / "run", progress=False, resume=finished)
+    assert not (tmp_path / "run").exists()
+
+
+# ---- disks
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A file system of 3 MB: three of these checkpoints."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)], check=False, capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("this needs the right to mount a small disk")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.mark.slow
+def test_a_full_disk(small_disk):
+    run, ballast = small_disk / "run", small_disk / "ballast"
+    train(RECIPE, run, progress=False)
+    before = load_checkpoint(run / "last.pt")
+    # While there is one before the last, it makes room for the next.
+    (run / "previous.pt").unlink()
+    ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free - 200_000))
+    recipe = load_recipe(run, epochs=4)
+    with pytest.raises(UserError) as error:
+        train(recipe, progress=False, resume=run)
+    said = str(error.value)
+    assert "could not be written into" in said
+    assert "no space left on device" in said
+    assert f"equipoise train --resume {run}" in said
+    assert "\n" not in said
+    assert load_checkpoint(run / "last.pt").step == before.step
+    assert not list(run.glob(".*.pt.*")), "nothing half-written is left"
+    ballast.unlink()
+    train(recipe, progress=False, resume=run)
+    assert load_checkpoint(run / "last.pt").epoch == 4
+
+
+@pytest.mark.slow
+def test_a_read_only_disk(small_disk):
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(UserError, match=r"run cannot be made \(read-only file system\); name another with --out"):
+        train(RECIPE, small_disk / "run", progress=False)
+
+
+@pytest.mark.slow
+def test_a_folder_that_is_removed_under_a_run(tmp_path):
+    run = tmp_path / "run"
+    words = ["digits-lt", "--epochs", "400", "--method", "ce", "--log-every", "1", "--out", str(run)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "equipoise", "train", *words],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (run / "last.pt").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    moved = tmp_path / "moved"
+    run.rename(moved)
+    _, said = process.communicate(timeout=100)
+    assert process.returncode == 2, said
+    assert said.count("\n") == 1
+    assert "could not be written into" in said
+    assert load_checkpoint(moved / "last.pt").step >= 6
