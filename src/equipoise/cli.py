@@ -129,9 +129,9 @@ def _parser(words: list[str]) -> argparse.ArgumentParser:
     _add_report(commands)
     _add_command(commands, "recipes", "the recipes that come with the package", _recipes)
     _add_data(commands)
+    _add_pack(commands)
     add_predict_words(_add_command(commands, "predict", "name the classes of images", predict))
     add_export_words(_add_command(commands, "export", "write a run in another layout", export))
-    _add_pack(commands)
     return parser
 
 
