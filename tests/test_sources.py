@@ -230,6 +230,14 @@ def test_training_and_test_that_overlap(imagenet, tmp_path):
         open_parts(source)
 
 
+def test_validation_and_test_that_overlap(imagenet):
+    """The best checkpoint and tau would be chosen on test images."""
+    lists = {part: str(imagenet / f"ImageNet_LT_{part}.txt") for part in ("train", "test")}
+    source = Source(str(imagenet), lists={**lists, "validation": lists["test"]})
+    with pytest.raises(UserError, match=r"6 images of .*ImageNet_LT_test.txt are in .*ImageNet_LT_test.txt too"):
+        open_parts(source)
+
+
 def test_a_training_list_with_gaps(imagenet, tmp_path):
     lines = (imagenet / "ImageNet_LT_train.txt").read_text().replace(" 1\n", " 3\n")
     (tmp_path / "train.txt").write_text(lines)
@@ -240,9 +248,13 @@ def test_a_training_list_with_gaps(imagenet, tmp_path):
 
 
 def test_scoring_by_lists_goes_by_numbers(imagenet):
-    """The labels of a benchmark are the model's, whatever its classes are called."""
-    images = open_part(Source(str(imagenet), "imagenet-lt"), "test", ("cock", "hen", "ostrich"))
-    assert images.class_names == ("cock", "hen", "ostrich")
+    """A model may call its classes by numbers, as the authors' checkpoints do; by other names they are others."""
+    images = open_part(Source(str(imagenet), "imagenet-lt"), "test", ("0", "1", "2"))
+    assert images.class_names == ("0", "1", "2")
     assert images.class_counts == (3, 3, 0)
+    with pytest.raises(
+        UserError, match=r"has the label 0 for images in n\d+, which is 'cock' to the model: this is other"
+    ):
+        open_part(Source(str(imagenet), "imagenet-lt"), "test", ("cock", "hen", "ostrich"))
     with pytest.raises(UserError, match="has label 1, but the model knows the classes 0 to 0"):
         open_part(Source(str(imagenet), "imagenet-lt"), "test", ("cock",))

@@ -4,6 +4,7 @@ Six sources: a folder of class folders (`folders.py`), list files (`listfiles.py
 archives (`cifar.py`), packed images (`packed.py`), and scikit-learn's digits inside its wheel.
 """
 
+import itertools
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -156,6 +157,7 @@ def open_part(source: Source | str, part: str, class_names: Sequence[str]) -> Im
             raise UserError(
                 f"{images.origin} has label {beyond[0]}, but the model knows the classes 0 to {len(class_names) - 1}"
             )
+        _refuse_other_classes(images, class_names)
         return replace(images, class_names=tuple(class_names))
     seen = [name for name, count in zip(images.class_names, images.class_counts, strict=True) if count]
     unknown = [name for name in seen if name not in class_names]
@@ -166,6 +168,17 @@ def open_part(source: Source | str, part: str, class_names: Sequence[str]) -> Im
     of_model = {name: label for label, name in enumerate(class_names)}
     labels_N = np.array([of_model.get(name, 0) for name in images.class_names], np.int64)[images.labels_N]
     return replace(images, labels_N=labels_N, class_names=tuple(class_names))
+
+
+def _refuse_other_classes(images: ImageList, class_names: Sequence[str]) -> None:
+    """Raise UserError where a list's folders call a label otherwise than the model does. Numbers are no names."""
+    for label in np.unique(images.labels_N).tolist():
+        listed, known = images.class_names[label], class_names[label]
+        if listed != known and not listed.isdigit() and not known.isdigit():
+            raise UserError(
+                f"{images.origin} has the label {label} for images in {listed}, which is '{known}' to the model: "
+                "this is other data, or numbered otherwise"
+            )
 
 
 def part_of(found: Found, part: str, path: str) -> ImageList:
@@ -215,13 +228,12 @@ def survey(source: Source) -> tuple[Found, list[str]]:
 
 def disagreements(found: Found) -> list[str]:
     """What is wrong between list files and the images they name, and between the lists: images that are not there,
-    and images of training that are scored on."""
+    and images that are trained or chosen on and scored on."""
     if not found.of_lists:
         return []
     problems = [absence(part, absent) for part in found.parts.values() if (absent := absent_images(part))]
-    train = found.parts.get("train")
-    others = [part for name, part in found.parts.items() if name != "train"]
-    return problems + [said for part in others if train is not None and (said := overlap(train, part))]
+    ordered = [found.parts[name] for name in ("train", "validation", "test") if name in found.parts]
+    return problems + [said for pair in itertools.combinations(ordered, 2) if (said := overlap(*pair))]
 
 
 # ---------------------------------------------------------------------------------------------- list files

@@ -86,6 +86,8 @@ def _open(plan: Plan) -> tuple[TwoBranchNetwork, Batches, Batches | None]:
     if parts.test is not None:
         open_batches(parts.test, views, plan.device)  # small images are decoded by it: better now than at the end
     torch.manual_seed(recipe.seed)
+    # MKL takes fewer threads where the machine is busy, unless their number was set: and sums in another order.
+    torch.set_num_threads(torch.get_num_threads())
     network = create_network(recipe, len(parts.train.class_names), start=True)
     if plan.resumed is not None:
         try:
