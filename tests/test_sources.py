@@ -197,8 +197,8 @@ def test_an_absent_list_of_a_benchmark(imagenet, tmp_path):
     with pytest.raises(UserError, match=r"the list ImageNet_LT_test.txt .* git blob 76a2fb9749d6cd29e765cc4f8c270f25"):
         open_parts(source)
     with pytest.raises(UserError, match=r"the list ImageNet_LT_test.txt .*--test-list FILE"):
-        open_part(source, "test", ("a", "b"))
-    assert len(open_part(source, "validation", ("a", "b"))) == 6, "what is there can be scored"
+        open_part(source, "test", ("0", "1"))
+    assert len(open_part(source, "validation", ("0", "1"))) == 6, "what is there can be scored"
     given = Source(source.path, lists={"train": str(imagenet / "ImageNet_LT_train.txt")})
     assert open_parts(given).test is None
 
@@ -217,9 +217,9 @@ def test_absent_images_of_a_list(imagenet, tmp_path):
         open_parts(source)
     assert str(error.value) == sentence
     with pytest.raises(UserError, match="are missing"):
-        open_part(source, "test", ("a", "b"))
+        open_part(source, "test", ("0", "1"))
     assert disagreements(find_parts(source)) == [sentence]
-    assert len(open_part(source, "train", ("a", "b"))) == 7
+    assert len(open_part(source, "train", ("0", "1"))) == 7
 
 
 def test_training_and_test_that_overlap(imagenet, tmp_path):
