@@ -172,7 +172,7 @@ def open_part(source: Source | str, part: str, class_names: Sequence[str]) -> Im
 
 def _refuse_other_classes(images: ImageList, class_names: Sequence[str]) -> None:
     """Raise UserError where a list's folders call a label otherwise than the model does. Numbers are no names."""
-    for label in np.unique(images.labels_N).tolist():
+    for label in map(int, np.unique(images.labels_N)):
         listed, known = images.class_names[label], class_names[label]
         if listed != known and not listed.isdigit() and not known.isdigit():
             raise UserError(
