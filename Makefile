@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test check results rehearsal clean
+.PHONY: help setup demo test check results rehearsal crash-test clean
 
 help:
 	@echo "make demo     train on the built-in digits: BCL, and plain cross-entropy beside it; write the report"
@@ -13,6 +13,7 @@ help:
 	@echo "make check    ruff, pyright, import contracts"
 	@echo "make results  the table of docs/results.md for Digits-LT (20 runs; what is there already is kept)"
 	@echo "make rehearsal [PHOTOS=folder]  the BCL authors' commands on miniature ImageNet-LT and iNaturalist 2018"
+	@echo "make crash-test  a run that is killed 60 times ends where one ends that is left alone (about half an hour)"
 	@echo "make clean    remove .venv and caches; runs/ stays"
 
 setup: .venv/.setup
@@ -34,6 +35,9 @@ results: setup
 
 rehearsal: setup
 	$(BIN)/python -m benchmarks.rehearsal $(if $(PHOTOS),"$(PHOTOS)")
+
+crash-test: setup
+	$(BIN)/python -m benchmarks.crash
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

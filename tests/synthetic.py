@@ -13,9 +13,9 @@ from torch import nn
 from equipoise.evaluate import predict
 from equipoise.loader import Batch, steps_per_epoch
 from equipoise.losses import log_prior
-from equipoise.metrics import choose_tau, score, sweep
+from equipoise.metrics import choose_tau, fit_temperature, score, sweep
 from equipoise.model import CosineClassifier
-from equipoise.observe import TEMPERATURES, Observation
+from equipoise.observe import Observation, confidence_at
 from equipoise.recipe import load_recipe, recipe_toml
 from equipoise.run import METRICS, OBSERVED, RECIPE, RECORD, write_json
 
@@ -109,9 +109,8 @@ def write_figures(folder, counts, names, method, images_per_class, validation, g
     classes = len(counts)
     centres_CF = F.normalize(torch.randn(classes, WIDTH, generator=generator), dim=1)
     noise_C = 0.15 + 0.5 / torch.tensor(counts, dtype=torch.float32).sqrt()
-    labels = {"test": torch.arange(classes).repeat_interleave(images_per_class)}
-    if validation:
-        labels["validation"] = torch.arange(classes).repeat_interleave(2)
+    labels = {"validation": torch.arange(classes).repeat_interleave(2)} if validation else {}
+    labels["test"] = torch.arange(classes).repeat_interleave(images_per_class)
     labels_N = torch.cat(list(labels.values()))
     drawn = torch.randn(len(labels_N), WIDTH, generator=generator)
     prior_C = log_prior(torch.tensor(counts)).float()
@@ -121,21 +120,27 @@ def write_figures(folder, counts, names, method, images_per_class, validation, g
         prior_C * (1.0 if method == "ce" else 0.1),
         method in ("bcl", "supcon+la"),
     ).eval()
-    block = {"epoch": 20, "validation": None, "test": None, "post_hoc": None}
+    block = {"epoch": 20, "validation": None, "test": None, "post_hoc": None, "temperature": None}
     observed: dict[str, np.ndarray] = {}
     first = 0
     for part, of_part in labels.items():
-        observation = Observation(classes, TEMPERATURES if validation else (1.0,))
+        observation = Observation(classes, block["temperature"])
         with observation.watch(network) as observe:
-            predictions = predict(network, Rows(of_part, first), prior_C, observe=observe)
+            predictions = predict(network, Rows(of_part, first), prior_C, part == "validation", observe)
+        if part == "validation":
+            block["temperature"] = fit_temperature(predictions.logits_NC, predictions.labels_N, np.zeros(classes))
         first += len(of_part)
         block[part] = {**score(predictions, counts, classes).as_dict(), "prior_sweep": sweep(predictions, counts)}
         arrays = {
             "labels_N": of_part.numpy().astype(np.int32),
             "predicted_N": predictions.ranked_NK[:, 0].astype(np.int32),
-            **observation.calibration(),
+            "confidence_N": predictions.confidence_N.astype(np.float32),
+            **observation.calibrated(),
             **observation.geometry(network, counts),
         }
+        if part == "validation" and block["temperature"]:
+            logits = torch.from_numpy(predictions.logits_NC)
+            arrays["calibrated_N"] = confidence_at(logits, block["temperature"]).numpy()
         observed.update({f"{part}/{name}": values for name, values in arrays.items()})
     if validation:
         block["post_hoc"] = {"tau": choose_tau(block["validation"]["prior_sweep"]), "chosen_on": "validation"}

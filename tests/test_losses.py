@@ -1,5 +1,6 @@
 """The losses against slow loops, golden numbers, invariances and a gradient check."""
 
+import itertools
 import math
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import Float, Int, jaxtyped
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import equipoise
 from equipoise.losses import (
@@ -87,6 +89,67 @@ def batches(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, float]:
 @settings(deadline=None, max_examples=60)
 def test_bcl_is_the_equation(batch):
     assert float(checked_bcl(*batch)) == pytest.approx(slow_bcl(*batch), rel=1e-12, abs=1e-12)
+
+
+def mask_form(features: Tensor, labels: Tensor, prototypes: Tensor, temperature: float) -> Tensor:
+    """The equation with whole matrices and masks, for autograd to differentiate."""
+    anchors, columns = features.flatten(0, 1), torch.cat([features.flatten(0, 1), prototypes])
+    of_anchors = labels.repeat_interleave(features.shape[1])
+    of_columns = torch.cat([of_anchors, torch.arange(len(prototypes))])
+    itself = torch.eye(len(anchors), len(columns), dtype=torch.bool)
+    positives = (of_anchors[:, None] == of_columns) & ~itself
+    members = (of_columns[:, None] == of_columns).sum(1)
+    weights = torch.where(positives, members - 1, members)
+    similarity = anchors @ columns.T / temperature
+    denominator = (similarity.exp() / weights).masked_fill(itself, 0).sum(1, keepdim=True)
+    return ((denominator.log() - similarity) * positives / positives.sum(1, keepdim=True)).sum(1).mean()
+
+
+@given(batches(), st.integers(1, 5))
+@settings(deadline=None, max_examples=60)
+def test_bcl_in_chunks_has_the_equations_value_and_gradients(batch, rows):
+    features, labels, prototypes, temperature = batch
+    inputs = [features.requires_grad_(), prototypes.requires_grad_()]
+    expected = mask_form(features, labels, prototypes, temperature)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("equipoise.losses._CHUNK_ENTRIES", 1)
+        patch.setattr("equipoise.losses._CHUNK_ROWS", rows)
+        ours = balanced_contrastive_loss(features, labels, prototypes, temperature)
+    assert ours.item() == pytest.approx(expected.item(), rel=1e-12, abs=1e-12)
+    for gradient, wanted in zip(
+        torch.autograd.grad(3 * ours, inputs), torch.autograd.grad(3 * expected, inputs), strict=True
+    ):
+        assert torch.allclose(gradient, wanted, rtol=1e-10, atol=1e-12)
+
+
+class Largest(TorchDispatchMode):
+    """Entries of the largest tensor that an operation returned."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        returned = func(*args, **(kwargs or {}))
+        if isinstance(returned, Tensor):
+            self.entries = max(self.entries, returned.numel())
+        return returned
+
+
+def test_bcl_never_holds_the_whole_matrix(monkeypatch):
+    features = F.normalize(torch.randn(600, 2, 8, generator=torch.Generator().manual_seed(10)), dim=-1)
+    prototypes = F.normalize(torch.randn(900, 8, generator=torch.Generator().manual_seed(11)), dim=-1)
+    labels, matrix = torch.arange(600) % 900, 1200 * 2100
+    inputs = [features.requires_grad_(), prototypes.requires_grad_()]
+    whole = balanced_contrastive_loss(features, labels, prototypes)
+    of_whole = torch.autograd.grad(whole, inputs)
+    monkeypatch.setattr("equipoise.losses._CHUNK_ENTRIES", matrix // 10)
+    with Largest() as largest:
+        chunked = balanced_contrastive_loss(features, labels, prototypes)
+        of_chunked = torch.autograd.grad(chunked, inputs)
+    assert matrix / 12 < largest.entries < matrix / 9
+    assert chunked.item() == pytest.approx(whole.item(), rel=1e-6)
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-8) for a, b in zip(of_whole, of_chunked, strict=True))
+    again = balanced_contrastive_loss(features, labels, prototypes)
+    assert all(torch.equal(a, b) for a, b in zip(of_chunked, torch.autograd.grad(again, inputs), strict=True))
 
 
 @given(batches())
@@ -240,3 +303,27 @@ def test_wrong_inputs_are_named():
         equipoise.BalancedContrastiveLoss(0.0)
     with pytest.raises(ValueError, match="one positive number a class"):
         equipoise.LogitAdjustedCrossEntropy([5, 0])
+
+
+@pytest.mark.parametrize("name", ["bcl", "supcon"])
+def test_losses_of_disjoint_rows_add_up_with_their_gradients(name):
+    """What several ranks compute of a batch: parts of any size, an empty one, and a class that is in one part only."""
+    random = torch.Generator().manual_seed(5)
+    raw = torch.randn(11, 2, 6, generator=random, dtype=torch.float64, requires_grad=True)
+    centres = torch.randn(4, 6, generator=random, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([0, 1, 0, 2, 0, 0, 1, 0, 0, 1, 0])
+
+    def loss(**rows):
+        features, prototypes = F.normalize(raw, dim=-1), F.normalize(centres, dim=-1)
+        if name == "bcl":
+            return balanced_contrastive_loss(features, labels, prototypes, 0.2, **rows)
+        return supervised_contrastive_loss(features, labels, 0.2, **rows) + 0 * prototypes.sum()
+
+    whole = torch.autograd.grad(loss(), (raw, centres))
+    bounds = [0, 3, 3, 4, 11]
+    parts = [loss(rows=slice(*pair)) for pair in itertools.pairwise(bounds)]
+    assert sum(parts).item() == pytest.approx(loss().item(), rel=1e-12)
+    assert parts[1].item() == 0
+    assert min(part.item() for number, part in enumerate(parts) if number != 1) > 0
+    for ours, expected in zip(torch.autograd.grad(sum(parts), (raw, centres)), whole, strict=True):
+        assert torch.allclose(ours, expected, rtol=1e-10, atol=1e-14)

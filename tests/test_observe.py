@@ -1,18 +1,17 @@
-"""Confidence over temperatures and the geometry of features, against slow loops over all images and pairs."""
+"""Confidence at a temperature and the geometry of features, against slow loops over all images and pairs."""
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from scipy.optimize import minimize_scalar
 
 from equipoise.metrics import GROUPS, shot_group
 from equipoise.model import TwoBranchNetwork
-from equipoise.observe import COSINE_BINS, TEMPERATURES, Observation, count_cosines
-from equipoise.report import fitted_temperature
+from equipoise.observe import COSINE_BINS, Observation, confidence_at, count_cosines
 
 COUNTS = (300, 150, 60, 25, 19, 3)
 CLASSES = len(COUNTS)
+TEMPERATURE = 1.7
 
 
 @pytest.fixture
@@ -29,7 +28,7 @@ def observed(network):
     labels = torch.randint(0, 3, (47,), generator=generator)
     labels[::5] = 5
     labels[1] = 3
-    observation = Observation(CLASSES, TEMPERATURES)
+    observation = Observation(CLASSES, TEMPERATURE)
     with torch.inference_mode(), observation.watch(network) as observe:
         for part, of_part in zip(images.split(20), labels.split(20), strict=True):
             observe(of_part, network(part))
@@ -37,39 +36,14 @@ def observed(network):
     return observation, images, labels
 
 
-def test_confidence_and_likelihood_at_every_temperature(network, observed):
-    observation, images, labels = observed
+def test_confidence_at_the_temperature(network, observed):
+    observation, images, _ = observed
     with torch.inference_mode():
         logits = network(images).double()
-    found = observation.calibration()
-    assert found["temperatures_T"].tolist() == list(TEMPERATURES)
-    assert 1.0 in TEMPERATURES
-    for index, temperature in enumerate(TEMPERATURES):
-        log_shares = (logits / temperature).log_softmax(1)
-        assert found["confidence_NT"][:, index] == pytest.approx(log_shares.exp().amax(1).numpy(), abs=1e-5)
-        loss = F.nll_loss(log_shares, labels).item()
-        assert found["negative_log_likelihood_T"][index] == pytest.approx(loss, rel=1e-5)
-
-
-def test_the_fitted_temperature_is_that_of_a_search():
-    """Against scipy's search over exact losses, on logits that are three times too large."""
-    generator = torch.Generator().manual_seed(0)
-    right = torch.randn(4000, 10, dtype=torch.float64, generator=generator) * 2
-    labels = torch.multinomial(right.softmax(1), 1, generator=generator)[:, 0]
-    logits = 3 * right
-
-    def loss(temperature: float) -> float:
-        return F.cross_entropy(logits / temperature, labels).item()
-
-    fitted = fitted_temperature(np.array(TEMPERATURES), np.array([loss(value) for value in TEMPERATURES]))
-    exact = minimize_scalar(loss, bounds=(0.3, 8), method="bounded").x
-    assert exact == pytest.approx(3, rel=0.1)
-    assert fitted == pytest.approx(exact, rel=2e-3)
-
-
-def test_a_temperature_beyond_the_range_is_its_end():
-    assert fitted_temperature(np.array(TEMPERATURES), np.array(TEMPERATURES)) == TEMPERATURES[0]
-    assert fitted_temperature(np.array(TEMPERATURES), -np.array(TEMPERATURES)) == TEMPERATURES[-1]
+    expected = (logits / TEMPERATURE).softmax(1).amax(1).numpy()
+    assert observation.calibrated()["calibrated_N"] == pytest.approx(expected, abs=1e-5)
+    assert confidence_at(logits.repeat(50, 1), TEMPERATURE).numpy() == pytest.approx(np.tile(expected, 50))
+    assert Observation(CLASSES).calibrated() == {}
 
 
 @pytest.mark.parametrize("centred", [True, False])
@@ -131,19 +105,19 @@ def test_geometry_against_the_features_themselves(network, observed):
 
 def test_the_map_takes_the_first_images_of_each_class():
     labels = torch.arange(4).repeat(600)
-    observation = Observation(4, (1.0,))
+    observation = Observation(4)
     for part in labels.split(700):
         observation.add(part, torch.zeros(len(part), 4), torch.ones(len(part), 3), None)
     network = TwoBranchNetwork("resnet8", 4, size=16, contrastive=False)
-    assert observation.geometry(network, (5, 5, 5, 5))["map_rows_M"].tolist() == list(range(1000))
+    assert observation.geometry(network, (5, 5, 5, 5))["map_rows_M"].tolist() == list(range(600))
 
 
 def test_the_map_of_many_classes_is_evenly_spaced():
     labels = torch.arange(2500)
-    observation = Observation(2500, (1.0,))
+    observation = Observation(2500)
     observation.add(labels, torch.zeros(2500, 2500), torch.ones(2500, 3), None)
     network = TwoBranchNetwork("resnet8", 2500, size=16, contrastive=False)
     rows = observation.geometry(network, [5] * 2500)["map_rows_M"]
-    assert len(np.unique(rows)) == 1000
-    assert set(np.diff(rows)) == {2, 3}
+    assert len(np.unique(rows)) == 600
+    assert set(np.diff(rows)) == {4, 5}
     assert (rows[0], rows[-1]) == (0, 2499)

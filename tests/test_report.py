@@ -102,17 +102,30 @@ def test_calibration_after_scaling_is_better_where_it_was_bad(tmp_path):
         100 * json.loads((run / "metrics.json").read_text())["test"]["ece"], abs=0.051
     )
     assert float(after) < float(before)
-    assert float(temperature) != 1
+    fitted = json.loads((run / "metrics.json").read_text())["last"]["temperature"]
+    assert float(temperature) == pytest.approx(fitted, abs=0.0051)
 
 
 def test_without_validation_nothing_is_fitted(tmp_path):
     run = write_run(tmp_path / "run", FEW_CLASSES, validation=False)
     page = write_report([run], tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "Without a validation part no temperature is fitted" in page
+    assert "Without a validation part, or where it fixes none, no temperature is fitted" in page
     assert "Without a validation part none is chosen" in page
     assert "at temperature" not in page
     assert 'class="dot run0 after"' not in page
     assert "The recipes" not in page  # there is one
+
+
+def test_without_a_test_part_validation_is_shown_and_said_to_be_fitted_on(tmp_path):
+    run = write_run(tmp_path / "run", [5] * 100, images_per_class=1)
+    metrics = json.loads((run / "metrics.json").read_text())
+    metrics["test"] = metrics["last"]["test"] = None
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    page = write_report([run], tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "last checkpoint (after epoch 20), validation part" in page
+    assert f"{100 * metrics['validation']['top1']:.1f}" in section(page, "Frequent and rare classes")
+    assert "Temperature and error are from the same validation images" in page
+    assert 'class="dot run0 after"' in page
 
 
 def test_one_run_that_stopped_early_has_its_curves(tmp_path):
@@ -130,6 +143,8 @@ def test_one_run_that_stopped_early_has_its_curves(tmp_path):
 
 def test_a_run_scored_before_there_was_a_report(runs, tmp_path):
     old = shutil.copytree(runs[0], tmp_path / "old")
+    np.savez_compressed(old / "observed.npz", **{"test/labels_N": np.zeros(3)})
+    assert "adds what is missing here" in write_report([old], tmp_path / "report.html").read_text(encoding="utf-8")
     (old / "observed.npz").unlink()
     page = write_report([old], tmp_path / "report.html").read_text(encoding="utf-8")
     assert f"<code>equipoise evaluate {old}</code> adds what is missing here" in page

@@ -42,6 +42,7 @@ def test_run_folder_of_a_benchmark(method, tmp_path):
     names = {path.name for path in run.path.iterdir()}
     assert names == {
         "recipe.toml", "run.json", "metrics.jsonl", "tensorboard", "last.pt", "previous.pt", "metrics.json",
+        "observed.npz",
     }  # fmt: skip
 
     record = json.loads((run.path / "run.json").read_text())

@@ -167,6 +167,7 @@ def curves(runs: Sequence[tuple[Name, Sequence[float], Sequence[float]]], label:
     for name, xs, ys in runs:
         parts = np.array_split(np.array([xs, ys], dtype=float).T, min(len(xs), 150))
         figure.line([(float(x), figure.y(float(y))) for x, y in (part.mean(0) for part in parts)], name.look)
+        figure.dot(xs[-1], figure.y(ys[-1]), name.look, 2.5)  # all there is to see after one epoch
     figure.labels_at_right([(figure.y(ys[-1]), name.label, name.look) for name, _, ys in runs])
     return figure.svg(f"{label} over the epochs")
 
@@ -226,7 +227,6 @@ def cosines(runs: Sequence[tuple[Name, Array]], classes: int) -> Markup:
     for row, group in enumerate(present):
         foot = top + step * (row + 1) - 6
         figure.line([(-1, foot), (1, foot)], "base")
-        figure.word(0, foot - 34, GROUPS[group], "row")
         coarse = max(counts_GK[group].sum() for _, counts_GK in runs) < 2000
         shares = []
         for name, counts_GK in runs:
@@ -234,22 +234,29 @@ def cosines(runs: Sequence[tuple[Name, Array]], classes: int) -> Markup:
             shares.append((name, heights / max(1, heights.sum())))
         peak = max(share.max() for _, share in shares)
         for name, share in shares:
-            edges = np.linspace(-1, 1, len(share) + 1)
-            filled = np.flatnonzero(share)
-            if len(filled) == 0:
+            if not share.any():
                 continue
-            outline = [(float(edges[filled[0]]), foot)]
-            for index in range(filled[0], filled[-1] + 1):
-                y = foot - 44 * float(share[index] / peak)
-                outline += [(float(edges[index]), y), (float(edges[index + 1]), y)]
-            outline.append((float(edges[filled[-1] + 1]), foot))
+            outline = _steps(share * (44 / peak), foot)
             if len(runs) <= 2:  # more areas over each other show nothing
                 figure.area(outline, name.look)
             figure.line(outline, f"{name.look} thin")
+        figure.word(0, foot - 34, GROUPS[group], "row")
     simplex = -1 / (classes - 1)
     figure.rule(simplex, "simplex")
     figure.word(axis.share(simplex), -6, signed(f"regular simplex {simplex:.2g}"), "axis", "middle")
     return figure.svg("cosines between the classes, by shot group")
+
+
+def _steps(heights: Array, foot: float) -> list[tuple[float, float]]:
+    """The outline of a histogram over -1 to 1 that stands on `foot`, without the empty bins at its ends."""
+    edges = np.linspace(-1, 1, len(heights) + 1).tolist()
+    filled = np.flatnonzero(heights).tolist()
+    first, last = filled[0], filled[-1]
+    outline = [(edges[first], foot)]
+    for index in range(first, last + 1):
+        y = foot - float(heights[index])
+        outline += [(edges[index], y), (edges[index + 1], y)]
+    return [*outline, (edges[last + 1], foot)]
 
 
 def spread(runs: Sequence[tuple[Name, Mapping[str, Array]]]) -> Markup:

@@ -3,16 +3,23 @@
 Pure: tensors in, a scalar out. They know of no ranks and no recipe; hand them the whole batch.
 
 Shapes: B images of a batch, V contrastive views, C classes, D width of the contrastive features, K = V * B features,
-N of them anchors (all, unless said), M = K + C columns that an anchor is compared with.
+N of them anchors (all, unless said), R of these a chunk, M = K + C columns that an anchor is compared with.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 ALL = slice(None)
+
+# Entries of the matrix that is there at a time, 20 MB in float32: a batch of 256 with 8,142 classes is one chunk. Below
+# these many anchors the matrix products become slower.
+_CHUNK_ENTRIES = 5 * 2**20
+_CHUNK_ROWS = 128
 
 
 def log_prior(class_counts_C: Tensor) -> Tensor:
@@ -44,32 +51,25 @@ def balanced_contrastive_loss(
     is compared with all other features of the batch and with all prototypes. *Class complement*: the prototypes put
     every class into every batch. *Class averaging*: each class enters the denominator by its mean, not its sum.
 
+        L_i = mean over the positives p of [ log sum_{k != i} exp(s_ik) / w_ik  -  s_ip ],    s = z . z' / temperature
+
+    w_ik is the number of columns of k's class, the anchor itself not counted; positives are the other columns of i's.
     `rows`: the images whose features are anchors. Only they are computed, still divided by V * B, so that the losses of
     disjoint rows, each computed elsewhere, add up to the loss of the batch.
 
-    Computed in float32 at least, also under autocast. Raises ValueError where the shapes do not fit together.
+    Computed in float32 at least, also under autocast; the gradients with the value, so that a second derivative cannot
+    be taken. Raises ValueError where the shapes do not fit together.
     """
     _check_shapes(features_BVD, labels_B)
-    classes, width = prototypes_CD.shape
+    width = prototypes_CD.shape[1]
     if width != features_BVD.shape[2]:
         raise ValueError(f"features have width {features_BVD.shape[2]} but prototypes {width}")
     with torch.autocast(features_BVD.device.type, enabled=False):
-        features_KD, labels_K, itself_N = _flat(features_BVD, labels_B, rows)
-        columns_MD = torch.cat([features_KD, _at_least_float32(prototypes_CD)])
-        labels_M = torch.cat([labels_K, torch.arange(classes, device=labels_K.device)])
-        count_C = torch.bincount(labels_M, minlength=classes).to(features_KD.dtype)  # K_j of the paper
-        anchors_ND, labels_N = features_KD[itself_N], labels_K[itself_N]
-        count_N, count_M = count_C[labels_N], count_C[labels_M]
-
-        similarity_NM = anchors_ND @ columns_MD.T / temperature
-        same_class_NM = labels_N[:, None] == labels_M
-        weight_NM = torch.where(same_class_NM, count_N[:, None] - 1, count_M)
-        log_denominator_N = _exclude_self(similarity_NM - weight_NM.log(), itself_N).logsumexp(1)
-
-        # The mean similarity to the positives, by way of the class sums: no [N, M] mask, no [N, M] product.
-        sums_CD = torch.zeros_like(prototypes_CD, dtype=features_KD.dtype).index_add(0, labels_M, columns_MD)
-        positive_N = _sum_of_others(sums_CD[labels_N], anchors_ND) / temperature / (count_N - 1)
-        return (log_denominator_N - positive_N).sum() / len(features_KD)
+        features_KD, labels_K, anchors = _flat(features_BVD, labels_B, rows)
+        prototypes_CD = prototypes_CD.to(features_KD.dtype)
+        return _BalancedContrastive.apply(
+            features_KD, labels_K, prototypes_CD, temperature, anchors.start, anchors.stop
+        )
 
 
 def supervised_contrastive_loss(
@@ -83,17 +83,90 @@ def supervised_contrastive_loss(
     """
     _check_shapes(features_BVD, labels_B)
     with torch.autocast(features_BVD.device.type, enabled=False):
-        features_KD, labels_K, itself_N = _flat(features_BVD, labels_B, rows)
+        features_KD, labels_K, anchors = _flat(features_BVD, labels_B, rows)
         _, class_K, count_J = labels_K.unique(return_inverse=True, return_counts=True)  # J classes present
         sums_JD = features_KD.new_zeros(len(count_J), features_KD.shape[1]).index_add(0, class_K, features_KD)
         positives_K = (count_J[class_K] - 1).to(features_KD.dtype)
-        anchors_ND, class_N, positives_N = features_KD[itself_N], class_K[itself_N], positives_K[itself_N]
+        anchors_ND, class_N, positives_N = features_KD[anchors], class_K[anchors], positives_K[anchors]
 
         similarity_NK = anchors_ND @ features_KD.T / temperature
-        log_denominator_N = _exclude_self(similarity_NK, itself_N).logsumexp(1)
+        log_denominator_N = _exclude_self(similarity_NK, anchors).logsumexp(1)
         positive_N = _sum_of_others(sums_JD[class_N], anchors_ND) / temperature / positives_N.clamp(min=1)
         loss_N = torch.where(positives_N > 0, log_denominator_N - positive_N, 0.0)
         return loss_N.sum() / (positives_K > 0).sum().clamp(min=1)
+
+
+class _BalancedContrastive(torch.autograd.Function):
+    """The equation above for `[K, D]`, `[K]`, `[C, D]` and the anchors `begin` to `end`: in nearly the time of its
+    matrix products, and in little memory.
+
+    All positives of an anchor have one weight, n = |P|, so L_i = -sum_p q_ip (log softmax_p - log q_ip) with the scores
+    s_ik - log w_ik and q = 1 / n on the positives. That is KL(q || softmax), and its gradient in the scores is
+    softmax - q. It is known as soon as the scores are: so a chunk of anchors is compared, its share of the gradients
+    added up, and its matrix written over by the next one. No [N, M] matrix is kept and none is computed twice.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features_KD: Tensor,
+        labels_K: Tensor,
+        prototypes_CD: Tensor,
+        temperature: float,
+        begin: int,
+        end: int,
+    ) -> Tensor:
+        features, classes = len(features_KD), len(prototypes_CD)
+        # n, of each class: its features in the batch. Its columns are one more, the prototype (K of the paper).
+        members_C = features_KD.new_zeros(classes).index_add_(0, labels_K, torch.ones_like(features_KD[:, 0]))
+        members_K = members_C[labels_K]
+        log_columns_M = torch.cat([members_K, members_C]).log1p_()
+        grad_features_KD, grad_prototypes_CD = torch.zeros_like(features_KD), torch.zeros_like(prototypes_CD)
+        total = features_KD.new_zeros(())
+        rows = max(_CHUNK_ROWS, _CHUNK_ENTRIES // (features + classes))
+        memory_RM = features_KD.new_empty(min(rows, end - begin), features + classes)
+        for first in range(begin, end, rows):
+            chunk_RD = features_KD[first : min(first + rows, end)] / temperature
+            own_R1 = labels_K[first : first + len(chunk_RD), None]  # where the prototype of the anchor's class is
+            members_R1 = members_K[first : first + len(chunk_RD), None]
+            scores_RM = memory_RM[: len(chunk_RD)]
+            of_features_RK, of_prototypes_RC = scores_RM[:, :features], scores_RM[:, features:]
+            torch.mm(chunk_RD, features_KD.T, out=of_features_RK)
+            torch.mm(chunk_RD, prototypes_CD.T, out=of_prototypes_RC)
+            scores_RM -= log_columns_M
+
+            # In the anchor's own class one column fewer counts, as the anchor itself does not.
+            target_R1 = 1 / members_R1  # q at the prototype; at the features:
+            target_RK = (own_R1 == labels_K) * target_R1
+            target_RK.diagonal(first).zero_()
+            of_features_RK.addcmul_(target_RK, members_R1 * target_R1.log1p())
+            of_prototypes_RC.scatter_add_(1, own_R1, target_R1.log1p())
+            at_positives_R1 = of_prototypes_RC.gather(1, own_R1) * target_R1
+            at_positives_R1 += torch.linalg.vecdot(of_features_RK, target_RK)[:, None]
+
+            of_features_RK.diagonal(first).fill_(float("-inf"))
+            highest_R1 = scores_RM.amax(1, keepdim=True)
+            sum_R1 = scores_RM.sub_(highest_R1).exp_().sum(1, keepdim=True)
+            total += (sum_R1.log() + highest_R1 - at_positives_R1 - members_R1.log()).sum()
+
+            # From here on the scores are their own gradients: softmax - q.
+            scores_RM /= sum_R1
+            of_features_RK -= target_RK
+            of_prototypes_RC.scatter_add_(1, own_R1, -target_R1)
+            del target_RK  # or it would stay beside the next chunk's
+            of_chunk_RD = grad_features_KD[first : first + len(chunk_RD)]
+            of_chunk_RD.addmm_(of_features_RK, features_KD, alpha=1 / (temperature * features))
+            of_chunk_RD.addmm_(of_prototypes_RC, prototypes_CD, alpha=1 / (temperature * features))
+            grad_features_KD.addmm_(of_features_RK.T, chunk_RD, alpha=1 / features)  # the chunk's share as columns
+            grad_prototypes_CD.addmm_(of_prototypes_RC.T, chunk_RD, alpha=1 / features)
+        ctx.save_for_backward(grad_features_KD, grad_prototypes_CD)
+        return total / features
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        grad_features_KD, grad_prototypes_CD = ctx.saved_tensors
+        return grad * grad_features_KD, None, grad * grad_prototypes_CD, None, None, None
 
 
 class LogitAdjustedCrossEntropy(nn.Module):
@@ -141,16 +214,17 @@ def _at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _flat(features_BVD: Tensor, labels_B: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-    """All features as `[K, D]`, in float32 at least, their labels `[K]`, and which of them are anchors `[N]`."""
+def _flat(features_BVD: Tensor, labels_B: Tensor, rows: slice) -> tuple[Tensor, Tensor, slice]:
+    """All features as `[K, D]`, in float32 at least, their labels `[K]`, and which of them are anchors."""
     views = features_BVD.shape[1]
     first, end, _ = rows.indices(len(labels_B))
-    itself_N = torch.arange(first * views, max(first, end) * views, device=labels_B.device)
-    return _at_least_float32(features_BVD).flatten(0, 1), labels_B.repeat_interleave(views), itself_N
+    anchors = slice(first * views, max(first, end) * views)
+    return _at_least_float32(features_BVD).flatten(0, 1), labels_B.repeat_interleave(views), anchors
 
 
-def _exclude_self(scores_NM: Tensor, itself_N: Tensor) -> Tensor:
+def _exclude_self(scores_NM: Tensor, anchors: slice) -> Tensor:
     """An anchor is a column too: it is no part of its own denominator."""
+    itself_N = torch.arange(anchors.start, anchors.stop, device=scores_NM.device)
     return scores_NM.scatter(1, itself_N[:, None], float("-inf"))
 
 

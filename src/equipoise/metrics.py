@@ -15,6 +15,14 @@ import numpy.typing as npt
 MANY_ABOVE = 100  # Liu et al., CVPR 2019: many > 100 training images, few < 20, medium between, both ends inclusive
 FEW_BELOW = 20
 GROUPS = ("many", "medium", "few")
+FURTHER = {  # what else is shown beside top-1 and the groups: in words, and its field of `Scores`
+    "top-5": "top5",
+    "mean over classes": "mean_per_class",
+    "worst tenth of classes": "worst_tenth",
+    "worst class": "worst_class",
+    "macro F1": "macro_f1",
+    "calibration error": "ece",
+}
 TAUS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)  # strengths of the post-hoc prior
 _BINS = 15
 

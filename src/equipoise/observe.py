@@ -1,8 +1,8 @@
-"""What a network shows while it predicts, as far as the report draws it: its confidence over temperatures and the
-geometry of its features. Sums and samples, so that it stays small whatever the number of classes.
+"""What a network shows while it predicts, as far as the report draws it: calibrated confidence and the geometry of its
+features. Sums and samples, so that it stays small whatever the number of classes.
 
-Shapes: B images of a batch, N of the list, C classes, D width of the contrastive features, F of the encoder, T
-temperatures, G shot groups, K bins of a cosine, M images of the map.
+Shapes: B images of a batch, N of the list, C classes, D width of the contrastive features, F of the encoder, G shot
+groups, K bins of a cosine, M images of the map.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -18,23 +18,21 @@ from torch import Tensor, nn
 from equipoise.metrics import GROUPS, shot_group
 from equipoise.model import TwoBranchNetwork
 
-TEMPERATURES = tuple(2 ** (step / 8) for step in range(-16, 25))  # 0.25 to 8, 1 among them
 COSINE_BINS = 200  # of equal width, -1 to 1
-_MAPPED = 1000
+_MAPPED = 600  # t-SNE of them takes under 2 s
 _ROWS_AT_ONCE = 1024
 
 Table = dict[str, npt.NDArray[Any]]
 
 
 class Observation:
-    """Of the images of one list, by one network."""
+    """Of the images of one list, by one network; with a `temperature`, its confidence at that too."""
 
-    def __init__(self, classes: int, temperatures: Sequence[float]) -> None:
+    def __init__(self, classes: int, temperature: float | None = None) -> None:
         self._classes = classes
-        self._temperatures = temperatures
+        self._temperature = temperature
+        self._calibrated_B: list[Tensor] = []
         self._labels_B: list[Tensor] = []
-        self._confidence_BT: list[Tensor] = []
-        self._negative_log_likelihood_T = torch.zeros(len(temperatures), dtype=torch.float64)
         self._sums: dict[str, Tensor] = {}
         self._mapped_C = torch.zeros(classes, dtype=torch.int64)
         self._map_BF: list[Tensor] = []
@@ -60,16 +58,12 @@ class Observation:
 
     def add(self, labels_B: Tensor, logits_BC: Tensor, hidden_BF: Tensor, features_BD: Tensor | None) -> None:
         """The next batch: its labels, logits, the encoder's output and, where there is one, the projection's."""
-        label_logit_B = logits_BC.gather(1, labels_B[:, None])[:, 0]
-        log_sums_TB = torch.stack([(logits_BC / temperature).logsumexp(1) for temperature in self._temperatures])
-        temperatures_T1 = torch.tensor(self._temperatures, device=logits_BC.device)[:, None]
-        confidence_TB = (logits_BC.amax(1) / temperatures_T1 - log_sums_TB).exp()
-        self._confidence_BT.append(confidence_TB.T.cpu())
-        self._negative_log_likelihood_T += (log_sums_TB - label_logit_B / temperatures_T1).sum(1).cpu()
         self._add_directions("encoder", hidden_BF, labels_B)
         if features_BD is not None:
             self._add_directions("contrastive", features_BD, labels_B)
         self._add_to_map(labels_B.cpu(), hidden_BF)
+        if self._temperature is not None:
+            self._calibrated_B.append(confidence_at(logits_BC, self._temperature).cpu())
         self._labels_B.append(labels_B.cpu())
 
     def _add_to_map(self, labels_B: Tensor, hidden_BF: Tensor) -> None:
@@ -85,14 +79,9 @@ class Observation:
             self._sums[space] = vectors_BF.new_zeros(self._classes, vectors_BF.shape[1])
         self._sums[space].index_add_(0, labels_B, F.normalize(vectors_BF, dim=1))
 
-    def calibration(self) -> Table:
-        """`temperatures_T`; `confidence_NT`, the softmax probability of the prediction at each; and the mean negative
-        log-likelihood of the labels, `negative_log_likelihood_T`, whose minimum is the fitted temperature."""
-        return {
-            "temperatures_T": np.array(self._temperatures),
-            "confidence_NT": torch.cat(self._confidence_BT).numpy(),
-            "negative_log_likelihood_T": (self._negative_log_likelihood_T / len(torch.cat(self._labels_B))).numpy(),
-        }
+    def calibrated(self) -> Table:
+        """`calibrated_N`: the softmax probability of the prediction at the temperature; nothing without one."""
+        return {"calibrated_N": torch.cat(self._calibrated_B).numpy()} if self._calibrated_B else {}
 
     def geometry(self, network: TwoBranchNetwork, train_counts_C: Sequence[int]) -> Table:
         """How class means and class vectors lie to each other, by shot group, and how far classes spread.
@@ -125,6 +114,12 @@ class Observation:
                 prototypes_CD = network.prototype_projection(network.classifier.weight).cpu()
                 table["prototypes_cosines_GK"] = count_cosines(prototypes_CD, groups_C, False)
         return table
+
+
+def confidence_at(logits_NC: Tensor, temperature: float) -> Tensor:
+    """The largest softmax probability of `logits / temperature`, a piece at a time."""
+    pieces = [(rows / temperature).softmax(1).amax(1) for rows in logits_NC.split(_ROWS_AT_ONCE)]
+    return torch.cat(pieces)
 
 
 def count_cosines(vectors_CF: Tensor, groups_C: Tensor, centred: bool) -> npt.NDArray[np.int64]:

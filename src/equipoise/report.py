@@ -1,9 +1,8 @@
 """Run folders become one HTML page, side by side. It reads what a run left and runs no network.
 
-Shapes: C classes, G shot groups, K bins of a cosine, M images of the map, N of the scored part, T temperatures.
+Shapes: C classes, G shot groups, K bins of a cosine, M images of the map, N of the scored part.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from equipoise.errors import UserError
 from equipoise.figures import shortened, signed
 from equipoise.lists import ImageList, imbalance_factor
 from equipoise.loader import steps_per_epoch
-from equipoise.metrics import GROUPS, calibration_error, shot_group
+from equipoise.metrics import FURTHER, GROUPS, calibration_error, shot_group
 from equipoise.recipe import field_value, recipe_fields
 from equipoise.run import RECIPE, open_data
 from equipoise.runfiles import RunRead, read_runs
@@ -91,6 +90,7 @@ def _content(runs: list[RunRead], comparison: Mapping[str, Any] | None) -> dict[
         "confused": [_confusions(run, 6 if len(seen) <= 2 else 4) for run in seen],
         "calibration": [_calibration(run) for run in seen],
         "sweep": _sweep(scored),
+        "tau_chosen": any(run.metrics[run.checkpoint]["post_hoc"] for run in scored if run.metrics),
         "geometry": _geometry(seen, len(runs[0].class_names)),
         "maps": [(run.name, _map(run)) for run in seen],
         "origin": [_origin(run, runs[0]) for run in runs],
@@ -136,15 +136,7 @@ def _finding(scored: Sequence[RunRead], comparison: Mapping[str, Any] | None) ->
 
 
 def _table(scored: Sequence[RunRead]) -> list[tuple[str, list[str]]]:
-    rows = {
-        "top-1": "top1",
-        "top-5": "top5",
-        "mean over classes": "mean_per_class",
-        "worst tenth of classes": "worst_tenth",
-        "worst class": "worst_class",
-        "macro F1": "macro_f1",
-        "calibration error": "ece",
-    }
+    rows = {"top-1": "top1", **FURTHER}
     return [(said, [_percent(run.figures[key]) for run in scored]) for said, key in rows.items()]
 
 
@@ -213,8 +205,8 @@ def _taken_for(run: RunRead, c: int) -> str:
 
 
 def _confusions(run: RunRead, most: int) -> dict[str, Any]:
-    sure_N = run.observed["confidence_NT"][:, _at_one(run.observed)]
-    pairs = confused_pairs(run.observed["labels_N"], run.observed["predicted_N"], sure_N, len(run.class_names), most)
+    labels_N, predicted_N, confidence_N = (run.observed[key] for key in ("labels_N", "predicted_N", "confidence_N"))
+    pairs = confused_pairs(labels_N, predicted_N, confidence_N, len(run.class_names), most)
     images, absent = _images(run)
     shown = [
         {
@@ -245,36 +237,17 @@ def _images(run: RunRead) -> tuple[ImageList | None, str]:
 # ---------------------------------------------------------------------------------------------- calibration, prior
 
 
-def _at_one(observed: Mapping[str, Array]) -> int:
-    return int(np.flatnonzero(observed["temperatures_T"] == 1)[0])
-
-
-def fitted_temperature(temperatures_T: Array, negative_log_likelihood_T: Array) -> float:
-    """The temperature of the lowest negative log-likelihood (Guo et al., ICML 2017): the bottom of the parabola through
-    the lowest of those measured and its neighbours, over the logarithm of the temperature."""
-    lowest = int(negative_log_likelihood_T.argmin())
-    if lowest in (0, len(temperatures_T) - 1):
-        return float(temperatures_T[lowest])
-    near = slice(lowest - 1, lowest + 2)
-    square, slope, _ = np.polyfit(np.log(temperatures_T[near]), negative_log_likelihood_T[near], 2)
-    return float(np.exp(-slope / (2 * square)))
-
-
 def _calibration(run: RunRead) -> dict[str, Any]:
-    confidence_NT, temperatures_T = run.observed["confidence_NT"], run.observed["temperatures_T"]
+    assert run.metrics is not None
     right_N = run.observed["labels_N"] == run.observed["predicted_N"]
-    confidences = {"before": confidence_NT[:, _at_one(run.observed)].astype(np.float64)}
-    temperature = None
-    if run.validation:
-        temperature = fitted_temperature(temperatures_T, run.validation["negative_log_likelihood_T"])
-        above = int(np.clip(np.searchsorted(temperatures_T, temperature), 1, len(temperatures_T) - 1))
-        low, high = np.log(temperatures_T[[above - 1, above]])
-        weight = (math.log(temperature) - low) / (high - low)
-        confidences["after"] = (1 - weight) * confidence_NT[:, above - 1] + weight * confidence_NT[:, above]
+    confidences = {
+        look: run.observed[key].astype(np.float64)
+        for look, key in {"before": "confidence_N", "after": "calibrated_N"}.items()
+        if key in run.observed
+    }
     return {
         "name": run.name,
-        "temperature": temperature,
-        "at_end": temperature in (temperatures_T[0], temperatures_T[-1]),
+        "temperature": run.metrics[run.checkpoint]["temperature"],
         "errors": {look: _percent(calibration_error(values, right_N)) for look, values in confidences.items()},
         "figure": charts.reliability(run.name, right_N, confidences),
         "on": run.part,

@@ -22,7 +22,7 @@ from equipoise.loader import open_batches, worker_count
 from equipoise.losses import log_prior
 from equipoise.metrics import choose_tau, fit_temperature, score, sweep
 from equipoise.model import TwoBranchNetwork
-from equipoise.observe import TEMPERATURES, Observation, Table
+from equipoise.observe import Observation, Table, confidence_at
 from equipoise.recipe import Field, Recipe, field_value, find_field, load_recipe, override
 from equipoise.sources import Source, find_parts, open_part, open_parts, part_of, recognise
 from equipoise.views import ViewSettings, view_kinds
@@ -112,8 +112,6 @@ def evaluate_run(path: Path, parts: Parts | None = None, device: str = "auto", w
     )
     parts = parts or world.each_makes(lambda: _unchanged_data(last, path))
     scored = {"validation": parts.validation, "test": parts.test}
-    # Without a validation part no temperature will be fitted.
-    temperatures = TEMPERATURES if parts.validation else (1.0,)
     observed: Table = {}
 
     def block(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -124,18 +122,22 @@ def evaluate_run(path: Path, parts: Parts | None = None, device: str = "auto", w
             if not images:
                 continue
             chooses = part == "validation"
-            observation = Observation(len(checkpoint.class_names), temperatures)
+            observation = Observation(len(checkpoint.class_names), temperature)
             with observation.watch(network) as observe:
                 watching = observe if world.size == 1 else None
                 figures[part], predictions = _score(checkpoint, network, images, device, chooses, world, watching)
                 if watching is None and world.is_first:  # once more, alone: what is observed is of all images in order
                     _score(checkpoint, network, images, device, observe=observe)
-            temperature = _temperature(checkpoint, predictions) if chooses else temperature
+            calibrated = observation.calibrated()
+            if chooses:
+                temperature = _temperature(checkpoint, predictions)
+                calibrated = _calibrated(predictions, temperature)
             if world.is_first:
                 of_part = {
                     "labels_N": predictions.labels_N.astype(np.int32),
                     "predicted_N": predictions.ranked_NK[:, 0].astype(np.int32),
-                    **observation.calibration(),
+                    "confidence_N": predictions.confidence_N.astype(np.float32),
+                    **calibrated,
                     **observation.geometry(network, checkpoint.class_counts),
                 }
                 observed.update({f"{part}/{name}": values for name, values in of_part.items()})
@@ -363,6 +365,13 @@ def _temperature(checkpoint: Checkpoint, validation: Predictions) -> float | Non
     with np.errstate(divide="ignore"):  # a class that the validation part lacks has the prior 0 there
         log_ratio_C = np.log(shares_C) - checkpoint.log_prior_of_logits().numpy()
     return fit_temperature(validation.logits_NC, validation.labels_N, log_ratio_C)
+
+
+def _calibrated(validation: Predictions, temperature: float | None) -> Table:
+    """As `Observation.calibrated`, of the part that the temperature was fitted on."""
+    if temperature is None or validation.logits_NC is None:
+        return {}
+    return {"calibrated_N": confidence_at(torch.from_numpy(validation.logits_NC), temperature).numpy()}
 
 
 # ---------------------------------------------------------------------------------------------- files

@@ -24,8 +24,8 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class RunRead:
-    """What a run folder holds. Of a run that stopped early `metrics` is None, and `observed` is empty; `observed` is of
-    the part that speaks for the run, `validation` of its validation part."""
+    """What a run folder holds. Of a run that stopped early `metrics` is None, and `observed`, which is of
+    the part that speaks for the run, is empty."""
 
     path: Path
     name: Name
@@ -36,7 +36,6 @@ class RunRead:
     checkpoint: str
     part: str
     observed: dict[str, Array]
-    validation: dict[str, Array]
 
     @property
     def figures(self) -> dict[str, Any]:
@@ -84,21 +83,22 @@ def _read_run(path: Path, name: Name, recipe: Recipe) -> RunRead:
     checkpoint, part = chosen(metrics) if metrics else ("last", "test")
     if metrics and metrics[checkpoint][part] is None:
         metrics = None  # nothing was there to score it on
-    observed: dict[str, dict[str, Array]] = {"validation": {}, "test": {}}
+    observed: dict[str, Array] = {}
     if metrics and (path / OBSERVED).is_file():
         try:
             with np.load(path / OBSERVED) as file:
-                for key in file.files:
-                    of_part, _, array = key.partition("/")
-                    observed[of_part][array] = file[key]
-        except (ValueError, OSError, KeyError, zipfile.BadZipFile):
+                mine = [key for key in file.files if key.startswith(f"{part}/")]
+                observed = {key.removeprefix(f"{part}/"): file[key] for key in mine}
+        except (ValueError, OSError, zipfile.BadZipFile):
             raise UserError(f"{path / OBSERVED} is damaged; write it anew: equipoise evaluate {path}") from None
+    if "confidence_N" not in observed:
+        observed = {}  # of an earlier version
     try:
         record = read_json(path / RECORD)
         log = _read_log(path / "metrics.jsonl")
     except (ValueError, OSError):
         raise UserError(f"{path / RECORD} is damaged or incomplete; name another run") from None
-    return RunRead(path, name, recipe, record, log, metrics, checkpoint, part, observed[part], observed["validation"])
+    return RunRead(path, name, recipe, record, log, metrics, checkpoint, part, observed)
 
 
 def _read_log(file: Path) -> list[dict[str, Any]]:

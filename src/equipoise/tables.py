@@ -10,18 +10,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from equipoise.lists import Found, ImageList, imbalance_factor
-from equipoise.metrics import shot_group
+from equipoise.metrics import FURTHER, shot_group
 
 _ROWS_SHOWN = 40
 _BAR = 30
-_FURTHER = {
-    "top-5": "top5",
-    "mean over classes": "mean_per_class",
-    "worst tenth of classes": "worst_tenth",
-    "worst class": "worst_class",
-    "macro F1": "macro_f1",
-    "calibration error": "ece",
-}
 
 
 def print_plan(plan: Mapping[str, str]) -> None:
@@ -55,7 +47,7 @@ def print_figures(results: Sequence[tuple[str, Mapping[str, Any]]], title: str, 
         if classes:
             add_row(f"{group} ({classes:,} {'class' if classes == 1 else 'classes'})", limit, group)
     table.add_section()
-    for label, figure_name in _FURTHER.items():
+    for label, figure_name in FURTHER.items():
         if any(figure[figure_name] is not None for _, figure in results):
             add_row(label, "", figure_name)
     table.add_section()
