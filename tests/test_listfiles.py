@@ -35,7 +35,7 @@ def test_a_list(tmp_path):
     file = write(tmp_path / "train.txt", "train/a b/1.jpg 0\r\n\n./train//c/2.jpg\t1\ntrain/c/3.jpg 1")
     read = read_list(file)
     assert read.paths == ("train/a b/1.jpg", "train/c/2.jpg", "train/c/3.jpg")
-    assert read.labels == (0, 1, 1)
+    assert list(read.labels) == [0, 1, 1]
     lists, notes = image_lists({"train": read}, tmp_path)
     assert lists["train"].class_names == ("a b", "c")
     assert lists["train"].class_counts == (1, 2)

@@ -83,7 +83,10 @@ def test_a_broken_photograph_is_named_wherever_it_is_read(workers, tmp_path):
     (tmp_path / "bee" / "3.png").write_bytes(b"broken")
     with pytest.raises(UserError) as error:
         epoch(open_batches(images, PHOTOS, CPU, workers))
-    assert str(error.value) == f"{tmp_path}/bee/3.png cannot be read (it is no image); repair or remove it"
+    assert str(error.value) == (
+        f"{tmp_path}/bee/3.png cannot be read (it is no image: not JPEG, PNG, GIF, BMP, TIFF, WebP or PPM); repair or "
+        "remove it, or pass over such images with --on-bad-image skip"
+    )
 
 
 def test_worker_count():

@@ -8,6 +8,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from equipoise.errors import UserError
 from equipoise.loader import Batches
 from equipoise.metrics import TAUS, Predictions
 
@@ -33,6 +34,10 @@ def predict(
     try:
         for batch in batches.evaluation(_BATCH):
             logits_BC: Tensor = network(batch.images_VB3SS[0]).float()
+            if not bool(logits_BC.isfinite().all()):
+                raise UserError(
+                    "the network's logits are not finite numbers: no figure is to be had; use an earlier one"
+                )
             # Of equal logits the first class comes first, here and in argmax.
             ranked_BC = logits_BC.sort(dim=1, descending=True, stable=True).indices
             confidence_B = logits_BC.softmax(1).amax(1)
@@ -46,6 +51,8 @@ def predict(
                 logits.append(logits_BC.cpu().numpy())
     finally:
         network.train(training)
+    if not sum(len(row[0]) for row in rows):
+        raise UserError("none of the images to score can be read; repair them")
     labels_N, ranked_NK, confidence_N, *adjusted = (np.concatenate(column) for column in zip(*rows, strict=True))
     return Predictions(
         labels_N=labels_N.astype(np.int64),

@@ -6,19 +6,32 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from equipoise.checkpoint import Checkpoint, load_checkpoint
 from equipoise.device import choose_device, choose_precision
 from equipoise.errors import UserError
-from equipoise.lists import DIGITS, Parts, imbalance_factor
+from equipoise.lists import DIGITS, ImageList, Parts, imbalance_factor
 from equipoise.loader import steps_per_epoch
-from equipoise.pixels import unreadable
+from equipoise.pixels import bad_images, no_image_left
 from equipoise.recipe import Recipe, field_value, recipe_fields
 from equipoise.run import BEST, LAST, RECORD, find_checkpoint, open_data
 
 # Recipe fields that may differ where a run goes on: they change no number but the run's length.
-_FREE_IN_RESUME = {"name", "summary", "epochs", "device", "precision", "workers", "log_every", "pretrained", "weights"}
+_FREE_IN_RESUME = {
+    "name",
+    "summary",
+    "epochs",
+    "device",
+    "precision",
+    "workers",
+    "log_every",
+    "pretrained",
+    "weights",
+    "on_bad_image",
+    "allow_outside",
+}
 
 
 @dataclass(frozen=True)
@@ -103,8 +116,7 @@ def prepare(recipe: Recipe, out: str | Path | None = None, resume: str | Path | 
             f"set --batch-size {max(2, len(parts.train) // 4)} or so"
         )
     for part in parts.named().values():
-        for error in unreadable(part):
-            raise error
+        _refuse_bad_images(part, recipe.data.on_bad_image == "skip", of_training=part is parts.train)
     if resumed is not None:
         _refuse_unfitting(resumed, recipe, parts)
     device = choose_device(recipe.device)
@@ -118,6 +130,20 @@ def prepare(recipe: Recipe, out: str | Path | None = None, resume: str | Path | 
         bool(out),
         resumed,
     )
+
+
+def _refuse_bad_images(images: ImageList, skip: bool, of_training: bool) -> None:
+    """Raise UserError for the first image whose header is no image's. With `skip`, for a class that has no other."""
+    bad: list[int] = []
+    for index, error in enumerate(bad_images(images)):
+        if error is not None and not skip:
+            raise error
+        bad += [index] if error else []
+    left_C = np.array(images.class_counts) - np.bincount(images.labels_N[bad], minlength=len(images.class_names))
+    if of_training and left_C.min() == 0:
+        raise no_image_left(images, int(left_C.argmin()))
+    if not left_C.any():
+        raise UserError(f"{images.origin}: none of the {len(images):,} images can be read; repair them")
 
 
 def _open_resumed(path: Path, out: str | Path | None) -> Resumed:

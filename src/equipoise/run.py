@@ -16,7 +16,7 @@ from equipoise.errors import UserError
 from equipoise.evaluate import Predictions, predict
 from equipoise.listfiles import BENCHMARKS
 from equipoise.lists import ImageList, Parts
-from equipoise.loader import open_batches, worker_count
+from equipoise.loader import Batches, open_batches, worker_count
 from equipoise.losses import log_prior
 from equipoise.metrics import choose_tau, score, sweep
 from equipoise.model import TwoBranchNetwork
@@ -26,6 +26,7 @@ from equipoise.views import ViewSettings, view_kinds
 
 RECIPE, RECORD, METRICS = "recipe.toml", "run.json", "metrics.json"
 LAST, BEST = "last.pt", "best.pt"
+BAD_IMAGES = "bad-images.json"
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Run:
         file = self.path / METRICS
         if not file.is_file():
             raise UserError(f"{self.path} has no {METRICS}: the run did not finish")
-        return json.loads(file.read_text(encoding="utf-8"))
+        return _read_json(file)
 
     @cached_property
     def model(self) -> TwoBranchNetwork:
@@ -79,7 +80,7 @@ def source_of(recipe: Recipe) -> Source:
     data = recipe.data
     lists = {"train": data.train_list, "validation": data.val_list, "test": data.test_list}
     named = {part: file for part, file in lists.items() if file}
-    return Source(data.path, data.benchmark, named, data.image_column, data.label_column)
+    return Source(data.path, data.benchmark, named, data.image_column, data.label_column, data.allow_outside)
 
 
 def open_data(recipe: Recipe) -> Parts:
@@ -96,20 +97,26 @@ def open_data(recipe: Recipe) -> Parts:
 # ---------------------------------------------------------------------------------------------- evaluation
 
 
-def evaluate_run(path: Path, parts: Parts | None = None, device: str = "auto") -> dict[str, Any]:
+def evaluate_run(
+    path: Path, parts: Parts | None = None, device: str = "auto", overrides: Sequence[tuple[Field, Any]] = ()
+) -> dict[str, Any]:
     """Score the last checkpoint, and the best one where one was chosen, on the run's own validation and test parts.
+    `overrides`: fields of the recipe, see `evaluate_checkpoint`.
 
     Returns and writes the run's `metrics.json`. Raises UserError if the run has no checkpoint or its data is gone.
     """
-    last = load_checkpoint(path / LAST)
-    best = load_checkpoint(path / BEST) if (path / BEST).is_file() else None
+    last = _overridden(load_checkpoint(path / LAST), overrides, path)
+    best = _overridden(load_checkpoint(path / BEST), overrides, path) if (path / BEST).is_file() else None
     parts = parts or _unchanged_data(last, path)
     scored = {"validation": parts.validation, "test": parts.test}
+    read: dict[str, Batches | None] = {
+        part: _open(last.recipe, images, device) if images else None for part, images in scored.items()
+    }
 
     def block(checkpoint: Checkpoint) -> dict[str, Any]:
         network = checkpoint.build()
         figures = {
-            part: _score(checkpoint, network, images, device)[0] if images else None for part, images in scored.items()
+            part: _score(checkpoint, network, batches, device)[0] if batches else None for part, batches in read.items()
         }
         return {"epoch": checkpoint.epoch, **figures, "post_hoc": _post_hoc(figures)}
 
@@ -122,8 +129,24 @@ def evaluate_run(path: Path, parts: Parts | None = None, device: str = "auto") -
         "best": block(best) if best else None,
         **_classes(last),
     }
+    result["bad_images"] = record_bad_images(path, **read)
     write_json(path / METRICS, result)
     return result
+
+
+def record_bad_images(path: Path, **parts: Batches | None) -> dict[str, dict[str, str]]:
+    """Add the images of each part that could not be read so far to the run's list of them, and return that: by part
+    and name, the reason. It is kept in a file, so that a run that is interrupted and goes on knows them all."""
+    file = path / BAD_IMAGES
+    known: dict[str, dict[str, str]] = _read_json(file) if file.is_file() else {}
+    new = {
+        part: {error.name: error.reason for error in batches.bad.values()} for part, batches in parts.items() if batches
+    }
+    together = {part: {**known.get(part, {}), **new.get(part, {})} for part in ("train", "validation", "test")}
+    found = {part: dict(sorted(names.items())) for part, names in together.items() if names}
+    if found != known:
+        write_json(file, found)
+    return found
 
 
 def evaluate_checkpoint(
@@ -163,12 +186,16 @@ def evaluate_checkpoint(
             images = open_part(source, split, checkpoint.class_names)
         else:
             checkpoint, split, images = _with_classes_of(checkpoint, source, split, path)
-    figures, predictions = _score(checkpoint, checkpoint.build(), images, checkpoint.recipe.device, keep_logits)
+    device = checkpoint.recipe.device
+    batches = _open(checkpoint.recipe, images, device)
+    figures, predictions = _score(checkpoint, checkpoint.build(), batches, device, keep_logits)
+    bad = {error.name: error.reason for error in batches.bad.values()}
     scored = {
         "method": checkpoint.recipe.method,
         "epoch": checkpoint.epoch,
         "split": split,
         split: figures,
+        "bad_images": {split: bad} if bad else {},
         **_classes(checkpoint),
     }
     return scored, predictions
@@ -258,15 +285,18 @@ def _classes(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"class_names": list(checkpoint.class_names), "train_counts": list(checkpoint.class_counts)}
 
 
+def _open(recipe: Recipe, images: ImageList, device: str) -> Batches:
+    skip = recipe.data.on_bad_image == "skip"
+    return open_batches(images, view_settings(recipe), choose_device(device), worker_count(recipe.workers), skip)
+
+
 def _score(
-    checkpoint: Checkpoint, network: TwoBranchNetwork, images: ImageList, device_name: str, keep_logits: bool = False
+    checkpoint: Checkpoint, network: TwoBranchNetwork, batches: Batches, device: str, keep_logits: bool = False
 ) -> tuple[dict[str, Any], Predictions]:
-    device = choose_device(device_name)
-    recipe, counts = checkpoint.recipe, checkpoint.class_counts or None
+    counts = checkpoint.class_counts or None
     has_prior = counts is not None and min(counts) > 0
-    batches = open_batches(images, view_settings(recipe), device, worker_count(recipe.workers))
     prior_C = log_prior(torch.tensor(counts)).float() if has_prior else None
-    predictions = predict(network.to(device), batches, prior_C, keep_logits=keep_logits)
+    predictions = predict(network.to(choose_device(device)), batches, prior_C, keep_logits=keep_logits)
     figures = score(predictions, counts, len(checkpoint.class_names)).as_dict()
     return {**figures, "prior_sweep": sweep(predictions, counts) if counts and has_prior else None}, predictions
 
@@ -295,6 +325,14 @@ def write_logits(path: Path, predictions: Predictions, class_names: Sequence[str
         np.savez_compressed(
             file, logits=predictions.logits_NC, labels=predictions.labels_N, class_names=np.array(class_names)
         )
+
+
+def _read_json(path: Path) -> Any:
+    """What a JSON file of a run folder holds. Raises UserError for a damaged one."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        raise UserError(f"{path} is damaged; remove it, and write it anew with equipoise evaluate") from None
 
 
 def write_json(path: Path, value: Any) -> None:

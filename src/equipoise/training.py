@@ -42,6 +42,7 @@ from equipoise.run import (
     RECORD,
     Run,
     evaluate_run,
+    record_bad_images,
     view_settings,
     write_json,
 )
@@ -71,10 +72,13 @@ def fit(plan: Plan, progress: bool = True) -> Run:
     # All that can fail for a reason of the user's comes before the folder is made.
     views = view_settings(recipe)
     workers = worker_count(recipe.workers)
-    batches = open_batches(parts.train, views, device, workers)
-    validation = open_batches(parts.validation, views, device, workers) if parts.validation else None
+    skip = recipe.data.on_bad_image == "skip"
+    batches = open_batches(parts.train, views, device, workers, skip)
+    validation = open_batches(parts.validation, views, device, workers, skip) if parts.validation else None
     if parts.test is not None:
-        open_batches(parts.test, views, device, workers)  # small images are decoded by it: better now than at the end
+        open_batches(
+            parts.test, views, device, workers, skip
+        )  # small images are decoded by it: better now than at the end
     torch.manual_seed(recipe.seed)
     network = create_network(recipe, len(parts.train.class_names), start=True)
     network = network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] torch's stub lacks it
@@ -149,6 +153,8 @@ def _loop(plan: Plan, network: TwoBranchNetwork, batches: Batches, validation: B
                 optimizer=optimizer.state_dict(),
                 fingerprints=fingerprints,
             )
+            # Before the checkpoint, so that a run that goes on from it does not lose any.
+            record_bad_images(plan.folder, train=batches, validation=validation)
             # The best first: a last checkpoint never speaks of a best one that is not there.
             if best is not None and best[1] == epoch + 1:
                 checkpoint.save(plan.folder / BEST)
