@@ -99,7 +99,7 @@ def _below(root: Path, name: str) -> tuple[list[str], list[str]]:
                 if entry.is_dir(follow_symlinks=False):
                     waiting.append(path)
                     like_images += [path] if _is_image(path) else []
-                elif not entry.is_dir():  # links to folders are not followed: they could lead in a circle
+                elif not os.path.isdir(entry.path):  # links to folders are not followed: they could lead in a circle
                     files.append(path)
                     links += [path] if entry.is_symlink() else []
     images = [file for file in files if _is_image(file)]

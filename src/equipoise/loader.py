@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Protocol
 
@@ -185,8 +186,9 @@ class Photographs:
                 batch = next(batches)
             except StopIteration:
                 return
-            except RuntimeError:
-                death = self._death()
+            except (RuntimeError, OSError, EOFError) as error:  # torch's word for it, or a broken connection
+                # The connection breaks before the process is gone, which takes a while if it is dumped.
+                death = self._death(wait_for=1 if isinstance(error, RuntimeError) else 60)
                 if death is None:
                     raise
                 raise death from None
@@ -209,9 +211,10 @@ class Photographs:
         finally:
             signal.signal(signal.SIGCHLD, handler)
 
-    def _death(self) -> UserError | None:
-        """What to say of a worker that is dead; None where all live."""
+    def _death(self, wait_for: float) -> UserError | None:
+        """What to say of a worker that is dead, or dies within so many seconds; None where all live."""
         workers: list[BaseProcess] = getattr(self._loader._iterator, "_workers", [])  # pyright: ignore[reportPrivateUsage]
+        wait([worker.sentinel for worker in workers], wait_for if workers else 0)
         for worker, reading in zip(workers, self._reading_W.tolist(), strict=False):
             code = worker.exitcode
             if code is not None:
