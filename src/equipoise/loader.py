@@ -214,8 +214,9 @@ class Photographs:
     def _death(self, wait_for: float) -> UserError | None:
         """What to say of a worker that is dead, or dies within so many seconds; None where all live."""
         workers: list[BaseProcess] = getattr(self._loader._iterator, "_workers", [])  # pyright: ignore[reportPrivateUsage]
-        wait([worker.sentinel for worker in workers], wait_for if workers else 0)
+        dying = wait([worker.sentinel for worker in workers], wait_for if workers else 0)
         for worker, reading in zip(workers, self._reading_W.tolist(), strict=False):
+            worker.join(5 if worker.sentinel in dying else 0)  # its files are closed before it has ended
             code = worker.exitcode
             if code is not None:
                 how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended with code {code}"
