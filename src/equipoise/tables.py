@@ -95,17 +95,16 @@ def print_post_hoc(metrics: Mapping[str, Any]) -> None:
 
 
 def print_bad_images(metrics: Mapping[str, Any]) -> None:
-    """How many images of each part could not be read, what was done about it, and the first few of them."""
-    done = {"train": "were replaced by others of their classes"}
+    """How many images could not be read, what was done about it, and the first few of them; nothing if all could."""
     for part, bad in metrics["bad_images"].items():
+        count, were = (f"{len(bad):,} images", "were") if len(bad) > 1 else ("1 image", "was")
+        if part == "train":
+            said = f"{count} could not be read and {were} replaced by others of the same class"
+        else:
+            said = f"{count} of the {part} part could not be read and {were} left out of its figures"
         first = "; ".join(f"{name} ({reason})" for name, reason in list(bad.items())[:_BAD_SHOWN])
         more = f"; and {len(bad) - _BAD_SHOWN:,} more" if len(bad) > _BAD_SHOWN else ""
-        Console().print(
-            f"{len(bad):,} {'image' if len(bad) == 1 else 'images'} of the {part} part could not be read and "
-            f"{done.get(part, 'were left out of its figures')}: {_plain(first)}{more}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        Console().print(f"{said}: {_plain(first)}{more}", highlight=False, soft_wrap=True)
 
 
 def print_data(
