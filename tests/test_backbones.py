@@ -181,6 +181,19 @@ def test_refused_weights(content, sentence, suffix, tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_weights_that_are_not_finite_are_refused(suffix, tmp_path):
+    encoder = create_encoder("resnet8", 32)[0]
+    with torch.no_grad():
+        encoder.get_parameter("stem.weight")[0] = torch.inf
+    path = tmp_path / f"weights{suffix}"
+    saved(encoder, path)
+    with pytest.raises(
+        UserError, match=r"holds weights that are not finite numbers \(first: stem.weight\); take another"
+    ):
+        create_encoder("resnet8", 32, weights=path)
+
+
 def test_the_authors_encoders_start_as_theirs():
     """Their residual branches do not start at zero, as timm's would."""
     encoder = create_encoder("resnet50", 64)[0]

@@ -236,7 +236,7 @@ def find_field(name: str) -> Field:
     """
     field = _fields_by_name().get(name.replace("_", "-"))
     if field is None:
-        raise UserError(f"no recipe field is called '{name}'{nearest(name, _field_spellings())}")
+        raise UserError(f"no recipe field is called '{name[:80]}'{nearest(name, _field_spellings())}")
     return field
 
 
@@ -246,6 +246,7 @@ def _field_spellings() -> list[str]:
 
 def nearest(word: str, valid: list[str]) -> str:
     """'; did you mean ...?' where something valid is near, else the whole list if it is short."""
+    # Of a long word every comparison would take long.
     close = list(dict.fromkeys(difflib.get_close_matches(word[:80], valid, n=3, cutoff=0.6)))
     if close:
         return f"; did you mean {' or '.join(close)}?"
@@ -339,13 +340,16 @@ def recipe_from_table(table: Mapping[str, Any], where: str) -> Recipe:
     """
     sections = {field.path[0] for field in recipe_fields() if len(field.path) == 2}
     recipe = Recipe()
+    # In a checkpoint a recipe may be anything.
+    if not isinstance(table, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise UserError(f"{where}: its recipe is no table of fields")
     for name, value in table.items():
-        if not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance] of a checkpoint it may be anything
+        if not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise UserError(f"{where}: {shown(name)} is no name of a field")
         if name in sections and not isinstance(value, Mapping):
             raise UserError(f"{where}: {name} is a section; write [{name}] and its fields below it")
         if isinstance(value, Mapping) and name not in sections:
-            raise UserError(f"{where}: no section is called [{name}]{nearest(name, sorted(sections))}")
+            raise UserError(f"{where}: no section is called [{name[:80]}]{nearest(name, sorted(sections))}")
         entries = value.items() if isinstance(value, Mapping) else [(None, value)]
         for leaf, leaf_value in entries:
             key = name if leaf is None else f"{name}.{leaf}"
