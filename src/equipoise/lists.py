@@ -6,7 +6,7 @@ A list knows nothing of decoding (`pixels.py`) and reads no pixels. How lists co
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -170,6 +170,18 @@ class Parts:
         """The parts that exist, by name."""
         parts = {"train": self.train, "validation": self.validation, "test": self.test}
         return {name: part for name, part in parts.items() if part is not None}
+
+
+def refuse_outside(root: Path, paths: Iterable[Path]) -> None:
+    """Raise UserError for a path below the data folder `root` that links lead out of it."""
+    real_root = Path(os.path.realpath(root))
+    for path in paths:
+        real = Path(os.path.realpath(path))
+        if not real.is_relative_to(real_root):
+            raise UserError(
+                f"{path} leads over a link out of the data folder {root}, to {real}; if that is meant, allow it with "
+                "--allow-outside"
+            )
 
 
 def training_problems(train: ImageList) -> list[str]:
