@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from equipoise.errors import UserError
-from equipoise.lists import PART_NAMES, Found, ImageFiles, ImageList, refuse_outside
+from equipoise.lists import PART_NAMES, Found, ImageFiles, ImageList, Paths, refuse_outside
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
 
@@ -76,7 +76,7 @@ def _class_folders(root: Path, names: tuple[str, ...], notes: list[str], bounds:
         notes.append(f"{root}: {others} files that are not images by their ending were passed over")
     if not paths:
         raise UserError(f"{root} holds no images in its class folders (known endings: {' '.join(sorted(SUFFIXES))})")
-    return ImageList(str(root), ImageFiles(root, tuple(paths)), np.array(labels, dtype=np.int64), names)
+    return ImageList(str(root), ImageFiles(root, Paths(paths)), np.array(labels, dtype=np.int64), names)
 
 
 def _below(root: Path, name: str) -> tuple[list[str], list[str]]:

@@ -10,7 +10,7 @@ import json
 import os
 import posixpath
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,12 @@ from typing import Any
 import numpy as np
 
 from equipoise.errors import UserError
-from equipoise.lists import ImageFiles, ImageList
+from equipoise.lists import ImageFiles, ImageList, Indices, Paths
 
+# There are not as many paths of two letters as a list longer than _LONG bytes would have lines shorter than this.
+_LONG, _SHORTEST_LINE = 2**23, 7
+_MOST_NAMED = 100_000  # classes; of more nobody reads the names
+_MOST_FOLDERS = 50_000  # listed at a time
 _MOST_CLASSES = 1_000_000  # a larger label is a mistake: a year, an image id
 
 
@@ -71,8 +75,8 @@ class ListFile:
 
     file: Path
     content: bytes
-    paths: tuple[str, ...]
-    labels: Sequence[int]
+    paths: Paths
+    labels: "array[int]"
 
     @property
     def blob(self) -> str:
@@ -130,8 +134,18 @@ def read_list(file: Path, allow_outside: bool = False) -> ListFile:
         raise UserError(f"the list {file} cannot be read ({reason})") from None
     if file.suffix == ".json":
         content = _from_annotations(content, file)
-    paths: list[str] = []
-    labels = array("q")  # of whole numbers: objects would be many times as long as short lines are
+    lines = content.count(b"\n")
+    if len(content) > _LONG and len(content) < _SHORTEST_LINE * lines:
+        raise UserError(f"the list {file} has {lines:,} lines too short to be as many images; is it a list of images?")
+    labels = array("i")
+    paths = Paths(_lines(content, file, allow_outside, labels))
+    if not paths:
+        raise UserError(f"the list {file} names no images")
+    return ListFile(file, content, paths, labels)
+
+
+def _lines(content: bytes, file: Path, allow_outside: bool, labels: "array[int]") -> Iterator[str]:
+    """The path of every line; its label is appended to `labels`."""
     for number, line in enumerate(io.BytesIO(content), 1):
         words = line.rsplit(None, 1)
         if not words:
@@ -149,11 +163,8 @@ def read_list(file: Path, allow_outside: bool = False) -> ListFile:
                 f"{file}, line {number}: the path '{path[:200]}' leaves the data folder; write it relative to it, or "
                 "allow it with --allow-outside"
             )
-        paths.append(posixpath.normpath(path))
         labels.append(int(words[1]))
-    if not paths:
-        raise UserError(f"the list {file} names no images")
-    return ListFile(file, content, tuple(paths), labels)
+        yield posixpath.normpath(path)
 
 
 def _from_annotations(content: bytes, file: Path) -> bytes:
@@ -161,8 +172,12 @@ def _from_annotations(content: bytes, file: Path) -> bytes:
     # What Python keeps for a value, a piece of text and a list, in bytes: a file of nothing but brackets would take
     # twenty times its size. The official files take five times.
     brackets = content.count(b"[") + content.count(b"{")
-    if 36 * content.count(b",") + 12 * content.count(b'"') + 28 * brackets > 8 * len(content) + 2**24:
-        raise UserError(f"{file} is not iNaturalist's JSON: nearly all of it is empty; take the official file anew")
+    needed = 36 * content.count(b",") + 12 * content.count(b'"') + 28 * brackets
+    # Of an object only what is needed is kept, but not before all of it was read.
+    if needed > 8 * len(content) + 2**24 or content.count(b":") > 50 * content.count(b"{") + 100_000:
+        raise UserError(
+            f"{file} is not iNaturalist's JSON: it is nearly all brackets or names; take the official file anew"
+        )
     try:
         table: Any = json.loads(content, object_hook=_needed)
         categories = dict(table["annotations"])
@@ -216,13 +231,13 @@ def _class_names(files: Iterable[ListFile], classes: int) -> tuple[tuple[str, ..
     numbers = tuple(str(label) for label in range(classes))
     names: dict[int, str] = {}
     notes: list[str] = []
-    for read in files:
-        folders = [posixpath.dirname(path) for path in read.paths]
-        first = {folder.partition("/")[0] for folder in folders}
-        if len(first) == 1:  # train/, val/, train_val2018/
-            folders = [folder.partition("/")[2] for folder in folders]
+    for read in files if classes <= _MOST_NAMED else ():
+        first = {path.partition("/")[0] if "/" in path else "" for path in read.paths}
+        in_one = len(first) == 1  # train/, val/, train_val2018/
         own: dict[int, str] = {}
-        for label, folder in zip(read.labels, folders, strict=True):
+        for label, path in zip(read.labels, read.paths, strict=True):
+            folder = posixpath.dirname(path)
+            folder = folder.partition("/")[2] if in_one else folder
             if not folder or own.setdefault(label, folder) != folder:
                 return numbers, notes
         differing = [label for label, name in own.items() if names.get(label, name) != name]
@@ -245,15 +260,17 @@ def _class_names(files: Iterable[ListFile], classes: int) -> tuple[tuple[str, ..
 def absent_images(images: ImageList) -> list[int]:
     """Indices of images of files that are not there. Each folder is listed once; no image is opened."""
     assert isinstance(images.images, ImageFiles)
-    root, folders = images.images.root, dict[str, set[str]]()
+    root, folders = images.images.root, dict[str, frozenset[str]]()
     absent: list[int] = []
     for index, path in enumerate(images.images.paths):
         folder, name = posixpath.split(path)
         if folder not in folders:
+            if len(folders) == _MOST_FOLDERS:
+                folders.clear()
             try:
-                folders[folder] = set(os.listdir(root / folder))
+                folders[folder] = frozenset(os.listdir(root / folder))
             except OSError:
-                folders[folder] = set()
+                folders[folder] = frozenset()
         if name not in folders[folder]:
             absent.append(index)
     return absent
@@ -263,16 +280,18 @@ def links(images: ImageList) -> Iterator[Path]:
     """The folders of the images, and those of the images that are links: what may lead out of the data folder. Each
     folder is listed once."""
     assert isinstance(images.images, ImageFiles)
-    root, linked = images.images.root, dict[str, set[str]]()
+    root, linked = images.images.root, dict[str, frozenset[str]]()
     for path in images.images.paths:
         folder, name = posixpath.split(path)
         if folder not in linked:
             yield root / folder
+            if len(linked) == _MOST_FOLDERS:
+                linked.clear()
             try:
                 with os.scandir(root / folder) as entries:
-                    linked[folder] = {entry.name for entry in entries if entry.is_symlink()}
+                    linked[folder] = frozenset(entry.name for entry in entries if entry.is_symlink())
             except OSError:  # not there: see `absent_images`
-                linked[folder] = set()
+                linked[folder] = frozenset()
         if name in linked[folder]:
             yield root / path
 
@@ -290,14 +309,19 @@ def overlap(one: ImageList, other: ImageList) -> str | None:
     """One line about images that are in both lists; None where there are none."""
     assert isinstance(one.images, ImageFiles)
     assert isinstance(other.images, ImageFiles)
-    seen = set(one.images.paths)
-    both = [path for path in other.images.paths if path in seen]
-    if not both:
+    keys_N = _keys(other.images.paths)
+    both_N = np.isin(keys_N, _keys(one.images.paths))
+    if not both_N.any():
         return None
     return (
-        f"{len(set(both)):,} images of {other.origin} are in {one.origin} too (first: {both[0]}): figures on them "
-        "would be too good"
+        f"{len(np.unique(keys_N[both_N])):,} images of {other.origin} are in {one.origin} too (first: "
+        f"{other.images.paths[int(both_N.argmax())]}): figures on them would be too good"
     )
+
+
+def _keys(paths: Paths) -> Indices:
+    """A number for each path, of 64 bits: two paths have the same one only if they are the same."""
+    return np.fromiter(map(hash, paths), np.int64, len(paths))
 
 
 def identity(read: ListFile) -> str:
@@ -310,31 +334,38 @@ def identity(read: ListFile) -> str:
     if of_name is None or not of_name.blob:
         return told
     told += f"; the published {of_name.name} is {of_name.blob}"
-    if git_blob(b"\n".join(line.strip() for line in read.content.split(b"\n"))) == of_name.blob:
+    bare = bytearray()
+    for line in io.BytesIO(read.content):
+        bare += line.strip() + (b"\n" if line.endswith(b"\n") else b"")
+    if git_blob(bytes(bare)) == of_name.blob:
         return f"{told}, and differs in white space alone (line ends)"
     told += f", with {of_name.images:,} images of {of_name.classes:,} classes; this one has {len(read.paths):,} of "
-    return f"{told}{len(set(read.labels)):,}"
+    return f"{told}{len(np.unique(read.labels)):,}"
 
 
 def departures(read: ListFile, classes: int, of_training: bool) -> list[str]:
     """What is odd about a list by itself: classes without images, and the same image more than once."""
     found: list[str] = []
-    gaps = sorted(set(range(classes)) - set(read.labels)) if of_training else []
-    if gaps:
+    labels_N = np.frombuffer(read.labels, np.int32)
+    gaps = np.setdiff1d(np.arange(classes if of_training else 0), labels_N)
+    if len(gaps):
         found.append(
             f"{read.file}: the labels are not contiguous: {len(gaps):,} of 0 to {classes - 1} have no image "
             f"(first: {gaps[0]})"
         )
-    if len(set(read.paths)) < len(read.paths):
-        labels_of: dict[str, list[int]] = {}
-        for path, label in zip(read.paths, read.labels, strict=True):
-            labels_of.setdefault(path, []).append(label)
-        repeated = {path: labels for path, labels in labels_of.items() if len(labels) > 1}
-        contradictory = [path for path, labels in repeated.items() if len(set(labels)) > 1]
-        first = next(iter(repeated))
-        said = f"{read.file}: {len(repeated):,} images are in it more than once (first: {first})"
-        if contradictory:
-            labels = ", ".join(map(str, sorted(set(repeated[contradictory[0]]))))
-            said += f", {len(contradictory):,} of them with different labels (first: {contradictory[0]}: {labels})"
+    keys_N = _keys(read.paths)
+    order = np.lexsort((labels_N, keys_N))
+    in_order = keys_N[order]
+    again = in_order[1:] == in_order[:-1]
+    if again.any():
+        repeated = np.unique(in_order[1:][again])
+        one = int(np.isin(keys_N, repeated).argmax())
+        said = f"{read.file}: {len(repeated):,} images are in it more than once (first: {read.paths[one]})"
+        again &= np.diff(labels_N[order]) != 0
+        contradictory = np.unique(in_order[1:][again])
+        if len(contradictory):
+            one = int(np.isin(keys_N, contradictory).argmax())
+            labels = ", ".join(map(str, np.unique(labels_N[keys_N == keys_N[one]])))
+            said += f", {len(contradictory):,} of them with different labels (first: {read.paths[one]}: {labels})"
         found.append(said)
     return found

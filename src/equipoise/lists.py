@@ -6,11 +6,12 @@ A list knows nothing of decoding (`pixels.py`) and reads no pixels. How lists co
 
 import hashlib
 import os
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -43,24 +44,58 @@ class Images(Protocol):
     def digest(self) -> str: ...
 
 
+class Paths(Sequence[str]):
+    """Paths one after another in one piece of memory. As a tuple of texts, a list of short ones would take twenty times
+    the file it came from, and every loader process would copy it."""
+
+    def __init__(self, paths: Iterable[str]) -> None:
+        content, self._ends = bytearray(), array("q")
+        for path in paths:
+            content += os.fsencode(path)
+            self._ends.append(len(content))
+        self._content = bytes(content)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[str, ...]: ...
+    def __getitem__(self, index: int | slice) -> str | tuple[str, ...]:
+        if isinstance(index, slice):
+            return tuple(self[one] for one in range(*index.indices(len(self))))
+        end = self._ends[index]  # or IndexError
+        start = self._ends[index - 1] if index % len(self) else 0
+        return os.fsdecode(self._content[start:end])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
+
+
 @dataclass(frozen=True)
 class ImageFiles:
     """Files below a folder, by their paths relative to it."""
 
     root: Path
-    paths: tuple[str, ...]
+    paths: Paths
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def take(self, indices_N: Indices) -> "ImageFiles":
-        return replace(self, paths=tuple(self.paths[index] for index in indices_N))
+        return replace(self, paths=Paths(self.paths[index] for index in indices_N.tolist()))
 
     def name(self, index: int) -> str:
         return str(self.root / self.paths[index])
 
     def digest(self) -> str:
-        return _sha256(os.fsencode("\0".join(self.paths)))
+        hasher = hashlib.sha256()
+        for number, path in enumerate(self.paths):
+            hasher.update(os.fsencode(f"\0{path}" if number else path))
+        return hasher.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from equipoise.views import ViewSettings, view_kinds
 RECIPE, RECORD, METRICS = "recipe.toml", "run.json", "metrics.json"
 LAST, BEST = "last.pt", "best.pt"
 BAD_IMAGES = "bad-images.json"
+_LARGEST_JSON = 2**24  # bytes; that of 20,000 classes has 4 million
 
 
 @dataclass(frozen=True)
@@ -330,6 +331,8 @@ def write_logits(path: Path, predictions: Predictions, class_names: Sequence[str
 def _read_json(path: Path) -> Any:
     """What a JSON file of a run folder holds. Raises UserError for a damaged one."""
     try:
+        if path.stat().st_size > _LARGEST_JSON:
+            raise ValueError("no file that was written here")
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         raise UserError(f"{path} is damaged; remove it, and write it anew with equipoise evaluate") from None
