@@ -95,6 +95,6 @@ LARGE = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LARGE)
 def test_large_files_take_their_share_of_memory(name, tmp_path):
-    """Each would take twenty times its size and more, read without thought."""
+    """Read without thought, most of these took twenty times their size."""
     reader, content = LARGE[name]
     examine(READERS[reader], content(), tmp_path)
