@@ -139,7 +139,9 @@ def record_bad_images(path: Path, **parts: Batches | None) -> dict[str, dict[str
     """Add the images of each part that could not be read so far to the run's list of them, and return that: by part
     and name, the reason. It is kept in a file, so that a run that is interrupted and goes on knows them all."""
     file = path / BAD_IMAGES
-    known: dict[str, dict[str, str]] = _read_json(file) if file.is_file() else {}
+    known: Any = _read_json(file) if file.is_file() else {}
+    if not isinstance(known, dict) or not all(isinstance(bad, dict) for bad in known.values()):
+        raise UserError(f"{file} is damaged; remove it")
     new = {
         part: {error.name: error.reason for error in batches.bad.values()} for part, batches in parts.items() if batches
     }
