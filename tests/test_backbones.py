@@ -165,8 +165,8 @@ class Payload:
     ("content", "sentence"),
     [
         (None, "there is no file of weights at"),
-        (b"no weights", "cannot be read as weights"),
-        ("payload", "cannot be read as weights"),
+        (b"no weights", "is no file of weights that can be read"),
+        ("payload", "which no file of weights needs; nothing of it was run"),
         ({"epoch": 3}, "does not hold tensors by name"),
         ([torch.zeros(1)], "does not hold tensors by name"),
         ({}, "does not hold the weights of resnet18: 100 of 120 are not in it (first: conv1.weight)"),
@@ -180,6 +180,8 @@ class Payload:
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_refused_weights(content, sentence, suffix, tmp_path):
     path = tmp_path / f"weights{suffix}"
+    if content == "payload" and suffix == ".safetensors":
+        sentence = "is no file of weights that can be read"
     if content == "payload":
         torch.save({"state_dict": Payload(tmp_path / "executed")}, path)
     elif isinstance(content, bytes):
@@ -189,13 +191,26 @@ def test_refused_weights(content, sentence, suffix, tmp_path):
     elif content is not None:
         torch.save(content, path)
     if suffix == ".safetensors" and not isinstance(content, str | bytes | None):
-        sentence = "cannot be read as weights"
+        sentence = "is no file of weights that can be read"
     with pytest.raises(UserError) as error:
         create_encoder("resnet18", 64, weights=path)
     assert sentence in str(error.value)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_weights_that_are_not_finite_are_refused(suffix, tmp_path):
+    encoder = create_encoder("resnet8", 32)[0]
+    with torch.no_grad():
+        encoder.get_parameter("stem.weight")[0] = torch.inf
+    path = tmp_path / f"weights{suffix}"
+    saved(encoder, path)
+    with pytest.raises(
+        UserError, match=r"holds weights that are not finite numbers \(first: stem.weight\); take another"
+    ):
+        create_encoder("resnet8", 32, weights=path)
 
 
 def test_the_authors_encoders_start_as_theirs():

@@ -59,6 +59,7 @@ def test_a_list(tmp_path):
         ("../a.jpg 0\n", "line 1: the path '../a.jpg' leaves the data folder"),
         ("x/../../a.jpg 0\n", "line 1: the path 'x/../../a.jpg' leaves the data folder"),
         ("/etc/a.jpg 0\n", "line 1: the path '/etc/a.jpg' leaves the data folder"),
+        ("a\0b.jpg 0\n", "line 1: the path has a zero byte in it"),
         ("\n \n", "names no images"),
         ("", "names no images"),
     ],
@@ -286,6 +287,17 @@ def test_inaturalist_json_is_the_canonical_list(shuffled, shared_data, tmp_path)
         ('{"images": [{"id": 1, "file_name": "a"}]}', "'annotations' is missing; the test part has no labels"),
         ('{"images": [{"id": 1, "file_name": "a"}], "annotations": []}', "1 is missing"),
         ('{"images": [], "annotations": []}', "names no images"),
+        ('{"images": [{"id": 1, "file_name": 3}], "annotations": []}', "is not valid JSON"),
+        ('{"images": [{"id": 1, "file_name": "a 1\\n../b"}], "annotations": []}', "is not valid JSON"),
+        (
+            '{"images": [{"id": 1, "file_name": "\\ud800"}], "annotations": [{"image_id": 1, "category_id": 2}]}',
+            "is not valid JSON",
+        ),
+        (
+            '{"images": [{"id": 1, "file_name": "../a"}], "annotations": [{"image_id": 1, "category_id": 2}]}',
+            "line 1: the path '../a' leaves the data folder",
+        ),
+        ("[" + "[]," * 1_000_000 + "[]]", "nearly all of it is empty"),
     ],
 )
 def test_refused_json(text, sentence, tmp_path):

@@ -304,7 +304,10 @@ def test_bad_files_are_passed_over_and_the_order_stays(odd_run, tmp_path):
         str(tmp_path / name) for name in ("empty", "many/000.png", "many/070.png", "many/229.png", "absent.jpg")
     )
     said = "\n".join(map(str, predicted.errors))
-    assert "000.png cannot be read (it is no image); repair or remove it" in said
+    assert (
+        "000.png cannot be read (it is no image: not JPEG, PNG, GIF, BMP, TIFF, WebP or PPM); repair or remove it"
+        in said
+    )
     assert "absent.jpg cannot be read (no such file or directory)" in said
     assert "empty holds no images (known endings: " in said
     for index in (0, 62, 63, 64, 140, 226):

@@ -16,7 +16,7 @@ from equipoise.device import describe_machine
 from equipoise.errors import UserError
 from equipoise.plan import Plan, default_folder
 from equipoise.recipe import recipe_toml
-from equipoise.run import LOCK, METRICS, RECIPE, RECORD, write_json
+from equipoise.run import BAD_IMAGES, LOCK, METRICS, RECIPE, RECORD, write_json
 
 
 class RunFolder:
@@ -44,6 +44,8 @@ class RunFolder:
         for leftover in self._folder.glob(".*.*"):  # files that a killed run was writing: see atomic_file
             leftover.unlink(missing_ok=True)
         (self._folder / METRICS).unlink(missing_ok=True)
+        if place.resumed is None:  # it begins again: what could not be read may have been repaired
+            (self._folder / BAD_IMAGES).unlink(missing_ok=True)
         if place.taken and place.resumed is not None and place.resumed.path.name == PREVIOUS:
             (self._folder / LAST).unlink(missing_ok=True)  # the damaged one must not become the previous one
         _write_record(self._plan, self._folder)

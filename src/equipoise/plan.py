@@ -18,15 +18,18 @@ from equipoise.device import choose_device, choose_precision
 from equipoise.distributed import ALONE, SharedError, World
 from equipoise.errors import UserError
 from equipoise.listfiles import BENCHMARKS, find_list
-from equipoise.lists import DIGITS, Parts, imbalance_factor
+from equipoise.lists import DIGITS, ImageList, Parts, imbalance_factor
 from equipoise.loader import steps_per_epoch
-from equipoise.pixels import unreadable
+from equipoise.pixels import bad_images, no_image_left
 from equipoise.recipe import Recipe, field_value, load_recipe, recipe_fields
 from equipoise.run import LISTS, LOCK, METRICS, RECIPE, RECORD, find_checkpoint, open_data, source_of
 
 AUTO = "auto"  # --resume auto: find out which run
 # Fields that say where and how is computed, not what: they may differ where a run goes on, and between ranks.
-_FREE = {"name", "summary", "device", "precision", "workers", "log_every", "checkpoint_minutes"}
+_FREE = {
+    *("name", "summary", "device", "precision", "workers", "log_every", "checkpoint_minutes"),
+    *("data.on_bad_image", "data.allow_outside"),
+}
 _FREE_IN_RESUME = {*_FREE, "epochs", "model.pretrained", "model.weights"}  # how long, and what it started from
 _PLACES = ("path", "train_list", "val_list", "test_list")
 
@@ -135,6 +138,8 @@ def prepare(
     place = world.first_makes(lambda: _find_place(recipe, out, resume, world))
     plan = world.each_makes(lambda: _prepare(recipe, place, world))
     _refuse_different_ranks(plan)
+    for part in plan.parts.named().values():
+        _refuse_bad_images(part, plan)
     return plan
 
 
@@ -173,10 +178,6 @@ def _prepare(recipe: Recipe, place: Place, world: World) -> Plan:
             f"the last batch of an epoch has {last_batch} images, but with model.batch_norm = synchronised each of "
             f"{world.size} processes needs two; change --batch-size, or set model.batch_norm to per-rank"
         )
-    for part in parts.named().values():
-        # Each rank looks at its share of the headers.
-        for error in unreadable(part.take(np.arange(world.rank, len(part), world.size))):
-            raise error
     if place.resumed is not None:
         _refuse_unfitting(place, recipe, parts)
     if world.local_size > 1 and recipe.device.startswith("cuda:"):
@@ -205,6 +206,28 @@ def _refuse_batches(recipe: Recipe, world: World) -> None:
             f"batch_size ({recipe.batch_size}) gives each of {world.size} processes one image; BatchNorm needs two: "
             f"set --batch-size {2 * world.size} or {3 * world.size}"
         )
+
+
+def _refuse_bad_images(images: ImageList, plan: Plan) -> None:
+    """Raise UserError for the first image whose header is no image's. If such are skipped, for a class of the training
+    part that has no other, and for another part that has none. Each rank looks at its share."""
+    world, skip = plan.world, plan.recipe.data.on_bad_image == "skip"
+    share = np.arange(world.rank, len(images), world.size)
+
+    def look() -> list[int]:
+        bad: list[int] = []
+        for index, error in zip(share.tolist(), bad_images(images.take(share)), strict=False):
+            if error is not None and not skip:
+                raise error
+            bad += [index] if error else []
+        return bad
+
+    bad = [index for of_rank in world.gather_objects(world.each_makes(look)) for index in of_rank]
+    left_C = np.array(images.class_counts) - np.bincount(images.labels_N[bad], minlength=len(images.class_names))
+    if images is plan.parts.train and left_C.min() == 0:
+        raise SharedError(str(no_image_left(images, int(left_C.argmin()))))
+    if not left_C.any():
+        raise SharedError(f"{images.origin}: none of the {len(images):,} images can be read; repair them")
 
 
 def _refuse_different_ranks(plan: Plan) -> None:

@@ -21,7 +21,7 @@ from equipoise.model import TwoBranchNetwork
 from equipoise.optim import create_sgd, learning_rate
 from equipoise.plan import Plan, prepare
 from equipoise.recipe import Recipe
-from equipoise.run import Run, evaluate_run, view_settings
+from equipoise.run import Run, evaluate_run, record_bad_images, view_settings
 from equipoise.signals import Requests
 from equipoise.step import Step
 
@@ -81,10 +81,12 @@ def _open(plan: Plan) -> tuple[TwoBranchNetwork, Batches, Batches | None]:
     """The network as it starts, and what reads the training and validation images."""
     recipe, parts, world = plan.recipe, plan.parts, plan.world
     views, workers = view_settings(recipe), worker_count(recipe.workers, world.local_size)
-    batches = open_batches(parts.train, views, plan.device, workers, world)
-    validation = open_batches(parts.validation, views, plan.device, workers, world) if parts.validation else None
+    skip = recipe.data.on_bad_image == "skip"
+    batches = open_batches(parts.train, views, plan.device, workers, world, skip)
+    validation = open_batches(parts.validation, views, plan.device, workers, world, skip) if parts.validation else None
     if parts.test is not None:
-        open_batches(parts.test, views, plan.device)  # small images are decoded by it: better now than at the end
+        # Small images are decoded by it: better now than at the end.
+        open_batches(parts.test, views, plan.device, skip=skip)
     torch.manual_seed(recipe.seed)
     # MKL takes fewer threads where the machine is busy, unless their number was set: and sums in another order.
     torch.set_num_threads(torch.get_num_threads())
@@ -119,6 +121,11 @@ def _loop(
     optimizer = create_sgd(network.parameters(), recipe.optim.lr, recipe.optim.momentum, recipe.optim.weight_decay)
     first_epoch, step, best = _restore(plan, optimizer)
     keep = _Keeper(plan, network, optimizer)
+
+    def note_bad_images() -> None:
+        """Before a checkpoint, so that a run that goes on from it does not lose any. All ranks do it together."""
+        record_bad_images(plan.folder, world, train=batches, validation=validation)
+
     log = RunLog(plan.folder if world.is_first else None, first_epoch, step)
     line = ProgressLine(step, recipe.epochs * plan.steps_per_epoch, recipe.epochs, progress)
     try:
@@ -143,6 +150,8 @@ def _loop(
                     log.write("train", step, epoch, {**values, "lr": rate, "images_per_second": round(speed, 1)})
                     images_seen, since = 0, time.perf_counter()
                 save, stopped = requests.read(votes)
+                if save:
+                    note_bad_images()
                 if save or keep.due():
                     keep(epoch, step, best)
                 if stopped is not None:
@@ -152,6 +161,7 @@ def _loop(
                 score = _validate(network, validation, plan, log, step, epoch)
                 if best is None or score > best[0]:
                     best = (score, epoch + 1)
+            note_bad_images()
             keep(epoch + 1, step, best)
     finally:
         line.close()
