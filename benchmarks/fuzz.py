@@ -54,7 +54,7 @@ with _instrumented():
     from equipoise.checkpoint import load_checkpoint
     from equipoise.cifar import CifarArchive, open_cifar
     from equipoise.listfiles import departures, identity, image_lists, read_list
-    from equipoise.lists import ImageFiles, ImageList
+    from equipoise.lists import ImageFiles, ImageList, Paths
     from equipoise.pixels import decode
     from equipoise.recipe import Recipe, recipe_table, recipe_toml
     from equipoise.run import Run
@@ -233,7 +233,7 @@ def _safetensors() -> bytes:
 
 
 def _decode(file: Path) -> object:
-    pixels = decode(ImageList("", ImageFiles(file.parent, (file.name,)), np.zeros(1, np.int64), ("x",)), 0)
+    pixels = decode(ImageList("", ImageFiles(file.parent, Paths([file.name])), np.zeros(1, np.int64), ("x",)), 0)
     assert pixels.ndim == 3
     assert pixels.shape[2] == 3
     assert pixels.dtype == np.uint8

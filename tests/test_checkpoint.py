@@ -123,7 +123,8 @@ def test_absent(tmp_path):
         ("epoch", -1), ("epoch", "x"), ("epoch", 2**70), ("epoch", True), ("step", 1.5),
         ("best", 3), ("best", (1,)), ("best", ("x", 2)), ("best", {}),
         ("weights", []), ("weights", {1: torch.zeros(1)}), ("weights", {"a": "x"}),
-        ("optimizer", None), ("optimizer", {"state": []}), ("optimizer", {"state": {}, "param_groups": 3}), ("fingerprints", {"train": 3}), ("fingerprints", ()),
+        ("optimizer", None), ("optimizer", {"state": []}), ("optimizer", {"state": {}, "param_groups": 3}),
+        ("fingerprints", {"train": 3}), ("fingerprints", ()),
     ],
 )  # fmt: skip
 def test_tables_of_anybodys(key, value, checkpoint, tmp_path):

@@ -75,3 +75,26 @@ def test_the_check_sees_other_exceptions_and_memory(tmp_path):
     if Path("/proc/self/clear_refs").exists():  # Linux; elsewhere memory is not measured
         with pytest.raises(MemoryError, match="bytes for an input of 6"):
             examine(reader, b"memory", tmp_path)
+
+
+LARGE = {
+    "brackets": ("annotations", lambda: b"[" + b"[]," * 5_000_000 + b"[]]"),
+    "texts": ("annotations", lambda: b"[" + b'"ab",' * 4_000_000 + b"0]"),
+    "names": ("annotations", lambda: b'{"' + b'":1,"'.join(b"%d" % number for number in range(2_000_000)) + b'":1}'),
+    "short lines": ("list", lambda: b"ab 0\n" * 4_000_000),
+    "lines": ("list", lambda: b"".join(b"%07d.jpg 0\n" % number for number in range(700_000))),
+    "labels": ("list", lambda: b"".join(b"%d/a %d\n" % (number, number) for number in range(500_000))),
+    "objects": ("cifar-pickle", lambda: b"\x80\x02" + b"]" * 5_000_000 + b"."),
+    "tensor objects": ("checkpoint-table", lambda: b"\x80\x02" + b"}" * 5_000_000 + b"."),
+    "zeros": ("cifar-tar", lambda: bytes(150_000_000)),
+    "fields": ("recipe", lambda: b"a = 1\n" * 3_000_000),
+    "run": ("metrics", lambda: b"[" + b"[]," * 6_000_000 + b"[]]"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LARGE)
+def test_large_files_take_their_share_of_memory(name, tmp_path):
+    """Read without thought, most of these took twenty times their size."""
+    reader, content = LARGE[name]
+    examine(READERS[reader], content(), tmp_path)

@@ -15,7 +15,7 @@ import pytest
 from conftest import draw_folder
 from PIL import Image
 
-from equipoise import UserError
+from equipoise import UserError, pixels
 from equipoise.lists import ImageFiles, ImageList
 from equipoise.pixels import bad_images, decode, decode_all, decode_another, decode_bytes, stand_ins
 from equipoise.sources import Source, find_parts
@@ -160,6 +160,19 @@ def test_odd_metadata_is_no_reason_to_refuse_or_to_warn(photo, pictures):
     spoilt = encoded(photo, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f" + bytes(40))
     (pictures / "ant" / "0.png").write_bytes(spoilt)
     assert decode(find_parts(str(pictures)).parts["train"], 0).shape == (48, 64, 3)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "I;16"])
+def test_a_large_image_is_converted_in_bands(mode, photo, monkeypatch):
+    image = photo.convert("L" if mode == "I;16" else mode)
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
+    content = encoded(image, "PNG")
+    whole = decode_bytes(content)
+    monkeypatch.setattr(pixels, "_BAND", 64 * 5)  # 48 rows are nine bands and a rest
+    in_bands = decode_bytes(content)
+    assert (in_bands == whole).all()
+    assert in_bands.flags.writeable
 
 
 def test_palette_with_transparency(photo):

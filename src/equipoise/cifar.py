@@ -25,6 +25,7 @@ from equipoise.lists import ImageList, Indices, PixelArrays
 
 _PIXELS = 3 * 32 * 32
 _LARGEST_FILE = 300_000_000  # the largest file of the archives has 155 MB: more is none of them
+_LARGEST_NAMES = 100_000  # bytes of the file of class names, of which the largest has 1,500
 _MOST_UNPACKED = 3  # times the packed size: of the published archives it is 1.1
 _MOST_INSTRUCTIONS = 1_000_000  # of a pickle: those of the archives have up to 250,000
 _MOST_TUPLES = 1_000  # an array has six of them
@@ -124,6 +125,8 @@ def _names(archive: CifarArchive, content: Mapping[str, bytes], file: str) -> tu
     if file not in content:
         return tuple(str(label) for label in range(archive.classes))
     where = f"{archive.path}/{file}"
+    if len(content[file]) > _LARGEST_NAMES:
+        raise UserError(f"{where} has {len(content[file]):,} bytes, far more than names; take the archive anew")
     if archive.form == "binary":
         found: object = content[file].split()
     else:

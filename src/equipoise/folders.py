@@ -13,7 +13,16 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", 
 
 
 def subfolders(folder: Path) -> list[Path]:
-    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    return sorted(folder / entry.name for entry in _entries(folder) if os.path.isdir(entry.path))
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """All that lies in a folder and is not hidden. Raises UserError where that cannot be seen."""
+    try:
+        with os.scandir(folder) as entries:
+            return [entry for entry in entries if not entry.name.startswith(".")]
+    except OSError as error:
+        raise UserError(f"the folder {folder} cannot be read ({(error.strerror or str(error)).lower()})") from None
 
 
 def open_class_folders(root: Path, allow_outside: bool = False) -> Found:
@@ -91,17 +100,14 @@ def _below(root: Path, name: str) -> tuple[list[str], list[str]]:
     waiting, like_images = [name], list[str]()
     while waiting:
         folder = waiting.pop()
-        with os.scandir(root / folder) as entries:
-            for entry in entries:
-                path = f"{folder}/{entry.name}"
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir(follow_symlinks=False):
-                    waiting.append(path)
-                    like_images += [path] if _is_image(path) else []
-                elif not os.path.isdir(entry.path):  # links to folders are not followed: they could lead in a circle
-                    files.append(path)
-                    links += [path] if entry.is_symlink() else []
+        for entry in _entries(root / folder):
+            path = f"{folder}/{entry.name}"
+            if entry.is_dir(follow_symlinks=False):
+                waiting.append(path)
+                like_images += [path] if _is_image(path) else []
+            elif not os.path.isdir(entry.path):  # links to folders are not followed: they could lead in a circle
+                files.append(path)
+                links += [path] if entry.is_symlink() else []
     images = [file for file in files if _is_image(file)]
     files += [folder for folder in like_images if not any(image.startswith(f"{folder}/") for image in images)]
     return sorted(files, key=lambda path: path.split("/")), links

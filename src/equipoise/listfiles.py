@@ -380,7 +380,10 @@ def identity(read: ListFile) -> str:
 def _departure(read: ListFile, expected: Published) -> str:
     """What sets a list apart from the published one that it stands for."""
     told = f"{read.file} is not the published {expected.name} (git blob {expected.blob}): "
-    if git_blob(b"\n".join(line.strip() for line in read.content.split(b"\n"))) == expected.blob:
+    bare = bytearray()
+    for line in io.BytesIO(read.content):
+        bare += line.strip() + (b"\n" if line.endswith(b"\n") else b"")
+    if git_blob(bytes(bare)) == expected.blob:
         return f"{told}it differs in white space alone (line ends)"
     return (
         f"{told}that has {expected.images:,} images of {expected.classes:,} classes, this one {len(read.paths):,} of "

@@ -23,8 +23,9 @@ T = TypeVar("T")
 
 # Pillow knows more, and some of those run a program of the system's (EPS: Ghostscript) or ask one (IPTC, FPX).
 _KINDS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
-# Pillow's own limit. Decoding takes about 7 bytes a pixel, however small the file is.
+# Pillow's own limit. Decoding takes up to 8 bytes a pixel, however small the file is.
 MOST_PIXELS = 89_478_485
+_BAND = 2**22  # pixels
 _BLOCK = 4096  # images looked at between two reports
 
 cv2.setNumThreads(0)  # the loader's processes are the parallelism; threads inside each would fight for the cores
@@ -71,7 +72,7 @@ def decode_bytes(content: bytes) -> Pixels:
                 return pixels.astype(np.uint8, copy=False)
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
-        return np.array(_as_rgb(image))  # a copy: torch wants to be able to write
+        return _as_array(image)
 
 
 def stand_ins(images: ImageList, index: int) -> list[int]:
@@ -131,6 +132,19 @@ def _refuse_what_no_header_may_say(image: Image.Image) -> None:
         raise ValueError(f"its header claims {width:,} x {height:,} pixels: a decompression bomb?")
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers of no known range: convert it to 8 or 16 bits")
+
+
+def _as_array(image: Image.Image) -> Pixels:
+    """A large image is converted in bands: Pillow's way to an array has three copies of it in memory."""
+    width, height = image.size
+    rows = max(1, _BAND // width)
+    if rows >= height:
+        return np.array(_as_rgb(image))  # a copy: torch wants to be able to write
+    pixels = np.empty((height, width, 3), np.uint8)
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        pixels[top:bottom] = np.asarray(_as_rgb(image.crop((0, top, width, bottom))))
+    return pixels
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:

@@ -30,6 +30,7 @@ from equipoise.views import ViewSettings, view_kinds
 LISTS = {"train": "data.train_list", "validation": "data.val_list", "test": "data.test_list"}  # part -> recipe field
 RECIPE, RECORD, METRICS, LOCK = "recipe.toml", "run.json", "metrics.json", "run.lock"
 BAD_IMAGES = "bad-images.json"  # those that could not be read so far
+_LARGEST_JSON = 2**24  # bytes; that of 20,000 classes has 4 million
 OBSERVED = "observed.npz"  # what the report draws beside the figures
 AUTHORS_NAMES = {LAST: AUTHORS_LAST, BEST: AUTHORS_BEST}  # of the same in the authors' layout
 
@@ -195,7 +196,9 @@ def record_bad_images(path: Path, world: World, **parts: Batches | None) -> dict
 
     def write() -> dict[str, dict[str, str]]:
         file = path / BAD_IMAGES
-        known: dict[str, dict[str, str]] = read_json(file) if file.is_file() else {}
+        known: Any = read_json(file) if file.is_file() else {}
+        if not isinstance(known, dict) or not all(isinstance(bad, dict) for bad in known.values()):
+            raise UserError(f"{file} is damaged; remove it")
         together = {part: {**known.get(part, {}), **new.get(part, {})} for part in ("train", "validation", "test")}
         found = {part: dict(sorted(names.items())) for part, names in together.items() if names}
         if found != known:
@@ -460,6 +463,8 @@ def write_logits(path: Path, predictions: Predictions, class_names: Sequence[str
 def read_json(path: Path) -> dict[str, Any]:
     """What `write_json` wrote. Raises UserError for a damaged file."""
     try:
+        if path.stat().st_size > _LARGEST_JSON:
+            raise ValueError("no file that was written here")
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         raise UserError(f"{path} is damaged; remove it, and write it anew with equipoise evaluate") from None
