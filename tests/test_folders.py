@@ -108,7 +108,7 @@ def test_the_order_is_that_of_the_parts_of_a_path(tmp_path):
     draw_picture(tmp_path / "bee" / "1.png", 0, 0)
     paths = find_parts(str(tmp_path)).parts["train"].images.paths
     assert list(paths) == sorted(paths, key=lambda path: tuple(path.split("/")))
-    assert paths[:3] == ("ant/a/a/z.png", "ant/a/b.png", "ant/a-c.png")
+    assert list(paths)[:3] == ["ant/a/a/z.png", "ant/a/b.png", "ant/a-c.png"]
 
 
 # ---- links

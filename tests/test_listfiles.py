@@ -114,7 +114,7 @@ NAMES = st.text("ab/. \\\t0é", min_size=1, max_size=6)
 def test_all_at_once_reads_what_line_by_line_reads(content):
     together = _all_at_once(content)
     if together is not None:
-        paths, labels_N = _line_by_line(content, Path("list.txt"))
+        paths, labels_N = _line_by_line(content, Path("list.txt"), False)
         assert list(together[0]) == list(paths)
         assert together[1].tolist() == labels_N.tolist()
 

@@ -16,7 +16,7 @@ from conftest import draw_folder
 from PIL import Image
 
 from equipoise import UserError, pixels
-from equipoise.lists import ImageFiles, ImageList
+from equipoise.lists import ImageFiles, ImageList, Paths
 from equipoise.pixels import bad_images, decode, decode_all, decode_another, decode_bytes, stand_ins
 from equipoise.sources import Source, find_parts
 from equipoise.views import evaluation_view
@@ -267,27 +267,6 @@ def test_a_file_whose_system_fails_is_named(pictures, monkeypatch):
         decode(images, 0)
 
 
-def test_decoding_by_threads_leaves_the_process_as_it_was(monkeypatch):
-    """What is too large is refused and what is not is read, whichever thread opens what at the same time; and warnings
-    are afterwards what they were."""
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
-    contents = [encoded(Image.new("RGB", (40, rows)), "PNG") for rows in (50, 51)]  # 2,000 and 2,040 pixels
-
-    def refused(number: int) -> bool:
-        try:
-            decode_bytes(contents[number % 2])
-        except Image.DecompressionBombWarning:
-            return True
-        return False
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        before = list(warnings.filters)
-        with ThreadPoolExecutor(8) as pool:
-            assert list(pool.map(refused, range(4000))) == [False, True] * 2000
-        assert warnings.filters == before
-
-
 def test_vanished_file(pictures):
     images = find_parts(str(pictures)).parts["train"]
     (pictures / "ant" / "0.png").unlink()
@@ -333,7 +312,7 @@ def test_what_stands_in_for_a_bad_image(pictures):
 def test_threads_that_decode_leave_warnings_as_they_were(tmp_path):
     """What warnings do is one setting of all threads."""
     Image.new("RGB", (20, 20)).save(tmp_path / "x.png")
-    images = ImageList("", ImageFiles(tmp_path, ("x.png",) * 400), np.zeros(400, np.int64), ("a",))
+    images = ImageList("", ImageFiles(tmp_path, Paths.of(["x.png"] * 400)), np.zeros(400, np.int64), ("a",))
     before = list(warnings.filters)
     with ThreadPoolExecutor(8) as pool:
         assert len(list(pool.map(lambda index: decode(images, index), range(400)))) == 400

@@ -14,7 +14,6 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -311,38 +310,42 @@ def _class_names(files: Iterable[ListFile], classes: int) -> tuple[tuple[str, ..
 def absent_images(images: ImageList) -> list[int]:
     """Indices of images of files that are not there. Each folder is listed once; no image is opened."""
     assert isinstance(images.images, ImageFiles)
+    root, paths = images.images.root, images.images.paths
     absent: list[int] = []
-    for folder, entries in _by_folder(images.images):
-        try:
-            names = set(os.listdir(folder))
-        except OSError:
-            names = set[str]()
-        absent += [index for index, name in entries if name not in names]
+    listed, names = None, set[str]()
+    for index in np.argsort(paths.folder_hashes, kind="stable").tolist():  # folder by folder: the names of one are kept
+        folder, _, name = paths[index].rpartition("/")
+        if folder != listed:
+            listed = folder
+            try:
+                names = set(os.listdir(root / folder))
+            except OSError:
+                names = set()
+        if name not in names:
+            absent.append(index)
     return sorted(absent)
-
-
-def _by_folder(images: ImageFiles) -> Iterator[tuple[Path, list[tuple[int, str]]]]:
-    """Folder by folder, the indices and file names of the images in it: of one alone is much to be kept."""
-    paths = images.paths
-    split = (
-        (index, *paths[index].rpartition("/")[::2]) for index in np.argsort(paths.folder_hashes, kind="stable").tolist()
-    )
-    for folder, entries in groupby(split, key=lambda entry: entry[1]):
-        yield images.root / folder, [(index, name) for index, _, name in entries]
 
 
 def links(images: ImageList) -> Iterator[Path]:
     """The folders of the images, and those of the images that are links: what may lead out of the data folder. Each
     folder is listed once."""
     assert isinstance(images.images, ImageFiles)
-    for folder, entries in _by_folder(images.images):
-        yield folder
+    root, paths = images.images.root, images.images.paths
+    linked: dict[str, set[str]] = {}
+    for index in np.unique(paths.folder_hashes, return_index=True)[1].tolist():
+        folder = paths[index].rpartition("/")[0]
+        yield root / folder
         try:
-            with os.scandir(folder) as there:
-                linked = {entry.name for entry in there if entry.is_symlink()}
+            with os.scandir(root / folder) as entries:
+                names = {entry.name for entry in entries if entry.is_symlink()}
         except OSError:  # not there: see `absent_images`
             continue
-        yield from (folder / name for _, name in entries if name in linked)
+        if names:
+            linked[folder] = names
+    for path in paths if linked else ():
+        folder, _, name = path.rpartition("/")
+        if name in linked.get(folder, ()):
+            yield root / path
 
 
 def absence(images: ImageList, absent: list[int]) -> str:

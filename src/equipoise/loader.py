@@ -8,7 +8,6 @@ With `skip`, an image that cannot be read is no error: in training another of it
 (`pixels.stand_ins`), in evaluation it is left out, and `bad` says which they were.
 """
 
-import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,6 +35,7 @@ from equipoise.pixels import (
     decode_another,
     no_image_left,
     stand_ins,
+    usable_cores,
 )
 from equipoise.views import ViewSettings, evaluation_view, photo_views, small_views
 
@@ -86,8 +86,7 @@ def worker_count(workers: int, local_ranks: int = 1) -> int:
     """Loader processes: -1 means one for each core this process may use, of which it has its share."""
     if workers >= 0:
         return workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // local_ranks)
+    return max(1, usable_cores() // local_ranks)
 
 
 def open_batches(

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import stat
 import threading
 import warnings
@@ -158,9 +159,9 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def bad_images(images: ImageList, decoded: bool = False, threads: int = 8) -> Iterator[BadImageError | None]:
+def bad_images(images: ImageList, decoded: bool = False) -> Iterator[BadImageError | None]:
     """For each image of the list, in its order, the error if it is a bad one, else None. With `decoded` every pixel is
-    decoded, in `threads`; else the file is opened and its header read, which finds most bad files in no time."""
+    decoded, in a thread for each core; else the file is opened and its header read: most bad files, in no time."""
 
     def look(index: int) -> BadImageError | None:
         try:
@@ -174,12 +175,17 @@ def bad_images(images: ImageList, decoded: bool = False, threads: int = 8) -> It
     )  # packed ones were decoded when they were packed
     if isinstance(images.images, unlike_files):
         return
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(usable_cores() if decoded else 8) as pool:
         # Block by block: the pool keeps an object for everything it is given.
         for start in range(0, len(images), _BLOCK):
             with _QUIET:
                 found = list(pool.map(look, range(start, min(start + _BLOCK, len(images)))))
             yield from found
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _decode(images: ImageList, index: int) -> Pixels:

@@ -41,7 +41,6 @@ from equipoise.lists import (
     refuse_outside,
     training_problems,
 )
-from equipoise.loader import worker_count
 from equipoise.log import counted
 from equipoise.packed import open_packed, packed_files, read_about
 from equipoise.parquet import open_parquet, parquet_files
@@ -236,7 +235,7 @@ def survey(source: Source, check: bool = False) -> tuple[Found, list[str], list[
     for name, part in found.parts.items():
         absent = absent_images(part) if found.of_lists else []
         there = part.take(np.setdiff1d(np.arange(len(part)), absent)) if absent else part
-        looked_at = bad_images(there, decoded=check, threads=worker_count(-1) if check else 8)
+        looked_at = bad_images(there, decoded=check)
         if check:
             looked_at = counted(looked_at, len(there), f"decoding {name}")
         bad += [error for error in looked_at if error is not None]
