@@ -9,6 +9,7 @@ failed, are kept in build/fuzz; the next run starts from the former.
 import argparse
 import contextlib
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -21,6 +22,7 @@ import tarfile
 import tempfile
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -51,14 +53,18 @@ def _instrumented() -> contextlib.AbstractContextManager[Any]:
 with _instrumented():
     from equipoise import UserError, load_recipe
     from equipoise.backbones import _read_weights
-    from equipoise.checkpoint import load_checkpoint
+    from equipoise.checkpoint import FORMAT, Checkpoint, _digest, load_checkpoint
     from equipoise.cifar import CifarArchive, open_cifar
+    from equipoise.hub import read_hub_folder
     from equipoise.listfiles import departures, identity, image_lists, read_list
     from equipoise.lists import ImageFiles, ImageList, Paths
+    from equipoise.packed import _TAIL, write_packed
     from equipoise.pixels import decode
+    from equipoise.predict import _in_order, read_weights
     from equipoise.recipe import Recipe, recipe_table, recipe_toml
     from equipoise.run import Run
     from equipoise.sources import find_parts
+    from equipoise.tensors import load_tensors
 
 
 @dataclass(frozen=True)
@@ -151,9 +157,10 @@ def _records() -> bytes:
     return (bytes([1]) + bytes(3072)) * 2
 
 
+_TEN = b"ant\nbee\ncat\ndog\nemu\nfox\ngnu\nhen\nibis\njay\n"
 _NAMES = {
-    "python": ("batches.meta", pickle.dumps({b"label_names": [b"cat", b"dog", b"emu"]}, 2)),
-    "binary": ("batches.meta.txt", b"cat\ndog\nemu\n"),
+    "python": ("batches.meta", pickle.dumps({b"label_names": _TEN.split()}, 2)),
+    "binary": ("batches.meta.txt", _TEN),
 }
 
 
@@ -175,8 +182,8 @@ def _tar() -> bytes:
 
 
 def _checkpoint() -> dict[str, Any]:
-    return {
-        "format": 1,
+    table: dict[str, Any] = {
+        "format": FORMAT,
         "recipe": recipe_table(Recipe()),
         "class_names": ["a", "b"],
         "class_counts": [5, 1],
@@ -190,6 +197,7 @@ def _checkpoint() -> dict[str, Any]:
             "param_groups": [{"lr": 0.1, "params": [0]}],
         },
     }
+    return {**table, "digest": _digest(table)}
 
 
 def _authors_checkpoint() -> dict[str, Any]:
@@ -233,7 +241,7 @@ def _safetensors() -> bytes:
 
 
 def _decode(file: Path) -> object:
-    pixels = decode(ImageList("", ImageFiles(file.parent, Paths([file.name])), np.zeros(1, np.int64), ("x",)), 0)
+    pixels = decode(ImageList("", ImageFiles(file.parent, Paths.of([file.name])), np.zeros(1, np.int64), ("x",)), 0)
     assert pixels.ndim == 3
     assert pixels.shape[2] == 3
     assert pixels.dtype == np.uint8
@@ -253,6 +261,52 @@ def _read_recipe(file: Path) -> object:
     file.write_text(recipe_toml(recipe), encoding="utf-8")
     assert load_recipe(file) == recipe
     return recipe
+
+
+def _read_checkpoint(file: Path) -> object:
+    """With the checksum put right: whoever makes a file on purpose does that."""
+    table = load_tensors(file, "checkpoint")
+    if isinstance(table, dict) and "digest" in table:
+        with contextlib.suppress(TypeError, ValueError, RuntimeError):
+            torch.save({**table, "digest": _digest(table)}, file)
+    return load_checkpoint(file)
+
+
+def _packed() -> bytes:
+    file = io.BytesIO()
+    images = [(content, zlib.crc32(content)) for content in _images()[:3]]
+    about = {"part": "train", "kind": "class folders", "benchmark": "", "divided": True, "named": True,
+             "class_names": ["a", "b"], "images": 3, "short_side": 256, "fingerprint": "f00"}  # fmt: skip
+    write_packed(file, images, Paths.of(["a/1.jpg", "a/2.jpg", "b/3.jpg"]), np.array([0, 0, 1]), about)
+    return file.getvalue()
+
+
+def _around_index(content: bytes) -> bytes:
+    """The checksum of the index made to fit."""
+    if len(content) < _TAIL.size:
+        return content
+    start, described, _, end = _TAIL.unpack(content[-_TAIL.size :])
+    index = content[: -_TAIL.size]
+    return index + _TAIL.pack(start, described, hashlib.sha256(index[start:]).digest(), end)
+
+
+def _read_prior(file: Path) -> object:
+    weights = read_weights(file)
+    return _in_order(weights, tuple(weights), str(file))
+
+
+def _read_hub_config(file: Path) -> object:
+    from safetensors.torch import save_file
+
+    checkpoint = Checkpoint(Recipe(), ("a", "b"), (5, 1), 4, 20, None, {"classifier.weight": torch.ones(2, 3)}, {}, {})
+    save_file({"x": torch.ones(2)}, file.parent / "model.safetensors")
+    save_file(checkpoint.weights, file.parent / "head.safetensors")
+    return read_hub_folder(file.parent)
+
+
+def _hub_config() -> bytes:
+    about = {"recipe": recipe_table(Recipe()), "class_names": ["a", "b"], "class_counts": [5, 1], "temperature": 1.5}
+    return json.dumps({"architecture": "resnet8", "equipoise": {**about, "epoch": 4, "step": 20}}).encode()
 
 
 def _read_table(file: Path) -> object:
@@ -294,16 +348,20 @@ READERS = {
                             lambda file: _whole(CifarArchive(file, 10, "binary"))),
     "cifar-tar": Reader("cifar-10-binary.tar.gz", lambda: [_tar()],
                         lambda file: _whole(CifarArchive(file, 10, "binary")), lambda tar: gzip.compress(tar, 1)),
-    "checkpoint": Reader("last.pt", lambda: [_saved(_checkpoint()), _saved(_authors_checkpoint())], load_checkpoint),
+    "checkpoint": Reader("last.pt", lambda: [_saved(_checkpoint()), _saved(_authors_checkpoint())], _read_checkpoint),
     "checkpoint-old": Reader("last.pt", lambda: [_saved(table, zipped=False) for table in
-                                                 (_checkpoint(), _authors_checkpoint())], load_checkpoint),
+                                                 (_checkpoint(), _authors_checkpoint())], _read_checkpoint),
     "checkpoint-table": Reader("last.pt", lambda: [_program(_checkpoint()), _program(_authors_checkpoint())],
-                               load_checkpoint, _around_program),
+                               _read_checkpoint, _around_program),
     "weights": Reader("weights.pth", lambda: [_program({"state_dict": {"a": torch.ones(2, 4)}})], _read_weights,
                       _around_program),
     "safetensors": Reader("weights.safetensors", lambda: [_safetensors()], _read_weights),
     "metrics": Reader("metrics.json", lambda: [b"{}", b'{"test": {"top1": 0.5}}'],
                       lambda file: Run(file.parent).metrics, share=0.3),
+    "packed": Reader("train.pack", lambda: [_packed()], _read_table, _around_index),
+    "hub-config": Reader("config.json", lambda: [_hub_config()], _read_hub_config, share=0.5),
+    "prior-json": Reader("prior.json", lambda: [b'{"a": 1, "b": 2.5}'], _read_prior, share=0.5),
+    "prior-csv": Reader("prior.csv", lambda: [b"class,weight\na,1\n\"b, c\",2.5\n"], _read_prior, share=0.5),
 }  # fmt: skip
 
 

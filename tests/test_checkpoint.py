@@ -139,7 +139,7 @@ def test_tables_of_anybodys(key, value, checkpoint, tmp_path):
     assert "damaged" not in str(error.value), "its digest fits"
 
 
-@pytest.mark.parametrize("spoil", [{"step": 10**5000}, {"weights": {"a": torch.zeros(2)}}, {"digest": None}])
+@pytest.mark.parametrize("spoil", [{"step": 10**500}, {"weights": {"a": torch.zeros(2)}}, {"digest": None}])
 def test_a_digest_that_does_not_fit(spoil, checkpoint, tmp_path):
     path = tmp_path / "last.pt"
     checkpoint.save(path)
