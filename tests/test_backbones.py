@@ -118,7 +118,9 @@ def test_weights_of_a_file_with_and_without_classifier(reference, suffix, tmp_pa
 def test_the_encoder_of_a_checkpoint_of_a_run(tmp_path):
     recipe = load_recipe("digits-lt")
     network = create_network(recipe, 2, start=False)
-    Checkpoint(recipe, ("a", "b"), (1, 1), 1, 1, None, state_on_cpu(network), {}, {}).save(tmp_path / "last.pt")
+    Checkpoint(
+        recipe, ("a", "b"), (1, 1), 1, 1, None, state_on_cpu(network), {"state": {}, "param_groups": []}, {}
+    ).save(tmp_path / "last.pt")
     encoder = create_encoder("resnet8", 32, weights=tmp_path / "last.pt")[0]
     assert all(torch.equal(value, network.encoder.state_dict()[key]) for key, value in encoder.state_dict().items())
 

@@ -140,7 +140,8 @@ def test_the_temperature_is_fitted_under_the_validation_parts_own_prior(tmp_path
             fingerprints={name: part.fingerprint() for name, part in parts.named().items()},
         )
         network = PerfectNetwork(0.0 if method == "ce" else 1.0, 3.0)
-        figures, predictions = equipoise.run._score(checkpoint, network, parts.validation, "cpu", keep_logits=True)
+        batches = equipoise.run._open(recipe, parts.validation, "cpu")
+        figures, predictions = equipoise.run._score(checkpoint, network, batches, "cpu", keep_logits=True)
         assert figures["images"] == 600
         assert equipoise.run._temperature(checkpoint, predictions) == pytest.approx(3, rel=0.15), method
 
