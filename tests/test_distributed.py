@@ -259,16 +259,17 @@ def test_all_ranks_stop_soon_after_one_is_killed(rank, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_restart_goes_on_to_the_same_end(tmp_path):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_restart_goes_on_to_the_same_end(processes, tmp_path):
     words = ["--epochs", "60", "--log-every", "1", "--checkpoint-minutes", "0.005"]
-    launcher = start(2, *train_words(tmp_path / "killed", *words), restarts=1)
+    launcher = start(processes, *train_words(tmp_path / "killed", *words), restarts=1)
     wait_for(lambda: len(steps_of(tmp_path / "killed")) > 20, launcher)
-    os.kill(ranks_of(launcher)[1], signal.SIGKILL)
+    os.kill(ranks_of(launcher)[-1], signal.SIGKILL)
     out, said = launcher.communicate(timeout=200)
     assert launcher.returncode == 0, said
     assert "goes on" in out
     assert steps_of(tmp_path / "killed") == list(range(1, 361))
-    done = torchrun(2, *train_words(tmp_path / "whole", *words))
+    done = torchrun(processes, *train_words(tmp_path / "whole", *words))
     assert done.returncode == 0, done.stderr
     one, other = (load_checkpoint(tmp_path / name / "last.pt") for name in ("killed", "whole"))
     assert all(torch.equal(one.weights[name], value) for name, value in other.weights.items())

@@ -155,8 +155,7 @@ class World:
 
     def watch(self) -> None:
         """From now on, end this process within seconds of another rank's end."""
-        if self.size > 1 and not self._watch:
-            self._watch.append(_Watch(self, self._session[0]))
+        self._watch.append(_Watch(self, self._session[0]))
 
     def end_watch(self) -> None:
         """Stop looking after the others."""
@@ -171,7 +170,7 @@ class World:
     def await_end(self, error: RuntimeError) -> None:
         """If it was an exchange that failed: give the watch the time to find out why, to say so, and to end this
         process."""
-        if self._watch and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
             time.sleep(_SILENCE + 5 * _BEAT)
 
 
@@ -184,9 +183,14 @@ def join() -> Generator[World]:
 
     nccl moves what is on GPUs, gloo the rest. Raises UserError where the others cannot be reached.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1 or dist.is_initialized():
+    if dist.is_initialized():
         yield ALONE
+        return
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    launch = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    if size == 1:
+        yield World(launch=launch, restarted=restarted)
         return
     environment = {name: os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
     if absent := [name for name, value in environment.items() if not value]:
@@ -196,14 +200,15 @@ def join() -> Generator[World]:
         size=size,
         local_rank=int(environment["LOCAL_RANK"]),
         local_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        launch=os.environ.get("TORCHELASTIC_RUN_ID", ""),
-        restarted=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0,
+        launch=launch,
+        restarted=restarted,
     )
     try:
         store, rank, _ = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(world.session(store), store)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+        world.watch()
     except (dist.DistError, RuntimeError, ValueError) as error:
         place = f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
         reason = str(error).splitlines()[0][:200]
@@ -217,6 +222,9 @@ def join() -> Generator[World]:
     except UserError as error:
         world.fail(str(error))
         raise UserError(f"rank {world.rank}: {error}") from None
+    except RuntimeError as error:
+        world.await_end(error)
+        raise
     finally:
         world.end_watch()
 

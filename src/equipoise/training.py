@@ -62,9 +62,6 @@ def fit(plan: Plan, progress: bool = True) -> Run:
                 f"{plan.folder} could not be written ({(error.strerror or str(error)).lower()}); make room there, "
                 f"then: {_resume_command(plan)}"
             ) from None
-        except RuntimeError as error:
-            world.await_end(error)
-            raise
         finally:
             for opened in (batches, validation):
                 if opened is not None:
@@ -116,7 +113,6 @@ def _loop(
     progress: bool,
 ) -> None:
     recipe, world = plan.recipe, plan.world
-    world.watch()
     take_step = Step(recipe, network, plan.parts.train.class_counts, plan.device, plan.precision, world)
     optimizer = create_sgd(network.parameters(), recipe.optim.lr, recipe.optim.momentum, recipe.optim.weight_decay)
     first_epoch, step, best = _restore(plan, optimizer)
