@@ -20,7 +20,7 @@ from equipoise.authors_flags import (
     truth,
 )
 from equipoise.deployment import add_export_words, add_predict_words, export, predict, refuse_unwritable
-from equipoise.errors import Stopped, UserError, one_line
+from equipoise.errors import SharedError, Stopped, UserError, in_words, one_line
 from equipoise.flags import (
     DEMO,
     OWN_FOLDER,
@@ -66,7 +66,8 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         return _run(list(sys.argv[1:] if words is None else words))
     except UserError as error:
-        print(f"equipoise: {one_line(str(error))}", file=sys.stderr)
+        if not isinstance(error, SharedError) or os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"equipoise: {one_line(str(error))}", file=sys.stderr)
         return 2
     except Stopped as stopped:
         if os.environ.get("RANK", "0") == "0":
@@ -76,8 +77,7 @@ def main(words: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:  # no permission, no space, a file where a folder is needed
-        where = f": {error.filename}" if error.filename else ""
-        print(f"equipoise: {one_line((error.strerror or str(error)).lower() + where)}", file=sys.stderr)
+        print(f"equipoise: {one_line(in_words(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("equipoise: interrupted", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The one exception for what a user can cause, and how what a file holds is put into a line."""
+"""The exceptions for what a user can cause, and how what a file holds is put into a line."""
 
 import reprlib
 
@@ -9,6 +9,10 @@ class UserError(ValueError):
     The text is one line that says what was wrong, where, and what to do. The command line prints it and exits
     with code 2; any other exception is a bug of ours and shows its traceback.
     """
+
+
+class SharedError(UserError):
+    """One that every process of a training raises. The command line prints it once on each host."""
 
 
 class Stopped(Exception):  # noqa: N818 it is no error
@@ -30,6 +34,14 @@ def shown(value: object) -> str:
         return _REPR.repr(value)
     except ValueError:
         return "a number of thousands of digits"
+
+
+def in_words(error: Exception) -> str:
+    """An error of the user's or of the system's, as a message says it."""
+    if not isinstance(error, OSError):
+        return str(error)
+    where = f": {error.filename}" if error.filename else ""
+    return (error.strerror or str(error)).lower() + where
 
 
 def one_line(text: str) -> str:

@@ -10,8 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from equipoise.distributed import ALONE, SharedError, World
-from equipoise.errors import UserError
+from equipoise.distributed import ALONE, World
+from equipoise.errors import SharedError, UserError
 from equipoise.loader import Batches
 from equipoise.metrics import TAUS, Predictions
 
@@ -38,9 +38,7 @@ def predict(
     """
     # A bad image, or a network that has gone wrong, is every rank's error: else the others would wait.
     rows = world.each_makes(lambda: _predict_share(network, batches, log_prior_C, keep_logits, observe))
-    # Rank r had the batches r, r + size, ...
-    of_ranks = world.gather_objects(rows)
-    in_order = [of_ranks[batch % world.size][batch // world.size] for batch in range(sum(map(len, of_ranks)))]
+    in_order = world.gather_in_turn(rows)
     if not sum(len(row[0]) for row in in_order):
         raise SharedError("none of the images to score can be read; repair them")
     labels_N, ranked_NK, confidence_N, *further = (np.concatenate(column) for column in zip(*in_order, strict=True))

@@ -15,8 +15,8 @@ import torch
 
 from equipoise.checkpoint import LAST, PREVIOUS, Checkpoint, load_checkpoint
 from equipoise.device import choose_device, choose_precision
-from equipoise.distributed import ALONE, SharedError, World
-from equipoise.errors import UserError
+from equipoise.distributed import ALONE, World
+from equipoise.errors import SharedError, UserError
 from equipoise.listfiles import BENCHMARKS, find_list
 from equipoise.lists import DIGITS, ImageList, Parts, imbalance_factor
 from equipoise.loader import steps_per_epoch
@@ -48,12 +48,14 @@ class Resumed:
 @dataclass(frozen=True)
 class Place:
     """Where a run is to be written. `named`: by the user; else another name will do if it is taken meanwhile. `taken`:
-    a run's own folder, in which it goes on, or begins again if it had no checkpoint yet."""
+    a run's own folder, in which it goes on, or begins again if it had no checkpoint yet. `done`: that run is finished;
+    torchrun has started the processes anew for what comes after it."""
 
     folder: Path
     named: bool
     taken: bool
     resumed: Resumed | None
+    done: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,8 @@ class Plan:
         }
 
     def _resumed_from(self) -> str:
+        if self.place.done:
+            return "no further: it is finished"
         if self.resumed is None:
             return "from its beginning: it had no checkpoint yet"
         checkpoint, remark = self.resumed.checkpoint, self.resumed.remark
@@ -195,8 +199,13 @@ def _prepare(recipe: Recipe, place: Place, world: World) -> Plan:
 
 
 def _refuse_batches(recipe: Recipe, world: World) -> None:
+    if recipe.micro_batch and recipe.model.batch_norm == "synchronised" and world.size > 1:
+        raise UserError(
+            "with --micro-batch, BatchNorm is over a micro-batch of one process, and cannot be synchronised; set "
+            "model.batch_norm to per-rank or frozen"
+        )
     if recipe.batch_size % world.size:
-        below = max(recipe.batch_size // world.size, 1) * world.size
+        below = max(recipe.batch_size // world.size, 2) * world.size  # BatchNorm needs two images
         raise UserError(
             f"batch_size ({recipe.batch_size}) is that of all {world.size} processes together, and no multiple of "
             f"{world.size}; set --batch-size {below} or {below + world.size}"
@@ -239,6 +248,7 @@ def _refuse_different_ranks(plan: Plan) -> None:
     }
     said |= {f"the {name} images": part.fingerprint() for name, part in plan.parts.named().items()}
     said |= {"the number of steps": plan.steps_per_epoch, "the precision": plan.precision}
+    said |= {"the kind of device": plan.device.type}
     said |= {f"the version of {name}": metadata.version(name) for name in ("equipoise", "torch")}
     all_said = plan.world.gather_objects(said)
     for rank, other in enumerate(all_said):
@@ -257,8 +267,12 @@ def _refuse_different_ranks(plan: Plan) -> None:
 def _find_place(recipe: Recipe, out: str | Path | None, resume: str | Path | None, world: World) -> Place:
     folder = Path(os.path.expanduser(out)) if out else None
     launch = world.launch if world.restarted or world.launch != "none" else ""
-    if resume == AUTO or (not resume and launch):
-        resume = next(_unfinished(recipe, folder, "" if resume == AUTO else launch), None)
+    if resume == AUTO:
+        resume = next(_runs_of(recipe, folder), None)
+    elif not resume and launch:
+        resume = next(_runs_of(recipe, folder, launch, also_finished=world.restarted), None)
+        if resume and (Path(resume) / METRICS).exists():
+            return Place(Path(resume), True, True, None, done=True)
     if resume:
         path = Path(os.path.expanduser(resume))
         resumed, run = _open_resumed(path, folder)
@@ -279,7 +293,7 @@ def _is_used(folder: Path) -> bool:
     return any(entry.name not in first and not entry.name.startswith(first[2:]) for entry in folder.iterdir())
 
 
-def _unfinished(recipe: Recipe, folder: Path | None, launch: str) -> Iterator[Path]:
+def _runs_of(recipe: Recipe, folder: Path | None, launch: str = "", also_finished: bool = False) -> Iterator[Path]:
     """Run folders, newest first, with this recipe and without figures; with `launch`, those that torchrun began in it.
     With `folder`, only that one."""
     found: list[tuple[str, Path]] = []
@@ -290,7 +304,8 @@ def _unfinished(recipe: Recipe, folder: Path | None, launch: str) -> Iterator[Pa
         except (OSError, ValueError):  # no run, or one that was killed while it made its folder
             continue
         of_launch = not launch or record.get("launch") == launch
-        if of_launch and not (run / METRICS).exists() and not _differing(before, recipe, _FREE):
+        wanted = of_launch and (also_finished or not (run / METRICS).exists())
+        if wanted and not _differing(before, recipe, _FREE):
             found.append((str(record.get("started")), run))
     return (run for _, run in sorted(found, reverse=True))
 

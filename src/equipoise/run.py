@@ -132,19 +132,14 @@ def evaluate_run(
         network = checkpoint.build()
         figures: dict[str, dict[str, Any] | None] = dict.fromkeys(scored)
         temperature: float | None = None
-        for part, images in scored.items():
-            batches = read[part]
-            if not images or not batches:
+        for part, batches in read.items():
+            if not batches:
                 continue
             chooses = part == "validation"
             observation = Observation(len(checkpoint.class_names), temperature)
             with observation.watch(network) as observe:
-                watching = observe if world.size == 1 else None
-                figures[part], predictions = _score(checkpoint, network, batches, device, chooses, world, watching)
-                if watching is None and world.is_first:  # once more, alone: what is observed is of all images in order
-                    alone = _open(last.recipe, images, device)
-                    _score(checkpoint, network, alone, device, observe=observe)
-                    alone.close()
+                figures[part], predictions = _score(checkpoint, network, batches, device, chooses, world, observe)
+            observation.gather(world)
             calibrated = observation.calibrated()
             if chooses:
                 temperature = _temperature(checkpoint, predictions)
