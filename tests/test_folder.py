@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,18 @@ def test_a_restart_by_torchrun_goes_on_with_its_own_run(tmp_path, monkeypatch):
     assert not _find_place(RECIPE, None, None, World(launch="none")).taken, "torchrun's name for no name"
     unnamed = fake_run(Path("runs/unnamed"), "2026-01-01T12:00:00", launch="none")
     assert _find_place(RECIPE, None, None, World(launch="none", restarted=True)).folder == unnamed
+
+
+def test_another_number_of_processes_is_told(tmp_path, finished):
+    run = shutil.copytree(finished, tmp_path / "run")
+    (run / "metrics.json").unlink()
+    recipe = replace(load_recipe(run), epochs=9)
+    said = prepare(recipe, resume=run).describe()["goes on"]
+    assert "processes" not in said
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**record, "processes": 4}))
+    said = prepare(recipe, resume=run).describe()["goes on"]
+    assert "1 processes instead of 4: so BatchNorm is over more or fewer images at a time" in said
 
 
 # ---- damaged checkpoints

@@ -22,7 +22,7 @@ from equipoise.lists import DIGITS, ImageList, Parts, imbalance_factor
 from equipoise.loader import steps_per_epoch
 from equipoise.pixels import bad_images, no_image_left
 from equipoise.recipe import Recipe, field_value, load_recipe, recipe_fields
-from equipoise.run import LISTS, LOCK, METRICS, RECIPE, RECORD, find_checkpoint, open_data, source_of
+from equipoise.run import LISTS, LOCK, METRICS, RECIPE, RECORD, find_checkpoint, open_data, read_json, source_of
 
 AUTO = "auto"  # --resume auto: find out which run
 # Fields that say where and how is computed, not what: they may differ where a run goes on, and between ranks.
@@ -37,12 +37,13 @@ _PLACES = ("path", "train_list", "val_list", "test_list")
 @dataclass(frozen=True)
 class Resumed:
     """The checkpoint from which a run goes on. `in_place`: in the run folder that it lies in. `remark`: where it is not
-    the last one, why."""
+    the last one, why. `processes`: how many have trained it, if that is known."""
 
     path: Path
     checkpoint: Checkpoint
     in_place: bool
     remark: str = ""
+    processes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,9 @@ class Plan:
             steps += (
                 f"; {self.recipe.epochs} epochs instead of {checkpoint.recipe.epochs}: so the learning rate changes"
             )
+        before, now = self.resumed.processes, self.world.size
+        if before not in (None, now) and self.recipe.model.batch_norm == "per-rank":
+            steps += f"; {now} processes instead of {before}: so BatchNorm is over more or fewer images at a time"
         return f"{steps} ({remark})" if remark else steps
 
 
@@ -322,13 +326,15 @@ def _open_resumed(path: Path, out: Path | None) -> tuple[Resumed | None, Path | 
         if not in_place:
             raise UserError(f"{run} has no checkpoint to go on from")
         return None, run
+    processes = read_json(run / RECORD).get("processes") if in_place else None
     try:
-        return Resumed(run / LAST, load_checkpoint(run / LAST), in_place), run if in_place else None
+        resumed = Resumed(run / LAST, load_checkpoint(run / LAST), in_place, processes=processes)
     except UserError as error:
         if not (run / PREVIOUS).exists():
             raise
         before = load_checkpoint(run / PREVIOUS)
-        return Resumed(run / PREVIOUS, before, in_place, remark=str(error)), run if in_place else None
+        resumed = Resumed(run / PREVIOUS, before, in_place, str(error), processes)
+    return resumed, run if in_place else None
 
 
 def _refuse_unfitting(place: Place, recipe: Recipe, parts: Parts) -> None:
