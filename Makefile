@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test check results rehearsal crash-test clean
+.PHONY: help setup demo test check results rehearsal crash-test fuzz audit clean
 
 help:
 	@echo "make demo     train on the built-in digits: BCL, and plain cross-entropy beside it; write the report"
@@ -14,6 +14,8 @@ help:
 	@echo "make results  the table of docs/results.md for Digits-LT (20 runs; what is there already is kept)"
 	@echo "make rehearsal [PHOTOS=folder]  the BCL authors' commands on miniature ImageNet-LT and iNaturalist 2018"
 	@echo "make crash-test  a run that is killed 60 times ends where one ends that is left alone (about half an hour)"
+	@echo "make fuzz [INPUTS=1000000]  damaged files for every reader (about 15 minutes on two cores)"
+	@echo "make audit    known vulnerabilities of what is installed, and an SBOM in build/"
 	@echo "make clean    remove .venv and caches; runs/ stays"
 
 setup: .venv/.setup
@@ -39,6 +41,12 @@ rehearsal: setup
 crash-test: setup
 	$(BIN)/python -m benchmarks.crash
 
+fuzz: .venv/.fuzz
+	$(BIN)/python -m benchmarks.fuzz $(or $(INPUTS),1000000)
+
+audit: .venv/.audit
+	$(BIN)/python -m benchmarks.audit
+
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "equipoise needs Python 3.11 or newer, but $(PYTHON) is older or missing; try: make PYTHON=python3.12"; exit 2; }
@@ -55,6 +63,14 @@ crash-test: setup
 
 .venv/.check: .venv/.test
 	$(BIN)/python -m pip install --quiet --editable '.[check]'
+	@touch $@
+
+.venv/.fuzz: .venv/.setup
+	$(BIN)/python -m pip install --quiet --editable '.[fuzz]'
+	@touch $@
+
+.venv/.audit: .venv/.setup
+	$(BIN)/python -m pip install --quiet --editable '.[audit]'
 	@touch $@
 
 clean:

@@ -15,31 +15,36 @@ from equipoise.checkpoint import create_network
 from equipoise.distributed import join
 from equipoise.loader import Batch
 from equipoise.losses import balanced_contrastive_loss
-from equipoise.recipe import Recipe, load_recipe
+from equipoise.recipe import load_recipe
 from equipoise.step import Step
 
 STEPS = 7
 FORWARD_FLOP = 2 * 4.089e9  # of a ResNet-50 on one image of 224 pixels (4.089 billion multiply-adds, torchvision)
 
 
-def parameters_of(recipe: Recipe, classes: int) -> int:
-    return sum(p.numel() for p in create_network(recipe, classes, start=False).parameters())
+IMAGES = 32  # a GPU
 
 
 def table() -> None:
-    print("| | GPUs | batch | gradients, MB | features, MB | their gradients, MB | loss, share of the arithmetic |")
-    print("|---|---|---|---|---|---|---|")
+    print("| | GPUs | batch | gradients, MB | features, MB | their gradients, MB | loss | prototypes |")
+    print("|---|---|---|---|---|---|---|---|")
     for name, classes in (("imagenet-lt", 1000), ("inat2018", 8142)):
         recipe = load_recipe(name)
-        parameters, width = parameters_of(recipe, classes), recipe.model.feature_dim
+        network, width = create_network(recipe, classes, start=False), recipe.model.feature_dim
+        assert network.prototype_projection is not None
+        parameters = sum(p.numel() for p in network.parameters())
+        projected = sum(p.numel() for p in network.prototype_projection.parameters() if p.ndim == 2)
         for ranks, batch in ((8, 256), (64, 2048), (512, 16_384)):
             ring, features = (ranks - 1) / ranks, 4 * 2 * batch * width
             sent = [2 * ring * 4 * parameters, ring * features, 2 * ring * features]
-            # Of each image: two anchors against 2 * batch + classes columns; forward once, backward twice that.
-            loss = 3 * 2 * 2 * (2 * batch + classes) * width
-            share = loss / (loss + 3 * 3 * FORWARD_FLOP)
+            # Of each image: two anchors against 2 * batch + classes columns; forward once, backward twice that. Of
+            # each class, on every rank: one row through the projection.
+            loss = 3 * 2 * IMAGES * 2 * (2 * batch + classes) * width
+            prototypes = 3 * 2 * classes * projected
+            together = loss + prototypes + 3 * IMAGES * 3 * FORWARD_FLOP
             cells = " | ".join(f"{bytes_ / 1e6:,.0f}" for bytes_ in sent)
-            print(f"| {name} ({parameters / 1e6:.1f} M parameters) | {ranks} | {batch:,} | {cells} | {share:.1%} |")
+            shares = f"{loss / together:.1%} | {prototypes / together:.1%}"
+            print(f"| {name} ({parameters / 1e6:.1f} M parameters) | {ranks} | {batch:,} | {cells} | {shares} |")
 
 
 def measure() -> None:

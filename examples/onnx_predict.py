@@ -17,4 +17,4 @@ for path in sys.argv[2:]:
     pixels = np.asarray(image.resize(shape, Image.Resampling.BILINEAR))[top : top + size, left : left + size]
     scores = session.run(None, {"images": pixels.transpose(2, 0, 1)[None]})[0][0]
     shares = np.exp(scores - scores.max())  # for a class prior that is not uniform, add its logarithm to the scores
-    print(path, names[scores.argmax()], f"{shares.max() / shares.sum():.4f}", sep="\t")
+    print(path, " ".join(names[scores.argmax()].split()), f"{shares.max() / shares.sum():.4f}", sep="\t")

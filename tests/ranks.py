@@ -4,13 +4,14 @@ and rank 0 saves what came of it: gradients of the first and of a short batch, w
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from equipoise.batchnorm import batch_norms, synchronise
+from equipoise.batchnorm import batch_norms
 from equipoise.checkpoint import create_network
 from equipoise.distributed import World, join
 from equipoise.lists import ImageList, PixelArrays
@@ -19,6 +20,7 @@ from equipoise.optim import create_sgd
 from equipoise.recipe import load_recipe
 from equipoise.run import view_settings
 from equipoise.step import Step
+from equipoise.training import set_training
 
 CLASSES, STEPS = 5, 20
 CPU = torch.device("cpu")
@@ -40,12 +42,10 @@ def train(world: World, case: dict[str, Any]) -> dict[str, Any]:
         # What a frozen BatchNorm does depends on its averages: let it be no identity.
         module.running_mean.normal_(0, 0.1)
         module.running_var.uniform_(0.5, 1.5)
-    if case["batch_norm"] == "frozen":
-        for module in batch_norms(network):
-            module.eval()
-    elif case["batch_norm"] == "synchronised" and world.size > 1:
-        network.encoder = synchronise(network.encoder, CPU)
-        network.projection = synchronise(network.projection, CPU)
+    recipe = replace(recipe, model=replace(recipe.model, batch_norm=case["batch_norm"]))
+    if case["batch_norm"] == "synchronised" and world.size > 1:
+        network.synchronise_batch_norm(CPU)
+    set_training(network, recipe)
     images = pictures(case["images"])
     batches = open_batches(images, view_settings(recipe), CPU, 0, world)
     take_step = Step(recipe, network, images.class_counts, CPU, "fp32", world)
@@ -68,9 +68,19 @@ def train(world: World, case: dict[str, Any]) -> dict[str, Any]:
     return {**saved, "state": network.state_dict()}
 
 
+def check_that_gradients_stay_apart(world: World) -> None:
+    """Of two tensors that are added, autograd may hand both the same gradient; the gather sums its own alone."""
+    rows, other = torch.ones(2, 3, requires_grad=True), torch.ones(2 * world.size, 3, requires_grad=True)
+    (world.gather_rows(rows, 2 * world.size) + other).backward(torch.ones(2 * world.size, 3))
+    assert rows.grad is not None and bool((rows.grad == world.size).all())  # noqa: PT018
+    assert other.grad is not None and bool((other.grad == 1).all())  # noqa: PT018
+
+
 def main(folder: Path, cases: dict[str, dict[str, Any]]) -> None:
     torch.set_num_threads(1)
     with join() as world:
+        assert world.gather_in_turn(range(world.rank, 7, world.size)) == list(range(7))
+        check_that_gradients_stay_apart(world)
         for name, case in cases.items():
             saved = train(world, case)
             if world.is_first:

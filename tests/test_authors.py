@@ -1,11 +1,7 @@
 """The BCL authors' checkpoints: read to the same logits as their model gives, written so that it loads them."""
 
-import os
-import pickle
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +9,7 @@ from torch import nn
 from torchvision.models import resnet50, resnext50_32x4d
 
 from equipoise import UserError
-from equipoise.authors import from_authors, is_authors_table, numpy_scalars, to_authors
+from equipoise.authors import from_authors, is_authors_table, to_authors
 from equipoise.model import TwoBranchNetwork
 
 CLASSES, FEATURE_DIM = 7, 16
@@ -165,46 +161,6 @@ def test_there_and_back(cosine):
     assert again.param_groups[0]["lr"] == 1e-5
     for theirs, ours in zip(model.parameters(), fresh.parameters(), strict=True):
         assert torch.equal(optimizer.state[theirs]["momentum_buffer"], again.state[ours]["momentum_buffer"])
-
-
-# ---- files
-
-
-@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-@pytest.mark.parametrize("best", [57.25, torch.tensor(57.25), np.float64(57.25), np.float32(57.25)], ids=repr)
-def test_files_as_torch_writes_them(zipped, best, tmp_path):
-    table = {"state_dict": {"module.fc.weight": torch.zeros(2, 3)}, "best_acc1": best}
-    torch.save(table, tmp_path / "x.pth.tar", _use_new_zipfile_serialization=zipped)
-    with numpy_scalars():
-        read = torch.load(tmp_path / "x.pth.tar", weights_only=True)
-    assert float(read["best_acc1"]) == 57.25
-
-
-def test_a_number_of_an_older_numpy(tmp_path):
-    torch.save(
-        {"best_acc1": np.float64(57.25)}, tmp_path / "x", pickle_protocol=2, _use_new_zipfile_serialization=False
-    )
-    content = (tmp_path / "x").read_bytes()
-    assert b"cnumpy._core.multiarray\nscalar\n" in content
-    (tmp_path / "x").write_bytes(content.replace(b"cnumpy._core.multiarray", b"cnumpy.core.multiarray"))
-    with numpy_scalars():
-        assert torch.load(tmp_path / "x", weights_only=True)["best_acc1"] == 57.25
-
-
-class Payload:
-    mark: ClassVar[Path]
-
-    def __reduce__(self):
-        return (os.mkdir, (str(self.mark),))
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_a_payload_is_refused_and_not_run(zipped, tmp_path):
-    Payload.mark = tmp_path / "executed"
-    torch.save({"state_dict": {}, "best_acc1": Payload()}, tmp_path / "x", _use_new_zipfile_serialization=zipped)
-    with numpy_scalars(), pytest.raises(pickle.UnpicklingError):
-        torch.load(tmp_path / "x", weights_only=True)
-    assert not Payload.mark.exists()
 
 
 # ---- what is refused

@@ -118,7 +118,9 @@ def test_weights_of_a_file_with_and_without_classifier(reference, suffix, tmp_pa
 def test_the_encoder_of_a_checkpoint_of_a_run(tmp_path):
     recipe = load_recipe("digits-lt")
     network = create_network(recipe, 2, start=False)
-    Checkpoint(recipe, ("a", "b"), (1, 1), 1, 1, None, state_on_cpu(network), {}, {}).save(tmp_path / "last.pt")
+    Checkpoint(
+        recipe, ("a", "b"), (1, 1), 1, 1, None, state_on_cpu(network), {"state": {}, "param_groups": []}, {}
+    ).save(tmp_path / "last.pt")
     encoder = create_encoder("resnet8", 32, weights=tmp_path / "last.pt")[0]
     assert all(torch.equal(value, network.encoder.state_dict()[key]) for key, value in encoder.state_dict().items())
 
@@ -165,8 +167,8 @@ class Payload:
     ("content", "sentence"),
     [
         (None, "there is no file of weights at"),
-        (b"no weights", "cannot be read as weights"),
-        ("payload", "cannot be read as weights"),
+        (b"no weights", "is no file of weights that can be read"),
+        ("payload", "which no file of weights needs; nothing of it was run"),
         ({"epoch": 3}, "does not hold tensors by name"),
         ([torch.zeros(1)], "does not hold tensors by name"),
         ({}, "does not hold the weights of resnet18: 100 of 120 are not in it (first: conv1.weight)"),
@@ -180,6 +182,8 @@ class Payload:
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_refused_weights(content, sentence, suffix, tmp_path):
     path = tmp_path / f"weights{suffix}"
+    if content == "payload" and suffix == ".safetensors":
+        sentence = "is no file of weights that can be read"
     if content == "payload":
         torch.save({"state_dict": Payload(tmp_path / "executed")}, path)
     elif isinstance(content, bytes):
@@ -189,13 +193,25 @@ def test_refused_weights(content, sentence, suffix, tmp_path):
     elif content is not None:
         torch.save(content, path)
     if suffix == ".safetensors" and not isinstance(content, str | bytes | None):
-        sentence = "cannot be read as weights"
+        sentence = "is no file of weights that can be read"
     with pytest.raises(UserError) as error:
         create_encoder("resnet18", 64, weights=path)
     assert sentence in str(error.value)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_weights_that_are_not_finite_are_refused(suffix, tmp_path):
+    path = tmp_path / f"weights{suffix}"
+    state = create_encoder("resnet8", 32)[0].state_dict()
+    state["stem.weight"][0] = torch.inf
+    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    with pytest.raises(
+        UserError, match=r"holds weights that are not finite numbers \(first: stem.weight\); take another"
+    ):
+        create_encoder("resnet8", 32, weights=path)
 
 
 def test_the_authors_encoders_start_as_theirs():

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,8 @@ import torch
 
 from equipoise import UserError, load_recipe
 from equipoise.backbones import pretrained_normalisation
-from equipoise.checkpoint import Checkpoint, atomic_file, create_network, load_checkpoint, state_on_cpu
-from equipoise.recipe import Views
+from equipoise.checkpoint import Checkpoint, _digest, atomic_file, create_network, load_checkpoint, state_on_cpu
+from equipoise.recipe import Views, find_field, override
 
 
 @pytest.fixture
@@ -111,3 +112,55 @@ def test_what_is_no_checkpoint_is_refused_and_not_run(content, checkpoint, tmp_p
 def test_absent(tmp_path):
     with pytest.raises(UserError, match="there is no checkpoint at"):
         load_checkpoint(tmp_path / "none.pt")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("recipe", 3), ("recipe", {"seed": "x"}), ("recipe", {1: 2}),
+        ("class_names", 3), ("class_names", ()), ("class_names", ("a", "a", "b")), ("class_names", ("a", 1, None)),
+        ("class_counts", (1, 2)), ("class_counts", (1, 2, -3)), ("class_counts", (1, 2, "x")), ("class_counts", None),
+        ("epoch", -1), ("epoch", "x"), ("epoch", 2**70), ("epoch", True), ("step", 1.5),
+        ("best", 3), ("best", (1,)), ("best", ("x", 2)), ("best", {}),
+        ("weights", []), ("weights", {1: torch.zeros(1)}), ("weights", {"a": "x"}),
+        ("optimizer", None), ("optimizer", {"state": []}), ("optimizer", {"state": {}, "param_groups": 3}),
+        ("fingerprints", {"train": 3}), ("fingerprints", ()),
+    ],
+)  # fmt: skip
+def test_tables_of_anybodys(key, value, checkpoint, tmp_path):
+    path = tmp_path / "last.pt"
+    checkpoint.save(path)
+    table = torch.load(path, weights_only=True)
+    table[key] = value
+    torch.save({**table, "digest": _digest(table)}, path)
+    with pytest.raises(UserError) as error:
+        load_checkpoint(path)
+    assert str(error.value).startswith(str(path))
+    assert "damaged" not in str(error.value), "its digest fits"
+
+
+@pytest.mark.parametrize("spoil", [{"step": 10**500}, {"weights": {"a": torch.zeros(2)}}, {"digest": None}])
+def test_a_digest_that_does_not_fit(spoil, checkpoint, tmp_path):
+    path = tmp_path / "last.pt"
+    checkpoint.save(path)
+    torch.save({**torch.load(path, weights_only=True), **spoil}, path)
+    with pytest.raises(UserError, match="is damaged: its checksum does not fit"):
+        load_checkpoint(path)
+
+
+def test_weights_that_are_not_finite_are_not_scored(checkpoint):
+    checkpoint.weights["classifier.weight"][1, 2] = torch.nan
+    with pytest.raises(
+        UserError, match=r"weights are not all finite numbers \(first: classifier.weight\); use an earlier"
+    ):
+        checkpoint.build()
+
+
+def test_no_memory_is_taken_for_what_a_recipe_claims(checkpoint):
+    claims = override(checkpoint.recipe, find_field("hidden_dim"), 65_536)
+    claims = override(claims, find_field("feature_dim"), 65_536)  # two projections of 17 GB each
+    with pytest.raises(UserError, match="do not fit"):
+        replace(checkpoint, recipe=claims).build()
+    names = tuple(str(number) for number in range(10**6))
+    with pytest.raises(UserError, match="do not fit the resnet8 and 1,000,000 classes"):
+        replace(checkpoint, class_names=names).build()

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from equipoise import UserError
+from equipoise import UserError, cifar
 from equipoise.cifar import CifarArchive, find_cifar, open_cifar
 from equipoise.lists import long_tail_counts, long_tailed
 
@@ -250,6 +250,34 @@ def test_refused_pickles(content, sentence, tmp_path):
     assert "data_batch_2" in said
 
 
+@pytest.mark.parametrize(
+    "code",
+    [
+        b"\x80\x02" + b"]" * 2_000_000 + b".",  # an object of 56 bytes for each byte
+        b"\x80\x02}N"
+        + b"\x85" * 100_000
+        + b"Ns.",  # a tuple in a tuple in a tuple: as a key it would overflow the stack
+    ],
+)
+def test_programs_that_only_make_objects(code, tmp_path):
+    files = files_of(10, "python") | {"data_batch_1": code}
+    assert "it is a longer program than the published files are" in refused(
+        find_cifar(plant(tmp_path, 10, "python", files))
+    )
+
+
+@pytest.mark.parametrize("name", [b"_codecs\nencode", b"numpy\nndarray"])
+def test_the_stand_ins_cannot_be_changed(name, tmp_path):
+    """BUILD sets the attributes of any object: here of the functions that stand for those that are not called."""
+    code = b"\x80\x02c" + name + b"\nN}X\x0c\x00\x00\x00__defaults__(X\x01\x00\x00\x00ats\x86b."
+    files = files_of(10, "python") | {"data_batch_1": code}
+    before = cifar._encode.__defaults__
+    assert "asks for 'build of what is no array'" in refused(find_cifar(plant(tmp_path, 10, "python", files))).replace(
+        "?", " "
+    )
+    assert cifar._encode.__defaults__ == before
+
+
 def test_an_array_that_claims_more_than_it_has(tmp_path):
     whole = pickle_of_python2({b"labels": [0], b"data": np.zeros((1, 3072), np.uint8)})
     claimed = whole.replace(struct.pack("<i", 1) + b"J" + struct.pack("<i", 3072), struct.pack("<i", 2**30) + b"J" + struct.pack("<i", 3072))  # fmt: skip # noqa: E501
@@ -299,6 +327,23 @@ def test_other_names_than_those_of_ten_classes(names, form, tmp_path):
             "binary": {"batches.meta.txt": b"\n".join(listed)}}[form]  # fmt: skip
     said = refused(find_cifar(plant(tmp_path, 10, form, files_of(10, form) | file)))
     assert "does not name 10 different classes" in said
+
+
+@pytest.mark.parametrize("kind", ["member", "long name", "many members"])
+def test_an_archive_that_unpacks_to_far_more_is_not_unpacked(kind, tmp_path):
+    path = tmp_path / "cifar-10-binary.tar.gz"
+    with tarfile.open(path, "w:gz", compresslevel=1) as tar:
+        member = tarfile.TarInfo("junk" if kind == "member" else "data_batch_1.bin")
+        if kind == "long name":
+            member.name = "x" * 100_000_000
+        if kind == "many members":
+            for _ in range(100_000):
+                tar.addfile(member)
+        else:
+            member.size = 100_000_000
+            tar.addfile(member, io.BytesIO(bytes(member.size)))
+    assert path.stat().st_size < 2_000_000
+    assert "it unpacks to far more than the published archives do" in refused(find_cifar(path))
 
 
 def test_members_that_are_no_plain_files(tmp_path):

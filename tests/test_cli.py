@@ -259,7 +259,7 @@ def test_data_of_a_folder_with_problems(capsys, tmp_path):
         "train: 15 images, 3 classes, imbalance factor 4",
         "problems (3)",
         "class 'cow' has no training images",
-        "3.png cannot be read (it is no image)",
+        "3.png cannot be read (it is no image: not JPEG",
         "1 files that are not images",
     ):
         assert said in text, said

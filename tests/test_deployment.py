@@ -32,7 +32,8 @@ def test_predict_shows_a_table(odd_run, test_part, tmp_path, capsys, monkeypatch
     expected = f"best.pt, epoch {epoch}; class prior: uniform; calibrated (temperature {temperature:.3g})"
     assert expected in said.out
     assert re.search(r"18 images predicted in [\d.]+ s \([\d,]+ a second\), 1 passed over", said.out)
-    assert said.err == f"passed over: {tmp_path}/broken.jpg cannot be read (it is no image); repair or remove it\n"
+    reason = "it is no image: not JPEG, PNG, GIF, BMP, TIFF, WebP or PPM"
+    assert said.err == f"passed over: {tmp_path}/broken.jpg cannot be read ({reason}); repair or remove it\n"
 
 
 def test_predict_of_many_shows_some(odd_run, tmp_path, capsys):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from equipoise import UserError
 from equipoise.evaluate import predict
 from equipoise.loader import Batch
 from equipoise.metrics import TAUS
@@ -89,3 +90,11 @@ def test_the_network_is_left_as_it_was(network, training):
     with pytest.raises(RuntimeError):
         predict(network, Images())
     assert network.training == training
+
+
+@pytest.mark.parametrize("spoilt", [torch.nan, torch.inf])
+def test_outputs_that_are_not_finite_give_no_figure(spoilt, network):
+    with torch.no_grad():
+        network.linear.bias[3] = spoilt
+    with pytest.raises(UserError, match="the network's logits are not finite numbers: no figure is to be had"):
+        predict(network, Images())

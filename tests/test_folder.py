@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,18 @@ def test_a_restart_by_torchrun_goes_on_with_its_own_run(tmp_path, monkeypatch):
     assert _find_place(RECIPE, None, None, World(launch="none", restarted=True)).folder == unnamed
 
 
+def test_another_number_of_processes_is_told(tmp_path, finished):
+    run = shutil.copytree(finished, tmp_path / "run")
+    (run / "metrics.json").unlink()
+    recipe = replace(load_recipe(run), epochs=9)
+    said = prepare(recipe, resume=run).describe()["goes on"]
+    assert "processes" not in said
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**record, "processes": 4}))
+    said = prepare(recipe, resume=run).describe()["goes on"]
+    assert "1 processes instead of 4: so BatchNorm is over more or fewer images at a time" in said
+
+
 # ---- damaged checkpoints
 
 
@@ -156,8 +169,8 @@ def test_the_checkpoint_before_a_damaged_one_is_used(damage, finished, tmp_path)
     plan = prepare(load_recipe(run), resume=run)
     assert plan.resumed.path == run / "previous.pt"
     assert plan.resumed.checkpoint.epoch == 1
-    assert "last.pt is" in plan.describe()["goes on"]
-    assert "damaged" in plan.describe()["goes on"]
+    reason = "is damaged: its checksum does not fit" if damage == "flipped" else "last.pt is "
+    assert reason in plan.describe()["goes on"]
     train(load_recipe(run), progress=False, resume=run)
     one, other = load_checkpoint(run / "last.pt"), load_checkpoint(finished / "last.pt")
     assert all(torch.equal(one.weights[name], value) for name, value in other.weights.items())
@@ -165,7 +178,7 @@ def test_the_checkpoint_before_a_damaged_one_is_used(damage, finished, tmp_path)
     # Both damaged: then there is nothing, and it is said.
     for name in ("last.pt", "previous.pt"):
         (run / name).write_bytes(b"x")
-    with pytest.raises(UserError, match=r"previous.pt is not a checkpoint that can be read"):
+    with pytest.raises(UserError, match=r"previous.pt is no checkpoint that can be read"):
         prepare(load_recipe(run), resume=run)
 
 

@@ -5,7 +5,7 @@ from conftest import draw_folder, draw_picture
 
 from equipoise import UserError
 from equipoise.lists import imbalance_factor
-from equipoise.sources import find_parts, open_parts
+from equipoise.sources import Source, find_parts, open_parts
 
 
 def test_class_folders(pictures):
@@ -86,3 +86,84 @@ def test_a_folder_beside_the_parts_is_noted(tmp_path):
     found = find_parts(str(tmp_path))
     assert list(found.parts) == ["train"]
     assert "these folders are no part and were passed over: raw" in found.notes[0]
+
+
+@pytest.mark.parametrize("name", ["ant/x.jpg", "ant/2021/x.jpg"])
+def test_a_folder_called_like_an_image_is_taken_for_one_if_it_holds_none(name, pictures):
+    """So that it is named as a bad image, and not passed over in silence."""
+    (pictures / name).mkdir(parents=True)
+    (pictures / name / "notes.txt").write_text("")
+    assert name in find_parts(str(pictures)).parts["train"].images.paths
+    draw_picture(pictures / name / "1.png", 0, 0)
+    images = find_parts(str(pictures)).parts["train"]
+    assert len(images) == 22
+    assert f"{name}/1.png" in images.images.paths
+    assert name not in images.images.paths
+
+
+def test_the_order_is_that_of_the_parts_of_a_path(tmp_path):
+    """As it always was: labels, views and fingerprints hang on it."""
+    for name in ("a/b.png", "a-c.png", "a/a/z.png", "b.PNG", "a.png"):
+        draw_picture(tmp_path / "ant" / name, 0, 0)
+    draw_picture(tmp_path / "bee" / "1.png", 0, 0)
+    paths = find_parts(str(tmp_path)).parts["train"].images.paths
+    assert list(paths) == sorted(paths, key=lambda path: tuple(path.split("/")))
+    assert list(paths)[:3] == ["ant/a/a/z.png", "ant/a/b.png", "ant/a-c.png"]
+
+
+# ---- links
+
+
+@pytest.fixture
+def elsewhere(tmp_path):
+    return draw_folder(tmp_path / "elsewhere", {"ant": 2})
+
+
+def link_an_image(data, elsewhere):
+    (data / "ant" / "linked.png").symlink_to(elsewhere / "ant" / "0.png")
+    return data / "ant" / "linked.png"
+
+
+def link_a_class(data, elsewhere):
+    (data / "dog").symlink_to(elsewhere / "ant")
+    return data / "dog"
+
+
+def link_over_a_link(data, elsewhere):
+    (data / "bee" / "over").symlink_to(elsewhere)
+    (data / "bee" / "x.png").symlink_to("over/ant/1.png")
+    return data / "bee" / "x.png"
+
+
+def link_relative(data, elsewhere):
+    (data / "cat" / "x.png").symlink_to("../../elsewhere/ant/1.png")
+    return data / "cat" / "x.png"
+
+
+@pytest.mark.parametrize("link", [link_an_image, link_a_class, link_over_a_link, link_relative])
+def test_links_out_of_the_folder_are_refused_unless_allowed(link, pictures, elsewhere):
+    before = len(open_parts(str(pictures)).train)
+    place = link(pictures, elsewhere)
+    with pytest.raises(UserError) as error:
+        open_parts(str(pictures))
+    assert str(error.value).startswith(f"{place} leads over a link out of the data folder {pictures}, to {elsewhere}")
+    assert str(error.value).endswith("if that is meant, allow it with --allow-outside")
+    assert len(open_parts(Source(str(pictures), allow_outside=True)).train) > before
+
+
+def test_a_part_that_is_a_link_is_refused_unless_allowed(tmp_path):
+    draw_folder(tmp_path / "data" / "train", {"ant": 2, "bee": 1})
+    draw_folder(tmp_path / "elsewhere", {"ant": 2})
+    (tmp_path / "data" / "test").symlink_to("../elsewhere")
+    with pytest.raises(UserError, match="data/test leads over a link out of the data folder"):
+        open_parts(str(tmp_path / "data"))
+    parts = open_parts(Source(str(tmp_path / "data"), allow_outside=True))
+    assert parts.test is not None
+    assert len(parts.test) == 2
+
+
+def test_links_inside_the_folder_and_the_folder_itself_a_link(pictures, tmp_path):
+    (pictures / "ant" / "again.png").symlink_to("../bee/0.png")
+    (pictures / "also").symlink_to("ant")
+    (tmp_path / "link").symlink_to(pictures)
+    assert len(open_parts(str(tmp_path / "link")).train) == 21 + 1 + 13

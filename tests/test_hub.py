@@ -72,7 +72,7 @@ def test_an_existing_folder_is_not_written_over(tmp_path):
         ("temperature", "hot", "the temperature must be above 0, or null"),
         ("temperature", -1.0, "the temperature must be above 0, or null"),
         ("recipe", {"epochs": -3}, "epochs must be at least 1"),
-        ("recipe", None, "is not a folder that equipoise export"),
+        ("recipe", None, "config.json: its recipe is no table of fields"),
         ("class_names", ["a", "b"], "class counts must be one positive number a class"),
         ("head.safetensors", b"half", "is not a folder that equipoise export --to safetensors wrote, or is incomplete"),
         ("model.safetensors", None, "is not a folder that equipoise export --to safetensors wrote, or is incomplete"),

@@ -59,6 +59,7 @@ def test_a_list(tmp_path):
         ("../a.jpg 0\n", "line 1: the path '../a.jpg' leaves the data folder"),
         ("x/../../a.jpg 0\n", "line 1: the path 'x/../../a.jpg' leaves the data folder"),
         ("/etc/a.jpg 0\n", "line 1: the path '/etc/a.jpg' leaves the data folder"),
+        ("a\0b.jpg 0\n", "line 1: the path has a zero byte in it"),
         ("\n \n", "names no images"),
         ("", "names no images"),
     ],
@@ -113,7 +114,7 @@ NAMES = st.text("ab/. \\\t0é", min_size=1, max_size=6)
 def test_all_at_once_reads_what_line_by_line_reads(content):
     together = _all_at_once(content)
     if together is not None:
-        paths, labels_N = _line_by_line(content, Path("list.txt"))
+        paths, labels_N = _line_by_line(content, Path("list.txt"), False)
         assert list(together[0]) == list(paths)
         assert together[1].tolist() == labels_N.tolist()
 
@@ -286,6 +287,17 @@ def test_inaturalist_json_is_the_canonical_list(shuffled, shared_data, tmp_path)
         ('{"images": [{"id": 1, "file_name": "a"}]}', "'annotations' is missing; the test part has no labels"),
         ('{"images": [{"id": 1, "file_name": "a"}], "annotations": []}', "1 is missing"),
         ('{"images": [], "annotations": []}', "names no images"),
+        ('{"images": [{"id": 1, "file_name": 3}], "annotations": []}', "is not valid JSON"),
+        ('{"images": [{"id": 1, "file_name": "a 1\\n../b"}], "annotations": []}', "is not valid JSON"),
+        (
+            '{"images": [{"id": 1, "file_name": "\\ud800"}], "annotations": [{"image_id": 1, "category_id": 2}]}',
+            "is not valid JSON",
+        ),
+        (
+            '{"images": [{"id": 1, "file_name": "../a"}], "annotations": [{"image_id": 1, "category_id": 2}]}',
+            "line 1: the path '../a' leaves the data folder",
+        ),
+        ("[" + "[]," * 1_000_000 + "[]]", "it is nearly all brackets or names"),
     ],
 )
 def test_refused_json(text, sentence, tmp_path):

@@ -49,7 +49,7 @@ def test_a_changed_image_is_named(out):
         decode(images, 0)
     assert str(error.value) == (
         f"ant/0.png in {out}/train.pack cannot be read (its bytes have changed since they were packed); "
-        "repair or remove it"
+        "repair or remove it, or pass over such images with --on-bad-image skip"
     )
     decode(images, 1)
 

@@ -91,6 +91,35 @@ def test_no_parquet(tmp_path):
         open_parts(str(tmp_path))
 
 
+# ---- what would fill the memory
+
+
+def test_a_file_that_is_far_larger_in_memory_is_refused(tmp_path):
+    same = b"x" * 1_000_000
+    of_one = pa.table({"img": [same] * 200, "label": list(range(2)) * 100})  # said once, and 200 times "that one"
+    pq.write_table(of_one, tmp_path / "train.parquet")
+    assert (tmp_path / "train.parquet").stat().st_size < 2_000_000
+    with pytest.raises(UserError, match=r"would take [\d,]{9,} or more in memory; write it anew with images as they"):
+        open_parts(str(tmp_path))
+    packed = pa.table({"img": [bytes(40_000_000)] * 2, "label": [0, 1]})
+    pq.write_table(packed, tmp_path / "train.parquet", compression="zstd", use_dictionary=False)
+    with pytest.raises(UserError, match=r"would take [\d,]{9,} or more in memory"):
+        open_parts(str(tmp_path))
+
+
+def test_images_that_are_many_times_the_same_are_no_bomb(tmp_path):
+    pq.write_table(
+        pa.table({"img": [b"x" * 1000] * 20_000, "label": list(range(10)) * 2000}), tmp_path / "train.parquet"
+    )
+    assert len(open_parts(str(tmp_path)).train) == 20_000
+
+
+@pytest.mark.parametrize("names", ["[" * 100_000, '{"info":{"features":{"label":{"names":["a","a"]}}}}', "{}", '"x"'])
+def test_odd_metadata_names_no_classes(names, tmp_path):
+    write_parquet(tmp_path / "train.parquet", [0, 1], metadata={"huggingface": names})
+    assert open_parts(str(tmp_path)).train.class_names == ("0", "1")
+
+
 def test_cifar10_as_published_for_the_datasets_library(shared_data):
     parts = open_parts(str(shared_data / "cifar10"), imbalance="exponential", imbalance_factor=100)
     assert parts.kind == "Parquet"

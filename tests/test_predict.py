@@ -140,7 +140,8 @@ def test_the_temperature_is_fitted_under_the_validation_parts_own_prior(tmp_path
             fingerprints={name: part.fingerprint() for name, part in parts.named().items()},
         )
         network = PerfectNetwork(0.0 if method == "ce" else 1.0, 3.0)
-        figures, predictions = equipoise.run._score(checkpoint, network, parts.validation, "cpu", keep_logits=True)
+        batches = equipoise.run._open(recipe, parts.validation, "cpu")
+        figures, predictions = equipoise.run._score(checkpoint, network, batches, "cpu", keep_logits=True)
         assert figures["images"] == 600
         assert equipoise.run._temperature(checkpoint, predictions) == pytest.approx(3, rel=0.15), method
 
@@ -304,7 +305,10 @@ def test_bad_files_are_passed_over_and_the_order_stays(odd_run, tmp_path):
         str(tmp_path / name) for name in ("empty", "many/000.png", "many/070.png", "many/229.png", "absent.jpg")
     )
     said = "\n".join(map(str, predicted.errors))
-    assert "000.png cannot be read (it is no image); repair or remove it" in said
+    assert (
+        "000.png cannot be read (it is no image: not JPEG, PNG, GIF, BMP, TIFF, WebP or PPM); repair or remove it"
+        in said
+    )
     assert "absent.jpg cannot be read (no such file or directory)" in said
     assert "empty holds no images (known endings: " in said
     for index in (0, 62, 63, 64, 140, 226):

@@ -124,6 +124,15 @@ def test_overrides_take_text_and_values():
         ("milestones", 5, "optim.milestones must be a list of numbers, not 5"),
         ("std", [0.2, 0, 0.2], "views.std must be above 0, not [0.2, 0, 0.2]"),
         ("data", 7, "data.path must be text, not 7"),
+        ("lr", 10**400, "optim.lr must be a number, not 100000000000000000...0000000000000000000"),
+        pytest.param("seed", 16**5000, "seed must be a whole number, not a number of thousands of digits", id="huge"),
+        ("seed", "9" * 5000, f"seed must be a whole number, not '{'9' * 47}...{'9' * 48}'"),
+        ("data", "a\0b", "data.path must be text that can be written down (UTF-8, no zero bytes), not 'a\\x00b'"),
+        ("data", "\udcff", "data.path must be text that can be written down (UTF-8, no zero bytes), not '\\udcff'"),
+        ("name", "../x", "name must be a name of up to 100 characters without /, not '../x'"),
+        ("hidden_dim", 10**9, "model.hidden_dim must be at most 65536, not 1000000000"),
+        ("workers", 10**9, "workers must be at most 512, not 1000000000"),
+        ("lr", [[[[[[]]]]]], "optim.lr must be a number, not [[[[...]]]]"),
         ("method", ["bcl"], "method must be one of bcl, ce, logit-adjusted, supcon+la, not ['bcl']"),
     ],
 )
@@ -161,15 +170,40 @@ def test_unknown_recipes(name, sentence):
         ("optim = 3", "optim is a section; write [optim] and its fields below it"),
         ("[optim]\nlr = -1", "optim.lr must be above 0, not -1"),
         ("epochs = [", "is not valid TOML"),
+        ("epochs = " + "[" * 100_000, "is no recipe: its values go too deep"),
+        ("seed = " + "9" * 5000, "is not valid TOML"),
+        ("seed = 0x" + "f" * 5000, "seed must be a whole number, not a number of thousands of digits"),
+        ("day = 2024-99-99", "is not valid TOML"),
+        ("a" * 100_000 + " = 1", f"no recipe field is called '{'a' * 80}'"),
+        ("[" + "a." * 50_000 + "a]", "no section is called [a]"),
+        ("a = 1\n" * 100_000, "is no recipe: it has more than 262,144 bytes"),
+        (b"\xff\xfe", "is not valid TOML"),
     ],
 )
 def test_wrong_files(text, sentence, tmp_path):
     path = tmp_path / "mine.toml"
-    path.write_text(text, encoding="utf-8")
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError) as error:
         load_recipe(path)
     assert str(error.value).startswith(str(path))
     assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("table", "sentence"),
+    [
+        ({1: 2}, "here: 1 is no name of a field"),
+        ({("a",): {}}, "here: ('a',) is no name of a field"),
+        ({"optim": {1: 2}}, "here: no recipe field is called 'optim.1'"),
+        ({"seed": {}}, "here: no section is called [seed]"),
+        ({"data": {"path": b"x"}}, "here: data.path must be text, not b'x'"),
+    ],
+)
+def test_tables_of_anybodys(table, sentence):
+    """As checkpoints hold them."""
+    with pytest.raises(UserError) as error:
+        recipe_from_table(table, "here")
+    assert str(error.value).startswith(sentence)
 
 
 def test_unknown_override():

@@ -54,10 +54,21 @@ def test_the_second_interruption_stops_at_once(capsys):
             os.kill(os.getpid(), signal.SIGINT)
 
 
+def test_under_torchrun_a_second_sigterm_is_the_first_one_again(monkeypatch):
+    """Slurm sends it to the ranks, and torchrun hands it on to them."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    with Requests() as requests:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert requests.read(list(requests.votes())) == (True, "terminated")
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_when_all_is_saved_a_signal_stops_at_once(number, code):
     with Requests() as requests:
-        requests.stop_at_once("equipoise train --resume x")
+        requests.stop_at_once("training is done", "equipoise train --resume x")
         with pytest.raises(Stopped) as stopped:
             os.kill(os.getpid(), number)
     assert stopped.value.code == code

@@ -1,6 +1,7 @@
 """What lies at a path is recognised, opened and divided; and what cannot be trained on or scored is refused."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -156,7 +157,7 @@ def test_inaturalist_by_its_json_and_by_its_lists(inaturalist, tmp_path, monkeyp
     ]
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "train_val2018").symlink_to(inaturalist / "train_val2018")
-    of_lists = open_parts(Source(str(tmp_path / "images"), "inat2018"))
+    of_lists = open_parts(Source(str(tmp_path / "images"), "inat2018", allow_outside=True))  # it is a link
     assert list(of_lists.train.images.paths) == list(of_json.train.images.paths)
     assert of_lists.train.labels_N.tolist() == of_json.train.labels_N.tolist()
 
@@ -258,3 +259,59 @@ def test_scoring_by_lists_goes_by_numbers(imagenet):
         open_part(Source(str(imagenet), "imagenet-lt"), "test", ("cock", "hen", "ostrich"))
     with pytest.raises(UserError, match="has label 1, but the model knows the classes 0 to 0"):
         open_part(Source(str(imagenet), "imagenet-lt"), "test", ("cock",))
+
+
+# ---- what leads out of the data folder
+
+
+def test_lists_whose_images_are_links_out_of_the_folder(imagenet, tmp_path):
+    (tmp_path / "data").mkdir()
+    for name in os.listdir(imagenet):
+        (tmp_path / "data" / name).symlink_to(imagenet / name)
+    with pytest.raises(
+        UserError, match=rf"leads over a link out of the data folder .*, to {imagenet}.* --allow-outside"
+    ):
+        open_parts(Source(str(tmp_path / "data"), "imagenet-lt"))
+    assert open_parts(Source(str(tmp_path / "data"), "imagenet-lt", allow_outside=True)).train.class_counts[0] > 0
+    # One image alone, in a folder that is none.
+    copy = shutil.copytree(imagenet, tmp_path / "copy")
+    image = copy / open_parts(Source(str(copy), "imagenet-lt")).train.images.paths[3]
+    shutil.copy(image, tmp_path / "outside.jpg")
+    image.unlink()
+    image.symlink_to(tmp_path / "outside.jpg")
+    with pytest.raises(UserError, match=rf"^{image} leads over a link out of"):
+        open_parts(Source(str(copy), "imagenet-lt"))
+
+
+def test_lists_with_paths_out_of_the_folder(pictures, tmp_path):
+    lines = [f"{pictures}/ant/0.png 0", "../my pictures/bee/0.png 1", "ant/1.png 0"]
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    lists = {"train": str(tmp_path / "list.txt")}
+    with pytest.raises(UserError, match=r"list.txt, line 1: the path '/.*' leaves the data folder; .* --allow-outside"):
+        open_parts(Source(str(pictures), lists=lists))
+    parts = open_parts(Source(str(pictures), lists=lists, allow_outside=True))
+    assert [parts.train.images.name(index) for index in range(3)] == [
+        str(pictures / "ant" / "0.png"),
+        f"{pictures}/../my pictures/bee/0.png",
+        str(pictures / "ant" / "1.png"),
+    ]
+
+
+def test_archives_and_tables_that_are_links_out_of_the_folder(tmp_path):
+    write_parquet(tmp_path / "elsewhere.parquet", [0, 1])
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.parquet").symlink_to("../elsewhere.parquet")
+    with pytest.raises(UserError, match=r"data/train.parquet leads over a link out of the data folder"):
+        open_parts(str(tmp_path / "data"))
+    assert len(open_parts(Source(str(tmp_path / "data"), allow_outside=True)).train) == 2
+    assert len(open_parts(str(tmp_path / "data" / "train.parquet")).train) == 2, "named itself, it is meant"
+    (tmp_path / "data" / "cifar-10-batches-bin").symlink_to("../elsewhere")
+    (tmp_path / "elsewhere").mkdir()
+    with pytest.raises(UserError, match=r"data/cifar-10-batches-bin leads over a link"):
+        open_parts(str(tmp_path / "data"))
+
+
+@pytest.mark.parametrize("path", ["a\0b", "x" * 5000, "/proc/self/root/\n"])
+def test_paths_that_no_system_has(path):
+    with pytest.raises(UserError, match="there is no file or folder at"):
+        open_parts(path)

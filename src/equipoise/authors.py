@@ -8,16 +8,13 @@ prototypes). Read in github.com/FlamieZhu/Balanced-Contrastive-Learning, `models
 Shapes: C classes, F width of the encoder, D width of the contrastive features.
 """
 
-import contextlib
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from equipoise.errors import UserError
+from equipoise.errors import UserError, shown
 
 # Their parts in the order of their model's definition, by which its optimizer numbers the parameters; and ours.
 _PARTS = {"encoder": "encoder", "head": "projection", "fc": "classifier", "head_fc": "prototype_projection"}
@@ -43,20 +40,6 @@ class AuthorsModel:
 def is_authors_table(table: object) -> TypeGuard[dict[str, Any]]:
     """Whether what a file held is a checkpoint of theirs."""
     return isinstance(table, dict) and isinstance(table.get("state_dict"), Mapping)
-
-
-@contextlib.contextmanager
-def numpy_scalars() -> Generator[None]:
-    """Let `torch.load(weights_only=True)` read a NumPy number, as `best_acc1` may be one. It is a value: no code."""
-    scalar = np.float64(0).__reduce__()[0]
-    allowed: list[Any] = [
-        (scalar, "numpy.core.multiarray.scalar"),  # before NumPy 2
-        (scalar, "numpy._core.multiarray.scalar"),
-        np.dtype,
-        *(type(np.dtype(kind)) for kind in (np.float16, np.float32, np.float64)),
-    ]
-    with torch.serialization.safe_globals(allowed):
-        yield
 
 
 def parameter_names(weights: Mapping[str, Tensor]) -> list[str]:
@@ -87,8 +70,8 @@ def from_authors(table: Mapping[str, Any], where: str) -> AuthorsModel:
             raise UserError(f"{where}: head and head_fc differ in their widths")
         hidden, feature_dim = first.shape[0], last.shape[0]
     epoch = table.get("epoch", 0)
-    if not isinstance(epoch, int) or isinstance(epoch, bool) or epoch < 0:
-        raise UserError(f"{where}: epoch is {epoch!r}, not a number of epochs")
+    if type(epoch) is not int or not 0 <= epoch < 2**63:
+        raise UserError(f"{where}: epoch is {shown(epoch)}, not a number of epochs")
     transposed = classifier == "cosine"
     weights = {_our_name(name): _ours(name, value, transposed) for name, value in state.items()}
     arch = _arch(table.get("arch"), state, where)
@@ -109,15 +92,17 @@ def _state(state_dict: Mapping[Any, Any], where: str) -> dict[str, Tensor]:
     """Their state without DataParallel's prefix, in its order. Raises UserError for what cannot be one."""
     state: dict[str, Tensor] = {}
     for key, value in state_dict.items():
-        name = str(key).removeprefix("module.")
+        if not isinstance(key, str):
+            raise UserError(f"{where}: {shown(key)} is no name of a tensor")
+        name = key.removeprefix("module.")
         part = name.partition(".")[0]
         known = part in ("encoder", "head", "head_fc", "fc") and not name.startswith("encoder.fc.")
         if part == "fc":
             known = name in ("fc.weight", "fc.bias")
         if not known:
-            raise UserError(f"{where}: '{str(key)[:80]}' is no part of the BCL authors' model; is it another method's?")
+            raise UserError(f"{where}: '{key[:80]}' is no part of the BCL authors' model; is it another method's?")
         if not isinstance(value, Tensor):
-            raise UserError(f"{where}: '{key}' holds a {type(value).__name__}, not a tensor")
+            raise UserError(f"{where}: '{key[:80]}' holds a {type(value).__name__}, not a tensor")
         counts = name.endswith("num_batches_tracked")
         if not counts and not value.is_floating_point():
             raise UserError(f"{where}: '{key}' holds {value.dtype}, not floating-point numbers")

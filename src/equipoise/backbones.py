@@ -5,7 +5,6 @@ because no library keeps it; everything else is timm's.
 """
 
 import difflib
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from equipoise.authors import numpy_scalars
 from equipoise.errors import UserError
+from equipoise.tensors import load_tensors
 
 _BLOCKS_PER_STAGE = {"resnet8": 1, "resnet20": 3, "resnet32": 5}
 _AUTHORS_ENCODERS = ("resnet50", "resnext50_32x4d")
@@ -115,31 +114,33 @@ def _load_weights(encoder: nn.Module, name: str, file: Path) -> None:
                 f"{file} does not hold the weights of {name}: {len(keys):,} of {len(expected):,} {how} "
                 f"(first: {keys[0]})"
             )
+    spoilt = [key for key in expected if key in state and not bool(state[key].isfinite().all())]
+    if spoilt:
+        raise UserError(f"{file} holds weights that are not finite numbers (first: {spoilt[0]}); take another")
     encoder.load_state_dict({key: state.get(key, value) for key, value in expected.items()})
 
 
 def _read_weights(file: Path) -> dict[str, Tensor]:
     """The tensors of a file by name, without the wrappings that training programs put around them."""
-    try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            table: Any = load_file(file)
-        else:
-            with warnings.catch_warnings(), numpy_scalars():
-                warnings.simplefilter("ignore")  # of what is odd about a file that is then refused
-                table = torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"there is no file of weights at {file}") from None
-    except Exception as error:  # either library raises what it likes for a damaged file; nothing in it is executed
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
-        raise UserError(f"{file} cannot be read as weights ({reason})") from None
+    table: Any = _read_safetensors(file) if file.suffix == ".safetensors" else load_tensors(file, "file of weights")
     for wrapping in ("state_dict_ema", "model_ema", "state_dict", "model", "weights"):
         if isinstance(table, dict) and isinstance(table.get(wrapping), dict):
             table = table[wrapping]
     if not isinstance(table, dict) or not all(isinstance(value, Tensor) for value in table.values()):
         raise UserError(f"{file} does not hold tensors by name, as a file of weights does")
     return {str(key).removeprefix("module."): value for key, value in table.items()}
+
+
+def _read_safetensors(file: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(file)
+    except FileNotFoundError:
+        raise UserError(f"there is no file of weights at {file}") from None
+    except Exception as error:  # it raises what it likes for a damaged file; there is nothing in one to execute
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        raise UserError(f"{file} is no file of weights that can be read ({reason})") from None
 
 
 def _as_timm_has_them(state: dict[str, Tensor], encoder: nn.Module) -> dict[str, Tensor]:
@@ -151,7 +152,7 @@ def _as_timm_has_them(state: dict[str, Tensor], encoder: nn.Module) -> dict[str,
         return state
     try:
         return convert(state, encoder)
-    except (KeyError, ValueError, RuntimeError, AttributeError, TypeError):
+    except Exception:  # it takes what it is given for weights of its own
         return state  # of another architecture: then its names say so
 
 

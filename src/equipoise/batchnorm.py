@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
 from equipoise.errors import UserError
@@ -58,11 +59,11 @@ class _OverRanks(_BatchNorm):
         if not self.training:
             return super().forward(input)
         axes, shape = [0, *range(2, input.ndim)], [1, -1, *[1] * (input.ndim - 2)]
-        count = torch.tensor([input.numel() / input.shape[1]], dtype=torch.float64, device=input.device)
-        dist.all_reduce(count)
-        total = count.to(input.dtype)
-        mean: Tensor = _Sum.apply(input.sum(axes)) / total  # pyright: ignore[reportOptionalOperand, reportAssignmentType]
-        centred = input - mean.view(shape)
+        x = input if input.dtype == torch.float64 else input.float()  # under autocast, bfloat16 would add up wrongly
+        total = torch.tensor([x.numel() / x.shape[1]], dtype=x.dtype)
+        dist.all_reduce(total)
+        mean: Tensor = _Sum.apply(x.sum(axes)) / total  # pyright: ignore[reportOptionalOperand, reportAssignmentType]
+        centred = x - mean.view(shape)
         variance: Tensor = _Sum.apply(centred.square().sum(axes)) / total  # pyright: ignore[reportOptionalOperand, reportAssignmentType]
         if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
             with torch.no_grad():
@@ -72,7 +73,7 @@ class _OverRanks(_BatchNorm):
                 self.running_mean.lerp_(mean, momentum)
                 self.running_var.lerp_(variance * (total / (total - 1)), momentum)
         normalised = centred * (variance + self.eps).rsqrt().view(shape)
-        return normalised * self.weight.view(shape) + self.bias.view(shape)
+        return (normalised * self.weight.view(shape) + self.bias.view(shape)).to(input.dtype)
 
 
 class _Sum(torch.autograd.Function):
@@ -85,7 +86,8 @@ class _Sum(torch.autograd.Function):
         return x
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         gradient = gradients[0].clone()
         dist.all_reduce(gradient)
         return gradient

@@ -3,10 +3,8 @@
 import contextlib
 import hashlib
 import os
-import pickle
 import shutil
 import tempfile
-import warnings
 from collections.abc import Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,12 +13,13 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
-from equipoise.authors import from_authors, is_authors_table, numpy_scalars, parameter_names, to_authors
+from equipoise.authors import from_authors, is_authors_table, parameter_names, to_authors
 from equipoise.backbones import pretrained_normalisation
 from equipoise.errors import UserError
 from equipoise.losses import log_prior
 from equipoise.model import TwoBranchNetwork
 from equipoise.recipe import Recipe, Views, recipe_from_table, recipe_table
+from equipoise.tensors import load_tensors
 
 FORMAT = 2
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"  # the checkpoints of a run folder
@@ -63,8 +62,14 @@ class Checkpoint:
 
     def build(self) -> TwoBranchNetwork:
         """The network with these weights, on the CPU, in evaluation mode."""
-        network = create_network(self.recipe, len(self.class_names), start=False)
+        spoilt = [name for name, value in self.weights.items() if not bool(value.isfinite().all())]
+        if spoilt:
+            raise UserError(
+                f"the checkpoint's weights are not all finite numbers (first: {spoilt[0]}); use an earlier one"
+            )
         try:
+            self._refuse_claims()  # before memory is taken for what they say
+            network = create_network(self.recipe, len(self.class_names), start=False)
             network.load_state_dict(self.weights)
         except RuntimeError:
             raise UserError(
@@ -85,23 +90,28 @@ class Checkpoint:
             return torch.zeros(len(self.class_names), dtype=torch.float64)
         return (1 - tau) * log_prior(torch.tensor(self.class_counts))
 
+    def _refuse_claims(self) -> None:
+        """Raise RuntimeError where the recipe says other widths than the weights have."""
+        model = self.recipe.model
+        said = {
+            "classifier.weight": len(self.class_names),
+            "projection.0.weight": model.hidden_dim,
+            "projection.3.weight": model.feature_dim,
+        }
+        for name, rows in said.items():
+            if name in self.weights and rows and self.weights[name].shape[:1] != (rows,):
+                raise RuntimeError(name)
+
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
     """Read what `Checkpoint.save` or the BCL authors' code wrote, onto the CPU. Raises UserError for anything else."""
     path = Path(path)
-    try:
-        with warnings.catch_warnings(), numpy_scalars():
-            warnings.simplefilter("ignore")  # of what is odd about a file that is then refused
-            table = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"there is no checkpoint at {path}") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError):
-        raise UserError(f"{path} is not a checkpoint that can be read (damaged, or no checkpoint)") from None
+    table = load_tensors(path, "checkpoint")
     if is_authors_table(table):
         return _from_authors(table, path)
     if not isinstance(table, dict) or table.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of this version of equipoise")
-    if _digest(table) != table.pop("digest", None):
+    if not _is_whole(table):
         raise UserError(f"{path} is damaged: its checksum does not fit")
     return _from_table(table, table, path)
 
@@ -110,7 +120,7 @@ def _from_table(table: dict[str, Any], state: dict[str, Any], path: Path) -> Che
     """What `table` says of a run, with the weights and the optimizer that `state` holds."""
     try:
         best = table["best"]
-        return Checkpoint(
+        checkpoint = Checkpoint(
             recipe=recipe_from_table(table["recipe"], str(path)),
             class_names=tuple(table["class_names"]),
             class_counts=tuple(table["class_counts"]),
@@ -123,6 +133,36 @@ def _from_table(table: dict[str, Any], state: dict[str, Any], path: Path) -> Che
         )
     except (KeyError, TypeError, IndexError):
         raise UserError(f"{path} is an incomplete checkpoint; use another one of the run") from None
+    if not _is_well_formed(checkpoint):
+        raise UserError(f"{path} is no checkpoint of a run, though it looks like one; use another one of the run")
+    return checkpoint
+
+
+def _is_well_formed(checkpoint: Checkpoint) -> bool:
+    """Whether everything in it is of its kind: a file may have been written by anybody."""
+    names: tuple[Any, ...] = checkpoint.class_names
+    counts, best = checkpoint.class_counts, checkpoint.best
+    weights: Any = checkpoint.weights
+    optimizer: Any = checkpoint.optimizer
+    fingerprints: Any = checkpoint.fingerprints
+
+    def is_count(value: object) -> bool:
+        return type(value) is int and 0 <= value < 2**63
+
+    return (
+        len({name for name in names if isinstance(name, str)}) == len(names) > 0
+        and len(counts) == len(names)
+        and all(is_count(count) for count in (*counts, checkpoint.epoch, checkpoint.step))
+        and (best is None or (isinstance(best[0], float) and is_count(best[1])))
+        and isinstance(weights, dict)
+        and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in weights.items())
+        and isinstance(optimizer, dict)
+        and isinstance(optimizer.get("state"), dict)
+        and isinstance(optimizer.get("param_groups"), list)
+        and all(isinstance(group, dict) for group in optimizer["param_groups"])
+        and isinstance(fingerprints, dict)
+        and all(isinstance(value, str) for pair in fingerprints.items() for value in pair)
+    )
 
 
 def _from_authors(table: dict[str, Any], path: Path) -> Checkpoint:
@@ -195,6 +235,14 @@ def _described(checkpoint: Checkpoint) -> dict[str, Any]:
         "best": checkpoint.best,
         "fingerprints": checkpoint.fingerprints,
     }
+
+
+def _is_whole(table: dict[str, Any]) -> bool:
+    """Whether a checkpoint has the digest that it says."""
+    try:
+        return _digest(table) == table.get("digest")
+    except (ValueError, TypeError, RuntimeError):  # of a number of thousands of digits, or a tensor without bytes
+        return False
 
 
 def _digest(table: dict[str, Any]) -> str:

@@ -5,15 +5,17 @@ Two forms each, as a folder or as the `.tar.gz`, which is read without being unp
 by an unpickler that knows no function but the few inert stand-ins below, so nothing of it is executed.
 """
 
+import gzip
 import io
 import pickle
+import pickletools
 import re
 import tarfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +25,10 @@ from equipoise.lists import ImageList, Indices, PixelArrays
 
 _PIXELS = 3 * 32 * 32
 _LARGEST_FILE = 300_000_000  # the largest file of the archives has 155 MB: more is none of them
+_LARGEST_NAMES = 100_000  # bytes of the file of class names, of which the largest has 1,500
+_MOST_UNPACKED = 3  # times the packed size: of the published archives it is 1.1
+_MOST_INSTRUCTIONS = 1_000_000  # of a pickle: those of the archives have up to 250,000
+_MOST_TUPLES = 1_000  # an array has six of them
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,11 @@ class CifarArchive:
     path: Path
     classes: int
     form: str
+
+    def files(self) -> list[Path]:
+        """The folder or the packed archive, and of a folder the files that are read."""
+        wanted = [name for names in _FILES[self.classes, self.form].values() for name in names]
+        return [self.path, *(self.path / name for name in wanted if self.path.is_dir())]
 
 
 # Folder in the archive -> its archive, classes and form; of two that lie together the first is read.
@@ -114,6 +125,8 @@ def _names(archive: CifarArchive, content: Mapping[str, bytes], file: str) -> tu
     if file not in content:
         return tuple(str(label) for label in range(archive.classes))
     where = f"{archive.path}/{file}"
+    if len(content[file]) > _LARGEST_NAMES:
+        raise UserError(f"{where} has {len(content[file]):,} bytes, far more than names; take the archive anew")
     if archive.form == "binary":
         found: object = content[file].split()
     else:
@@ -139,18 +152,36 @@ def _read(archive: CifarArchive, wanted: Sequence[str]) -> dict[str, bytes]:
         return {name: file.read_bytes() for name, file in files.items()}
     content: dict[str, bytes] = {}
     try:
-        with tarfile.open(archive.path, "r:gz") as tar:
-            for member in tar:
-                name = member.name.rpartition("/")[2]
-                if name in wanted and member.isfile():
-                    _refuse_size(member.size, f"{archive.path}/{name}")
-                    file = tar.extractfile(member)
-                    assert file is not None, "it is a file"
-                    content[name] = file.read()
+        with gzip.open(archive.path) as unpacked:
+            most = _MOST_UNPACKED * archive.path.stat().st_size + 2**24
+            with tarfile.open(fileobj=_Limited(unpacked, most), mode="r|") as tar:
+                while (member := tar.next()) is not None:
+                    tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue] else every one of them is kept, and millions of empty ones pack well
+                    name = member.name.rpartition("/")[2]
+                    if name in wanted and member.isfile():
+                        _refuse_size(member.size, f"{archive.path}/{name}")
+                        file = tar.extractfile(member)
+                        assert file is not None, "it is a file"
+                        content[name] = file.read()
     except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{archive.path} is damaged ({reason}); take the archive anew") from None
     return content
+
+
+class _Limited(io.RawIOBase):
+    """A file that ends with an error after `most` bytes: what a small archive unpacks to may fill any memory."""
+
+    def __init__(self, file: gzip.GzipFile, most: int) -> None:
+        self._file = file
+        self._left = most
+
+    def read(self, size: int = -1) -> bytes:
+        content = self._file.read(min(size, self._left + 1) if size >= 0 else self._left + 1)
+        self._left -= len(content)
+        if self._left < 0:
+            raise ValueError("it unpacks to far more than the published archives do")
+        return content
 
 
 def _refuse_size(size: int, where: str) -> None:
@@ -274,12 +305,33 @@ class _Unpickler(pickle._Unpickler):  # pyright: ignore[reportPrivateUsage]
             raise _ForeignError(f"{module}.{name}")
         return stand_in
 
+    stack: list[Any]
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)  # pyright: ignore[reportPrivateUsage]
+
+    def load_build(self) -> None:
+        if not isinstance(self.stack[-2], _Array | _Kind):  # else it would set attributes of the stand-ins themselves
+            raise _ForeignError("build of what is no array")
+        pickle._Unpickler.load_build(self)  # pyright: ignore
+
+    dispatch[pickle.BUILD[0]] = load_build
+
     def persistent_load(self, pid: Any) -> Any:
         raise _ForeignError(f"persistent object {str(pid)[:40]}")
 
 
+def _refuse_program(content: bytes) -> None:
+    """Raise ValueError for a pickle of more instructions, or more tuples, than an archive's: one byte can make an
+    object of 64, and a tuple in a tuple in a tuple, as a key, overflows the stack from 80,000 on."""
+    tuples = 0
+    for number, (instruction, _, _) in enumerate(pickletools.genops(content)):
+        tuples += "TUPLE" in instruction.name
+        if number > _MOST_INSTRUCTIONS or tuples > _MOST_TUPLES:
+            raise ValueError("it is a longer program than the published files are")
+
+
 def _unpickle(content: bytes, where: str) -> object:
     try:
+        _refuse_program(content)
         return _Unpickler(io.BytesIO(content), encoding="bytes").load()
     except _ForeignError as error:
         asked = re.sub(r"[^\w.]", "?", str(error))[:80]

@@ -20,10 +20,11 @@ from equipoise.authors_flags import (
     truth,
 )
 from equipoise.deployment import add_export_words, add_predict_words, export, predict, refuse_unwritable
-from equipoise.errors import Stopped, UserError
+from equipoise.errors import SharedError, Stopped, UserError, in_words, one_line
 from equipoise.flags import (
     DEMO,
     OWN_FOLDER,
+    add_field,
     add_recipe_flags,
     add_set,
     chosen_recipe,
@@ -57,15 +58,16 @@ Train image classifiers on long-tailed data with Balanced Contrastive Learning (
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run the command line `words` (default: this process's) and return its exit code: 2 for what the user must put
-    right, 130 when interrupted."""
+    """Run the command line `words` (default: this process's) and return its exit code: 1 where `data --check` found bad
+    images, 2 for what the user must put right, 130 when interrupted."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names may be no valid text
     try:
         return _run(list(sys.argv[1:] if words is None else words))
     except UserError as error:
-        print(f"equipoise: {error}", file=sys.stderr)
+        if not isinstance(error, SharedError) or os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"equipoise: {one_line(str(error))}", file=sys.stderr)
         return 2
     except Stopped as stopped:
         if os.environ.get("RANK", "0") == "0":
@@ -75,8 +77,7 @@ def main(words: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:  # no permission, no space, a file where a folder is needed
-        where = f": {error.filename}" if error.filename else ""
-        print(f"equipoise: {(error.strerror or str(error)).lower()}{where}", file=sys.stderr)
+        print(f"equipoise: {one_line(in_words(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("equipoise: interrupted", file=sys.stderr)
@@ -89,8 +90,7 @@ def _run(words: list[str]) -> int:
     options, unknown = parser.parse_known_args(words)
     if unknown:
         _refuse_unknown(unknown[0], options.parser)
-    options.call(options)
-    return 0
+    return options.call(options) or 0
 
 
 def _dashed(word: str) -> str:
@@ -142,7 +142,7 @@ def _version() -> str:
 
 
 def _add_command(
-    commands: Any, name: str, summary: str, call: Callable[[argparse.Namespace], None]
+    commands: Any, name: str, summary: str, call: Callable[[argparse.Namespace], int | None]
 ) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(
         name, help=summary, description=summary[0].upper() + summary[1:] + ".", allow_abbrev=False
@@ -221,7 +221,7 @@ def _train_in(world: "World", options: argparse.Namespace, recipe: Recipe, remar
 
     from equipoise.plan import prepare
     from equipoise.run import AUTHORS_NAMES
-    from equipoise.tables import print_figures, print_plan, print_post_hoc
+    from equipoise.tables import print_bad_images, print_figures, print_plan, print_post_hoc
     from equipoise.training import fit
 
     plans = [prepare(recipe, out, options.resume, world)]
@@ -254,6 +254,8 @@ def _train_in(world: "World", options: argparse.Namespace, recipe: Recipe, remar
         print_post_hoc(run.metrics)
     for run in runs:
         print(f"run folder: {run.path}")
+    for run in runs:
+        print_bad_images(run.metrics)
     if stale or (root_log and not options.out):
         _export_for_authors(runs[0].path)
     if beside:
@@ -378,23 +380,26 @@ def _add_evaluate(commands: Any) -> None:
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     command.add_argument("--out", metavar="FILE", help="where to write the figures (default: beside the checkpoint)")
     command.add_argument("--logits", metavar="FILE", help="write the logits of every image too, as .npz")
+    for key in ("data.on_bad_image", "data.allow_outside"):
+        add_field(command, find_field(key))
     add_set(command)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
     target = Path(options.target)
-    overrides = [*overrides_of(options), (find_field("device"), options.device)]
+    overrides = overrides_of(options)
     other_data = options.data or options.split or any(field.path[-1].endswith("_list") for field, _ in overrides)
     if not target.is_dir() or other_data or options.out or options.logits or options.set:
+        overrides.append((find_field("device"), options.device))
         _score_checkpoint(target, options.data, options.split, overrides, options.out, options.logits)
         return
 
     from equipoise.distributed import join
     from equipoise.run import METRICS, evaluate_run
-    from equipoise.tables import print_figures, print_post_hoc
+    from equipoise.tables import print_bad_images, print_figures, print_post_hoc
 
     with join() as world:
-        metrics = evaluate_run(target, device=options.device, world=world)
+        metrics = evaluate_run(target, device=options.device, world=world, overrides=overrides)
     if not world.is_first:
         return
     results = [
@@ -405,6 +410,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     ]
     print_figures(results, f"{metrics['method']}: accuracy, percent", metrics)
     print_post_hoc(metrics)
+    print_bad_images(metrics)
     print(f"written: {target / METRICS}")
 
 
@@ -419,7 +425,7 @@ def _score_checkpoint(
     """Score one checkpoint (of a run: the last), show and write its figures."""
     from equipoise.distributed import join
     from equipoise.run import LAST, evaluate_checkpoint, find_checkpoint, write_json, write_logits
-    from equipoise.tables import print_figures
+    from equipoise.tables import print_bad_images, print_figures
 
     checkpoint = target / LAST if target.is_dir() else find_checkpoint(target)
     refuse_unwritable({"--out": out, "--logits": logits})
@@ -431,6 +437,7 @@ def _score_checkpoint(
         return
     scored: str = metrics["split"]
     print_figures([(scored, metrics[scored])], f"{metrics['method']}: accuracy, percent", metrics)
+    print_bad_images(metrics)
     if logits is not None:
         write_logits(Path(logits), predictions, metrics["class_names"])
         print(f"written: {logits}")
@@ -458,6 +465,10 @@ def _add_data(commands: Any) -> None:
         "--write-lists", metavar="FOLDER", help="write iNaturalist's JSON as the list files of the literature"
     )
     _add_list_flags(data, ("train", "val", "test"))
+    data.add_argument(
+        "--check", action="store_true", help="decode every image and list all bad ones; exit code 1 if there are any"
+    )
+    add_field(data, find_field("data.allow_outside"))
     add_set(data)
 
 
@@ -468,7 +479,7 @@ def _add_list_flags(command: argparse.ArgumentParser, parts: Sequence[str]) -> N
         )
 
 
-def _data(options: argparse.Namespace) -> None:
+def _data(options: argparse.Namespace) -> int:
     recipe = Recipe()
     for field, value in overrides_of(options):
         recipe = override(recipe, field, value)
@@ -479,7 +490,8 @@ def _data(options: argparse.Namespace) -> None:
 
     path = Path(options.path)
     if path.is_file() and path.suffix in (".txt", ".lst", ".json"):
-        source = Source(options.images or str(path.absolute().parent), lists={"train": str(path)})
+        folder = options.images or str(path.absolute().parent)
+        source = Source(folder, lists={"train": str(path)}, allow_outside=recipe.data.allow_outside)
     elif options.images:
         raise UserError("--images goes with a list file as PATH; for a folder, name its lists with --train-list")
     else:
@@ -487,9 +499,10 @@ def _data(options: argparse.Namespace) -> None:
     if options.write_lists:
         for said in write_lists(source, Path(options.write_lists)):
             print(said)
-        return
-    found, problems = survey(source)
-    print_data(options.path, found, problems)
+        return 0
+    found, problems, bad = survey(source, options.check)
+    print_data(options.path, found, problems, bad, options.check)
+    return 1 if options.check and bad else 0
 
 
 # ---------------------------------------------------------------------------------------------- pack

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from equipoise.errors import UserError
+from equipoise.errors import UserError, one_line
 
 _FORMS = {
     "authors": "the layout of the BCL authors' code",
@@ -61,7 +61,7 @@ def predict(options: argparse.Namespace) -> None:
         )
     seconds = time.monotonic() - start
     for error in predicted.errors[:_ERRORS_SHOWN]:
-        print(f"passed over: {error}", file=sys.stderr)
+        print(f"passed over: {one_line(str(error))}", file=sys.stderr)
     if len(predicted.errors) > _ERRORS_SHOWN:
         print(f"passed over: {len(predicted.errors) - _ERRORS_SHOWN:,} more", file=sys.stderr)
     if not len(predicted):

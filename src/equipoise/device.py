@@ -11,7 +11,8 @@ from equipoise.errors import UserError
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
     """'auto' takes cuda, mps, cpu; 'cuda:1' is the second GPU. 'cuda' without a number is, for each process on
-    this host, its own. Raises UserError for one that is not there."""
+    this host, its own. A GPU becomes the process's current one: pinned memory, streams and events are that one's.
+    Raises UserError for one that is not there."""
     available = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
@@ -27,7 +28,10 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         raise UserError(f"this machine has no {kind} device that torch {torch.__version__} can use; try --device auto")
     if number and int(number) >= torch.cuda.device_count():
         raise UserError(f"this machine has {torch.cuda.device_count()} CUDA devices, numbered from 0, and so no {name}")
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def choose_precision(name: str, device: torch.device) -> str:

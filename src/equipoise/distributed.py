@@ -8,6 +8,7 @@ Shapes: B images of this rank, G images of the whole batch.
 
 import hashlib
 import os
+import signal
 import socket
 import sys
 import threading
@@ -23,18 +24,15 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from equipoise.errors import UserError
+from equipoise.errors import SharedError, UserError, in_words
 
 Made = TypeVar("Made")
 
 LOST = 3  # exit code of the ranks that another one has left
 _BEAT = 1.0  # seconds between two signs of life
 _SILENCE = 12.0  # seconds without one after which a rank is taken for lost; torchrun kills what is left after 30
-
-
-class SharedError(UserError):
-    """An error of the user's that every rank raises: one of each host says it."""
 
 
 @dataclass(frozen=True)
@@ -64,29 +62,30 @@ class World:
         return slice(first, end)
 
     def first_makes(self, make: Callable[[], Made]) -> Made:
-        """What rank 0 makes, on every rank. A UserError that it raises becomes a SharedError of all."""
+        """What rank 0 makes, on every rank. What it raises for the user becomes a SharedError of all."""
         if self.size == 1:
             return make()
         made: list[Any] = [None]
         if self.is_first:
             try:
                 made = [make()]
-            except UserError as error:
-                made = [SharedError(str(error))]
+            except (UserError, OSError) as error:
+                made = [SharedError(in_words(error))]
         dist.broadcast_object_list(made, src=0)
         if isinstance(made[0], SharedError):
             raise made[0]
         return made[0]
 
     def each_makes(self, make: Callable[[], Made]) -> Made:
-        """What this rank makes, once every rank has. A UserError of one becomes a SharedError of all that names it."""
+        """What this rank makes, once every rank has. What one raises for the user becomes a SharedError of all that
+        names it."""
         if self.size == 1:
             return make()
         made, said = None, None
         try:
             made = make()
-        except UserError as error:
-            said = str(error)
+        except (UserError, OSError) as error:
+            said = in_words(error)
         sayings: list[str | None] = [None] * self.size
         dist.all_gather_object(sayings, said)
         wrong = [rank for rank, text in enumerate(sayings) if text]
@@ -94,6 +93,11 @@ class World:
             whose = "" if len(set(sayings)) == 1 else f"rank {wrong[0]}: "
             raise SharedError(f"{whose}{sayings[wrong[0]]}")
         return made  # pyright: ignore[reportReturnType]
+
+    def gather_in_turn(self, values: Sequence[Made]) -> list[Made]:
+        """All ranks' values in the order of the work, of which rank r did the parts r, r + size, ..."""
+        of_ranks: list[Sequence[Made]] = self.gather_objects(values)
+        return [of_ranks[part % self.size][part // self.size] for part in range(sum(map(len, of_ranks)))]
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Each rank's value, in the order of ranks, on every rank."""
@@ -155,23 +159,34 @@ class World:
 
     def watch(self) -> None:
         """From now on, end this process within seconds of another rank's end."""
-        if self.size > 1 and not self._watch:
-            self._watch.append(_Watch(self, self._session[0]))
+        self._watch.append(_Watch(self, self._session[0]))
 
     def end_watch(self) -> None:
         """Stop looking after the others."""
         for watch in self._watch:
             watch.stop()
 
-    def fail(self, message: str) -> None:
-        """Tell the other ranks why this one ends."""
-        for watch in self._watch:
-            watch.tell(f"rank {self.rank}: {message}")
+    def wait(self) -> None:
+        """Until every rank has come here."""
+        if self.size > 1:
+            dist.barrier()
 
-    def await_end(self, error: RuntimeError) -> None:
+    def fail(self, message: str, says_it: bool) -> None:
+        """Tell the other ranks why this one ends, and whether it says so itself in a line."""
+        for watch in self._watch:
+            watch.tell(f"rank {self.rank}: {message}", says_it)
+
+    def when_told_to_end(self, leave: Callable[[], None]) -> None:
+        """What this process has to do before it ends because another rank had an error of the user's."""
+        for watch in self._watch:
+            watch.leave = leave
+
+    def await_end(self, error: Exception) -> None:
         """If it was an exchange that failed: give the watch the time to find out why, to say so, and to end this
         process."""
-        if self._watch and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun has seen it too, but does not say which rank
             time.sleep(_SILENCE + 5 * _BEAT)
 
 
@@ -184,9 +199,19 @@ def join() -> Generator[World]:
 
     nccl moves what is on GPUs, gloo the rest. Raises UserError where the others cannot be reached.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1 or dist.is_initialized():
+    if dist.is_initialized():
+        if dist.get_world_size() > 1:
+            raise UserError(
+                "torch.distributed has a process group already; start the processes with torchrun and let equipoise "
+                "make it"
+            )
         yield ALONE
+        return
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    launch = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    if size == 1:
+        yield World(launch=launch, restarted=restarted)
         return
     environment = {name: os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
     if absent := [name for name, value in environment.items() if not value]:
@@ -196,14 +221,15 @@ def join() -> Generator[World]:
         size=size,
         local_rank=int(environment["LOCAL_RANK"]),
         local_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        launch=os.environ.get("TORCHELASTIC_RUN_ID", ""),
-        restarted=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0,
+        launch=launch,
+        restarted=restarted,
     )
     try:
         store, rank, _ = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(world.session(store), store)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+        world.watch()
     except (dist.DistError, RuntimeError, ValueError) as error:
         place = f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
         reason = str(error).splitlines()[0][:200]
@@ -212,11 +238,16 @@ def join() -> Generator[World]:
         yield world
         dist.barrier()  # nobody leaves before all are done: a rank that ends early would be taken for lost
         dist.destroy_process_group()
-    except SharedError as error:
-        raise error if world.local_rank == 0 else SystemExit(2) from None
-    except UserError as error:
-        world.fail(str(error))
-        raise UserError(f"rank {world.rank}: {error}") from None
+    except SharedError:
+        dist.destroy_process_group()  # else its threads may abort the process when Python ends
+        raise
+    except (UserError, OSError) as error:
+        world.fail(in_words(error), says_it=True)
+        raise UserError(f"rank {world.rank}: {in_words(error)}") from None
+    except Exception as error:
+        world.await_end(error)
+        world.fail(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}", says_it=False)
+        raise
     finally:
         world.end_watch()
 
@@ -235,8 +266,9 @@ class _GatherRows(torch.autograd.Function):
         return rows_GX.view(-1, *rows_BX.shape[1:])
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        gradient_GX = gradients[0].contiguous()
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        gradient_GX = gradients[0].clone(memory_format=torch.contiguous_format)  # another use may have the same one
         dist.all_reduce(gradient_GX)
         return gradient_GX[ctx.start : ctx.start + ctx.size], None, None
 
@@ -263,6 +295,7 @@ class _Watch:
         self._next = (world.rank + 1) % world.size
         self._stopped = threading.Event()
         self._contact = self._next_seen = time.monotonic()
+        self.leave: Callable[[], None] = lambda: None
         self._store.set(f"host of {world.rank}", self._host)
         self._store.set(f"beat/{world.rank}", "0")
         dist.barrier()
@@ -272,12 +305,12 @@ class _Watch:
     def stop(self) -> None:
         self._stopped.set()
 
-    def tell(self, message: str) -> None:
-        """Tell all ranks why they must end. This one says it itself."""
+    def tell(self, message: str, said: bool) -> None:
+        """Tell all ranks why they must end. `said`: nobody on this host needs to say it."""
         self.stop()
         try:
-            self._store.add(f"said on {self._host}", 1)
-            self._store.set("end", message)
+            self._store.add(f"said on {self._host}", int(said))
+            self._store.set("end", f"told {message}")
         except RuntimeError:
             return  # no connection: they will find out by the silence
 
@@ -289,7 +322,10 @@ class _Watch:
                 self._store.set(f"beat/{self._world.rank}", str(beats))
                 seen = self._store.get(f"beat/{self._next}")
                 if self._store.check(["end"]):
-                    self._end(self._store.get("end").decode())
+                    how, _, message = self._store.get("end").decode().partition(" ")
+                    if how == "told":
+                        self.leave()
+                    self._end(message)
                 now = time.monotonic()
                 # After a pause of this rank's own, nobody's silence is known.
                 if seen != last or now - self._contact > 5 * _BEAT:
@@ -298,7 +334,7 @@ class _Watch:
                 if now - self._next_seen > _SILENCE:
                     host = self._store.get(f"host of {self._next}").decode()
                     message = f"rank {self._next} (on {host}) is lost: no sign of life for {_SILENCE:.0f} s"
-                    self._store.set("end", message)
+                    self._store.set("end", f"lost {message}")
                     self._end(message)
             except RuntimeError:
                 pass  # no connection: _look counts the seconds

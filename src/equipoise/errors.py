@@ -1,4 +1,6 @@
-"""The one exception for what a user can cause."""
+"""The exceptions for what a user can cause, and how what a file holds is put into a line."""
+
+import reprlib
 
 
 class UserError(ValueError):
@@ -9,9 +11,39 @@ class UserError(ValueError):
     """
 
 
+class SharedError(UserError):
+    """One that every process of a training raises. The command line prints it once on each host."""
+
+
 class Stopped(Exception):  # noqa: N818 it is no error
     """A signal has stopped a run: 'interrupted' (SIGINT) or 'terminated' (SIGTERM). `command` goes on with it."""
 
     def __init__(self, how: str, state: str, command: str) -> None:
         super().__init__(f"{how}: {state}; go on with:\n{command}")
         self.code = {"interrupted": 130, "terminated": 143}[how]
+
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 100
+_REPR.maxlevel, _REPR.maxdict, _REPR.maxlist, _REPR.maxtuple = 3, 4, 6, 6
+
+
+def shown(value: object) -> str:
+    """A value from a file as a message shows it: short, whatever it is."""
+    try:
+        return _REPR.repr(value)
+    except ValueError:
+        return "a number of thousands of digits"
+
+
+def in_words(error: Exception) -> str:
+    """An error of the user's or of the system's, as a message says it."""
+    if not isinstance(error, OSError):
+        return str(error)
+    where = f": {error.filename}" if error.filename else ""
+    return (error.strerror or str(error)).lower() + where
+
+
+def one_line(text: str) -> str:
+    """A text on one line of a terminal: a file may be called anything, escape sequences too."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)

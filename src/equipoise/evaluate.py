@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.distributed import ALONE, World
+from equipoise.errors import SharedError, UserError
 from equipoise.loader import Batches
 from equipoise.metrics import TAUS, Predictions
 
@@ -33,14 +34,43 @@ def predict(
     In float32 whatever the network was trained in, so that a figure depends on the weights and not on the device. With
     `log_prior_C`, what `logits - tau * log prior` would predict is kept too. The logits themselves are kept only if
     asked for: of a large test set they fill gigabytes. `observe` is called with labels and logits of each batch.
+    Raises UserError where no image can be read, or the logits are not finite.
     """
+    # A bad image, or a network that has gone wrong, is every rank's error: else the others would wait.
+    rows = world.each_makes(lambda: _predict_share(network, batches, log_prior_C, keep_logits, observe))
+    in_order = world.gather_in_turn(rows)
+    if not sum(len(row[0]) for row in in_order):
+        raise SharedError("none of the images to score can be read; repair them")
+    labels_N, ranked_NK, confidence_N, *further = (np.concatenate(column) for column in zip(*in_order, strict=True))
+    logits_NC = further.pop() if keep_logits else None
+    return Predictions(
+        labels_N=labels_N.astype(np.int64),
+        ranked_NK=ranked_NK.astype(np.int64),
+        confidence_N=confidence_N.astype(np.float64),
+        adjusted={tau: further[0][:, index].astype(np.int64) for index, tau in enumerate(TAUS)} if further else {},
+        logits_NC=logits_NC,
+    )
+
+
+def _predict_share(
+    network: nn.Module,
+    batches: Batches,
+    log_prior_C: Tensor | None,
+    keep_logits: bool,
+    observe: Callable[[Tensor, Tensor], None] | None,
+) -> list[tuple[npt.NDArray[np.generic], ...]]:
+    """Of each of this rank's batches: labels, ranked classes, confidence, and what else `predict` is asked for."""
     training = network.training
     network.eval()
-    rows: list[tuple[npt.NDArray[np.generic], ...]] = []  # one of each batch
+    rows: list[tuple[npt.NDArray[np.generic], ...]] = []
     prior_TC: Tensor | None = None
     try:
         for batch in batches.evaluation(_BATCH):
             logits_BC: Tensor = network(batch.images_VB3SS[0]).float()
+            if not bool(logits_BC.isfinite().all()):
+                raise UserError(
+                    "the network's logits are not finite numbers: no figure is to be had; use an earlier one"
+                )
             if observe is not None:
                 observe(batch.labels_G, logits_BC)
             # Of equal logits the first class comes first, here and in argmax.
@@ -56,15 +86,4 @@ def predict(
             rows.append(tuple(tensor.cpu().numpy() for tensor in found))
     finally:
         network.train(training)
-    # Rank r had the batches r, r + size, ...
-    of_ranks = world.gather_objects(rows)
-    in_order = [of_ranks[batch % world.size][batch // world.size] for batch in range(sum(map(len, of_ranks)))]
-    labels_N, ranked_NK, confidence_N, *further = (np.concatenate(column) for column in zip(*in_order, strict=True))
-    logits_NC = further.pop() if keep_logits else None
-    return Predictions(
-        labels_N=labels_N.astype(np.int64),
-        ranked_NK=ranked_NK.astype(np.int64),
-        confidence_N=confidence_N.astype(np.float64),
-        adjusted={tau: further[0][:, index].astype(np.int64) for index, tau in enumerate(TAUS)} if further else {},
-        logits_NC=logits_NC,
-    )
+    return rows

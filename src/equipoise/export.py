@@ -21,7 +21,7 @@ import torch
 from equipoise.checkpoint import atomic_file
 from equipoise.errors import UserError
 from equipoise.lists import ImageList
-from equipoise.pixels import decode
+from equipoise.pixels import BadImageError, decode
 from equipoise.predict import Classifier, as_list, find_images
 from equipoise.run import open_data
 from equipoise.views import short_side
@@ -111,7 +111,10 @@ def checking_views(classifier: Classifier, pictures: Sequence[Path]) -> torch.Te
         images = _own_images(classifier)
     chosen = np.linspace(0, len(images) - 1, min(_CHECKED, len(images))).astype(int)
     # Two at least: of a single example, torch would take the batch for one that is always of one image.
-    views = [classifier.view(decode(images, int(index))) for index in (*chosen, *chosen[:1])]
+    try:
+        views = [classifier.view(decode(images, int(index))) for index in (*chosen, *chosen[:1])]
+    except BadImageError as error:
+        raise UserError(f"{error.fault}; repair or remove it, or name pictures that can be with --images") from None
     return torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).contiguous()
 
 

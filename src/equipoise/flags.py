@@ -57,10 +57,11 @@ def add_recipe_flags(command: argparse.ArgumentParser, words: list[str]) -> None
         section = field.path[0] if len(field.path) == 2 else "run"
         if section not in groups:
             groups[section] = command.add_argument_group(f"{section} (shown: {named})")
-        _add_field(groups[section], field, field_value(shown, field))
+        add_field(groups[section], field, field_value(shown, field))
 
 
-def _add_field(group: Any, field: Field, default: Any) -> None:
+def add_field(group: Any, field: Field, default: Any = None) -> None:
+    """A flag for a field of a recipe; its help shows the default, where there is one."""
     # One letter works with one dash or two: the authors' README writes `--p`.
     flags = [flag for name in field.names for flag in ([f"-{name}", f"--{name}"] if len(name) == 1 else [f"--{name}"])]
     arguments: dict[str, Any] = {"metavar": field.path[-1].upper()}
@@ -73,7 +74,7 @@ def _add_field(group: Any, field: Field, default: Any) -> None:
     elif get_origin(field.type) is tuple:
         arguments["nargs"] = "+"
         default = " ".join(f"{number:g}" for number in default)
-    text = f"{field.setting.help} [{default}]".replace("%", "%%")
+    text = (field.setting.help + ("" if default is None else f" [{default}]")).replace("%", "%%")
     group.add_argument(*flags, dest=field.key, default=None, help=text, **arguments)
 
 

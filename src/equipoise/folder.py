@@ -16,7 +16,7 @@ from equipoise.device import describe_machine
 from equipoise.errors import UserError
 from equipoise.plan import Plan, default_folder
 from equipoise.recipe import recipe_toml
-from equipoise.run import LOCK, METRICS, RECIPE, RECORD, write_json
+from equipoise.run import BAD_IMAGES, LOCK, METRICS, RECIPE, RECORD, write_json
 
 
 class RunFolder:
@@ -41,9 +41,12 @@ class RunFolder:
                     f"another run is writing into {self._folder}; wait for it, or name another folder with --out"
                 )
             self._folder = default_folder(self._plan.recipe)
+        self._plan.world.when_told_to_end(self._leave)
         for leftover in self._folder.glob(".*.*"):  # files that a killed run was writing: see atomic_file
             leftover.unlink(missing_ok=True)
         (self._folder / METRICS).unlink(missing_ok=True)
+        if place.resumed is None:  # it begins again: what could not be read may have been repaired
+            (self._folder / BAD_IMAGES).unlink(missing_ok=True)
         if place.taken and place.resumed is not None and place.resumed.path.name == PREVIOUS:
             (self._folder / LAST).unlink(missing_ok=True)  # the damaged one must not become the previous one
         _write_record(self._plan, self._folder)
@@ -57,14 +60,17 @@ class RunFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._leave(isinstance(error, UserError | OSError | KeyboardInterrupt))
+
+    def _leave(self, by_the_user: bool = True) -> None:
         if self._lock is None:
             return
-        user_caused = isinstance(error, UserError | OSError | KeyboardInterrupt)
         kept = self._kept or self._plan.place.taken or (self._folder / LAST).exists()
-        if user_caused and not kept:
+        if by_the_user and not kept:
             _remove(self._folder, self._created)
         (self._folder / LOCK).unlink(missing_ok=True)
         self._lock.close()
+        self._lock = None
 
     def _take(self) -> bool:
         """Make the folder, or take an empty one, or that of the run that goes on; of two runs that want it, one gets

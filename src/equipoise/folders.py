@@ -1,22 +1,31 @@
 """Folders of class folders become image lists."""
 
 import os
-from collections.abc import Iterator
+import posixpath
 from pathlib import Path
 
 import numpy as np
 
 from equipoise.errors import UserError
-from equipoise.lists import PART_NAMES, Found, ImageFiles, ImageList, Paths
+from equipoise.lists import PART_NAMES, Found, ImageFiles, ImageList, Paths, refuse_outside
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
 
 
 def subfolders(folder: Path) -> list[Path]:
-    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    return sorted(folder / entry.name for entry in _entries(folder) if os.path.isdir(entry.path))
 
 
-def open_class_folders(root: Path) -> Found:
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """All that lies in a folder and is not hidden. Raises UserError where that cannot be seen."""
+    try:
+        with os.scandir(folder) as entries:
+            return [entry for entry in entries if not entry.name.startswith(".")]
+    except OSError as error:
+        raise UserError(f"the folder {folder} cannot be read ({(error.strerror or str(error)).lower()})") from None
+
+
+def open_class_folders(root: Path, allow_outside: bool = False) -> Found:
     if not root.is_dir():
         raise UserError(f"{root} is a file, but no Parquet file; name a folder of class folders")
     folders = subfolders(root)
@@ -25,9 +34,14 @@ def open_class_folders(root: Path) -> Found:
     notes: list[str] = []
     part_folders = _part_folders(root, folders, notes)
     divided = bool(part_folders)
+    if not allow_outside:
+        refuse_outside(root, part_folders.values())
     first = part_folders.get("train", next(iter(part_folders.values()))) if divided else root
     names = tuple(folder.name for folder in subfolders(first))
-    lists = {part: _class_folders(folder, names, notes) for part, folder in (part_folders or {"train": root}).items()}
+    lists = {
+        part: _class_folders(folder, names, notes, None if allow_outside else root)
+        for part, folder in (part_folders or {"train": root}).items()
+    }
     return Found("class folders", lists, divided, notes=tuple(notes))
 
 
@@ -49,22 +63,8 @@ def _part_folders(root: Path, folders: list[Path], notes: list[str]) -> dict[str
     return parts
 
 
-def _files(folder: str, path: str) -> Iterator[str]:
-    """Paths of the files below a folder that is itself at `path`, as a class may be sorted into further folders. In an
-    order that is the same on every machine; a million of them in seconds, as none is asked for more than its kind."""
-    with os.scandir(folder) as entries:
-        ordered = sorted(entries, key=lambda entry: entry.name)
-    for entry in ordered:
-        # Hidden folders hold thumbnails and notebook checkpoints: copies of images that are there already.
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir(follow_symlinks=False):
-            yield from _files(entry.path, f"{path}/{entry.name}")
-        elif entry.is_file():
-            yield f"{path}/{entry.name}"
-
-
-def _class_folders(root: Path, names: tuple[str, ...], notes: list[str]) -> ImageList:
+def _class_folders(root: Path, names: tuple[str, ...], notes: list[str], bounds: Path | None) -> ImageList:
+    """The images below `root`, in the order of their paths. Raises UserError for one out of the folder `bounds`."""
     unknown = [folder.name for folder in subfolders(root) if folder.name not in names]
     if unknown:
         raise UserError(f"{root / unknown[0]} is no class of the training part ({len(names)} classes); remove it")
@@ -72,8 +72,12 @@ def _class_folders(root: Path, names: tuple[str, ...], notes: list[str]) -> Imag
     labels: list[int] = []
     others = 0
     for label, name in enumerate(names):
-        files = list(_files(str(root / name), name)) if (root / name).is_dir() else []
-        images = [path for path in files if os.path.splitext(path)[1].lower() in SUFFIXES]
+        if not (root / name).is_dir():
+            continue
+        files, links = _below(root, name)
+        if bounds is not None:
+            refuse_outside(bounds, [root / link for link in [name, *links]])
+        images = [file for file in files if _is_image(file)]
         others += len(files) - len(images)
         paths += images
         labels += [label] * len(images)
@@ -82,3 +86,32 @@ def _class_folders(root: Path, names: tuple[str, ...], notes: list[str]) -> Imag
     if not paths:
         raise UserError(f"{root} holds no images in its class folders (known endings: {' '.join(sorted(SUFFIXES))})")
     return ImageList(str(root), ImageFiles(root, Paths.of(paths)), np.array(labels, dtype=np.int64), names)
+
+
+def _below(root: Path, name: str) -> tuple[list[str], list[str]]:
+    """All that lies in the folder `name` and its sub-folders, by paths relative to `root` and in their order; and
+    those of it that are links.
+
+    Hidden folders hold thumbnails and notebook checkpoints, copies of images that are there already: they are passed
+    over. A folder called x.jpg without an image in it is taken for the image that somebody believes it to be.
+    """
+    files: list[str] = []
+    links: list[str] = []
+    waiting, like_images = [name], list[str]()
+    while waiting:
+        folder = waiting.pop()
+        for entry in _entries(root / folder):
+            path = f"{folder}/{entry.name}"
+            if entry.is_dir(follow_symlinks=False):
+                waiting.append(path)
+                like_images += [path] if _is_image(path) else []
+            elif not os.path.isdir(entry.path):  # links to folders are not followed: they could lead in a circle
+                files.append(path)
+                links += [path] if entry.is_symlink() else []
+    images = [file for file in files if _is_image(file)]
+    files += [folder for folder in like_images if not any(image.startswith(f"{folder}/") for image in images)]
+    return sorted(files, key=lambda path: path.split("/")), links
+
+
+def _is_image(path: str) -> bool:
+    return posixpath.splitext(path)[1].lower() in SUFFIXES

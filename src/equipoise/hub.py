@@ -103,7 +103,7 @@ def read_hub_folder(folder: Path) -> tuple[Checkpoint, float | None]:
         )
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
         raise UserError(
             f"{folder} is not a folder that equipoise export --to safetensors wrote, or is incomplete ({reason})"

@@ -6,10 +6,12 @@ The fingerprint is git's blob id, by which the same file is the same in every re
 
 import codecs
 import hashlib
+import io
 import json
 import os
 import posixpath
-from collections.abc import Iterable, Mapping
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +22,9 @@ import numpy as np
 from equipoise.errors import UserError
 from equipoise.lists import ImageFiles, ImageList, Indices, Paths
 
+# There are not as many paths of two letters as a list longer than _LONG bytes would have lines shorter than this.
+_LONG, _SHORTEST_LINE = 2**23, 7
+_MOST_NAMED = 100_000  # classes; of more nobody reads the names
 _MOST_CLASSES = 1_000_000  # a larger label is a mistake: a year, an image id
 
 
@@ -120,11 +125,11 @@ def absent_list(root: Path, benchmark: str, part: str) -> UserError:
     )
 
 
-def read_list(file: Path) -> ListFile:
+def read_list(file: Path, allow_outside: bool = False) -> ListFile:
     """A list file, or iNaturalist's official JSON as the list that it stands for.
 
     A line is a path, white space and a whole number; a path may have spaces. Empty lines are passed over. Raises
-    UserError naming the file and the line.
+    UserError naming the file and the line, for a path that leaves the data folder too, unless `allow_outside`.
     """
     try:
         content = file.read_bytes()
@@ -134,7 +139,7 @@ def read_list(file: Path) -> ListFile:
     if file.suffix == ".json":
         content = _from_annotations(content, file)
     text = content.removeprefix(codecs.BOM_UTF8)
-    paths, labels_N = _all_at_once(text) or _line_by_line(text, file)
+    paths, labels_N = _all_at_once(text) or _line_by_line(text, file, allow_outside)
     return ListFile(file, content, paths, labels_N)
 
 
@@ -146,12 +151,15 @@ _UNUSUAL = (
     b"  ", b" \n", b"\n ", b"\n\n", b"\n/", b"\n\\",
 )
 # fmt: on
+_USUAL_LINE = 16  # bytes; what is kept for each line at once would be many times as long as shorter ones are
 _DIGITS = len(str(_MOST_CLASSES - 1))
 
 
 def _all_at_once(content: bytes) -> tuple[Paths, Indices] | None:
     """Paths and labels of an ordinary list, a million lines a second; None for one that has to be read line by line."""
     if not content or content[0] in b" /\\\n" or any(text in content for text in _UNUSUAL):
+        return None
+    if len(content) < _USUAL_LINE * content.count(b"\n"):
         return None
     characters = np.frombuffer(content, np.uint8)
     ends_N = np.flatnonzero(characters == ord("\n"))
@@ -176,10 +184,20 @@ def _all_at_once(content: bytes) -> tuple[Paths, Indices] | None:
     return Paths(content, starts_N, blank_N), labels_N
 
 
-def _line_by_line(content: bytes, file: Path) -> tuple[Paths, Indices]:
-    paths: list[str] = []
-    labels: list[int] = []
-    for number, line in enumerate(content.split(b"\n"), 1):
+def _line_by_line(content: bytes, file: Path, allow_outside: bool) -> tuple[Paths, Indices]:
+    lines = content.count(b"\n")
+    if len(content) > _LONG and len(content) < _SHORTEST_LINE * lines:
+        raise UserError(f"the list {file} has {lines:,} lines too short to be as many images; is it a list of images?")
+    labels = array("q")  # of whole numbers: objects would be many times as long as short lines are
+    paths = Paths.of(_lines(content, file, allow_outside, labels))
+    if not len(paths):
+        raise UserError(f"the list {file} names no images")
+    return paths, np.frombuffer(labels, np.int64)
+
+
+def _lines(content: bytes, file: Path, allow_outside: bool, labels: "array[int]") -> Iterator[str]:
+    """The path of every line; its label is appended to `labels`."""
+    for number, line in enumerate(io.BytesIO(content), 1):
         words = line.rsplit(None, 1)
         if not words:
             continue
@@ -189,21 +207,32 @@ def _line_by_line(content: bytes, file: Path) -> tuple[Paths, Indices]:
         path = os.fsdecode(words[0].strip())
         if len(words[1]) > 9 or int(words[1]) >= _MOST_CLASSES:
             raise UserError(f"{file}, line {number}: label {words[1].decode()[:20]} is out of range")
-        if path.startswith(("/", "\\")) or ".." in path.split("/") or "\0" in path:
-            raise UserError(f"{file}, line {number}: the path '{path}' leaves the data folder; write it relative to it")
-        paths.append(posixpath.normpath(path))
+        if "\0" in path:
+            raise UserError(f"{file}, line {number}: the path has a zero byte in it")
+        if not allow_outside and (path.startswith(("/", "\\")) or ".." in path.split("/")):
+            raise UserError(
+                f"{file}, line {number}: the path '{path[:200]}' leaves the data folder; write it relative to it, or "
+                "allow it with --allow-outside"
+            )
         labels.append(int(words[1]))
-    if not paths:
-        raise UserError(f"the list {file} names no images")
-    return Paths.of(paths), np.array(labels, np.int64)
+        yield posixpath.normpath(path)
 
 
 def _from_annotations(content: bytes, file: Path) -> bytes:
     """iNaturalist's JSON as the canonical list: one line `file_name category_id` an image, in the order of `images`."""
+    # What Python keeps for a value, a piece of text and a list, in bytes: a file of nothing but brackets would take
+    # twenty times its size. The official files take five times.
+    brackets = content.count(b"[") + content.count(b"{")
+    needed = 36 * content.count(b",") + 12 * content.count(b'"') + 28 * brackets
+    # Of an object only what is needed is kept, but not before all of it was read.
+    if needed > 8 * len(content) + 2**24 or content.count(b":") > 50 * content.count(b"{") + 100_000:
+        raise UserError(
+            f"{file} is not iNaturalist's JSON: it is nearly all brackets or names; take the official file anew"
+        )
     try:
-        table: Any = json.loads(content)
-        categories = {entry["image_id"]: entry["category_id"] for entry in table["annotations"]}
-        lines = [f"{image['file_name']} {categories[image['id']]}\n" for image in table["images"]]
+        table: Any = json.loads(content, object_hook=_needed)
+        categories = dict(table["annotations"])
+        return "".join(f"{name} {categories[image]}\n" for image, name in table["images"]).encode()
     except (ValueError, RecursionError):
         raise UserError(f"{file} is not valid JSON; take the official file anew") from None
     except (KeyError, TypeError) as error:
@@ -211,7 +240,17 @@ def _from_annotations(content: bytes, file: Path) -> bytes:
         raise UserError(
             f"{file} is not iNaturalist's JSON (images and annotations with image_id and category_id){missing}"
         ) from None
-    return "".join(lines).encode()
+
+
+def _needed(entry: dict[str, Any]) -> object:
+    """What a list needs of an object of iNaturalist's JSON; all the rest would fill the memory."""
+    if "file_name" in entry:
+        if not isinstance(entry["file_name"], str) or "\n" in entry["file_name"]:
+            raise ValueError("a file's name is a line of text")
+        return entry["id"], entry["file_name"]
+    if "image_id" in entry:
+        return entry["image_id"], entry["category_id"]
+    return entry if "images" in entry or "annotations" in entry else None
 
 
 def image_lists(files: Mapping[str, ListFile], root: Path) -> tuple[dict[str, ImageList], list[str]]:
@@ -242,7 +281,7 @@ def _class_names(files: Iterable[ListFile], classes: int) -> tuple[tuple[str, ..
     numbers = tuple(str(label) for label in range(classes))
     names: dict[int, str] = {}
     notes: list[str] = []
-    for read in files:
+    for read in files if classes <= _MOST_NAMED else ():
         labels, first, which_N = np.unique(read.labels_N, return_index=True, return_inverse=True)
         if (read.paths.folder_hashes != read.paths.folder_hashes[first][which_N]).any():
             return numbers, notes
@@ -287,6 +326,28 @@ def absent_images(images: ImageList) -> list[int]:
     return sorted(absent)
 
 
+def links(images: ImageList) -> Iterator[Path]:
+    """The folders of the images, and those of the images that are links: what may lead out of the data folder. Each
+    folder is listed once."""
+    assert isinstance(images.images, ImageFiles)
+    root, paths = images.images.root, images.images.paths
+    linked: dict[str, set[str]] = {}
+    for index in np.unique(paths.folder_hashes, return_index=True)[1].tolist():
+        folder = paths[index].rpartition("/")[0]
+        yield root / folder
+        try:
+            with os.scandir(root / folder) as entries:
+                names = {entry.name for entry in entries if entry.is_symlink()}
+        except OSError:  # not there: see `absent_images`
+            continue
+        if names:
+            linked[folder] = names
+    for path in paths if linked else ():
+        folder, _, name = path.rpartition("/")
+        if name in linked.get(folder, ()):
+            yield root / path
+
+
 def absence(images: ImageList, absent: list[int]) -> str:
     """One line about the images of a list that are not there."""
     assert isinstance(images.images, ImageFiles)
@@ -301,14 +362,13 @@ def overlap(one: ImageList, other: ImageList) -> str | None:
     """One line about images that are in both lists; None where there are none."""
     assert isinstance(one.images, ImageFiles)
     assert isinstance(other.images, ImageFiles)
-    mine, theirs = one.images.paths, other.images.paths
-    seen = set(mine.take(np.flatnonzero(np.isin(mine.hashes, theirs.hashes))))
-    both = [path for path in theirs.take(np.flatnonzero(np.isin(theirs.hashes, mine.hashes))) if path in seen]
-    if not both:
+    hashes_N = other.images.paths.hashes
+    both_N = np.isin(hashes_N, one.images.paths.hashes)
+    if not both_N.any():
         return None
     return (
-        f"{len(set(both)):,} images of {other.origin} are in {one.origin} too (first: {both[0]}): figures on them "
-        "would be too good"
+        f"{len(np.unique(hashes_N[both_N])):,} images of {other.origin} are in {one.origin} too (first: "
+        f"{other.images.paths[int(both_N.argmax())]}): figures on them would be too good"
     )
 
 
@@ -323,7 +383,10 @@ def identity(read: ListFile) -> str:
 def _departure(read: ListFile, expected: Published) -> str:
     """What sets a list apart from the published one that it stands for."""
     told = f"{read.file} is not the published {expected.name} (git blob {expected.blob}): "
-    if git_blob(b"\n".join(line.strip() for line in read.content.split(b"\n"))) == expected.blob:
+    bare = bytearray()
+    for line in io.BytesIO(read.content):
+        bare += line.strip() + (b"\n" if line.endswith(b"\n") else b"")
+    if git_blob(bytes(bare)) == expected.blob:
         return f"{told}it differs in white space alone (line ends)"
     return (
         f"{told}that has {expected.images:,} images of {expected.classes:,} classes, this one {len(read.paths):,} of "
@@ -342,18 +405,22 @@ def departures(read: ListFile, classes: int, of_training: bool, expected: Publis
             f"{read.file}: the labels are not contiguous: {len(gaps):,} of 0 to {classes - 1} have no image "
             f"(first: {gaps[0]})"
         )
-    if len(np.unique(read.paths.hashes)) < len(read.paths):
-        labels_of: dict[str, list[int]] = {}
-        for path, label in zip(read.paths, read.labels_N.tolist(), strict=True):
-            labels_of.setdefault(path, []).append(label)
-        repeated = {path: labels for path, labels in labels_of.items() if len(labels) > 1}
-        if not repeated:
-            return found
-        contradictory = [path for path, labels in repeated.items() if len(set(labels)) > 1]
-        first = next(iter(repeated))
-        said = f"{read.file}: {len(repeated):,} images are in it more than once (first: {first})"
-        if contradictory:
-            labels = ", ".join(map(str, sorted(set(repeated[contradictory[0]]))))
-            said += f", {len(contradictory):,} of them with different labels (first: {contradictory[0]}: {labels})"
-        found.append(said)
-    return found
+    return found + _repetitions(read)
+
+
+def _repetitions(read: ListFile) -> list[str]:
+    hashes_N, labels_N = read.paths.hashes, read.labels_N
+    order = np.lexsort((labels_N, hashes_N))
+    hashes, labels = hashes_N[order], labels_N[order]
+    again = hashes[1:] == hashes[:-1]
+    if not again.any():
+        return []
+    repeated = np.unique(hashes[1:][again])
+    first = int(np.isin(hashes_N, repeated).argmax())
+    said = f"{read.file}: {len(repeated):,} images are in it more than once (first: {read.paths[first]})"
+    contradictory = np.unique(hashes[1:][again & (labels[1:] != labels[:-1])])
+    if len(contradictory):
+        first = int(np.isin(hashes_N, contradictory).argmax())
+        told = ", ".join(map(str, np.unique(labels_N[hashes_N == hashes_N[first]])))
+        said += f", {len(contradictory):,} of them with different labels (first: {read.paths[first]}: {told})"
+    return [said]

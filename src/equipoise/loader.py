@@ -3,44 +3,64 @@
 `SmallImages` keeps the decoded images in memory and makes the views of a whole batch at once, on the device that
 trains. `Photographs` decodes files in worker processes. Both give the same numbers for any number of workers,
 because every random number comes from (seed, epoch, index).
+
+With `skip`, an image that cannot be read is no error: in training another of its class stands in for it
+(`pixels.stand_ins`), in evaluation it is left out, and `bad` says which they were.
 """
 
-import os
 import signal
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from equipoise.distributed import ALONE, World
 from equipoise.draws import permutation
 from equipoise.errors import UserError
 from equipoise.lists import ImageList
-from equipoise.pixels import decode, decode_all
+from equipoise.pixels import (
+    BadImageError,
+    Pixels,
+    decode,
+    decode_all,
+    decode_another,
+    no_image_left,
+    stand_ins,
+    usable_cores,
+)
 from equipoise.views import ViewSettings, evaluation_view, photo_views, small_views
 
 Indices = npt.NDArray[np.int64]
 
 _SECONDS_AFTER_SIGTERM = 60
+_NOTHING = -1  # the index that no image has
 
 
 @dataclass(frozen=True)
 class Batch:
     """`images_VB3SS`: uint8, of this rank; evaluation batches have one view. `labels_G`: of the whole batch, of which
-    `rows` are this rank's. A rank without rows has images all the same, which do not count. All on the device."""
+    `rows` are this rank's. A rank without rows has images all the same, which do not count. All on the device. `bad`:
+    by index, those of these images that could not be read."""
 
     images_VB3SS: Tensor
     labels_G: Tensor
     rows: slice
+    bad: Mapping[int, BadImageError] = field(default_factory=dict[int, BadImageError])
 
 
 class Batches(Protocol):
-    """What training and evaluation read from."""
+    """What training and evaluation read from. `bad`: by index, the images that this rank could not read so far."""
+
+    bad: dict[int, BadImageError]
 
     def training(self, seed: int, epoch: int, batch_size: int, first_step: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from its step `first_step` on, of each this rank's share."""
@@ -66,20 +86,25 @@ def worker_count(workers: int, local_ranks: int = 1) -> int:
     """Loader processes: -1 means one for each core this process may use, of which it has its share."""
     if workers >= 0:
         return workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // local_ranks)
+    return max(1, usable_cores() // local_ranks)
 
 
 def open_batches(
-    images: ImageList, settings: ViewSettings, device: torch.device, workers: int = 0, world: World = ALONE
+    images: ImageList,
+    settings: ViewSettings,
+    device: torch.device,
+    workers: int = 0,
+    world: World = ALONE,
+    skip: bool = False,
 ) -> "Batches":
     """The loader that fits the policy: images of `digits` and `cifar` are decoded now and stay in memory.
 
-    Raises UserError naming an image that cannot be read: here, or, of photographs, when their turn comes.
+    Raises UserError naming an image that cannot be read, or with `skip` a class of which none can: here, or, of
+    photographs, when their turn comes.
     """
     if settings.policy == "photos":
-        return Photographs(images, settings, device, workers, world)
-    return SmallImages(images, settings, device, world)
+        return Photographs(images, settings, device, workers, world, skip)
+    return SmallImages(images, settings, device, world, skip)
 
 
 def _epoch_batches(images: int, seed: int, epoch: int, batch_size: int) -> list[Indices]:
@@ -102,14 +127,34 @@ def _share(indices_G: Indices, world: World) -> tuple[Indices, slice]:
 class SmallImages:
     """Images of one size, in memory; views are made batch-wise on the device."""
 
-    def __init__(self, images: ImageList, settings: ViewSettings, device: torch.device, world: World = ALONE) -> None:
-        self._pixels_NSS3 = torch.from_numpy(decode_all(images, settings.size))
+    def __init__(
+        self,
+        images: ImageList,
+        settings: ViewSettings,
+        device: torch.device,
+        world: World = ALONE,
+        skip: bool = False,
+    ) -> None:
+        pixels_NSS3, self.bad = decode_all(images, settings.size, skip)
+        self._pixels_NSS3 = torch.from_numpy(pixels_NSS3)
         self._labels_N = torch.from_numpy(images.labels_N)
+        self._images = images
         self._settings = settings
         self._device = device
         self._world = world
         # The operations need float64 here and there, which Apple's devices do not have.
         self._view_device = torch.device("cpu") if device.type == "mps" else device
+
+    @cached_property
+    def _shown(self) -> Indices:
+        """Which image is shown in the place of each: itself, or what stands in for it."""
+        shown_N = np.arange(len(self._images))
+        for index in self.bad:
+            others = [other for other in stand_ins(self._images, index) if other not in self.bad]
+            if not others:
+                raise no_image_left(self._images, int(self._images.labels_N[index]))
+            shown_N[index] = others[0]
+        return shown_N
 
     def _gather(self, indices_B: Indices) -> Tensor:
         return self._pixels_NSS3[torch.from_numpy(indices_B)].to(self._view_device).permute(0, 3, 1, 2)
@@ -117,12 +162,14 @@ class SmallImages:
     def training(self, seed: int, epoch: int, batch_size: int, first_step: int = 0) -> Iterator[Batch]:
         for indices_G in _epoch_batches(len(self._labels_N), seed, epoch, batch_size)[first_step:]:
             indices_B, rows = _share(indices_G, self._world)
-            views = small_views(self._gather(indices_B), self._settings, seed, epoch, indices_B)
+            views = small_views(self._gather(self._shown[indices_B]), self._settings, seed, epoch, indices_B)
             labels_G = self._labels_N[torch.from_numpy(indices_G)]
             yield Batch(views.to(self._device), labels_G.to(self._device), rows)
 
     def evaluation(self, batch_size: int) -> Iterator[Batch]:
-        for indices_B in _in_order(len(self._labels_N), batch_size, self._world):
+        readable_N = np.setdiff1d(np.arange(len(self._labels_N)), list(self.bad))
+        for rows in _in_order(len(readable_N), batch_size, self._world):
+            indices_B = readable_N[rows]
             labels_B = self._labels_N[torch.from_numpy(indices_B)]
             yield Batch(
                 self._gather(indices_B)[None].to(self._device), labels_B.to(self._device), slice(0, len(indices_B))
@@ -146,15 +193,24 @@ class Photographs:
     """Image files of any size, decoded and made into views by `workers` processes (0: this one)."""
 
     def __init__(
-        self, images: ImageList, settings: ViewSettings, device: torch.device, workers: int, world: World = ALONE
+        self,
+        images: ImageList,
+        settings: ViewSettings,
+        device: torch.device,
+        workers: int,
+        world: World = ALONE,
+        skip: bool = False,
     ) -> None:
+        self.bad: dict[int, BadImageError] = {}
         self._images = images
         self._device = device
         self._world = world
         self._tasks: list[_Task] = []
+        # What each worker reads, in memory that all of them see: a dead one cannot say it any more.
+        self._reading_W = torch.full((max(workers, 1),), _NOTHING).share_memory_()
         # The sampler is the list that `_run` refills, so that one set of worker processes serves all epochs.
         self._loader: DataLoader[Batch | UserError] | None = DataLoader(
-            _BatchMaker(images, settings),
+            _BatchMaker(images, settings, skip, self._reading_W),
             batch_size=None,
             sampler=_Refillable(self._tasks),
             num_workers=workers,
@@ -174,15 +230,55 @@ class Photographs:
 
     def _run(self, tasks: Sequence[_Task]) -> Iterator[Batch]:
         self._tasks[:] = tasks
-        assert self._loader is not None, "it is closed"
-        for batch in self._loader:
+        batches = self._start()
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except (RuntimeError, OSError, EOFError) as error:  # torch's word for it, or a broken connection
+                # The connection breaks before the process is gone, which takes a while if it is dumped.
+                death = self._death(wait_for=1 if isinstance(error, RuntimeError) else 60)
+                if death is None:
+                    raise
+                raise death from None
             if isinstance(batch, UserError):
                 raise batch
+            self.bad.update(batch.bad)
             yield replace(
                 batch,
                 images_VB3SS=batch.images_VB3SS.to(self._device, non_blocking=True),
                 labels_G=batch.labels_G.to(self._device, non_blocking=True),
             )
+
+    def _start(self) -> Iterator["Batch | UserError"]:
+        """The loader's batches. torch would let the death of a worker raise an error in whatever line this process is
+        at just then; here it is noticed where its batch is waited for, at most five seconds later."""
+        assert self._loader is not None, "it is closed"
+        if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+            return iter(self._loader)  # then torch sets no handler either
+        handler = signal.getsignal(signal.SIGCHLD)
+        try:
+            return iter(self._loader)
+        finally:
+            signal.signal(signal.SIGCHLD, handler)
+
+    def _death(self, wait_for: float) -> UserError | None:
+        """What to say of a worker that is dead, or dies within so many seconds; None where all live."""
+        iterator = self._loader._iterator if self._loader else None  # pyright: ignore[reportPrivateUsage]
+        workers: list[BaseProcess] = getattr(iterator, "_workers", [])
+        dying = wait([worker.sentinel for worker in workers], wait_for if workers else 0)
+        for worker, reading in zip(workers, self._reading_W.tolist(), strict=False):
+            worker.join(5 if worker.sentinel in dying else 0)  # its files are closed before it has ended
+            code = worker.exitcode
+            if code is not None:
+                how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended with code {code}"
+                last = self._images.images.name(reading) if reading != _NOTHING else "none yet"
+                return UserError(
+                    f"a loader process {how}; the image it read or was reading last: {last}; if memory ran out, take "
+                    "fewer of them (--workers) or smaller images"
+                )
+        return None
 
     def close(self) -> None:
         self._loader = None  # its end is the workers' end
@@ -202,21 +298,40 @@ class _Refillable:
 class _BatchMaker(Dataset["Batch | UserError"]):
     """Runs in the workers. An error is returned, not raised: torch would wrap it in a traceback of the worker."""
 
-    def __init__(self, images: ImageList, settings: ViewSettings) -> None:
+    def __init__(self, images: ImageList, settings: ViewSettings, skip: bool, reading_W: Tensor) -> None:
         self._images = images
         self._settings = settings
+        self._skip = skip
+        self._reading_W = reading_W
 
     def __getitem__(self, task: _Task) -> "Batch | UserError":  # pyright: ignore[reportIncompatibleMethodOverride]
-        labels_G = torch.from_numpy(self._images.labels_N[task.indices_G])
+        bad: dict[int, BadImageError] = {}
         try:
-            photos = [decode(self._images, int(index)) for index in task.indices_B]
+            photos = [self._photo(index, task, bad) for index in task.indices_B.tolist()]
         except UserError as error:
             return error
-        if task.seed_and_epoch is None:
-            views = np.stack([evaluation_view(photo, self._settings.size) for photo in photos])
-            return Batch(torch.from_numpy(views).permute(0, 3, 1, 2)[None], labels_G, task.rows)
-        seed, epoch = task.seed_and_epoch
-        return Batch(photo_views(photos, self._settings, seed, epoch, task.indices_B), labels_G, task.rows)
+        read = [photo for photo in photos if photo is not None]
+        if task.seed_and_epoch is not None:  # then every photograph has something that stands in for it
+            views_VB3SS = photo_views(read, self._settings, *task.seed_and_epoch, task.indices_B)
+            return Batch(views_VB3SS, torch.from_numpy(self._images.labels_N[task.indices_G]), task.rows, bad)
+        labels_B = self._images.labels_N[[index for index in task.indices_B.tolist() if index not in bad]]
+        views = np.empty((len(read), self._settings.size, self._settings.size, 3), np.uint8)
+        for row, photo in enumerate(read):
+            views[row] = evaluation_view(photo, self._settings.size)
+        images_1B3SS = torch.from_numpy(views).permute(0, 3, 1, 2)[None]
+        return Batch(images_1B3SS, torch.from_numpy(labels_B), slice(0, len(read)), bad)
+
+    def _photo(self, index: int, task: _Task, bad: dict[int, BadImageError]) -> Pixels | None:
+        """The image, or what stands in for it; None for one that evaluation leaves out."""
+        worker = get_worker_info()
+        self._reading_W[worker.id if worker else 0] = index
+        try:
+            return decode(self._images, index)
+        except BadImageError as error:
+            if not self._skip:
+                raise
+            bad[index] = error
+            return None if task.seed_and_epoch is None else decode_another(self._images, index)
 
 
 def _start_worker(_: int) -> None:

@@ -5,11 +5,14 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+T = TypeVar("T")
 
 _SECONDS_BETWEEN_PLAIN_LINES = 10.0
 
@@ -91,6 +94,21 @@ def _length_of_done(file: Path, epoch: int, step: int) -> int:
                 break
             length += len(line)
     return length
+
+
+def counted(items: Iterable[T], total: int, what: str) -> Iterator[T]:
+    """The items, with a line of progress about them: `what` is done to `total` images. See `ProgressLine`."""
+    terminal = sys.stdout.isatty()
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
+    last = time.monotonic()
+    with Progress(*columns, transient=True, disable=not terminal) as bar:
+        task = bar.add_task(what, total=total)
+        for done, item in enumerate(items, 1):
+            yield item
+            bar.advance(task)
+            if not terminal and (done == total or time.monotonic() - last > _SECONDS_BETWEEN_PLAIN_LINES):
+                print(f"{what}: {done:,} of {total:,} images", flush=True)
+                last = time.monotonic()
 
 
 class ProgressLine:

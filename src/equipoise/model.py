@@ -6,7 +6,7 @@ N images that pass the encoder together.
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from equipoise.backbones import create_encoder
-from equipoise.batchnorm import resting_averages
+from equipoise.batchnorm import resting_averages, synchronise
 
 COSINE_SCALE = 30.0
 
@@ -69,6 +69,13 @@ class TwoBranchNetwork(nn.Module):
     def forward(self, images_N3HW: Tensor) -> Tensor:
         """`logits_NC` of uint8 images, with no prior added: their argmax is the prediction."""
         return self._classify(self._encode(images_N3HW))
+
+    def synchronise_batch_norm(self, device: torch.device) -> None:
+        """Let BatchNorm be over the images of all ranks. The rows of the prototypes' projection are the classes, the
+        same on every rank."""
+        self.encoder = synchronise(self.encoder, device)
+        if self.projection is not None:
+            self.projection = cast("nn.Sequential", synchronise(self.projection, device))
 
     def training_outputs(self, images_VB3HW: Tensor, micro_batch: int = 0) -> Outputs:
         """What the losses need of a training batch of uint8 images: view 0 is the classifier's, the others (V of the

@@ -5,6 +5,7 @@ Shapes: B images of a batch, N of the list, C classes, D width of the contrastiv
 groups, K bins of a cosine, M images of the map.
 """
 
+import itertools
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from equipoise.distributed import World
 from equipoise.metrics import GROUPS, shot_group
 from equipoise.model import TwoBranchNetwork
 
@@ -30,13 +32,14 @@ class Observation:
 
     def __init__(self, classes: int, temperature: float | None = None) -> None:
         self._classes = classes
+        self._mapped_of_each = max(1, _MAPPED // classes)
         self._temperature = temperature
         self._calibrated_B: list[Tensor] = []
         self._labels_B: list[Tensor] = []
         self._sums: dict[str, Tensor] = {}
         self._mapped_C = torch.zeros(classes, dtype=torch.int64)
         self._map_BF: list[Tensor] = []
-        self._map_rows_B: list[Tensor] = []
+        self._map_rows_B: list[Tensor] = []  # within their batch
 
     @contextmanager
     def watch(self, network: TwoBranchNetwork) -> Generator[Callable[[Tensor, Tensor], None]]:
@@ -68,16 +71,31 @@ class Observation:
 
     def _add_to_map(self, labels_B: Tensor, hidden_BF: Tensor) -> None:
         """The first few images of each class."""
-        rank_B = (labels_B[:, None] == labels_B).tril(-1).sum(1) + self._mapped_C[labels_B]
-        rows_B = torch.nonzero(rank_B < max(1, _MAPPED // self._classes))[:, 0]
+        rows_B = torch.nonzero(_place_in_class(labels_B) + self._mapped_C[labels_B] < self._mapped_of_each)[:, 0]
         self._mapped_C += torch.bincount(labels_B, minlength=self._classes)
         self._map_BF.append(F.normalize(hidden_BF[rows_B.to(hidden_BF.device)], dim=1).half().cpu())
-        self._map_rows_B.append(rows_B + sum(map(len, self._labels_B)))
+        self._map_rows_B.append(rows_B)
 
     def _add_directions(self, space: str, vectors_BF: Tensor, labels_B: Tensor) -> None:
         if space not in self._sums:
-            self._sums[space] = vectors_BF.new_zeros(self._classes, vectors_BF.shape[1])
-        self._sums[space].index_add_(0, labels_B, F.normalize(vectors_BF, dim=1))
+            self._sums[space] = torch.zeros(self._classes, vectors_BF.shape[1], dtype=torch.float64)
+        self._sums[space].index_add_(0, labels_B.cpu(), F.normalize(vectors_BF, dim=1).cpu().double())
+
+    def gather(self, world: World) -> None:
+        """Take together what the ranks have seen, of which each had batches in its turn."""
+        if world.size == 1:
+            return
+        mine = list(zip(self._labels_B, self._map_BF, self._map_rows_B, strict=True))
+        self._labels_B, self._map_BF, self._map_rows_B = map(list, zip(*world.gather_in_turn(mine), strict=True))
+        self._calibrated_B = world.gather_in_turn(self._calibrated_B)
+        # A rank without a batch does not know the widths.
+        widths = dict(
+            pair
+            for of_rank in world.gather_objects({name: sums.shape[1] for name, sums in self._sums.items()})
+            for pair in of_rank.items()
+        )
+        for space, width in sorted(widths.items()):
+            world.sum(self._sums.setdefault(space, torch.zeros(self._classes, width, dtype=torch.float64)))
 
     def calibrated(self) -> Table:
         """`calibrated_N`: the softmax probability of the prediction at the temperature; nothing without one."""
@@ -92,18 +110,21 @@ class Observation:
         what a ReLU puts out has no negative cosines otherwise. `*_spread_C`: 1 - the mean cosine between two images
         of the class; NaN with fewer than two. `map_MF`: unit features of the images `map_rows_M`.
         """
-        counts_C = torch.bincount(torch.cat(self._labels_B), minlength=self._classes).double()
+        labels_N = torch.cat(self._labels_B)
+        counts_C = torch.bincount(labels_N, minlength=self._classes).double()
         groups_C = torch.tensor([GROUPS.index(shot_group(count)) for count in train_counts_C])
-        map_rows = torch.cat(self._map_rows_B)
+        starts = itertools.accumulate(map(len, self._labels_B), initial=0)
+        map_rows = torch.cat([rows_B + start for rows_B, start in zip(self._map_rows_B, starts, strict=False)])
+        # Each rank has kept the first of its own.
+        kept = torch.nonzero(_place_in_class(labels_N[map_rows]) < self._mapped_of_each)[:, 0]
         # Of more classes than a map can show, evenly many.
-        shown_M = torch.linspace(0, len(map_rows) - 1, min(_MAPPED, len(map_rows))).long()
+        shown_M = kept[torch.linspace(0, len(kept) - 1, min(_MAPPED, len(kept))).long()]
         table: Table = {
             "map_MF": torch.cat(self._map_BF)[shown_M].numpy(),
             "map_rows_M": map_rows[shown_M].numpy(),
         }
         seen_C = counts_C > 0
         for space, sums_CF in self._sums.items():
-            sums_CF = sums_CF.cpu()
             table[f"{space}_spread_C"] = _spread(sums_CF, counts_C)
             means_CF = sums_CF[seen_C] / counts_C[seen_C, None]
             table[f"{space}_means_cosines_GK"] = count_cosines(means_CF, groups_C[seen_C], space == "encoder")
@@ -114,6 +135,13 @@ class Observation:
                 prototypes_CD = network.prototype_projection(network.classifier.weight).cpu()
                 table["prototypes_cosines_GK"] = count_cosines(prototypes_CD, groups_C, False)
         return table
+
+
+def _place_in_class(labels_B: Tensor) -> Tensor:
+    """Of each, how many before it have its label."""
+    order = labels_B.argsort(stable=True)
+    first = torch.searchsorted(labels_B[order], labels_B[order])
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order)) - first)
 
 
 def confidence_at(logits_NC: Tensor, temperature: float) -> Tensor:

@@ -15,7 +15,7 @@ from equipoise.checkpoint import atomic_file
 from equipoise.errors import UserError
 from equipoise.lists import EncodedImages, Found, ImageFiles, ImageList, Paths
 from equipoise.packed import SUFFIX, read_about, write_packed
-from equipoise.pixels import content_of, decode, unreadable
+from equipoise.pixels import BadImageError, bad_images, content_of, decode
 from equipoise.sources import disagreements
 
 _QUALITY = 90  # of JPEG: short sides of 256 pixels take 30 kB
@@ -36,8 +36,8 @@ def pack(found: Found, benchmark: str, out: Path, short_side: int, workers: int)
     for part in found.parts.values():
         if not isinstance(part.images, ImageFiles | EncodedImages):
             raise UserError(f"{part.origin} needs no packing: its images are in one file already")
-        for error in unreadable(part):
-            raise error
+        for error in filter(None, bad_images(part)):
+            raise _unpackable(error)
     _claim(out, [f"{name}{SUFFIX}" for name in found.parts])
     told: list[str] = []
     for name, images in found.parts.items():
@@ -94,6 +94,10 @@ def _encoded(images: ImageList, short_side: int, workers: int) -> Generator[tupl
             yield content, zlib.crc32(content)
 
 
+def _unpackable(error: BadImageError) -> UserError:
+    return UserError(f"{error.fault}; repair or remove it")
+
+
 _work: tuple[ImageList, int]  # of this process
 
 
@@ -107,8 +111,8 @@ def _encode(index: int) -> bytes | UserError:
     images, short_side = _work
     try:
         pixels = decode(images, index)  # of small ones too: what is broken must not be packed
-    except UserError as error:
-        return error
+    except BadImageError as error:
+        return _unpackable(error)
     height, width = pixels.shape[:2]
     if min(height, width) <= short_side:
         return content_of(images, index)

@@ -74,7 +74,27 @@ def _open(path: Path) -> tuple[MappedFile, dict[str, Any], int, bytes]:
     whole = end == _END and index <= described <= last
     if not whole or hashlib.sha256(mapped.content[index:last].data).digest() != digest:
         raise UserError(f"{path} is damaged or was not copied whole; copy it again, or pack the images anew")
-    return mapped, json.loads(mapped.content[described:last].tobytes()), -(-index // 64) * 64, digest
+    return mapped, _description(mapped.content[described:last].tobytes(), path), -(-index // 64) * 64, digest
+
+
+def _description(content: bytes, path: Path) -> dict[str, Any]:
+    """What a file says of itself, if that is of its kind: a checksum may be put right by whoever changes a file."""
+    kinds = {"part": str, "kind": str, "benchmark": str, "divided": bool, "named": bool, "class_names": list,
+             "images": int, "short_side": int, "fingerprint": str}  # fmt: skip
+    try:
+        about = json.loads(content)
+    except (ValueError, RecursionError):
+        about = None
+    if not isinstance(about, dict) or {name: type(about.get(name)) for name in kinds} != kinds:
+        raise _inconsistent(path)
+    names = about["class_names"]
+    if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+        raise _inconsistent(path)
+    return about
+
+
+def _inconsistent(path: Path) -> UserError:
+    return UserError(f"{path} is no file that equipoise pack wrote: its index contradicts itself; pack the images anew")
 
 
 def open_packed(files: list[Path]) -> Found:
@@ -87,16 +107,33 @@ def open_packed(files: list[Path]) -> Found:
         first = first or about
         if about["class_names"] != first["class_names"] or about["kind"] != first["kind"]:
             raise UserError(f"{path} and {files[0]} were not packed together; keep them in folders of their own")
-        count, arrays = about["images"], dict[str, npt.NDArray[Any]]()
-        for name, kind in _ARRAYS.items():
-            entries = count + 1 if name in ("ends", "name_ends") else count
-            length = entries * np.dtype(kind).itemsize
-            arrays[name] = mapped.content[start : start + length].view(kind)
-            start += length
-        ends, name_ends = arrays["ends"].astype(np.int64), arrays["name_ends"].astype(np.int64)
-        names = Paths(mapped.content[start : start + name_ends[-1]].tobytes(), name_ends[:-1], name_ends[1:])
-        images = PackedImages(mapped, digest.hex(), names, ends[:-1], ends[1:], arrays["checksums"])
-        parts[about["part"]] = ImageList(str(path), images, arrays["labels"], tuple(about["class_names"]))
-        described.append(f"{path}: {count:,} images, short sides of at most {about['short_side']} pixels")
+        images, labels_N = _images(mapped, about["images"], start, digest, path)
+        if labels_N.min() < 0 or labels_N.max() >= len(about["class_names"]):
+            raise _inconsistent(path)
+        parts[about["part"]] = ImageList(str(path), images, labels_N, tuple(about["class_names"]))
+        described.append(f"{path}: {len(images):,} images, short sides of at most {about['short_side']} pixels")
     kind = f"packed {first['kind']}"
     return Found(kind, parts, divided=first["divided"], named=first["named"], described=tuple(described))
+
+
+def _images(
+    mapped: MappedFile, count: int, start: int, digest: bytes, path: Path
+) -> tuple[PackedImages, npt.NDArray[np.int64]]:
+    """The images and their labels, by the index that begins at `start`. Raises UserError where it is no index."""
+    size = len(mapped.content)
+    arrays: dict[str, npt.NDArray[Any]] = {}
+    for name, kind in _ARRAYS.items():
+        entries = count + 1 if name in ("ends", "name_ends") else count
+        length = entries * np.dtype(kind).itemsize
+        if count < 1 or start + length > size:
+            raise _inconsistent(path)
+        arrays[name] = mapped.content[start : start + length].view(kind)
+        start += length
+    ends, name_ends = arrays["ends"], arrays["name_ends"]
+    if ends[-1] > size or start + int(name_ends[-1]) > size or (ends[1:] < ends[:-1]).any():
+        raise _inconsistent(path)
+    if (name_ends[1:] < name_ends[:-1]).any():
+        raise _inconsistent(path)
+    ends, name_ends = ends.astype(np.int64), name_ends.astype(np.int64)
+    names = Paths(mapped.content[start : start + name_ends[-1]].tobytes(), name_ends[:-1], name_ends[1:])
+    return PackedImages(mapped, digest.hex(), names, ends[:-1], ends[1:], arrays["checksums"]), arrays["labels"]

@@ -9,6 +9,8 @@ import numpy as np
 from equipoise.errors import UserError
 from equipoise.lists import PART_NAMES, EncodedImages, Found, ImageList, Indices
 
+_MOST_UNPACKED = 5  # times the size of the file; encoded images hardly pack
+
 
 def parquet_files(root: Path) -> list[Path]:
     if root.is_file():
@@ -83,9 +85,14 @@ def _read_parquet(files: list[Path], image_column: str, label_column: str) -> tu
         for column in (image_column, label_column):
             if column not in schema.names:
                 raise UserError(f"{files[0]} has no column '{column}'; it has {', '.join(schema.names)}")
+        for file in files:
+            _refuse_bomb(file, [image_column, label_column])
         table = pa.concat_tables(pq.read_table(file, columns=[image_column, label_column]) for file in files)
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{files[0]} cannot be read as Parquet: {str(error).splitlines()[0]}") from None
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file may raise anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"{files[0]} cannot be read as Parquet: {reason}") from None
     if table.num_rows == 0:
         raise UserError(f"{files[0]} has no rows")
     images = table.column(image_column)
@@ -99,6 +106,32 @@ def _read_parquet(files: list[Path], image_column: str, label_column: str) -> tu
     return images, labels.to_numpy().astype(np.int64), _class_names(schema.metadata, label_column)
 
 
+def _refuse_bomb(file: Path, columns: list[str]) -> None:
+    """Raise UserError for a file that would become far larger in memory than it is: packed too well, or one image said
+    once for many rows. To see that, it is read a few rows at a time; CIFAR-10's training part takes half a second."""
+    import pyarrow.parquet as pq
+
+    most = _MOST_UNPACKED * file.stat().st_size + 2**25
+    with pq.ParquetFile(file) as parquet:
+        metadata = parquet.metadata
+        # Of all columns: what a damaged file says of one makes pyarrow end the process.
+        sizes = [metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups)]
+        unpacked = max(sum(sizes), 8 * metadata.num_rows)
+        if unpacked <= most:
+            unpacked = 0
+            # No value is larger than its group of rows, so no batch is larger than `most`.
+            rows = max(1, min(1024, most // max([1, *sizes])))
+            for batch in parquet.iter_batches(rows, columns=columns):
+                unpacked += batch.nbytes
+                if unpacked > most:
+                    break
+    if unpacked > most:
+        raise UserError(
+            f"{file} has {file.stat().st_size:,} bytes and would take {unpacked:,} or more in memory; write it anew "
+            "with images as they are encoded, not packed further"
+        )
+
+
 def _only(columns: list[str], file: Path, what: str, field: str) -> str:
     if len(columns) == 1:
         return columns[0]
@@ -110,7 +143,8 @@ def _class_names(metadata: dict[bytes, bytes] | None, label_column: str) -> tupl
     """The names that the `datasets` library keeps in the schema's metadata, if it wrote the file."""
 
     try:
-        info = json.loads((metadata or {})[b"huggingface"])["info"]["features"][label_column]
-        return tuple(str(name) for name in info["names"])
-    except (KeyError, ValueError, TypeError):
+        names = json.loads((metadata or {})[b"huggingface"])["info"]["features"][label_column]["names"]
+    except (KeyError, ValueError, TypeError, RecursionError):
         return ()
+    distinct = isinstance(names, list) and len(set(map(str, names))) == len(names)
+    return tuple(map(str, names)) if distinct else ()

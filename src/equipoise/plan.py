@@ -15,18 +15,21 @@ import torch
 
 from equipoise.checkpoint import LAST, PREVIOUS, Checkpoint, load_checkpoint
 from equipoise.device import choose_device, choose_precision
-from equipoise.distributed import ALONE, SharedError, World
-from equipoise.errors import UserError
+from equipoise.distributed import ALONE, World
+from equipoise.errors import SharedError, UserError
 from equipoise.listfiles import BENCHMARKS, find_list
-from equipoise.lists import DIGITS, Parts, imbalance_factor
+from equipoise.lists import DIGITS, ImageList, Parts, imbalance_factor
 from equipoise.loader import steps_per_epoch
-from equipoise.pixels import unreadable
+from equipoise.pixels import bad_images, no_image_left
 from equipoise.recipe import Recipe, field_value, load_recipe, recipe_fields
-from equipoise.run import LISTS, LOCK, METRICS, RECIPE, RECORD, find_checkpoint, open_data, source_of
+from equipoise.run import LISTS, LOCK, METRICS, RECIPE, RECORD, find_checkpoint, open_data, read_json, source_of
 
 AUTO = "auto"  # --resume auto: find out which run
 # Fields that say where and how is computed, not what: they may differ where a run goes on, and between ranks.
-_FREE = {"name", "summary", "device", "precision", "workers", "log_every", "checkpoint_minutes"}
+_FREE = {
+    *("name", "summary", "device", "precision", "workers", "log_every", "checkpoint_minutes"),
+    *("data.on_bad_image", "data.allow_outside"),
+}
 _FREE_IN_RESUME = {*_FREE, "epochs", "model.pretrained", "model.weights"}  # how long, and what it started from
 _PLACES = ("path", "train_list", "val_list", "test_list")
 
@@ -34,23 +37,26 @@ _PLACES = ("path", "train_list", "val_list", "test_list")
 @dataclass(frozen=True)
 class Resumed:
     """The checkpoint from which a run goes on. `in_place`: in the run folder that it lies in. `remark`: where it is not
-    the last one, why."""
+    the last one, why. `processes`: how many have trained it, if that is known."""
 
     path: Path
     checkpoint: Checkpoint
     in_place: bool
     remark: str = ""
+    processes: int | None = None
 
 
 @dataclass(frozen=True)
 class Place:
     """Where a run is to be written. `named`: by the user; else another name will do if it is taken meanwhile. `taken`:
-    a run's own folder, in which it goes on, or begins again if it had no checkpoint yet."""
+    a run's own folder, in which it goes on, or begins again if it had no checkpoint yet. `done`: that run is finished;
+    torchrun has started the processes anew for what comes after it."""
 
     folder: Path
     named: bool
     taken: bool
     resumed: Resumed | None
+    done: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,6 +113,8 @@ class Plan:
         }
 
     def _resumed_from(self) -> str:
+        if self.place.done:
+            return "no further: it is finished"
         if self.resumed is None:
             return "from its beginning: it had no checkpoint yet"
         checkpoint, remark = self.resumed.checkpoint, self.resumed.remark
@@ -117,6 +125,9 @@ class Plan:
             steps += (
                 f"; {self.recipe.epochs} epochs instead of {checkpoint.recipe.epochs}: so the learning rate changes"
             )
+        before, now = self.resumed.processes, self.world.size
+        if before not in (None, now) and self.recipe.model.batch_norm == "per-rank":
+            steps += f"; {now} processes instead of {before}: so BatchNorm is over more or fewer images at a time"
         return f"{steps} ({remark})" if remark else steps
 
 
@@ -135,6 +146,8 @@ def prepare(
     place = world.first_makes(lambda: _find_place(recipe, out, resume, world))
     plan = world.each_makes(lambda: _prepare(recipe, place, world))
     _refuse_different_ranks(plan)
+    for part in plan.parts.named().values():
+        _refuse_bad_images(part, plan)
     return plan
 
 
@@ -173,10 +186,6 @@ def _prepare(recipe: Recipe, place: Place, world: World) -> Plan:
             f"the last batch of an epoch has {last_batch} images, but with model.batch_norm = synchronised each of "
             f"{world.size} processes needs two; change --batch-size, or set model.batch_norm to per-rank"
         )
-    for part in parts.named().values():
-        # Each rank looks at its share of the headers.
-        for error in unreadable(part.take(np.arange(world.rank, len(part), world.size))):
-            raise error
     if place.resumed is not None:
         _refuse_unfitting(place, recipe, parts)
     if world.local_size > 1 and recipe.device.startswith("cuda:"):
@@ -194,8 +203,13 @@ def _prepare(recipe: Recipe, place: Place, world: World) -> Plan:
 
 
 def _refuse_batches(recipe: Recipe, world: World) -> None:
+    if recipe.micro_batch and recipe.model.batch_norm == "synchronised" and world.size > 1:
+        raise UserError(
+            "with --micro-batch, BatchNorm is over a micro-batch of one process, and cannot be synchronised; set "
+            "model.batch_norm to per-rank or frozen"
+        )
     if recipe.batch_size % world.size:
-        below = max(recipe.batch_size // world.size, 1) * world.size
+        below = max(recipe.batch_size // world.size, 2) * world.size  # BatchNorm needs two images
         raise UserError(
             f"batch_size ({recipe.batch_size}) is that of all {world.size} processes together, and no multiple of "
             f"{world.size}; set --batch-size {below} or {below + world.size}"
@@ -207,6 +221,28 @@ def _refuse_batches(recipe: Recipe, world: World) -> None:
         )
 
 
+def _refuse_bad_images(images: ImageList, plan: Plan) -> None:
+    """Raise UserError for the first image whose header is no image's. If such are skipped, for a class of the training
+    part that has no other, and for another part that has none. Each rank looks at its share."""
+    world, skip = plan.world, plan.recipe.data.on_bad_image == "skip"
+    share = np.arange(world.rank, len(images), world.size)
+
+    def look() -> list[int]:
+        bad: list[int] = []
+        for index, error in zip(share.tolist(), bad_images(images.take(share)), strict=False):
+            if error is not None and not skip:
+                raise error
+            bad += [index] if error else []
+        return bad
+
+    bad = [index for of_rank in world.gather_objects(world.each_makes(look)) for index in of_rank]
+    left_C = np.array(images.class_counts) - np.bincount(images.labels_N[bad], minlength=len(images.class_names))
+    if images is plan.parts.train and left_C.min() == 0:
+        raise SharedError(str(no_image_left(images, int(left_C.argmin()))))
+    if not left_C.any():
+        raise SharedError(f"{images.origin}: none of the {len(images):,} images can be read; repair them")
+
+
 def _refuse_different_ranks(plan: Plan) -> None:
     """Raise SharedError where another rank has another recipe, other data, or another version."""
     said: dict[str, Any] = {
@@ -216,6 +252,7 @@ def _refuse_different_ranks(plan: Plan) -> None:
     }
     said |= {f"the {name} images": part.fingerprint() for name, part in plan.parts.named().items()}
     said |= {"the number of steps": plan.steps_per_epoch, "the precision": plan.precision}
+    said |= {"the kind of device": plan.device.type}
     said |= {f"the version of {name}": metadata.version(name) for name in ("equipoise", "torch")}
     all_said = plan.world.gather_objects(said)
     for rank, other in enumerate(all_said):
@@ -234,8 +271,12 @@ def _refuse_different_ranks(plan: Plan) -> None:
 def _find_place(recipe: Recipe, out: str | Path | None, resume: str | Path | None, world: World) -> Place:
     folder = Path(os.path.expanduser(out)) if out else None
     launch = world.launch if world.restarted or world.launch != "none" else ""
-    if resume == AUTO or (not resume and launch):
-        resume = next(_unfinished(recipe, folder, "" if resume == AUTO else launch), None)
+    if resume == AUTO:
+        resume = next(_runs_of(recipe, folder), None)
+    elif not resume and launch:
+        resume = next(_runs_of(recipe, folder, launch, also_finished=world.restarted), None)
+        if resume and (Path(resume) / METRICS).exists():
+            return Place(Path(resume), True, True, None, done=True)
     if resume:
         path = Path(os.path.expanduser(resume))
         resumed, run = _open_resumed(path, folder)
@@ -256,7 +297,7 @@ def _is_used(folder: Path) -> bool:
     return any(entry.name not in first and not entry.name.startswith(first[2:]) for entry in folder.iterdir())
 
 
-def _unfinished(recipe: Recipe, folder: Path | None, launch: str) -> Iterator[Path]:
+def _runs_of(recipe: Recipe, folder: Path | None, launch: str = "", also_finished: bool = False) -> Iterator[Path]:
     """Run folders, newest first, with this recipe and without figures; with `launch`, those that torchrun began in it.
     With `folder`, only that one."""
     found: list[tuple[str, Path]] = []
@@ -267,7 +308,8 @@ def _unfinished(recipe: Recipe, folder: Path | None, launch: str) -> Iterator[Pa
         except (OSError, ValueError):  # no run, or one that was killed while it made its folder
             continue
         of_launch = not launch or record.get("launch") == launch
-        if of_launch and not (run / METRICS).exists() and not _differing(before, recipe, _FREE):
+        wanted = of_launch and (also_finished or not (run / METRICS).exists())
+        if wanted and not _differing(before, recipe, _FREE):
             found.append((str(record.get("started")), run))
     return (run for _, run in sorted(found, reverse=True))
 
@@ -284,13 +326,15 @@ def _open_resumed(path: Path, out: Path | None) -> tuple[Resumed | None, Path | 
         if not in_place:
             raise UserError(f"{run} has no checkpoint to go on from")
         return None, run
+    processes = read_json(run / RECORD).get("processes") if in_place else None
     try:
-        return Resumed(run / LAST, load_checkpoint(run / LAST), in_place), run if in_place else None
+        resumed = Resumed(run / LAST, load_checkpoint(run / LAST), in_place, processes=processes)
     except UserError as error:
         if not (run / PREVIOUS).exists():
             raise
         before = load_checkpoint(run / PREVIOUS)
-        return Resumed(run / PREVIOUS, before, in_place, remark=str(error)), run if in_place else None
+        resumed = Resumed(run / PREVIOUS, before, in_place, str(error), processes)
+    return resumed, run if in_place else None
 
 
 def _refuse_unfitting(place: Place, recipe: Recipe, parts: Parts) -> None:

@@ -41,7 +41,7 @@ from equipoise.lists import ImageFiles, ImageList, Paths
 from equipoise.loader import worker_count
 from equipoise.losses import log_prior
 from equipoise.model import TwoBranchNetwork
-from equipoise.pixels import Pixels, decode, resized
+from equipoise.pixels import BadImageError, Pixels, decode, resized
 from equipoise.recipe import load_recipe, nearest
 from equipoise.run import chosen_checkpoint, figures_of
 from equipoise.views import evaluation_view
@@ -160,8 +160,8 @@ class Classifier:
         def view(index: int) -> Pixels | UserError:
             try:
                 return self.view(decode(images, index))
-            except UserError as error:
-                return error
+            except BadImageError as error:
+                return UserError(f"{error.fault}; repair or remove it")
 
         with ThreadPoolExecutor(worker_count(-1)) as pool:
             ahead: deque[list[Future[Pixels | UserError]]] = deque()

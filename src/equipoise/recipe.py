@@ -17,7 +17,9 @@ from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from equipoise.errors import UserError
+from equipoise.errors import UserError, shown
+
+_LARGEST_FILE = 2**18  # bytes; a complete recipe has 2,000
 
 Method = Literal["bcl", "ce", "logit-adjusted", "supcon+la"]
 Precision = Literal["auto", "fp32", "bf16"]
@@ -57,6 +59,11 @@ class Data:
     test_list: Annotated[str, Setting("list file of the test images")] = ""
     image_column: Annotated[str, Setting("Parquet: column with the image bytes ('' finds it)")] = ""
     label_column: Annotated[str, Setting("Parquet: column with the integer label ('' finds it)")] = ""
+    on_bad_image: Annotated[
+        Literal["error", "skip"],
+        Setting("an image that cannot be read: stop, or take another of its class (when scoring: leave it out)"),
+    ] = "error"
+    allow_outside: Annotated[bool, Setting("read images that paths or links lead to outside the data folder")] = False
     imbalance: Annotated[
         Literal["exponential", "step"], Setting("shape of the long tail that imbalance_factor cuts")
     ] = "exponential"
@@ -108,8 +115,12 @@ class Model:
         Setting("start from the encoder's weights in this file instead, in timm's naming, or torchvision's ResNets"),
     ] = ""
     classifier: Annotated[Literal["cosine", "linear"], Setting("cosine with scale 30, or linear with bias")] = "cosine"
-    hidden_dim: Annotated[int, Setting("hidden width of the two projections (0: the encoder's width)", at_least=0)] = 0
-    feature_dim: Annotated[int, Setting("width D of the contrastive features", flags=("feat-dim",), at_least=2)] = 1024
+    hidden_dim: Annotated[
+        int, Setting("hidden width of the two projections (0: the encoder's width)", at_least=0, at_most=65_536)
+    ] = 0
+    feature_dim: Annotated[
+        int, Setting("width D of the contrastive features", flags=("feat-dim",), at_least=2, at_most=65_536)
+    ] = 1024
     batch_norm: Annotated[
         Literal["per-rank", "synchronised", "frozen"],
         Setting("BatchNorm's statistics: of each process's images, of the whole batch, or as they start"),
@@ -142,7 +153,14 @@ class Recipe:
     """Everything that determines a training run. Make and change one with `load_recipe(name, **overrides)`, which
     checks every value."""
 
-    name: Annotated[str, Setting("the recipe's name, part of the run folder's")] = "custom"
+    name: Annotated[
+        str,
+        Setting(
+            "the recipe's name, part of the run folder's",
+            pattern=r"[^/\\\x00-\x1f]{1,100}",
+            expected="a name of up to 100 characters without /",
+        ),
+    ] = "custom"
     summary: Annotated[str, Setting("one line for `equipoise recipes`")] = ""
     method: Annotated[Method, Setting("what is trained: bcl, or a baseline under the same recipe")] = "bcl"
     seed: Annotated[int, Setting("everything random follows from it", at_least=0, at_most=2**31 - 1)] = 0
@@ -163,7 +181,7 @@ class Recipe:
     ] = "auto"
     precision: Annotated[Precision, Setting("auto takes bf16 where the device is built for it")] = "auto"
     workers: Annotated[
-        int, Setting("loader processes (-1: one a core; photographs only)", flags=("j",), at_least=-1)
+        int, Setting("loader processes (-1: one a core; photographs only)", flags=("j",), at_least=-1, at_most=512)
     ] = -1
     log_every: Annotated[
         int, Setting("steps between two lines of metrics.jsonl", flags=("p", "print-freq"), at_least=1)
@@ -230,7 +248,7 @@ def find_field(name: str) -> Field:
     """
     field = _fields_by_name().get(name.replace("_", "-"))
     if field is None:
-        raise UserError(f"no recipe field is called '{name}'{nearest(name, _field_spellings())}")
+        raise UserError(f"no recipe field is called '{name[:80]}'{nearest(name, _field_spellings())}")
     return field
 
 
@@ -240,7 +258,8 @@ def _field_spellings() -> list[str]:
 
 def nearest(word: str, valid: list[str]) -> str:
     """'; did you mean ...?' where something valid is near, else the whole list if it is short."""
-    close = list(dict.fromkeys(difflib.get_close_matches(word, valid, n=3, cutoff=0.6)))
+    # Of a long word every comparison would take long.
+    close = list(dict.fromkeys(difflib.get_close_matches(word[:80], valid, n=3, cutoff=0.6)))
     if close:
         return f"; did you mean {' or '.join(close)}?"
     return f"; there are: {', '.join(valid)}" if len(valid) <= 12 else ""
@@ -269,7 +288,7 @@ def _replaced(node: Any, path: tuple[str, ...], value: Any) -> Any:
 
 def _checked(field: Field, value: Any) -> Any:
     def refuse(expected: str) -> UserError:
-        return UserError(f"{field.key} must be {expected}, not {value!r}")
+        return UserError(f"{field.key} must be {expected}, not {shown(value)}")
 
     setting, numbers = field.setting, ()
     if get_origin(field.type) is Literal:
@@ -285,6 +304,8 @@ def _checked(field: Field, value: Any) -> Any:
     if field.type is str:
         if not isinstance(value, str):
             raise refuse("text")
+        if "\0" in value or value.encode(errors="replace").decode() != value:
+            raise refuse("text that can be written down (UTF-8, no zero bytes)")
         if setting.pattern is not None and not re.fullmatch(setting.pattern, value):
             raise refuse(setting.expected)
         return value
@@ -323,9 +344,9 @@ def _number(value: Any, kind: type) -> float | int | None:
         return None
     try:
         number = kind(value)
+        return number if math.isfinite(number) else None
     except (ValueError, TypeError, OverflowError):
         return None
-    return number if math.isfinite(number) else None
 
 
 def recipe_from_table(table: Mapping[str, Any], where: str) -> Recipe:
@@ -335,11 +356,16 @@ def recipe_from_table(table: Mapping[str, Any], where: str) -> Recipe:
     """
     sections = {field.path[0] for field in recipe_fields() if len(field.path) == 2}
     recipe = Recipe()
+    # In a checkpoint a recipe may be anything.
+    if not isinstance(table, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise UserError(f"{where}: its recipe is no table of fields")
     for name, value in table.items():
+        if not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise UserError(f"{where}: {shown(name)} is no name of a field")
         if name in sections and not isinstance(value, Mapping):
             raise UserError(f"{where}: {name} is a section; write [{name}] and its fields below it")
         if isinstance(value, Mapping) and name not in sections:
-            raise UserError(f"{where}: no section is called [{name}]{nearest(name, sorted(sections))}")
+            raise UserError(f"{where}: no section is called [{name[:80]}]{nearest(name, sorted(sections))}")
         entries = value.items() if isinstance(value, Mapping) else [(None, value)]
         for leaf, leaf_value in entries:
             key = name if leaf is None else f"{name}.{leaf}"
@@ -378,9 +404,19 @@ def load_recipe(name: str | Path, /, **overrides: Any) -> Recipe:
             raise UserError(f"no recipe file at {path}")
         raise UserError(f"no recipe is called '{name}'{nearest(str(name), list(shipped))}")
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid TOML: {error}") from None
+        with path.open("rb") as file:
+            content = file.read(_LARGEST_FILE + 1)
+        if len(content) > _LARGEST_FILE:
+            raise UserError(f"{path} is no recipe: it has more than {_LARGEST_FILE:,} bytes")
+        table = tomllib.loads(content.decode("utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({(error.strerror or str(error)).lower()})") from None
+    except RecursionError:
+        raise UserError(f"{path} is no recipe: its values go too deep") from None
+    except ValueError as error:  # no TOML, no UTF-8, a number of thousands of digits, a date that is none
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is not valid TOML: {shown(str(error))[1:-1]}") from None
     recipe = recipe_from_table(table, str(path))
     for key, value in overrides.items():
         recipe = override(recipe, find_field(key), value)

@@ -18,7 +18,7 @@ from equipoise.errors import UserError
 from equipoise.evaluate import Predictions, predict
 from equipoise.listfiles import BENCHMARKS
 from equipoise.lists import ImageList, Parts
-from equipoise.loader import open_batches, worker_count
+from equipoise.loader import Batches, open_batches, worker_count
 from equipoise.losses import log_prior
 from equipoise.metrics import choose_tau, fit_temperature, score, sweep
 from equipoise.model import TwoBranchNetwork
@@ -29,6 +29,8 @@ from equipoise.views import ViewSettings, view_kinds
 
 LISTS = {"train": "data.train_list", "validation": "data.val_list", "test": "data.test_list"}  # part -> recipe field
 RECIPE, RECORD, METRICS, LOCK = "recipe.toml", "run.json", "metrics.json", "run.lock"
+BAD_IMAGES = "bad-images.json"  # those that could not be read so far
+_LARGEST_JSON = 2**24  # bytes; that of 20,000 classes has 4 million
 OBSERVED = "observed.npz"  # what the report draws beside the figures
 AUTHORS_NAMES = {LAST: AUTHORS_LAST, BEST: AUTHORS_BEST}  # of the same in the authors' layout
 
@@ -83,7 +85,7 @@ def source_of(recipe: Recipe) -> Source:
     """Where `recipe` has its data."""
     data = recipe.data
     named = {part: file for part, key in LISTS.items() if (file := field_value(recipe, find_field(key)))}
-    return Source(data.path, data.benchmark, named, data.image_column, data.label_column)
+    return Source(data.path, data.benchmark, named, data.image_column, data.label_column, data.allow_outside)
 
 
 def open_data(recipe: Recipe) -> Parts:
@@ -100,34 +102,44 @@ def open_data(recipe: Recipe) -> Parts:
 # ---------------------------------------------------------------------------------------------- evaluation
 
 
-def evaluate_run(path: Path, parts: Parts | None = None, device: str = "auto", world: World = ALONE) -> dict[str, Any]:
+def evaluate_run(
+    path: Path,
+    parts: Parts | None = None,
+    device: str = "auto",
+    world: World = ALONE,
+    overrides: Sequence[tuple[Field, Any]] = (),
+) -> dict[str, Any]:
     """Score the last checkpoint, and the best one where one was chosen, on the run's own validation and test parts.
+    `overrides`: fields of the recipe, see `evaluate_checkpoint`.
 
     Returns and writes the run's `metrics.json`, and beside it what the report draws of the `chosen` checkpoint. Raises
     UserError if the run has no checkpoint or its data is gone.
     """
+
     # Files are rank 0's: another host may not see them.
-    last, best = world.first_makes(
-        lambda: (load_checkpoint(path / LAST), load_checkpoint(path / BEST) if (path / BEST).is_file() else None)
-    )
+    def load(name: str) -> Checkpoint:
+        return _overridden(load_checkpoint(path / name), overrides, path)
+
+    last, best = world.first_makes(lambda: (load(LAST), load(BEST) if (path / BEST).is_file() else None))
     parts = parts or world.each_makes(lambda: _unchanged_data(last, path))
     scored = {"validation": parts.validation, "test": parts.test}
     observed: Table = {}
+    read = world.each_makes(
+        lambda: {part: _open(last.recipe, images, device, world) if images else None for part, images in scored.items()}
+    )
 
     def block(checkpoint: Checkpoint) -> dict[str, Any]:
         network = checkpoint.build()
         figures: dict[str, dict[str, Any] | None] = dict.fromkeys(scored)
         temperature: float | None = None
-        for part, images in scored.items():
-            if not images:
+        for part, batches in read.items():
+            if not batches:
                 continue
             chooses = part == "validation"
             observation = Observation(len(checkpoint.class_names), temperature)
             with observation.watch(network) as observe:
-                watching = observe if world.size == 1 else None
-                figures[part], predictions = _score(checkpoint, network, images, device, chooses, world, watching)
-                if watching is None and world.is_first:  # once more, alone: what is observed is of all images in order
-                    _score(checkpoint, network, images, device, observe=observe)
+                figures[part], predictions = _score(checkpoint, network, batches, device, chooses, world, observe)
+            observation.gather(world)
             calibrated = observation.calibrated()
             if chooses:
                 temperature = _temperature(checkpoint, predictions)
@@ -152,12 +164,17 @@ def evaluate_run(path: Path, parts: Parts | None = None, device: str = "auto", w
     # The best, where there is one, comes last and is what is drawn.
     of_last = block(last)
     of_best = block(best) if best else None
+    bad = record_bad_images(path, world, **read)
+    for batches in read.values():
+        if batches:
+            batches.close()
     result = {
         "method": last.recipe.method,
         "test": of_last["test"],
         "validation": of_last["validation"],
         "last": of_last,
         "best": of_best,
+        "bad_images": bad,
         **_classes(last),
     }
     if world.is_first:
@@ -165,6 +182,31 @@ def evaluate_run(path: Path, parts: Parts | None = None, device: str = "auto", w
             np.savez_compressed(file, **observed)  # pyright: ignore[reportArgumentType] no key is its own argument
         write_json(path / METRICS, result)
     return result
+
+
+def record_bad_images(path: Path, world: World, **parts: Batches | None) -> dict[str, dict[str, str]]:
+    """Add the images of each part that a rank could not read so far to the run's list of them, and return that: by part
+    and name, the reason. It is kept in a file, so that a run that is interrupted and goes on knows them all."""
+    new = {part: _bad_images(batches, world) for part, batches in parts.items() if batches}
+
+    def write() -> dict[str, dict[str, str]]:
+        file = path / BAD_IMAGES
+        known: Any = read_json(file) if file.is_file() else {}
+        if not isinstance(known, dict) or not all(isinstance(bad, dict) for bad in known.values()):
+            raise UserError(f"{file} is damaged; remove it")
+        together = {part: {**known.get(part, {}), **new.get(part, {})} for part in ("train", "validation", "test")}
+        found = {part: dict(sorted(names.items())) for part, names in together.items() if names}
+        if found != known:
+            write_json(file, found)
+        return found
+
+    return world.first_makes(write)
+
+
+def _bad_images(batches: Batches, world: World) -> dict[str, str]:
+    """The images that any rank could not read so far, and why, in the order of the list."""
+    together = dict(found for of_rank in world.gather_objects(batches.bad) for found in of_rank.items())
+    return {error.name: error.reason for _, error in sorted(together.items())}
 
 
 def chosen(metrics: Mapping[str, Any]) -> tuple[str, str]:
@@ -192,12 +234,16 @@ def evaluate_checkpoint(
     """
     checkpoint, split, images = world.each_makes(lambda: _to_score(path, data, split, overrides))
     device = checkpoint.recipe.device
-    figures, predictions = _score(checkpoint, checkpoint.build(), images, device, keep_logits, world)
+    batches = world.each_makes(lambda: _open(checkpoint.recipe, images, device, world))
+    figures, predictions = _score(checkpoint, checkpoint.build(), batches, device, keep_logits, world)
+    bad = _bad_images(batches, world)
+    batches.close()
     scored = {
         "method": checkpoint.recipe.method,
         "epoch": checkpoint.epoch,
         "split": split,
         split: figures,
+        "bad_images": {split: bad} if bad else {},
         **_classes(checkpoint),
     }
     return scored, predictions
@@ -323,23 +369,25 @@ def _classes(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"class_names": list(checkpoint.class_names), "train_counts": list(checkpoint.class_counts)}
 
 
+def _open(recipe: Recipe, images: ImageList, device_name: str, world: World = ALONE) -> Batches:
+    device, workers = choose_device(device_name, world.local_rank), worker_count(recipe.workers, world.local_size)
+    skip = recipe.data.on_bad_image == "skip"
+    return open_batches(images, view_settings(recipe), device, workers, world, skip)
+
+
 def _score(
     checkpoint: Checkpoint,
     network: TwoBranchNetwork,
-    images: ImageList,
+    batches: Batches,
     device_name: str,
     keep_logits: bool = False,
     world: World = ALONE,
     observe: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
 ) -> tuple[dict[str, Any], Predictions]:
-    device = choose_device(device_name, world.local_rank)
-    recipe, counts = checkpoint.recipe, checkpoint.class_counts or None
+    device, counts = choose_device(device_name, world.local_rank), checkpoint.class_counts or None
     has_prior = counts is not None and min(counts) > 0
-    workers = worker_count(recipe.workers, world.local_size)
-    batches = open_batches(images, view_settings(recipe), device, workers, world)
     prior_C = log_prior(torch.tensor(counts)).float() if has_prior else None
     predictions = predict(network.to(device), batches, prior_C, keep_logits, observe, world)
-    batches.close()
     figures = score(predictions, counts, len(checkpoint.class_names)).as_dict()
     return {**figures, "prior_sweep": sweep(predictions, counts) if counts and has_prior else None}, predictions
 
@@ -408,8 +456,13 @@ def write_logits(path: Path, predictions: Predictions, class_names: Sequence[str
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What `write_json` wrote."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """What `write_json` wrote. Raises UserError for a damaged file."""
+    try:
+        if path.stat().st_size > _LARGEST_JSON:
+            raise ValueError("no file that was written here")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        raise UserError(f"{path} is damaged; remove it, and write it anew with equipoise evaluate") from None
 
 
 def write_json(path: Path, value: Any) -> None:

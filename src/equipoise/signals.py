@@ -22,7 +22,7 @@ class Requests:
         self._asked: dict[str, int] = dict.fromkeys(("save", "interrupted", "terminated"), 0)
         self._before: dict[int, Any] = {}
         self._stopping = False
-        self._command: str | None = None
+        self._at_once: tuple[str, str] | None = None
 
     def __enter__(self) -> "Requests":
         if threading.current_thread() is threading.main_thread():
@@ -48,20 +48,24 @@ class Requests:
         how = "terminated" if terminated else "interrupted" if interrupted else None
         return bool(save) or how is not None, how
 
-    def stop_at_once(self, resume_command: str) -> None:
-        """From now on there is nothing to save: a signal ends the run at once."""
-        self._command = resume_command
+    def stop_at_once(self, state: str, resume_command: str) -> None:
+        """From now on there is nothing to save: a signal ends the run at once, in this state."""
+        self._at_once = state, resume_command
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         how = _STOPPING.get(number)
         if how is None:
             self._asked["save"] += 1
             return
-        if self._command is not None:
-            raise Stopped(how, "training is done and saved, its figures are not", self._command)
         if self._stopping:
+            # Slurm sends SIGTERM to every process, and torchrun hands it on to the same ones. It ends those itself that
+            # take too long.
+            if number == signal.SIGTERM and "TORCHELASTIC_RUN_ID" in os.environ:
+                return
             _at_once(number)
         self._stopping = True
+        if self._at_once is not None:
+            raise Stopped(how, *self._at_once)
         self._asked[how] += 1
         if os.environ.get("RANK", "0") == "0":
             print("\nfinishing this step, then saving; once more to stop at once", file=sys.stderr, flush=True)

@@ -26,6 +26,7 @@ from equipoise.listfiles import (
     find_list,
     identity,
     image_lists,
+    links,
     overlap,
     read_list,
 )
@@ -37,11 +38,13 @@ from equipoise.lists import (
     PixelArrays,
     hold_out,
     long_tailed,
+    refuse_outside,
     training_problems,
 )
+from equipoise.log import counted
 from equipoise.packed import open_packed, packed_files, read_about
 from equipoise.parquet import open_parquet, parquet_files
-from equipoise.pixels import unreadable
+from equipoise.pixels import BadImageError, bad_images
 
 _DIGITS_TEST_PER_CLASS = 50
 _WORDNET_ID = re.compile(r"n\d{8}")
@@ -52,13 +55,14 @@ _IMAGENET_FOLDERS = 500  # ImageNet-2012 has 1,000; the subsets of it that are s
 class Source:
     """Where data lies and how it is to be read. `benchmark`: one of `listfiles.BENCHMARKS`, whose lists say which
     images are meant; `lists`: list files by part, instead of those. The columns are those of Parquet ('' finds them).
-    """
+    `allow_outside`: what lies there may be links, and paths of lists, to images elsewhere."""
 
     path: str
     benchmark: str = ""
     lists: Mapping[str, str] = field(default_factory=dict[str, str])
     image_column: str = ""
     label_column: str = ""
+    allow_outside: bool = False
 
 
 def recognise(path: str) -> str:
@@ -92,8 +96,10 @@ def _existing(path: str) -> Path:
     if not path:
         raise UserError("this recipe needs data: name a folder with --data FOLDER")
     root = Path(os.path.expanduser(path))
-    if not root.exists():
-        raise UserError(f"there is no file or folder at {root}")
+    try:
+        root.stat()
+    except (OSError, ValueError):  # not there, no permission, too long, a zero byte in it
+        raise UserError(f"there is no file or folder at {root}") from None
     return root
 
 
@@ -115,10 +121,14 @@ def find_parts(source: Source | str) -> Found:
     if source.benchmark or source.lists:
         return _open_list_files(root, source)
     archive = find_cifar(root)
+    tables = parquet_files(root) if archive is None else []
+    if root.is_dir() and not source.allow_outside:
+        refuse_outside(root, [*tables, *(archive.files() if archive else [])])
     if archive is not None:
         return Found(f"CIFAR-{archive.classes} archive ({archive.form})", open_cifar(archive), divided=True)
-    tables = parquet_files(root)
-    return open_parquet(tables, source.image_column, source.label_column) if tables else open_class_folders(root)
+    if tables:
+        return open_parquet(tables, source.image_column, source.label_column)
+    return open_class_folders(root, source.allow_outside)
 
 
 def open_parts(
@@ -211,19 +221,25 @@ def as_it_lies(source: Source) -> tuple[Source, list[str]]:
     return replace(source, benchmark=""), [str(absent_list(root, benchmark, part)) for part in parts]
 
 
-def survey(source: Source) -> tuple[Found, list[str]]:
-    """What lies at a source, recognised where nothing says what it is, and every problem that can be seen without
-    decoding an image. Raises UserError for what cannot be read at all."""
+def survey(source: Source, check: bool = False) -> tuple[Found, list[str], list[BadImageError]]:
+    """What lies at a source, recognised where nothing says what it is; every problem with it as a whole; and its bad
+    images: those whose header is none, or with `check` all that cannot be decoded, with a line of progress.
+
+    Raises UserError for what cannot be read at all."""
     source, problems = as_it_lies(source)
     found = find_parts(source)
     problems += [*found.notes, *map(str, found.absent.values()), *disagreements(found)]
     if "train" in found.parts and not found.of_lists:
         problems += training_problems(found.parts["train"])
-    for part in found.parts.values():
+    bad: list[BadImageError] = []
+    for name, part in found.parts.items():
         absent = absent_images(part) if found.of_lists else []
         there = part.take(np.setdiff1d(np.arange(len(part)), absent)) if absent else part
-        problems += [str(error) for error in unreadable(there)]
-    return found, problems
+        looked_at = bad_images(there, decoded=check)
+        if check:
+            looked_at = counted(looked_at, len(there), f"decoding {name}")
+        bad += [error for error in looked_at if error is not None]
+    return found, problems, bad
 
 
 def disagreements(found: Found) -> list[str]:
@@ -252,8 +268,11 @@ def _open_list_files(root: Path, source: Source) -> Found:
                 absent[part] = absent_list(root, source.benchmark, part)
     if not files:
         raise next(iter(absent.values()))
-    read = {part: read_list(file) for part, file in files.items()}
+    read = {part: read_list(file, source.allow_outside) for part, file in files.items()}
     parts, notes = image_lists(read, root)
+    if not source.allow_outside:
+        for part in parts.values():
+            refuse_outside(root, links(part))
     classes = len(next(iter(parts.values())).class_names)
     published = BENCHMARKS[source.benchmark].lists if source.benchmark and not source.lists else {}
     for part, file in read.items():

@@ -125,12 +125,14 @@ def _start_reading(
     So a GPU goes on with the backward pass while its loss is looked at.
     """
     stacked = torch.stack([*terms.values()])
-    values = world.sum(torch.cat([stacked, torch.tensor(votes, dtype=stacked.dtype).to(stacked.device)]))
-    if values.device.type == "cuda":
+    on_gpu = stacked.device.type == "cuda"
+    votes_on_host = torch.tensor(votes, dtype=stacked.dtype, pin_memory=on_gpu)
+    values = world.sum(torch.cat([stacked, votes_on_host.to(stacked.device, non_blocking=True)]))
+    if on_gpu:
         on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
         on_host.copy_(values, non_blocking=True)
         arrived = torch.cuda.Event()
-        arrived.record()
+        arrived.record(torch.cuda.current_stream(values.device))
     else:
         on_host, arrived = values, None
 

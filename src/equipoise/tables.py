@@ -9,18 +9,21 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from equipoise.errors import one_line
 from equipoise.lists import Found, ImageList, PackedImages, imbalance_factor
 from equipoise.metrics import FURTHER, shot_group
+from equipoise.pixels import BadImageError
 
 _ROWS_SHOWN = 40
 _BAR = 30
+_BAD_SHOWN = 5
 
 
 def print_plan(plan: Mapping[str, str]) -> None:
     """What a run is about to do."""
     table = Table.grid(padding=(0, 2))
     for name, value in plan.items():
-        table.add_row(f"[bold]{name}[/bold]", escape(value))
+        table.add_row(f"[bold]{name}[/bold]", _plain(value))
     Console().print(table)
 
 
@@ -59,7 +62,7 @@ def print_figures(results: Sequence[tuple[str, Mapping[str, Any]]], title: str, 
             table.add_row("…", "", *("" for _ in results))
         else:
             shares = (_percent(figure["per_class"][index]) for _, figure in results)
-            table.add_row(escape(str(names[index])), f"{counts[index]:,}" if counts else "?", *shares)
+            table.add_row(_plain(str(names[index])), f"{counts[index]:,}" if counts else "?", *shares)
     console = Console()
     console.print(table)
     if not counts:
@@ -84,25 +87,49 @@ def print_post_hoc(metrics: Mapping[str, Any]) -> None:
             )
 
 
-def print_data(path: str, found: Found, problems: Sequence[str]) -> None:
-    """What lies at `path`: format, parts, a bar for each class, imbalance factor, problems."""
+def print_bad_images(metrics: Mapping[str, Any]) -> None:
+    """How many images could not be read, what was done about it, and the first few of them; nothing if all could."""
+    for part, bad in metrics["bad_images"].items():
+        count, were = (f"{len(bad):,} images", "were") if len(bad) > 1 else ("1 image", "was")
+        if part == "train":
+            said = f"{count} could not be read and {were} replaced by others of the same class"
+        else:
+            said = f"{count} of the {part} part could not be read and {were} left out of its figures"
+        first = "; ".join(f"{name} ({reason})" for name, reason in list(bad.items())[:_BAD_SHOWN])
+        more = f"; and {len(bad) - _BAD_SHOWN:,} more" if len(bad) > _BAD_SHOWN else ""
+        Console().print(f"{said}: {_plain(first)}{more}", highlight=False, soft_wrap=True)
+
+
+def print_data(
+    path: str, found: Found, problems: Sequence[str], bad: Sequence[BadImageError], checked: bool = False
+) -> None:
+    """What lies at `path`: format, parts, a bar for each class, imbalance factor, problems. Of the bad images all are
+    shown if every image was decoded (`checked`)."""
     console = Console()
-    console.print(f"[bold]{escape(path)}[/bold]: {found.kind}", highlight=False)
+    console.print(f"[bold]{_plain(path)}[/bold]: {found.kind}", highlight=False)
     for line in found.described:
-        console.print(escape(line), highlight=False, soft_wrap=True)
+        console.print(_plain(line), highlight=False, soft_wrap=True)
     for part, images in found.parts.items():
         _print_counts(console, part, images)
-    if problems:
-        console.print(f"\n[bold]problems ({len(problems)})[/bold]")
-        for problem in problems[:_ROWS_SHOWN]:
-            console.print(f"- {escape(problem)}", soft_wrap=True, highlight=False)
-        if len(problems) > _ROWS_SHOWN:
-            console.print(f"… and {len(problems) - _ROWS_SHOWN:,} more")
-    else:
-        packed = any(isinstance(part.images, PackedImages) for part in found.parts.values())
-        headers = "the header of every image was read, its pixels were not"
-        looked_at = "the index was checked, the images were not" if packed else headers
-        console.print(f"\nno problems found ({looked_at})")
+    of_images = [error.fault for error in bad]
+    _print_some(console, "problems", [*problems, *([] if checked else of_images)], _ROWS_SHOWN)
+    if checked:
+        _print_some(console, "bad images", of_images, len(of_images))
+    if problems or bad:
+        return
+    packed = any(isinstance(part.images, PackedImages) for part in found.parts.values())
+    headers = "the header of every image was read, its pixels were not"
+    looked_at = "the index was checked, the images were not" if packed else headers
+    console.print(f"\nno problems found ({'every image was decoded' if checked else looked_at})")
+
+
+def _print_some(console: Console, what: str, lines: Sequence[str], most: int) -> None:
+    if lines:
+        console.print(f"\n[bold]{what} ({len(lines):,})[/bold]")
+    for line in lines[:most]:
+        console.print(f"- {_plain(line)}", soft_wrap=True, highlight=False)
+    if len(lines) > most:
+        console.print(f"… and {len(lines) - most:,} more")
 
 
 def print_predictions(rows: Iterable[tuple[str, Sequence[tuple[str, float]]]], total: int) -> None:
@@ -112,7 +139,7 @@ def print_predictions(rows: Iterable[tuple[str, Sequence[tuple[str, float]]]], t
         table.add_column(heading, justify="right" if heading == "percent" else "left", overflow="fold")
     for file, ((name, share), *others) in islice(rows, _ROWS_SHOWN):
         further = ", ".join(f"{other} {_percent(of_other)}" for other, of_other in others)
-        table.add_row(*(escape(" ".join(cell.split())) for cell in (file, name, _percent(share), further)))
+        table.add_row(*(_plain(" ".join(cell.split())) for cell in (file, name, _percent(share), further)))
     console = Console()
     console.print(table)
     if total > _ROWS_SHOWN:
@@ -135,7 +162,7 @@ def _print_counts(console: Console, part: str, images: ImageList) -> None:
         length = counts[index] / max(counts) * _BAR
         # A class that has images has a bar, however short.
         bar = "█" * int(length) + ("▌" if length % 1 >= 0.5 or 0 < length < 1 else "")
-        table.add_row(escape(images.class_names[index]), f"{counts[index]:,}", bar)
+        table.add_row(_plain(images.class_names[index]), f"{counts[index]:,}", bar)
     console.print(table)
 
 
@@ -145,6 +172,11 @@ def _shown(counts: Sequence[int]) -> list[int | None]:
         return list(range(len(counts)))
     by_size = sorted(range(len(counts)), key=lambda index: -counts[index])
     return [*by_size[: _ROWS_SHOWN // 2], None, *by_size[-_ROWS_SHOWN // 2 :]]
+
+
+def _plain(text: str) -> str:
+    """A name or a message as it is, on one line: whatever a file or a class is called."""
+    return escape(one_line(text))
 
 
 def _percent(share: float | None) -> str:

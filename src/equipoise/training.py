@@ -4,14 +4,13 @@ import math
 import shlex
 import time
 from pathlib import Path
-from typing import cast
 
 import torch
 
-from equipoise.batchnorm import batch_norms, synchronise
+from equipoise.batchnorm import batch_norms
 from equipoise.checkpoint import BEST, Checkpoint, create_network, state_on_cpu
-from equipoise.distributed import SharedError, join
-from equipoise.errors import Stopped, UserError
+from equipoise.distributed import join
+from equipoise.errors import SharedError, Stopped, UserError
 from equipoise.evaluate import predict
 from equipoise.folder import RunFolder
 from equipoise.loader import Batches, open_batches, worker_count
@@ -21,7 +20,7 @@ from equipoise.model import TwoBranchNetwork
 from equipoise.optim import create_sgd, learning_rate
 from equipoise.plan import Plan, prepare
 from equipoise.recipe import Recipe
-from equipoise.run import Run, evaluate_run, view_settings
+from equipoise.run import Run, evaluate_run, record_bad_images, view_settings
 from equipoise.signals import Requests
 from equipoise.step import Step
 
@@ -48,43 +47,53 @@ def train(
 def fit(plan: Plan, progress: bool = True) -> Run:
     """Carry out `plan`. See `train`."""
     world = plan.world
+    if plan.place.done:
+        return Run(plan.folder)
     # All that can fail for a reason of the user's comes before the folder is made.
     network, batches, validation = world.each_makes(lambda: _open(plan))
     with Requests() as requests, RunFolder(plan) as folder:
         plan = plan.at(world.first_makes(folder.take))
         try:
-            _loop(plan, network.to(plan.device), batches, validation, requests, progress and world.is_first)
+            try:
+                _loop(plan, network.to(plan.device), batches, validation, requests, progress and world.is_first)
+            finally:
+                for opened in (batches, validation):
+                    if opened is not None:
+                        opened.close()
+            _score(plan, requests)
         except NonFiniteLossError as error:
             folder.keep()
             raise NonFiniteLossError(f"{error}. The log is in {plan.folder}") from None
-        except OSError as error:  # the log, on a disk that is full
-            raise UserError(
-                f"{plan.folder} could not be written ({(error.strerror or str(error)).lower()}); make room there, "
-                f"then: {_resume_command(plan)}"
-            ) from None
         except RuntimeError as error:
             world.await_end(error)
             raise
-        finally:
-            for opened in (batches, validation):
-                if opened is not None:
-                    opened.close()
-        requests.stop_at_once(_resume_command(plan))
-        try:
-            evaluate_run(plan.folder, plan.parts, str(plan.device), world)
-        except UserError as error:
-            raise UserError(f"{error}. Training is done and kept; then: equipoise evaluate {plan.folder}") from None
     return Run(plan.folder)
+
+
+def _score(plan: Plan, requests: Requests) -> None:
+    """Training is done: the figures. A signal ends the run at once now, since there is nothing more to save."""
+    done = "training is done and saved, its figures are not"
+    votes = torch.tensor(requests.votes(), dtype=torch.float64)  # of after the last step
+    _, stopped = requests.read(plan.world.sum(votes).tolist())
+    if stopped is not None:
+        raise Stopped(stopped, done, _resume_command(plan))
+    requests.stop_at_once(done, _resume_command(plan))
+    try:
+        evaluate_run(plan.folder, plan.parts, str(plan.device), plan.world)
+    except UserError as error:
+        raise UserError(f"{error}. Training is done and kept; then: equipoise evaluate {plan.folder}") from None
 
 
 def _open(plan: Plan) -> tuple[TwoBranchNetwork, Batches, Batches | None]:
     """The network as it starts, and what reads the training and validation images."""
     recipe, parts, world = plan.recipe, plan.parts, plan.world
     views, workers = view_settings(recipe), worker_count(recipe.workers, world.local_size)
-    batches = open_batches(parts.train, views, plan.device, workers, world)
-    validation = open_batches(parts.validation, views, plan.device, workers, world) if parts.validation else None
+    skip = recipe.data.on_bad_image == "skip"
+    batches = open_batches(parts.train, views, plan.device, workers, world, skip)
+    validation = open_batches(parts.validation, views, plan.device, workers, world, skip) if parts.validation else None
     if parts.test is not None:
-        open_batches(parts.test, views, plan.device)  # small images are decoded by it: better now than at the end
+        # Small images are decoded by it: better now than at the end.
+        open_batches(parts.test, views, plan.device, skip=skip)
     torch.manual_seed(recipe.seed)
     # MKL takes fewer threads where the machine is busy, unless their number was set: and sums in another order.
     torch.set_num_threads(torch.get_num_threads())
@@ -99,9 +108,7 @@ def _open(plan: Plan) -> tuple[TwoBranchNetwork, Batches, Batches | None]:
             ) from None
     network = network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] torch's stub lacks it
     if recipe.model.batch_norm == "synchronised" and world.size > 1:
-        network.encoder = synchronise(network.encoder, plan.device)
-        if network.projection is not None:  # the other one's rows are the classes, the same on every rank
-            network.projection = cast("torch.nn.Sequential", synchronise(network.projection, plan.device))
+        network.synchronise_batch_norm(plan.device)
     return network, batches, validation
 
 
@@ -114,16 +121,20 @@ def _loop(
     progress: bool,
 ) -> None:
     recipe, world = plan.recipe, plan.world
-    world.watch()
     take_step = Step(recipe, network, plan.parts.train.class_counts, plan.device, plan.precision, world)
     optimizer = create_sgd(network.parameters(), recipe.optim.lr, recipe.optim.momentum, recipe.optim.weight_decay)
     first_epoch, step, best = _restore(plan, optimizer)
     keep = _Keeper(plan, network, optimizer)
+
+    def note_bad_images() -> None:
+        """Before a checkpoint, so that a run that goes on from it does not lose any. All ranks do it together."""
+        record_bad_images(plan.folder, world, train=batches, validation=validation)
+
     log = RunLog(plan.folder if world.is_first else None, first_epoch, step)
     line = ProgressLine(step, recipe.epochs * plan.steps_per_epoch, recipe.epochs, progress)
     try:
         for epoch in range(first_epoch, recipe.epochs):
-            _set_training(network, recipe)
+            set_training(network, recipe)
             rate = _set_learning_rate(optimizer, recipe, epoch)
             images_seen, since = 0, time.perf_counter()
             for batch in batches.training(
@@ -143,16 +154,27 @@ def _loop(
                     log.write("train", step, epoch, {**values, "lr": rate, "images_per_second": round(speed, 1)})
                     images_seen, since = 0, time.perf_counter()
                 save, stopped = requests.read(votes)
+                if save:
+                    note_bad_images()
                 if save or keep.due():
                     keep(epoch, step, best)
                 if stopped is not None:
+                    world.wait()  # for rank 0, which saves: who leaves meanwhile would be taken for lost
                     raise Stopped(stopped, f"step {step} is done and saved", _resume_command(plan))
             world.first_buffers(network)
             if validation is not None:
                 score = _validate(network, validation, plan, log, step, epoch)
                 if best is None or score > best[0]:
                     best = (score, epoch + 1)
+            note_bad_images()
             keep(epoch + 1, step, best)
+    except OSError as error:  # the log, on a disk that is full
+        if not world.is_first:  # which writes nothing
+            raise
+        raise UserError(
+            f"{plan.folder} could not be written ({(error.strerror or str(error)).lower()}); make room there, then: "
+            f"{_resume_command(plan)}"
+        ) from None
     finally:
         line.close()
         log.close()
@@ -178,7 +200,8 @@ class _Keeper:
     def __init__(self, plan: Plan, network: TwoBranchNetwork, optimizer: torch.optim.Optimizer) -> None:
         self._plan, self._network, self._optimizer = plan, network, optimizer
         self._fingerprints = {name: part.fingerprint() for name, part in plan.parts.named().items()}
-        self._last, self._kept = time.monotonic(), 0
+        of_before = plan.resumed.checkpoint.step if plan.resumed and plan.place.taken else 0
+        self._last, self._kept = time.monotonic(), of_before
 
     def due(self) -> bool:
         """Whether the last one is so long ago that it is time for another."""
@@ -211,14 +234,16 @@ class _Keeper:
                 raise
             reason = (cause.strerror or str(cause)).lower()
             kept = f"that of step {self._kept} is whole" if self._kept else "there is none before it"
+            again = "start again: the folder was taken back"
             raise UserError(
                 f"the checkpoint of step {step} could not be written into {plan.folder} ({reason}); {kept}. Make room "
-                f"there, then: {_resume_command(plan)}"
+                f"there, then: {_resume_command(plan) if self._kept or plan.place.taken else again}"
             ) from None
         self._last, self._kept = time.monotonic(), step
 
 
-def _set_training(network: TwoBranchNetwork, recipe: Recipe) -> None:
+def set_training(network: TwoBranchNetwork, recipe: Recipe) -> None:
+    """Training mode, but for a BatchNorm that the recipe freezes."""
     network.train()
     if recipe.model.batch_norm == "frozen":
         for module in batch_norms(network):
@@ -272,5 +297,12 @@ def _validate(network: TwoBranchNetwork, validation: Batches, plan: Plan, log: R
 
 
 def _resume_command(plan: Plan) -> str:
-    launcher = f"torchrun --nproc-per-node {plan.world.local_size} -m " if plan.world.size > 1 else ""
+    world, launcher = plan.world, ""
+    if world.size > world.local_size:
+        launcher = (
+            f"torchrun --nnodes {world.size // world.local_size} --nproc-per-node {world.local_size} "
+            "--rdzv-backend c10d --rdzv-endpoint HOST:PORT -m "
+        )
+    elif world.size > 1:
+        launcher = f"torchrun --standalone --nproc-per-node {world.size} -m "
     return f"{launcher}equipoise train --resume {shlex.quote(str(plan.folder))}"

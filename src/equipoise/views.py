@@ -30,6 +30,7 @@ from equipoise.policies import Numbers, Turn
 Array = npt.NDArray[np.float64]
 Pixels = npt.NDArray[np.uint8]
 
+_LONG_STRIP = 16  # times as long as it is wide
 _EVALUATION_MARGIN = 256 / 224  # Resize(256) · CenterCrop(224)
 
 
@@ -129,8 +130,15 @@ def evaluation_view(photo: Pixels, size: int) -> Pixels:
     new_height, new_width = (
         (short, int(short * width / height)) if height <= width else (int(short * height / width), short)
     )
-    resized = Image.fromarray(photo).resize((new_width, new_height), Image.Resampling.BILINEAR)
     top, left = round((new_height - size) / 2), round((new_width - size) / 2)
+    image = Image.fromarray(photo)
+    if max(height, width) > _LONG_STRIP * min(height, width):
+        # The whole of it resized could fill the memory. Its centre alone is the same within one level of 255.
+        step = width / new_width, height / new_height
+        right, bottom = min((left + size) * step[0], width), min((top + size) * step[1], height)
+        box = (left * step[0], top * step[1], right, bottom)
+        return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box))
+    resized = image.resize((new_width, new_height), Image.Resampling.BILINEAR)
     return np.asarray(resized)[top : top + size, left : left + size]
 
 

@@ -1,0 +1,484 @@
+"""Every reader of files on a million damaged ones: `make fuzz`, or `python -m benchmarks.fuzz [INPUTS] [READER ...]`.
+
+What is held to: a reader gives a valid result or a `UserError` of one line, never another exception, within 20 seconds,
+and takes no more than ten times the input in memory, 64 MiB, and eight bytes for every pixel of an image. Atheris makes
+the inputs, from small whole files and by what the code does with them. Those that went somewhere new, and those that
+failed, are kept in build/fuzz; the next run starts from the former.
+"""
+
+import argparse
+import contextlib
+import gzip
+import hashlib
+import io
+import json
+import os
+import pickle
+import shutil
+import struct
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+
+KEPT = Path("build") / "fuzz"
+_MIB = 2**20
+_RESET = Path("/proc/self/clear_refs")
+
+
+def _instrumented() -> contextlib.AbstractContextManager[Any]:
+    """Where Atheris is at work, it must see these modules before anything else imports them."""
+    if "--one" not in sys.argv:
+        return contextlib.nullcontext()
+    import atheris
+
+    return atheris.instrument_imports(include=["equipoise", "tomllib", "PIL"])
+
+
+with _instrumented():
+    from equipoise import UserError, load_recipe
+    from equipoise.backbones import _read_weights
+    from equipoise.checkpoint import FORMAT, Checkpoint, _digest, load_checkpoint
+    from equipoise.cifar import CifarArchive, open_cifar
+    from equipoise.hub import read_hub_folder
+    from equipoise.listfiles import departures, identity, image_lists, read_list
+    from equipoise.lists import ImageFiles, ImageList, Paths
+    from equipoise.packed import _TAIL, write_packed
+    from equipoise.pixels import decode
+    from equipoise.predict import _in_order, read_weights
+    from equipoise.recipe import Recipe, recipe_table, recipe_toml
+    from equipoise.run import Run
+    from equipoise.sources import find_parts
+    from equipoise.tensors import load_tensors
+
+
+@dataclass(frozen=True)
+class Reader:
+    """`read` reads the file `name`, which `wrap` makes of an input: where a file is packed, damage alone would hardly
+    ever come through. `seeds` are whole inputs; `share` of all inputs it gets."""
+
+    name: str
+    seeds: Callable[[], list[bytes]]
+    read: Callable[[Path], object]
+    wrap: Callable[[bytes], bytes] = bytes
+    share: float = 1.0
+
+
+# ---------------------------------------------------------------------------------------------- whole files
+
+
+def _images() -> list[bytes]:
+    y, x = np.mgrid[0:9, 0:12]
+    photo = Image.fromarray(np.stack([20 * x, 25 * y, 128 + 0 * x], axis=-1).astype(np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    wanted: list[tuple[str, str, dict[str, Any]]] = [
+        *[("RGB", kind, {}) for kind in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")],
+        *[(mode, "PNG", {}) for mode in ("L", "LA", "P", "1", "RGBA", "I;16")],
+        *[(mode, "TIFF", {}) for mode in ("CMYK", "1", "F", "I")],
+        *[("RGB", "TIFF", {"compression": packing}) for packing in ("tiff_lzw", "tiff_deflate", "jpeg", "packbits")],
+        *[("RGB", kind, {"exif": exif}) for kind in ("JPEG", "PNG", "TIFF", "WEBP")],
+        ("CMYK", "JPEG", {}),
+        ("RGB", "JPEG", {"progressive": True}),
+        ("P", "PNG", {"transparency": 3}),
+        *[("RGB", kind, {"save_all": True, "append_images": [photo.rotate(180)]}) for kind in ("GIF", "WEBP", "PNG")],
+    ]
+    files: list[bytes] = []
+    for mode, kind, options in wanted:
+        file = io.BytesIO()
+        image = (
+            Image.fromarray(np.asarray(photo.convert("L")).astype(np.uint16)) if mode == "I;16" else photo.convert(mode)
+        )
+        image.save(file, kind, **options)
+        files.append(file.getvalue())
+    colour = np.asarray(photo).astype(np.uint16) * 257
+    return [*files, *(cv2.imencode(ending, colour)[1].tobytes() for ending in (".png", ".tiff"))]
+
+
+def _lists() -> list[bytes]:
+    return [
+        b"train/a b/1.jpg 0\ntrain/c/2.jpg 1\n",
+        b"x/1.jpg\t0\r\n\r\n./x//2.jpg 0\n",
+        "ä/ö.jpg 1\nü/1.jpg 0".encode(),
+    ]
+
+
+def _annotations() -> list[bytes]:
+    images = [{"id": number, "file_name": f"train_val2018/A/{number}.jpg", "width": 800} for number in range(3)]
+    annotations = [{"id": 9 - number, "image_id": number, "category_id": number % 2} for number in range(3)]
+    table = {"info": {"year": 2018}, "images": images, "annotations": annotations, "categories": []}
+    return [json.dumps(table).encode(), json.dumps(table, indent=1).encode()]
+
+
+def _recipes() -> list[bytes]:
+    folder = Path(__file__).parents[1] / "src" / "equipoise" / "recipes"
+    return [recipe_toml(Recipe()).encode(), *(file.read_bytes() for file in sorted(folder.glob("*.toml")))]
+
+
+def _tables() -> list[bytes]:
+    content = _images()[0]
+    features = {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}
+    struct_of = pa.array(
+        [{"bytes": content, "path": "x"}] * 3, pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    )
+    files: list[bytes] = []
+    for packing in ("none", "snappy", "zstd"):
+        for images in (struct_of, pa.array([content] * 3)):
+            table = pa.table({"img": images, "label": pa.array([0, 1, 1])})
+            metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+            file = io.BytesIO()
+            pq.write_table(table.replace_schema_metadata(metadata), file, compression=packing)
+            files.append(file.getvalue())
+    return files
+
+
+def _batch(protocol: int = 2) -> bytes:
+    return pickle.dumps(
+        {b"labels": [0, 2], b"data": np.zeros((2, 3072), np.uint8), b"filenames": [b"a", b"b"]}, protocol
+    )
+
+
+def _records() -> bytes:
+    return (bytes([1]) + bytes(3072)) * 2
+
+
+_TEN = b"ant\nbee\ncat\ndog\nemu\nfox\ngnu\nhen\nibis\njay\n"
+_NAMES = {
+    "python": ("batches.meta", pickle.dumps({b"label_names": _TEN.split()}, 2)),
+    "binary": ("batches.meta.txt", _TEN),
+}
+
+
+def _cifar(form: str) -> dict[str, bytes]:
+    """The files of a miniature CIFAR-10."""
+    ending, batch = ("", _batch()) if form == "python" else (".bin", _records())
+    names = [f"data_batch_{number}{ending}" for number in range(1, 6)] + [f"test_batch{ending}"]
+    return {**dict.fromkeys(names, batch), _NAMES[form][0]: _NAMES[form][1]}
+
+
+def _tar() -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for name, content in _cifar("binary").items():
+            member = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return file.getvalue()
+
+
+def _checkpoint() -> dict[str, Any]:
+    table: dict[str, Any] = {
+        "format": FORMAT,
+        "recipe": recipe_table(Recipe()),
+        "class_names": ["a", "b"],
+        "class_counts": [5, 1],
+        "epoch": 4,
+        "step": 20,
+        "best": (0.75, 3),
+        "fingerprints": {"train": "f00"},
+        "weights": {"classifier.weight": torch.ones(2, 3), "encoder.bias": torch.zeros(1)},
+        "optimizer": {
+            "state": {0: {"momentum_buffer": torch.ones(2, 3)}},
+            "param_groups": [{"lr": 0.1, "params": [0]}],
+        },
+    }
+    return {**table, "digest": _digest(table)}
+
+
+def _authors_checkpoint() -> dict[str, Any]:
+    shapes = {"encoder.x": [2], "fc.weight": [4, 3], "head.0.weight": [4, 4], "head.3.weight": [2, 4]}
+    shapes |= {"head_fc.0.weight": [4, 4], "head_fc.3.weight": [2, 4]}
+    state = {f"module.{name}": torch.ones(shape) for name, shape in shapes.items()}
+    momentum = {0: {"momentum_buffer": torch.ones(2)}}
+    return {"epoch": 3, "arch": "tiny", "best_acc1": np.float64(57.25), "state_dict": state,
+            "optimizer": {"state": momentum, "param_groups": []}}  # fmt: skip
+
+
+def _saved(table: object, zipped: bool = True) -> bytes:
+    file = io.BytesIO()
+    torch.save(table, file, _use_new_zipfile_serialization=zipped)
+    return file.getvalue()
+
+
+def _program(table: object) -> bytes:
+    """The pickle inside of what `torch.save` writes."""
+    with zipfile.ZipFile(io.BytesIO(_saved(table))) as archive:
+        return archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
+
+
+def _around_program(program: bytes) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("archive/data.pkl", program)
+        archive.writestr("archive/byteorder", b"little")
+        for record in range(8):
+            archive.writestr(f"archive/data/{record}", np.ones(8, np.float32).tobytes())
+        archive.writestr("archive/version", b"3\n")
+    return file.getvalue()
+
+
+def _safetensors() -> bytes:
+    header = json.dumps({"a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}, "__metadata__": {"x": "y"}})
+    return struct.pack("<Q", len(header)) + header.encode() + bytes(16)
+
+
+# ---------------------------------------------------------------------------------------------- the readers
+
+
+def _decode(file: Path) -> object:
+    pixels = decode(ImageList("", ImageFiles(file.parent, Paths.of([file.name])), np.zeros(1, np.int64), ("x",)), 0)
+    assert pixels.ndim == 3
+    assert pixels.shape[2] == 3
+    assert pixels.dtype == np.uint8
+    return pixels
+
+
+def _read_list(file: Path) -> object:
+    read = read_list(file)
+    lists, notes = image_lists({"train": read}, file.parent)
+    assert sum(lists["train"].class_counts) == len(read.paths)
+    assert not any(path.startswith(("/", "../")) for path in read.paths)
+    return [*notes, identity(read), *departures(read, len(lists["train"].class_names), of_training=True)]
+
+
+def _read_recipe(file: Path) -> object:
+    recipe = load_recipe(file)
+    file.write_text(recipe_toml(recipe), encoding="utf-8")
+    assert load_recipe(file) == recipe
+    return recipe
+
+
+def _read_checkpoint(file: Path) -> object:
+    """With the checksum put right: whoever makes a file on purpose does that."""
+    table = load_tensors(file, "checkpoint")
+    if isinstance(table, dict) and "digest" in table:
+        with contextlib.suppress(TypeError, ValueError, RuntimeError):
+            torch.save({**table, "digest": _digest(table)}, file)
+    return load_checkpoint(file)
+
+
+def _packed() -> bytes:
+    file = io.BytesIO()
+    images = [(content, zlib.crc32(content)) for content in _images()[:3]]
+    about = {"part": "train", "kind": "class folders", "benchmark": "", "divided": True, "named": True,
+             "class_names": ["a", "b"], "images": 3, "short_side": 256, "fingerprint": "f00"}  # fmt: skip
+    write_packed(file, images, Paths.of(["a/1.jpg", "a/2.jpg", "b/3.jpg"]), np.array([0, 0, 1]), about)
+    return file.getvalue()
+
+
+def _around_index(content: bytes) -> bytes:
+    """The checksum of the index made to fit."""
+    if len(content) < _TAIL.size:
+        return content
+    start, described, _, end = _TAIL.unpack(content[-_TAIL.size :])
+    index = content[: -_TAIL.size]
+    return index + _TAIL.pack(start, described, hashlib.sha256(index[start:]).digest(), end)
+
+
+def _read_prior(file: Path) -> object:
+    weights = read_weights(file)
+    return _in_order(weights, tuple(weights), str(file))
+
+
+def _read_hub_config(file: Path) -> object:
+    from safetensors.torch import save_file
+
+    checkpoint = Checkpoint(Recipe(), ("a", "b"), (5, 1), 4, 20, None, {"classifier.weight": torch.ones(2, 3)}, {}, {})
+    save_file({"x": torch.ones(2)}, file.parent / "model.safetensors")
+    save_file(checkpoint.weights, file.parent / "head.safetensors")
+    return read_hub_folder(file.parent)
+
+
+def _hub_config() -> bytes:
+    about = {"recipe": recipe_table(Recipe()), "class_names": ["a", "b"], "class_counts": [5, 1], "temperature": 1.5}
+    return json.dumps({"architecture": "resnet8", "equipoise": {**about, "epoch": 4, "step": 20}}).encode()
+
+
+def _read_table(file: Path) -> object:
+    found = find_parts(str(file)).parts["train"]
+    assert sum(found.class_counts) == len(found) > 0
+    return decode(found, 0)
+
+
+def _read_cifar(form: str, replaced: str) -> Callable[[Path], object]:
+    """Reads a folder of which the file is one."""
+
+    def read(file: Path) -> object:
+        for name, content in _cifar(form).items():
+            if name != replaced and not (file.parent / name).exists():
+                (file.parent / name).write_bytes(content)
+        shutil.move(file, file.parent / replaced)
+        return _whole(CifarArchive(file.parent, 10, form))
+
+    return read
+
+
+def _whole(archive: CifarArchive) -> object:
+    parts = open_cifar(archive)
+    assert all(len(part) == sum(part.class_counts) for part in parts.values())
+    return parts
+
+
+READERS = {
+    "image": Reader("x.jpg", _images, _decode, share=3),
+    "list": Reader("list.txt", _lists, _read_list, share=2),
+    "annotations": Reader("train2018.json", _annotations, _read_list, share=2),
+    "recipe": Reader("recipe.toml", _recipes, _read_recipe),
+    "parquet": Reader("train.parquet", _tables, _read_table, share=0.5),
+    "cifar-pickle": Reader("x", lambda: [_batch(protocol) for protocol in (2, 3, 4, 5)],
+                           _read_cifar("python", "data_batch_2")),
+    "cifar-names": Reader("x", lambda: [_NAMES["python"][1]], _read_cifar("python", "batches.meta")),
+    "cifar-records": Reader("x", lambda: [_records()], _read_cifar("binary", "data_batch_2.bin")),
+    "cifar-archive": Reader("cifar-10-binary.tar.gz", lambda: [gzip.compress(_tar())],
+                            lambda file: _whole(CifarArchive(file, 10, "binary"))),
+    "cifar-tar": Reader("cifar-10-binary.tar.gz", lambda: [_tar()],
+                        lambda file: _whole(CifarArchive(file, 10, "binary")), lambda tar: gzip.compress(tar, 1)),
+    "checkpoint": Reader("last.pt", lambda: [_saved(_checkpoint()), _saved(_authors_checkpoint())], _read_checkpoint),
+    "checkpoint-old": Reader("last.pt", lambda: [_saved(table, zipped=False) for table in
+                                                 (_checkpoint(), _authors_checkpoint())], _read_checkpoint),
+    "checkpoint-table": Reader("last.pt", lambda: [_program(_checkpoint()), _program(_authors_checkpoint())],
+                               _read_checkpoint, _around_program),
+    "weights": Reader("weights.pth", lambda: [_program({"state_dict": {"a": torch.ones(2, 4)}})], _read_weights,
+                      _around_program),
+    "safetensors": Reader("weights.safetensors", lambda: [_safetensors()], _read_weights),
+    "metrics": Reader("metrics.json", lambda: [b"{}", b'{"test": {"top1": 0.5}}'],
+                      lambda file: Run(file.parent).metrics, share=0.3),
+    "packed": Reader("train.pack", lambda: [_packed()], _read_table, _around_index),
+    "hub-config": Reader("config.json", lambda: [_hub_config()], _read_hub_config, share=0.5),
+    "prior-json": Reader("prior.json", lambda: [b'{"a": 1, "b": 2.5}'], _read_prior, share=0.5),
+    "prior-csv": Reader("prior.csv", lambda: [b"class,weight\na,1\n\"b, c\",2.5\n"], _read_prior, share=0.5),
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------- one input
+
+
+def examine(reader: Reader, content: bytes, folder: Path) -> tuple[bool, int]:
+    """Whether the reader gives a result for the input, and not an error of the user's; and the memory it took, in bytes
+    (where the system tells). Raises whatever the reader raises else, and MemoryError for more than it may take."""
+    file = folder / reader.name
+    written = reader.wrap(content)
+    file.write_bytes(written)
+    at_start = _resident()
+    try:
+        reader.read(file)
+        valid = True
+    except UserError:
+        valid = False
+    taken = _most_resident() - at_start
+    allowed = 10 * len(written) + 64 * _MIB
+    if taken > allowed and taken > allowed + 8 * _pixels(written):
+        raise MemoryError(f"{taken:,} bytes for an input of {len(written):,}")
+    return valid, taken
+
+
+def _resident() -> int:
+    """Bytes in memory now. The mark of the most there were is set back to it."""
+    if not _RESET.exists():
+        return 0
+    _RESET.write_text("5")
+    return _most_resident()
+
+
+def _most_resident() -> int:
+    if not _RESET.exists():
+        return 0
+    status = Path("/proc/self/status").read_bytes()
+    return 1024 * int(status[status.index(b"VmHWM:") + 6 :].split(None, 1)[0])
+
+
+def _pixels(content: bytes) -> int:
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return image.width * image.height
+    except Exception:
+        return 0
+
+
+# ---------------------------------------------------------------------------------------------- many inputs
+
+
+def _fuzz(name: str, inputs: int) -> None:
+    """In a process of its own: Atheris ends it."""
+    import atheris
+
+    reader = READERS[name]
+    counts = np.memmap(KEPT / f"{name}.counts", np.int64, "w+", shape=(3,))  # inputs, valid, most memory
+    folder = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
+    for seed in reader.seeds():
+        examine(reader, seed, folder)
+
+    def one(content: bytes) -> None:
+        counts[0] += 1
+        valid, taken = examine(reader, content, folder)
+        counts[1] += valid
+        counts[2] = max(counts[2], taken)
+
+    options = [f"-runs={inputs}", "-timeout=20", "-rss_limit_mb=4096", f"-artifact_prefix={KEPT}/failed-{name}-"]
+    atheris.Setup([sys.argv[0], *options, str(KEPT / name)], one)
+    atheris.Fuzz()
+
+
+def _run(name: str, inputs: int) -> tuple[str, int, list[int]]:
+    corpus = KEPT / name
+    corpus.mkdir(parents=True, exist_ok=True)
+    for number, seed in enumerate(READERS[name].seeds()):
+        (corpus / f"seed-{number}").write_bytes(seed)
+    words = [sys.executable, "-m", "benchmarks.fuzz", "--one", name, str(inputs)]
+    started = time.monotonic()
+    with (KEPT / f"{name}.log").open("wb") as log:
+        code = subprocess.run(words, stdout=log, stderr=log, check=False).returncode
+    counts = np.fromfile(KEPT / f"{name}.counts", np.int64).tolist()
+    told = f"{counts[0]:>9,} inputs, {counts[1]:>8,} valid, at most {counts[2] / _MIB:4.0f} MiB"
+    verdict = "" if code == 0 else f"  FAILED: {KEPT}/{name}.log, {KEPT}/failed-{name}-*"
+    print(f"{name:<17}{told}, {time.monotonic() - started:4.0f} s{verdict}", flush=True)
+    return name, code, counts
+
+
+def _shares(names: list[str], inputs: int) -> Iterator[tuple[str, int]]:
+    whole = sum(READERS[name].share for name in names)
+    for name in names:
+        yield name, round(inputs * READERS[name].share / whole)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("inputs", nargs="?", type=int, default=1_000_000)
+    parser.add_argument("readers", nargs="*", help=", ".join(READERS))
+    parser.add_argument("--one", metavar="READER", help="this reader, in this process")
+    options = parser.parse_args()
+    if options.one:
+        _fuzz(options.one, options.inputs)
+    KEPT.mkdir(parents=True, exist_ok=True)
+    names = options.readers or list(READERS)
+    if not set(names) <= set(READERS):
+        parser.error(f"the readers are {', '.join(READERS)}")
+    started = time.monotonic()
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2) as pool:
+        results = list(pool.map(lambda share: _run(*share), _shares(names, options.inputs)))
+    inputs, valid = (sum(counts[column] for _, _, counts in results) for column in (0, 1))
+    failed = [name for name, code, _ in results if code]
+    print(
+        f"{inputs:,} inputs to {len(results)} readers in {time.monotonic() - started:,.0f} s: {valid:,} gave a result, "
+        f"{inputs - valid:,} a UserError, none took more memory than it may; failed: {', '.join(failed) or 'none'}"
+    )
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
