@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test check results rehearsal crash-test fuzz audit clean
+.PHONY: help setup demo test check results rehearsal bench crash-test fuzz audit clean
 
 help:
 	@echo "make demo     train on the built-in digits: BCL, and plain cross-entropy beside it; write the report"
@@ -13,6 +13,7 @@ help:
 	@echo "make check    ruff, pyright, import contracts"
 	@echo "make results  the table of docs/results.md for Digits-LT (20 runs; what is there already is kept)"
 	@echo "make rehearsal [PHOTOS=folder]  the BCL authors' commands on miniature ImageNet-LT and iNaturalist 2018"
+	@echo "make bench    speed against the obvious way, and against what was measured last (8 minutes)"
 	@echo "make crash-test  a run that is killed 60 times ends where one ends that is left alone (about half an hour)"
 	@echo "make fuzz [INPUTS=1000000]  damaged files for every reader (about 15 minutes on two cores)"
 	@echo "make audit    known vulnerabilities of what is installed, and an SBOM in build/"
@@ -37,6 +38,9 @@ results: setup
 
 rehearsal: setup
 	$(BIN)/python -m benchmarks.rehearsal $(if $(PHOTOS),"$(PHOTOS)")
+
+bench: setup
+	$(BIN)/python -m benchmarks $(BENCHMARKS)
 
 crash-test: setup
 	$(BIN)/python -m benchmarks.crash

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from benchmarks.loss import mask_form
 from benchmarks.timing import finish, in_turn, say_times, say_where
 from equipoise.checkpoint import create_network
-from equipoise.device import autocast, choose_precision
+from equipoise.device import choose_precision
+from equipoise.distributed import ALONE
+from equipoise.loader import Batch
 from equipoise.optim import create_sgd
 from equipoise.recipe import load_recipe
-from equipoise.training import loss_terms
+from equipoise.step import Step
 
 CLASSES = 1000
 CPU = torch.device("cpu")
@@ -64,15 +66,13 @@ def our_step(images: Tensor, labels: Tensor, precision: str) -> Callable[[], Non
     """Images as bytes, view-major."""
     recipe = load_recipe("imagenet-lt", arch="resnet50")
     network = create_network(recipe, CLASSES, start=True).to(memory_format=torch.channels_last).train()
-    terms_of = loss_terms(recipe, tuple(range(CLASSES, 0, -1)), CPU)
+    take_step = Step(recipe, network, tuple(range(CLASSES, 0, -1)), CPU, precision, ALONE)
     optimizer = create_sgd(network.parameters(), 0.1, 0.9, 5e-4)
+    batch = Batch(images.unflatten(0, (3, -1)), labels, slice(0, len(labels)))
 
     def step() -> None:
-        with autocast(CPU, precision):
-            outputs = network.training_outputs(images, views=3)
-        _, loss = terms_of(outputs, labels)
         optimizer.zero_grad()
-        loss.backward()
+        take_step(batch)
         optimizer.step()
 
     return step

@@ -196,6 +196,26 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer_moves(spoilt, tmp_
     assert "Lower the learning rate (now 0.1875)" in str(error.value)
     assert len(steps) == 2
     assert (tmp_path / "run" / "metrics.jsonl").is_file(), "the evidence stays"
+    assert str(error.value).endswith(f"The log is in {tmp_path}/run"), "there is no checkpoint to go on from"
+
+
+def test_after_a_loss_that_is_not_finite_the_command_that_is_said_goes_on(tmp_path, monkeypatch):
+    """An exploding rate: the weights grow beyond all bounds in the second epoch."""
+    from equipoise.cli import main
+
+    rates = iter([0.05] + [1e30] * 9)
+    monkeypatch.setattr("equipoise.training.learning_rate", lambda *_, **__: next(rates))
+    with pytest.raises(NonFiniteLossError) as error:
+        train(load_recipe("digits-lt", **{**QUICK, "epochs": 3}), tmp_path / "run", progress=False)
+    monkeypatch.undo()
+    assert load_checkpoint(tmp_path / "run" / "last.pt").epoch == 1
+    said = str(error.value).partition("its last checkpoint is whole. To go on from there with another rate: ")[2]
+    words = said.replace("ANOTHER_FOLDER", str(tmp_path / "other")).split()
+    assert words[:2] == ["equipoise", "train"]
+    assert main(words[1:]) == 0
+    after = load_checkpoint(tmp_path / "other" / "last.pt")
+    assert after.epoch == 3
+    assert after.recipe.optim.lr == pytest.approx(load_checkpoint(tmp_path / "run" / "last.pt").recipe.optim.lr / 10)
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,10 @@ class Batch:
     rows: slice
     bad: Mapping[int, BadImageError] = field(default_factory=dict[int, BadImageError])
 
+    def pin_memory(self) -> "Batch":
+        """In memory from which a GPU can copy while other work goes on: torch's DataLoader calls this."""
+        return replace(self, images_VB3SS=self.images_VB3SS.pin_memory(), labels_G=self.labels_G.pin_memory())
+
 
 class Batches(Protocol):
     """What training and evaluation read from. `bad`: by index, the images that this rank could not read so far."""
@@ -215,6 +219,7 @@ class Photographs:
             sampler=_Refillable(self._tasks),
             num_workers=workers,
             persistent_workers=workers > 0,
+            pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # else every epoch would draw from torch's own random state
             worker_init_fn=_start_worker,
         )

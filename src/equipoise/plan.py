@@ -27,7 +27,7 @@ from equipoise.run import LISTS, LOCK, METRICS, RECIPE, RECORD, find_checkpoint,
 AUTO = "auto"  # --resume auto: find out which run
 # Fields that say where and how is computed, not what: they may differ where a run goes on, and between ranks.
 _FREE = {
-    *("name", "summary", "device", "precision", "workers", "log_every", "checkpoint_minutes"),
+    *("name", "summary", "device", "precision", "compile", "workers", "log_every", "checkpoint_minutes"),
     *("data.on_bad_image", "data.allow_outside"),
 }
 _FREE_IN_RESUME = {*_FREE, "epochs", "model.pretrained", "model.weights"}  # how long, and what it started from

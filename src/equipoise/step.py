@@ -41,6 +41,8 @@ class Step:
     ) -> None:
         self._terms_of = loss_terms(recipe, class_counts, device)
         self._device, self._precision, self._world = device, precision, world
+        if recipe.compile:
+            network.encoder.compile()  # in its place: the names of its weights stay
         self._forward: nn.Module = _Forward(network, recipe.micro_batch)
         if world.size > 1:
             # Buffers stay each rank's own while training: see World.first_buffers. torch has a new word for it.

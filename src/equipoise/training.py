@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from equipoise.batchnorm import batch_norms
-from equipoise.checkpoint import BEST, Checkpoint, create_network, state_on_cpu
+from equipoise.checkpoint import BEST, LAST, Checkpoint, create_network, load_checkpoint, state_on_cpu
 from equipoise.distributed import join
 from equipoise.errors import SharedError, Stopped, UserError
 from equipoise.evaluate import predict
@@ -63,7 +63,7 @@ def fit(plan: Plan, progress: bool = True) -> Run:
             _score(plan, requests)
         except NonFiniteLossError as error:
             folder.keep()
-            raise NonFiniteLossError(f"{error}. The log is in {plan.folder}") from None
+            raise NonFiniteLossError(f"{error}. The log is in {plan.folder}{_way_on(plan)}") from None
         except RuntimeError as error:
             world.await_end(error)
             raise
@@ -234,10 +234,11 @@ class _Keeper:
                 raise
             reason = (cause.strerror or str(cause)).lower()
             kept = f"that of step {self._kept} is whole" if self._kept else "there is none before it"
-            again = "start again: the folder was taken back"
+            goes_on = f", then: {_resume_command(plan)}"
+            again = " and start again: the folder was taken back"
             raise UserError(
                 f"the checkpoint of step {step} could not be written into {plan.folder} ({reason}); {kept}. Make room "
-                f"there, then: {_resume_command(plan) if self._kept or plan.place.taken else again}"
+                f"there{goes_on if self._kept or plan.place.taken else again}"
             ) from None
         self._last, self._kept = time.monotonic(), step
 
@@ -294,6 +295,14 @@ def _validate(network: TwoBranchNetwork, validation: Batches, plan: Plan, log: R
     }
     log.write("validation", step, epoch, values)
     return scored.mean_per_class
+
+
+def _way_on(plan: Plan) -> str:
+    """After a loss that is not finite: a command, where there is a checkpoint of a whole epoch to go on from."""
+    if not plan.world.is_first or not (plan.folder / LAST).exists() or not load_checkpoint(plan.folder / LAST).epoch:
+        return ""
+    words = f"--resume {shlex.quote(str(plan.folder))} --out ANOTHER_FOLDER --lr {plan.recipe.optim.lr / 10:g}"
+    return f"; its last checkpoint is whole. To go on from there with another rate: equipoise train {words}"
 
 
 def _resume_command(plan: Plan) -> str:

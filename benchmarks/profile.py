@@ -1,0 +1,92 @@
+"""Where the time of training goes: `python -m benchmarks.profile [--steps 12]`.
+
+Two runs, as `equipoise train` does them: CIFAR-10-LT with its ResNet-32, and photographs at 224 pixels with a ResNet-18
+(../shared/data). Of each step: waiting for the batch, forward pass with the loss, backward pass, optimizer; and the ten
+operations in which the processor spends most of its time (torch.profiler, two further steps). Takes 2 minutes.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import equipoise
+from benchmarks.input import PHOTOS
+from benchmarks.timing import say_where
+from benchmarks.waiting import CIFAR
+from equipoise.checkpoint import create_network
+from equipoise.loader import Batch, open_batches, worker_count
+from equipoise.optim import create_sgd
+from equipoise.plan import prepare
+from equipoise.recipe import Recipe
+from equipoise.run import view_settings
+from equipoise.step import Step
+
+PARTS = ("waiting for the batch", "forward pass and loss", "backward pass", "optimizer")
+
+
+def measure(recipe: Recipe, steps: int) -> None:
+    plan = prepare(recipe, "runs/not-written")
+    network = create_network(recipe, len(plan.parts.train.class_names), start=True)
+    network = network.to(memory_format=torch.channels_last).train()
+    take_step = Step(recipe, network, plan.parts.train.class_counts, plan.device, plan.precision, plan.world)
+    optimizer = create_sgd(network.parameters(), 0.01, 0.9, 5e-4)
+    workers = worker_count(recipe.workers)
+    batches = open_batches(plan.parts.train, view_settings(recipe), plan.device, workers)
+    print(f"\n{recipe.model.encoder}, {recipe.views.size} pixels, batches of {recipe.batch_size}, {plan.precision}")
+    seconds: dict[str, list[float]] = {part: [] for part in PARTS}
+    marks: list[float] = []
+    # The backward pass begins where the terms have been put aside to be read.
+    network.classifier.weight.register_hook(lambda _: marks.append(time.perf_counter()))
+
+    def step(batch: Batch) -> None:
+        optimizer.zero_grad()
+        take_step(batch)
+
+    source = (batch for epoch in range(100) for batch in batches.training(0, epoch, recipe.batch_size))
+    for _ in range(steps):
+        marks[:] = [time.perf_counter()]
+        batch = next(source)
+        arrived = time.perf_counter()
+        step(batch)
+        done = time.perf_counter()
+        optimizer.step()
+        times = marks[0], arrived, marks[-1], done, time.perf_counter()
+        for part, start, end in zip(PARTS, times, times[1:], strict=False):
+            seconds[part].append(end - start)
+    medians = {part: statistics.median(values[2:]) for part, values in seconds.items()}
+    for part, median in medians.items():
+        print(f"  {part:<24} {1000 * median:8.1f} ms  {100 * median / sum(medians.values()):5.1f} %")
+    ready = [next(source) for _ in range(2)]
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        for batch in ready:
+            step(batch)
+            optimizer.step()
+    batches.close()
+    rows = sorted(profiled.key_averages(), key=lambda row: -row.self_cpu_time_total)
+    total = sum(row.self_cpu_time_total for row in rows)
+    for row in rows[:10]:
+        print(f"  {row.key[:44]:<44} {100 * row.self_cpu_time_total / total:5.1f} %  {row.count // 2} calls a step")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=12)
+    steps: int = parser.parse_args().steps
+    say_where()
+    measure(equipoise.load_recipe("cifar10-lt", data=str(CIFAR)), steps)
+    with tempfile.TemporaryDirectory() as folder:
+        for number, photo in enumerate(sorted(PHOTOS.glob("*.JPEG"))):  # of two classes, as a folder must be
+            file = Path(folder) / "ab"[number % 2] / photo.name
+            file.parent.mkdir(exist_ok=True)
+            file.write_bytes(photo.read_bytes())
+        words = {"arch": "resnet18", "size": 224, "batch_size": 32, "holdout": 0}
+        measure(equipoise.load_recipe("pictures", data=folder, **words), steps)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""The benchmarks start, and `make bench` names what has fallen. Their figures are not tested: no clock here."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.__main__ import ALLOWED, EXPECTED, LOWER_IS_BETTER, fallen
+
+NAMES = sorted(path.stem for path in EXPECTED.parent.glob("*.py") if not path.stem.startswith("__"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_fits_the_package(name):
+    importlib.import_module(f"benchmarks.{name}")
+
+
+def test_expected_figures_are_of_benchmarks_that_are_there():
+    expected = json.loads(EXPECTED.read_text())
+    assert set(expected) <= set(NAMES)
+    assert {name.partition(".")[0] for name in LOWER_IS_BETTER} <= set(expected)
+    assert all(value > 0 for figures in expected.values() for value in figures.values())
+    assert Path(EXPECTED).name == "expected.json"
+
+
+def test_what_is_worse_by_more_than_a_fifth_is_named():
+    expected = {"input": {"ratio": 5.0}, "loss": {"ratio": 1.0}}
+    assert ALLOWED == 1.2
+    assert fallen({"input": {"ratio": 4.2}, "loss": {"ratio": 1.19}}, expected) == []
+    assert fallen({"input": {"ratio": 9.0}, "loss": {"ratio": 0.2}}, expected) == [], "better is no fault"
+    assert fallen({"input": {"ratio": 4.1}, "loss": {"ratio": 1.21}}, expected) == [
+        "input: ratio is 4.1, 5 was expected",
+        "loss: ratio is 1.21, 1 was expected",
+    ]
