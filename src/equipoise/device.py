@@ -1,5 +1,6 @@
 """Words become a device and a precision; the machine becomes a description."""
 
+import ctypes
 import platform
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -11,8 +12,8 @@ from equipoise.errors import UserError
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
     """'auto' takes cuda, mps, cpu; 'cuda:1' is the second GPU. 'cuda' without a number is, for each process on
-    this host, its own. A GPU becomes the process's current one: pinned memory, streams and events are that one's.
-    Raises UserError for one that is not there."""
+    this host, its own. The process is made ready for it: a GPU becomes the current one, which pinned memory, streams
+    and events are of; for a CPU, freed memory is kept. Raises UserError for one that is not there."""
     available = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
@@ -31,7 +32,23 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    elif device.type == "cpu":
+        keep_freed_memory()
     return device
+
+
+def keep_freed_memory() -> None:
+    """Let memory that is freed stay with the process, where the C library is glibc.
+
+    It would give every large tensor back to the system and take the next one from there, whose pages cost time when
+    they are touched: a third of a training step (docs/performance.md).
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):  # another C library, Windows
+        return
+    mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for a large piece
+    mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is given back
 
 
 def choose_precision(name: str, device: torch.device) -> str:
