@@ -3,7 +3,7 @@
 Each runs in a process of its own and ends with a line of JSON. `expected.json` has, by benchmark, its ratios and their
 values where they were measured last; one that is worse by more than a fifth is named, and the exit code is 1. Ratios
 are of one run on one machine, so that they can be compared with those of another; seconds (`startup`) can not quite.
-Takes 8 minutes on two cores. Nothing else should run meanwhile.
+Takes 6 minutes on two cores. Nothing else should run meanwhile.
 """
 
 import argparse

@@ -19,12 +19,11 @@ from equipoise.authors_flags import (
     authors_folder,
     truth,
 )
-from equipoise.deployment import add_export_words, add_predict_words, export, predict, refuse_unwritable
+from equipoise.deployment import add_export_words, add_predict_words, export, predict
 from equipoise.errors import SharedError, Stopped, UserError, in_words, one_line
 from equipoise.flags import (
     DEMO,
     OWN_FOLDER,
-    add_field,
     add_recipe_flags,
     add_set,
     chosen_recipe,
@@ -32,15 +31,16 @@ from equipoise.flags import (
     refuse_swallowed_recipe,
     resumed_recipe,
 )
-from equipoise.recipe import (
-    Field,
-    Method,
-    Recipe,
-    find_field,
-    load_recipe,
-    nearest,
-    override,
-    shipped_recipes,
+from equipoise.inspection import add_data_words, add_pack_words, data, pack
+from equipoise.recipe import Method, Recipe, load_recipe, nearest, shipped_recipes
+from equipoise.scoring import (
+    add_compare_words,
+    add_evaluate_words,
+    add_report_words,
+    compare,
+    evaluate,
+    report,
+    score_checkpoint,
 )
 
 if TYPE_CHECKING:
@@ -124,12 +124,13 @@ def _parser(words: list[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"equipoise {_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_train(commands, words)
-    _add_compare(commands, words)
-    _add_evaluate(commands)
-    _add_report(commands)
+    trained = _add_command(commands, "compare", "train several methods under one recipe and several seeds", compare)
+    add_compare_words(trained, words)
+    add_evaluate_words(_add_command(commands, "evaluate", "score a run or a checkpoint", evaluate))
+    add_report_words(_add_command(commands, "report", "write runs as one HTML page, side by side", report))
     _add_command(commands, "recipes", "the recipes that come with the package", _recipes)
-    _add_data(commands)
-    _add_pack(commands)
+    add_data_words(_add_command(commands, "data", "what lies in a folder: classes, counts, problems", data))
+    add_pack_words(_add_command(commands, "pack", "re-encode images once, smaller, into one file a part", pack))
     add_predict_words(_add_command(commands, "predict", "name the classes of images", predict))
     add_export_words(_add_command(commands, "export", "write a run in another layout", export))
     return parser
@@ -289,7 +290,7 @@ def _score_resumed(options: argparse.Namespace, part: str) -> None:
     data = {field.key: value for field, value in overrides}.get("data.path")
     if data or options.recipe or options.dataset:
         _refuse_other_data(Path(options.resume), data, chosen_recipe(options)[0])
-    _score_checkpoint(Path(options.resume), data, part, overrides, None)
+    score_checkpoint(Path(options.resume), data, part, overrides, None)
 
 
 def _refuse_other_data(checkpoint: Path, data: str | None, named: Recipe) -> None:
@@ -305,242 +306,9 @@ def _refuse_other_data(checkpoint: Path, data: str | None, named: Recipe) -> Non
         )
 
 
-# ---------------------------------------------------------------------------------------------- compare and report
-
-
-def _add_compare(commands: Any, words: list[str]) -> None:
-    command = _add_command(commands, "compare", "train several methods under one recipe and several seeds", _compare)
-    command.add_argument("recipe", metavar="RECIPE", help="a shipped recipe, a TOML file, or a run folder")
-    command.add_argument(
-        "--methods",
-        default=",".join(get_args(Method)),
-        help="which, separated by commas; differences are to the first [%(default)s]",
-    )
-    command.add_argument("--seeds", type=int, default=3, help="how many, from --seed on [%(default)s]")
-    command.add_argument(
-        "--out",
-        metavar="FOLDER",
-        help="one run folder a method and seed; what is there is kept (default: runs/compare-RECIPE)",
-    )
-    command.set_defaults(dataset=None, use_norm=None, cos=None, gpu=None)  # flags of `train` that it does not have
-    add_set(command)
-    add_recipe_flags(command, words)
-
-
-def _compare(options: argparse.Namespace) -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("compare trains one run after the other in one process: start it without torchrun")
-    recipe, _ = chosen_recipe(options)
-    if options.method is not None:
-        raise UserError("compare trains the methods of --methods; drop --method")
-    out = Path(options.out or Path("runs") / f"compare-{recipe.name}")
-
-    from equipoise.compare import compare, markdown
-
-    result = compare(recipe, options.methods.split(","), options.seeds, out)
-    print(f"\n{markdown(result)}")
-    print(f"written: {out / 'compare.json'}, {out / 'compare.md'}")
-
-    from equipoise.report import write_report
-
-    of_first_seed = [out / name for name in list(result["runs"].values())[: len(result["methods"])]]
-    print(f"report: {write_report(of_first_seed, out / 'report.html', result)}")
-
-
-def _add_report(commands: Any) -> None:
-    command = _add_command(commands, "report", "write runs as one HTML page, side by side", _report)
-    command.add_argument("runs", metavar="RUN", nargs="+", help="a run folder; one that stopped early will do")
-    command.add_argument(
-        "--out", metavar="FILE", help="where to write it (default: report.html in the first run folder)"
-    )
-
-
-def _report(options: argparse.Namespace) -> None:
-    from equipoise.report import write_report
-
-    runs = [Path(run) for run in options.runs]
-    print(f"report: {write_report(runs, Path(options.out) if options.out else runs[0] / 'report.html')}")
-
-
-# ---------------------------------------------------------------------------------------------- the others
-
-
-def _add_evaluate(commands: Any) -> None:
-    command = _add_command(commands, "evaluate", "score a run or a checkpoint", _evaluate)
-    command.add_argument(
-        "target", metavar="RUN_OR_CHECKPOINT", help="a run folder, a .pt file, or the authors' .pth.tar"
-    )
-    command.add_argument("--data", help="other data of the same classes (default: the run's own)")
-    command.add_argument(
-        "--split",
-        choices=("train", "validation", "test"),
-        help="the part to score (default: test, or validation where there is no test)",
-    )
-    _add_list_flags(command, ("val", "test"))
-    command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    command.add_argument("--out", metavar="FILE", help="where to write the figures (default: beside the checkpoint)")
-    command.add_argument("--logits", metavar="FILE", help="write the logits of every image too, as .npz")
-    for key in ("data.on_bad_image", "data.allow_outside"):
-        add_field(command, find_field(key))
-    add_set(command)
-
-
-def _evaluate(options: argparse.Namespace) -> None:
-    target = Path(options.target)
-    overrides = overrides_of(options)
-    other_data = options.data or options.split or any(field.path[-1].endswith("_list") for field, _ in overrides)
-    if not target.is_dir() or other_data or options.out or options.logits or options.set:
-        overrides.append((find_field("device"), options.device))
-        _score_checkpoint(target, options.data, options.split, overrides, options.out, options.logits)
-        return
-
-    from equipoise.distributed import join
-    from equipoise.run import METRICS, evaluate_run
-    from equipoise.tables import print_bad_images, print_figures, print_post_hoc
-
-    with join() as world:
-        metrics = evaluate_run(target, device=options.device, world=world, overrides=overrides)
-    if not world.is_first:
-        return
-    results = [
-        (f"{part} {checkpoint}", metrics[checkpoint][part])
-        for part in ("validation", "test")
-        for checkpoint in ("last", "best")
-        if metrics[checkpoint] and metrics[checkpoint][part]
-    ]
-    print_figures(results, f"{metrics['method']}: accuracy, percent", metrics)
-    print_post_hoc(metrics)
-    print_bad_images(metrics)
-    print(f"written: {target / METRICS}")
-
-
-def _score_checkpoint(
-    target: Path,
-    data: str | None,
-    part: str | None,
-    overrides: Sequence[tuple[Field, Any]],
-    out: str | None,
-    logits: str | None = None,
-) -> None:
-    """Score one checkpoint (of a run: the last), show and write its figures."""
-    from equipoise.distributed import join
-    from equipoise.run import LAST, evaluate_checkpoint, find_checkpoint, write_json, write_logits
-    from equipoise.tables import print_bad_images, print_figures
-
-    checkpoint = target / LAST if target.is_dir() else find_checkpoint(target)
-    refuse_unwritable({"--out": out, "--logits": logits})
-    with join() as world:
-        metrics, predictions = evaluate_checkpoint(
-            checkpoint, data, part, overrides, keep_logits=logits is not None, world=world
-        )
-    if not world.is_first:
-        return
-    scored: str = metrics["split"]
-    print_figures([(scored, metrics[scored])], f"{metrics['method']}: accuracy, percent", metrics)
-    print_bad_images(metrics)
-    if logits is not None:
-        write_logits(Path(logits), predictions, metrics["class_names"])
-        print(f"written: {logits}")
-    of_data = f"-{Path(data).resolve().name}" if data else ""
-    stem = checkpoint.name.partition(".pt")[0]
-    written = Path(out or checkpoint.with_name(f"metrics-{stem}{of_data}-{scored}.json"))
-    write_json(written, metrics)
-    print(f"written: {written}")
-
-
 def _recipes(_: argparse.Namespace) -> None:
     for name in shipped_recipes():
         print(f"{name:<12}  {load_recipe(name).summary}")
-
-
-def _add_data(commands: Any) -> None:
-    data = _add_command(commands, "data", "what lies in a folder: classes, counts, problems", _data)
-    data.add_argument(
-        "path",
-        metavar="PATH",
-        help="folder of class folders or of a published data set, Parquet, CIFAR archive, a list file, or 'digits'",
-    )
-    data.add_argument("--images", metavar="FOLDER", help="PATH is a list file: what its paths are below")
-    data.add_argument(
-        "--write-lists", metavar="FOLDER", help="write iNaturalist's JSON as the list files of the literature"
-    )
-    _add_list_flags(data, ("train", "val", "test"))
-    data.add_argument(
-        "--check", action="store_true", help="decode every image and list all bad ones; exit code 1 if there are any"
-    )
-    add_field(data, find_field("data.allow_outside"))
-    add_set(data)
-
-
-def _add_list_flags(command: argparse.ArgumentParser, parts: Sequence[str]) -> None:
-    for part in parts:
-        command.add_argument(
-            f"--{part}-list", dest=f"data.{part}_list", metavar="FILE", help="a list file of that part"
-        )
-
-
-def _data(options: argparse.Namespace) -> int:
-    recipe = Recipe()
-    for field, value in overrides_of(options):
-        recipe = override(recipe, field, value)
-
-    from equipoise.run import source_of
-    from equipoise.sources import Source, survey, write_lists
-    from equipoise.tables import print_data
-
-    path = Path(options.path)
-    if path.is_file() and path.suffix in (".txt", ".lst", ".json"):
-        folder = options.images or str(path.absolute().parent)
-        source = Source(folder, lists={"train": str(path)}, allow_outside=recipe.data.allow_outside)
-    elif options.images:
-        raise UserError("--images goes with a list file as PATH; for a folder, name its lists with --train-list")
-    else:
-        source = source_of(replace(recipe, data=replace(recipe.data, path=options.path)))
-    if options.write_lists:
-        for said in write_lists(source, Path(options.write_lists)):
-            print(said)
-        return 0
-    found, problems, bad = survey(source, options.check)
-    print_data(options.path, found, problems, bad, options.check)
-    return 1 if options.check and bad else 0
-
-
-# ---------------------------------------------------------------------------------------------- pack
-
-
-def _add_pack(commands: Any) -> None:
-    pack = _add_command(commands, "pack", "re-encode images once, smaller, into one file a part", _pack)
-    pack.add_argument("path", metavar="DATA", help="any data that `train` takes as files of images")
-    pack.add_argument("--out", metavar="FOLDER", required=True, help="then: equipoise train --data FOLDER")
-    pack.add_argument(
-        "--short-side",
-        type=int,
-        default=256,
-        metavar="PIXELS",
-        help="larger images are resized to it, and become JPEG (default: 256, which training at 224 pixels asks for)",
-    )
-    pack.add_argument("--workers", type=int, default=-1, help="processes (default: one for each core)")
-    for part in ("train", "val", "test"):
-        pack.add_argument(f"--{part}-list", dest=f"data.{part}_list", metavar="FILE", help="a list file of that part")
-    add_set(pack)
-
-
-def _pack(options: argparse.Namespace) -> None:
-    if options.short_side < 8:
-        raise UserError(f"--short-side must be at least 8 pixels, not {options.short_side}")
-    recipe = Recipe()
-    for field, value in overrides_of(options):
-        recipe = override(recipe, field, value)
-
-    from equipoise.loader import worker_count
-    from equipoise.pack import pack
-    from equipoise.run import source_of
-    from equipoise.sources import as_it_lies, find_parts
-
-    source, _ = as_it_lies(source_of(replace(recipe, data=replace(recipe.data, path=options.path))))
-    out = Path(os.path.expanduser(options.out))
-    told = pack(find_parts(source), source.benchmark, out, options.short_side, worker_count(options.workers))
-    print("\n".join([*told, f"train on it: equipoise train --data {out}"]))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ named, what lies at `--data` decides.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -42,6 +43,14 @@ def add_set(command: argparse.ArgumentParser) -> None:
         metavar="SECTION.FIELD=VALUE",
         help="set any field of the recipe",
     )
+
+
+def add_list_flags(command: argparse.ArgumentParser, parts: Sequence[str]) -> None:
+    """`--train-list FILE` and the like."""
+    for part in parts:
+        command.add_argument(
+            f"--{part}-list", dest=f"data.{part}_list", metavar="FILE", help="a list file of that part"
+        )
 
 
 def add_recipe_flags(command: argparse.ArgumentParser, words: list[str]) -> None:
