@@ -34,10 +34,16 @@ def finish(process: subprocess.Popen[bytes], place: Path, out: str) -> None:
         raise SystemExit((place / f"{out}.log").read_text(encoding="utf-8")[-3000:])
 
 
-def wait_to_kill(process: subprocess.Popen[bytes], run: Path, seconds: float, writing: bool) -> str | None:
-    """Wait for the moment; what it was, or None if the process has ended before."""
+def lines_of(run: Path) -> int:
+    """Steps that the run has logged so far."""
+    log = run / "metrics.jsonl"
+    return log.read_bytes().count(b"\n") if log.exists() else 0
+
+
+def wait_to_kill(process: subprocess.Popen[bytes], run: Path, seconds: float, lines: int, writing: bool) -> str | None:
+    """Wait for the moment, so long or until so much is logged; what it was, or None if the process has ended before."""
     end = time.monotonic() + seconds
-    while time.monotonic() < end:
+    while time.monotonic() < end and lines_of(run) < lines:
         if process.poll() is not None:
             return None
         if writing and time.monotonic() > end - seconds / 2 and any(run.glob(".*.pt.*")):
@@ -71,14 +77,17 @@ def crash(place: Path, kills: int, epochs: int, seed: int) -> dict[str, int]:
     moments = random.Random(seed)
     begun = time.monotonic()
     finish(start(place, "whole", epochs), place, "whole")
-    whole_takes = time.monotonic() - begun
+    whole_takes, lines = time.monotonic() - begun, lines_of(place / "whole")
     count: dict[str, int] = {}
     run = place / "killed"
     while sum(count.values()) < kills:
         process = start(place, "killed", epochs, "--resume", "auto")
         # Most of the time goes into starting; a kill there is as good a test as any, but should not be all.
         wanted = moments.uniform(0.3, 1.0) * min(whole_takes, 12)
-        when = wait_to_kill(process, run, wanted, writing=moments.random() < 0.5)
+        # What is left is shared by the kills that are left: the run must not end before.
+        done, left = lines_of(run), kills - sum(count.values())
+        most = done + max(1, int((lines - done) * moments.uniform(0.3, 1.5) / (left + 1)))
+        when = wait_to_kill(process, run, wanted, most, writing=moments.random() < 0.5)
         if when is None:
             break
         process.kill()

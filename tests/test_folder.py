@@ -26,7 +26,7 @@ RECIPE = load_recipe("digits-lt", epochs=2, precision="fp32", method="ce", log_e
 @pytest.mark.slow
 def test_a_killed_run_ends_where_an_undisturbed_one_ends(tmp_path):
     """The short form of `make crash-test`."""
-    assert sum(crash(tmp_path, kills=3, epochs=10, seed=3).values()) == 3
+    assert sum(crash(tmp_path, kills=3, epochs=20, seed=3).values()) == 3
 
 
 # ---- whose folder it is

@@ -299,11 +299,15 @@ class _Watch:
         self._store.set(f"host of {world.rank}", self._host)
         self._store.set(f"beat/{world.rank}", "0")
         dist.barrier()
-        for work in (self._beat, self._look):
-            threading.Thread(target=work, name=f"equipoise{work.__name__}", daemon=True).start()
+        self._beating, looking = (threading.Thread(target=work, daemon=True) for work in (self._beat, self._look))
+        self._beating.start()
+        looking.start()
 
     def stop(self) -> None:
+        """Python's end must not find the first thread in an exchange with the store: the process would be aborted."""
         self._stopped.set()
+        if self._beating is not threading.current_thread():
+            self._beating.join(3 * _BEAT)
 
     def tell(self, message: str, said: bool) -> None:
         """Tell all ranks why they must end. `said`: nobody on this host needs to say it."""
