@@ -6,6 +6,7 @@ list over its lines, three views of photographs over loader processes. Medians; 
 """
 
 import argparse
+import math
 import os
 import statistics
 import subprocess
@@ -128,10 +129,12 @@ def draw(curves: dict[str, list[tuple[float, float]]], plot: Path) -> None:
         places = [(left + width * across.share(x), 30 + height * (1 - up.share(y))) for x, y in points]
         parts.append(f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in places)}"/>')
         parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in places]
-        parts += [
-            f'<text x="{left + width * across.share(value):.1f}" y="{height + 46}" text-anchor="middle">{text}</text>'
-            for value, text in across.ticks
-        ]
+        written = -math.inf
+        for value in xs:  # the points are the ticks, where there is room
+            x = left + width * across.share(value)
+            if x - written > 45:
+                parts.append(f'<text x="{x:.1f}" y="{height + 46}" text-anchor="middle">{value:,}</text>')
+                written = x
         for value, text in up.ticks:
             y = 30 + height * (1 - up.share(value))
             parts.append(f'<line x1="{left}" x2="{left + width}" y1="{y:.1f}" y2="{y:.1f}"/>')
