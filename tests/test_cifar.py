@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from equipoise import UserError, cifar
 from equipoise.cifar import CifarArchive, find_cifar, open_cifar
 from equipoise.lists import long_tail_counts, long_tailed
+from equipoise.sources import find_parts
 
 NAMES = {classes: tuple(f"kind{label}" for label in range(classes)) for classes in (10, 100)}
 PER_FILE = 40
@@ -360,3 +361,27 @@ def test_members_that_are_no_plain_files(tmp_path):
         huge.size = 10**12
         tar.fileobj.write(huge.tobuf())
     assert "has 1,000,000,000,000 bytes; no file of the published archives is that large" in refused(find_cifar(path))
+
+
+def test_sparse_members_of_an_archive_are_no_files(tmp_path):
+    """A few bytes that claim an image file full of zeros."""
+    path = tmp_path / "cifar-10-binary.tar.gz"
+    with tarfile.open(path, "w:gz") as tar:
+        for number in range(1, 6):
+            member = tarfile.TarInfo(f"data_batch_{number}.bin")
+            member.type = tarfile.GNUTYPE_SPARSE
+            tar.addfile(member)
+    with pytest.raises(UserError):
+        find_parts(str(path))
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
+def test_headers_of_headers_of_headers(kind, tmp_path):
+    path = tmp_path / "cifar-10-binary.tar.gz"
+    with tarfile.open(path, "w:gz") as tar:
+        for _ in range(3000):
+            member = tarfile.TarInfo("x")
+            member.type, member.size = kind, 0
+            tar.fileobj.write(member.tobuf(tarfile.GNU_FORMAT))
+    with pytest.raises(UserError):
+        find_parts(str(path))

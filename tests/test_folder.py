@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import draw_folder
 
 from benchmarks.crash import crash
 from equipoise import UserError, load_recipe, train
@@ -105,6 +106,11 @@ def test_auto_is_the_newest_unfinished_run_of_the_same_recipe(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     find = lambda recipe=RECIPE, out=None: _find_place(recipe, out, "auto", World())  # noqa: E731
     assert not find().taken, "there is none: a new one"
+    for name, content in {"list": "[]", "deep": "[" * 100_000, "null": "null"}.items():
+        (Path("runs") / name).mkdir(parents=True)
+        (Path("runs") / name / "run.json").write_text(content)
+        shutil.copy(fake_run(Path("elsewhere") / name, "") / "recipe.toml", Path("runs") / name)
+    assert not find().taken, "strange folders are no runs"
     older = fake_run(Path("runs/older"), "2026-01-01T10:00:00")
     assert find().folder == older
     # A clock that was set back: what counts is what the record says, not the order of the files.
@@ -142,6 +148,24 @@ def test_another_number_of_processes_is_told(tmp_path, finished):
     (run / "run.json").write_text(json.dumps({**record, "processes": 4}))
     said = prepare(recipe, resume=run).describe()["goes on"]
     assert "1 processes instead of 4: so BatchNorm is over more or fewer images at a time" in said
+
+
+@pytest.mark.slow
+def test_after_a_kill_the_folder_is_free_at_once(tmp_path):
+    """The loader's processes live for some seconds more."""
+    data = draw_folder(tmp_path / "data", {"ant": 12, "bee": 6})
+    words = ["train", "--data", str(data), "--arch=resnet8", "--size=16", "-b6", "-j2", "--set", "data.holdout=0"]
+    words += ["--epochs=500", "--log-every=1", "--out", str(tmp_path / "run")]
+    killed = subprocess.Popen([sys.executable, "-m", "equipoise", *words], stdout=subprocess.DEVNULL)
+    log = tmp_path / "run" / "metrics.jsonl"
+    while not (log.exists() and log.read_bytes().count(b"\n") > 3):
+        assert killed.poll() is None
+        time.sleep(0.01)
+    killed.kill()
+    killed.wait()
+    plan = prepare(load_recipe(tmp_path / "run"), resume=tmp_path / "run")
+    with RunFolder(plan) as folder:
+        assert folder.take() == tmp_path / "run"
 
 
 # ---- damaged checkpoints

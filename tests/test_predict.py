@@ -395,6 +395,10 @@ def test_a_prior_from_a_file(name, content, odd_run, tmp_path):
         ("p.json", b'{"class 0": NaN}', "the weight of 'class 0' must be a number, 0 or more, not nan"),
         ("p.csv", b"class 0,1\nclass 1,-1\nclass 2,1", "the weight of 'class 1' must be a number, 0 or more, not -1"),
         ("p.csv", b"class 0,1\nclass 1,x", "the weight of 'class 1' must be a number, not 'x'"),
+        ("p.json", b'{"class 0": 1' + b"0" * 400 + b"}", "the weight of 'class 0' must be a number, 0 or more, not 1"),
+        ("p.json", b"[" * 200_000, "is not valid JSON ("),
+        ("p.json", b" " * 5_000_000, "is no prior: it has more than 4,194,304 bytes"),
+        ("p.csv", b"class 0," + b"1" * 200_000, "is no CSV file (field larger than field limit (131072))"),
         ("p.csv", b"class 0,1,2", "line 1: there must be two columns, class name and weight, not 3"),
         (
             "p.csv",

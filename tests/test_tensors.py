@@ -205,3 +205,34 @@ def test_absent_and_folder(tmp_path):
         load_tensors(tmp_path / "none.pt", "checkpoint")
     with pytest.raises(UserError, match=r"no checkpoint that can be read \(is a directory\)"):
         load_tensors(tmp_path, "checkpoint")
+
+
+def test_a_program_under_a_name_in_capitals_is_looked_through(tmp_path):
+    """torch's reader does not mind the case."""
+    program = b"\x80\x02}N" + b"\x85" * 300_000 + b"Ns."
+    content = packed(program).replace(b"archive/data.pkl", b"archive/data.PKL")
+    assert "more objects than a network has" in refused(tmp_path / "x.pt", content)
+
+
+def test_two_directories_are_refused(tmp_path):
+    """torch goes to where the end of the file says that the directory is, Python to what lies just before the end."""
+    program, good = b"\x80\x02}N" + b"\x85" * 300_000 + b"Ns.", b"\x80\x02}."
+    evil, harmless = packed(program), packed(good)
+    at, end = evil.rindex(b"PK\x05\x06"), harmless.rindex(b"PK\x05\x06")
+    start, start_harmless = (struct.unpack("<L", x[e + 16 : e + 20])[0] for x, e in ((evil, at), (harmless, end)))
+    directory, moved, place = bytearray(harmless[start_harmless:end]), start - start_harmless, 0
+    while place < len(directory):
+        lengths = struct.unpack("<HHH", directory[place + 28 : place + 34])
+        offset = struct.unpack("<L", directory[place + 42 : place + 46])[0] + moved
+        directory[place + 42 : place + 46] = struct.pack("<L", offset)
+        place += 46 + sum(lengths)
+    content = evil[:at] + harmless[:start_harmless] + bytes(directory) + evil[at:]
+    assert "it has two directories" in refused(tmp_path / "x.pt", content)
+    assert "it has two directories" in refused(tmp_path / "x.pt", packed(good) + b"\0" * 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn])
+def test_numbers_that_no_network_has(dtype, tmp_path):
+    file = io.BytesIO()
+    torch.save({"a": torch.zeros(2).to(dtype)}, file)
+    assert "a tensor of a kind that no network has" in refused(tmp_path / "x.pt", file.getvalue())

@@ -158,12 +158,13 @@ def _read(archive: CifarArchive, wanted: Sequence[str]) -> dict[str, bytes]:
                 while (member := tar.next()) is not None:
                     tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue] else every one of them is kept, and millions of empty ones pack well
                     name = member.name.rpartition("/")[2]
-                    if name in wanted and member.isfile():
+                    plain = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not member.issparse()
+                    if name in wanted and plain:  # a sparse one claims what it does not hold
                         _refuse_size(member.size, f"{archive.path}/{name}")
                         file = tar.extractfile(member)
                         assert file is not None, "it is a file"
                         content[name] = file.read()
-    except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error) as error:
+    except (tarfile.TarError, EOFError, OSError, ValueError, RecursionError, zlib.error) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{archive.path} is damaged ({reason}); take the archive anew") from None
     return content

@@ -98,8 +98,9 @@ def _locked(file: IO[bytes]) -> bool:
     except ImportError:  # Windows: two runs in one folder are not found out
         return True
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        # Not `flock`: that one passes to the loader's processes, which live for seconds after a kill -9.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
         return False
     except OSError:  # a file system that cannot lock
         return True

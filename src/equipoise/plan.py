@@ -305,7 +305,9 @@ def _runs_of(recipe: Recipe, folder: Path | None, launch: str = "", also_finishe
         try:
             record = json.loads((run / RECORD).read_text(encoding="utf-8"))
             before = load_recipe(run / RECIPE)
-        except (OSError, ValueError):  # no run, or one that was killed while it made its folder
+        except (OSError, ValueError, RecursionError):  # no run, or one that was killed while it made its folder
+            continue
+        if not isinstance(record, dict):
             continue
         of_launch = not launch or record.get("launch") == launch
         wanted = of_launch and (also_finished or not (run / METRICS).exists())

@@ -16,8 +16,8 @@ Shapes: N images, B of a batch, C classes, K ranked classes of an image, S side 
 import csv
 import io
 import json
-import math
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from equipoise.checkpoint import Checkpoint, atomic_file, load_checkpoint
 from equipoise.device import choose_device
-from equipoise.errors import UserError
+from equipoise.errors import UserError, shown
 from equipoise.folders import SUFFIXES
 from equipoise.hub import is_hub_folder, read_hub_folder
 from equipoise.listfiles import BENCHMARKS
@@ -47,6 +47,7 @@ from equipoise.run import chosen_checkpoint, figures_of
 from equipoise.views import evaluation_view
 
 _BATCH = 64
+_LARGEST_PRIOR = 2**22  # bytes; that of 8,142 classes has 200,000
 _AHEAD = 2  # batches decoded while the network works on one
 
 Prior = str | Path | Mapping[str, float]
@@ -242,6 +243,8 @@ def as_list(files: Sequence[str]) -> ImageList:
 def read_weights(file: Path) -> dict[str, float]:
     """Class name -> weight of a JSON object or a CSV file of two columns. Raises UserError for anything else."""
     try:
+        if file.stat().st_size > _LARGEST_PRIOR:
+            raise UserError(f"{file} is no prior: it has more than {_LARGEST_PRIOR:,} bytes")
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror.lower() if isinstance(error, OSError) and error.strerror else "it is no UTF-8 text"
@@ -262,7 +265,7 @@ def _json_pairs(text: str, file: Path) -> list[tuple[str, Any]]:
         pairs = json.loads(
             text, object_pairs_hook=lambda found: found
         )  # not a dict: that would hide a class named twice
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not valid JSON ({error})") from None
     if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
         raise UserError(f'{file} must hold one object, {{"class name": weight, ...}}')
@@ -271,7 +274,11 @@ def _json_pairs(text: str, file: Path) -> list[tuple[str, Any]]:
 
 def _csv_pairs(text: str, file: Path) -> list[tuple[str, Any]]:
     pairs: list[tuple[str, Any]] = []
-    for number, row in enumerate(row for row in csv.reader(io.StringIO(text)) if row):
+    try:
+        rows = [row for row in csv.reader(io.StringIO(text)) if row]
+    except csv.Error as error:
+        raise UserError(f"{file} is no CSV file ({error})") from None
+    for number, row in enumerate(rows):
         if len(row) != 2:
             raise UserError(
                 f"{file}, line {number + 1}: there must be two columns, class name and weight, not {len(row)}"
@@ -293,8 +300,8 @@ def _in_order(weights: Mapping[str, Any], class_names: Sequence[str], where: str
                 f"{where} names a class '{name}' that the model does not know{nearest(name, [*class_names])}"
             )
         number = isinstance(weight, int | float) and not isinstance(weight, bool)
-        if not number or not math.isfinite(weight) or weight < 0:
-            raise UserError(f"{where}: the weight of '{name}' must be a number, 0 or more, not {weight!r}")
+        if not number or not 0 <= weight <= sys.float_info.max:
+            raise UserError(f"{where}: the weight of '{name}' must be a number, 0 or more, not {shown(weight)}")
     missing = [name for name in class_names if name not in weights]
     if missing:
         raise UserError(

@@ -27,6 +27,8 @@ _PICKLES_OF_OLD_FILES = 5  # magic number, protocol, system, the table, keys of 
 _FEW_INSTRUCTIONS = 300_000  # a checkpoint of a ResNet-50 has 30,000
 _MOST_TUPLES = 40_000  # three a tensor; a tuple in a tuple in a tuple, as a key, overflows the stack from 80,000 on
 _DEPTH = 10
+_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool, torch.uint8, torch.int8,
+           torch.int16, torch.int32, torch.int64}  # fmt: skip
 _ASKED = re.compile(r"GLOBAL ([\w.]+)")  # in torch's refusal to run it
 
 
@@ -68,6 +70,9 @@ def load_tensors(path: Path, what: str) -> object:
 
 def _look_through_zip(file: Any, size: int) -> None:
     with zipfile.ZipFile(file) as archive:
+        # torch would read another directory than Python does, with another program in it.
+        if archive.comment or not _has_one_directory(file, archive.start_dir, size):
+            raise ValueError("it has two directories")
         entries = archive.infolist()
         # torch packs nothing. Entries that lie upon each other would add up to more than the file.
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
@@ -75,9 +80,20 @@ def _look_through_zip(file: Any, size: int) -> None:
         if sum(entry.file_size for entry in entries) > size:
             raise ValueError("it claims more than it has")
         for entry in entries:
-            if entry.filename.endswith(".pkl"):
+            if entry.orig_filename.lower().endswith(".pkl"):  # torch does not mind the case
                 with archive.open(entry) as program:
                     _look_through(program, 1, size)
+
+
+def _has_one_directory(file: Any, start: int, size: int) -> bool:
+    """Whether the directory is where the file's end says that it is: torch goes there; Python looks for it just before
+    the end."""
+    file.seek(max(0, size - 98))  # the records of large files, 56 and 20 bytes, and the last one, 22
+    tail = file.read(98)
+    said = int.from_bytes(tail[-6:-2], "little")
+    if said == 2**32 - 1:
+        said = int.from_bytes(tail[48:56], "little")
+    return tail[-22:-18] == b"PK\x05\x06" and said == start
 
 
 def _look_through(file: Any, pickles: int, size: int) -> None:
@@ -160,7 +176,8 @@ class _Copier:
         return copies if isinstance(value, list) else tuple(copies)
 
     def _tensor(self, tensor: Tensor) -> Tensor:
-        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+        odd = tensor.is_nested or tensor.is_quantized or tensor.dtype not in _DTYPES
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or odd:
             raise ValueError("a tensor of a kind that no network has")
         self._left -= tensor.numel() * tensor.element_size()
         if self._left < 0:
