@@ -377,6 +377,7 @@ def test_a_terminated_launch_is_saved(slow, tmp_path):
         == 1
     )
     assert steps_of(tmp_path / "run")[-1] == step
+    assert "all ranks stop" not in said, "nobody is ended by another one"
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from equipoise.errors import SharedError, UserError, in_words
+from equipoise.errors import SharedError, Stopped, UserError, in_words
 
 Made = TypeVar("Made")
 
@@ -238,7 +238,7 @@ def join() -> Generator[World]:
         yield world
         dist.barrier()  # nobody leaves before all are done: a rank that ends early would be taken for lost
         dist.destroy_process_group()
-    except SharedError:
+    except (SharedError, Stopped):  # of all ranks: none has anything to tell the others
         dist.destroy_process_group()  # else its threads may abort the process when Python ends
         raise
     except (UserError, OSError) as error:
