@@ -143,7 +143,9 @@ def write_figures(folder, counts, names, method, images_per_class, validation, g
             arrays["calibrated_N"] = confidence_at(logits, block["temperature"]).numpy()
         observed.update({f"{part}/{name}": values for name, values in arrays.items()})
     if validation:
-        block["post_hoc"] = {"tau": choose_tau(block["validation"]["prior_sweep"]), "chosen_on": "validation"}
+        tau = choose_tau(block["validation"]["prior_sweep"])
+        at_tau = {part: next(row for row in block[part]["prior_sweep"] if row["tau"] == tau) for part in labels}
+        block["post_hoc"] = {"tau": tau, "chosen_on": "validation", **at_tau}
     np.savez_compressed(folder / OBSERVED, **observed)
     write_json(
         folder / METRICS,

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from conftest import draw_folder
 
 from benchmarks.crash import crash
 from equipoise import UserError, load_recipe, train
+from equipoise import folder as folder_module
 from equipoise.checkpoint import load_checkpoint
 from equipoise.distributed import World
 from equipoise.folder import RunFolder
@@ -81,12 +83,56 @@ def test_an_interrupted_resume_does_not_remove_the_folder(tmp_path):
 def test_a_run_killed_in_its_first_moment_is_no_obstacle(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
-    for name in ("run.lock", "recipe.toml", ".recipe.toml.x7", ".run.json.abc"):
+    for name in ("run.lock", "recipe.toml", ".recipe.toml.x7.equipoise-part", ".run.json.abc.equipoise-part"):
         (folder / name).touch()
     assert prepare(RECIPE, folder).folder == folder
     (folder / "notes.txt").touch()
     with pytest.raises(UserError, match="exists and is not empty"):
         prepare(RECIPE, folder)
+
+
+def test_only_what_a_killed_run_was_writing_is_cleared_away(tmp_path):
+    train(RECIPE, tmp_path / "run", progress=False)
+    run = tmp_path / "run"
+    for name in (".notes.txt", ".last.pt.original", ".last.pt.x7.equipoise-part", ".recipe.toml.a.equipoise-part"):
+        (run / name).write_text("mine")
+    (run / ".cache.d").mkdir()
+    (run / ".mine.equipoise-part").mkdir()
+    with RunFolder(prepare(load_recipe(run, epochs=3), resume=run)) as folder:
+        folder.take()
+    hidden = sorted(entry.name for entry in run.iterdir() if entry.name.startswith("."))
+    assert hidden == [".cache.d", ".last.pt.original", ".mine.equipoise-part", ".notes.txt"]
+
+
+def test_a_lock_that_was_removed_keeps_nobody_out(tmp_path, monkeypatch):
+    """One process opens the file, the other ends and removes it, a third makes it anew: then one alone may have it."""
+    path, lock = tmp_path / "run.lock", folder_module._lock
+    opened = []
+
+    def removed_meanwhile(file):
+        if not opened:
+            path.unlink()
+        opened.append(file)
+        return lock(file)
+
+    monkeypatch.setattr(folder_module, "_lock", removed_meanwhile)
+    with folder_module._locked(path) as held:
+        assert os.path.samestat(os.fstat(held.fileno()), path.stat())
+    assert [file.closed for file in opened] == [True, True]
+    assert len(opened) == 2
+
+
+def test_the_start_is_said_in_universal_time(tmp_path, monkeypatch):
+    """Else runs of two time zones, or of the night when the clock is set back, would not be in order."""
+    monkeypatch.setenv("TZ", "Pacific/Kiritimati")
+    time.tzset()
+    before = datetime.now(UTC).replace(microsecond=0)
+    run = fake_run(tmp_path / "run", "")
+    monkeypatch.undo()
+    time.tzset()
+    started = json.loads((run / "run.json").read_text())["began"]
+    assert started.endswith("Z")
+    assert before <= datetime.fromisoformat(started) <= datetime.now(UTC)
 
 
 # ---- auto
@@ -96,7 +142,8 @@ def fake_run(folder: Path, started: str, recipe=RECIPE, finished: bool = False, 
     with RunFolder(prepare(recipe, folder)) as taken:
         taken.take()
     record = json.loads((folder / "run.json").read_text())
-    (folder / "run.json").write_text(json.dumps({**record, "started": started, "launch": launch}))
+    record |= {"began": record["started"], "started": started, "launch": launch}
+    (folder / "run.json").write_text(json.dumps(record))
     if finished:
         (folder / "metrics.json").write_text("{}")
     return folder
@@ -215,6 +262,38 @@ def test_a_half_written_line_is_dropped(finished, tmp_path):
     lines = (run / "metrics.jsonl").read_text()
     assert lines.startswith(before)
     assert [json.loads(line)["step"] for line in lines.splitlines()] == list(range(1, 19))
+
+
+def test_a_last_line_without_its_end_is_dropped(finished, tmp_path):
+    """Whole as it may look, the next line would be written behind it."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    before = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(before.removesuffix("\n"))
+    train(load_recipe(run, epochs=3), progress=False, resume=run)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    last = json.loads(before.splitlines()[-1])
+    assert last not in lines, "and it is not half there"
+    assert [line["step"] for line in lines] == [*range(1, last["step"]), *range(last["step"] + 1, 19)]
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"step": "x"}', "null", '{"step": 1, "kind": {}, "epoch": 1}\n'])
+def test_a_log_that_was_changed_does_not_stop_a_run(content, finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "metrics.jsonl").write_text(content)
+    train(load_recipe(run, epochs=3), progress=False, resume=run)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "train"][-6:] == list(range(13, 19))
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "[" * 100_000, "null", '{"processes": [1]}'])
+def test_a_record_that_was_changed_is_written_anew(content, finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "run.json").write_text(content)
+    train(load_recipe(run, epochs=3), progress=False, resume=run)
+    assert json.loads((run / "run.json").read_text())["resumed"]["after_epoch"] == 2
 
 
 def test_another_method_cannot_go_on(finished, tmp_path):

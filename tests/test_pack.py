@@ -120,7 +120,7 @@ def test_what_is_there_already_is_kept(tmp_path):
     packed(data, out)
     before = (out / "train.pack").stat().st_mtime_ns
     (out / "validation.pack").unlink()
-    (out / ".validation.pack.x1y2").write_bytes(b"of a killed process")
+    (out / ".validation.pack.x1y2.equipoise-part").write_bytes(b"of a killed process")
     assert [line.split(":")[0] for line in packed(data, out)] == ["there already", "written"]
     assert (out / "train.pack").stat().st_mtime_ns == before
     assert sorted(path.name for path in out.iterdir()) == ["train.pack", "validation.pack"]

@@ -120,6 +120,8 @@ def test_without_a_test_part_validation_is_shown_and_said_to_be_fitted_on(tmp_pa
     run = write_run(tmp_path / "run", [5] * 100, images_per_class=1)
     metrics = json.loads((run / "metrics.json").read_text())
     metrics["test"] = metrics["last"]["test"] = None
+    for block in (metrics, metrics["last"]):
+        del block["post_hoc"]["test"]
     (run / "metrics.json").write_text(json.dumps(metrics))
     page = write_report([run], tmp_path / "report.html").read_text(encoding="utf-8")
     assert "last checkpoint (after epoch 20), validation part" in page
@@ -166,10 +168,13 @@ def test_perfect_runs_and_two_classes(tmp_path):
     ("break_it", "sentence"),
     [
         (lambda run: (run / "run.json").unlink(), "is not a run folder: it has no recipe.toml or no run.json"),
-        (lambda run: (run / "run.json").write_text(""), "run.json is damaged or incomplete"),
+        (
+            lambda run: (run / "run.json").write_text(""),
+            "run.json is damaged (Expecting value: line 1 column 1",
+        ),
         (
             lambda run: (run / "observed.npz").write_bytes(b"PK"),
-            "observed.npz is damaged; write it anew: equipoise eval",
+            "observed.npz is damaged (File is not a zip file); write it anew: equipoise eval",
         ),
     ],
 )

@@ -203,7 +203,7 @@ def test_a_number_that_claims_to_be_large(tmp_path):
 def test_absent_and_folder(tmp_path):
     with pytest.raises(UserError, match="there is no checkpoint at"):
         load_tensors(tmp_path / "none.pt", "checkpoint")
-    with pytest.raises(UserError, match=r"no checkpoint that can be read \(is a directory\)"):
+    with pytest.raises(UserError, match=r"no checkpoint that can be read \(it is a folder\)"):
         load_tensors(tmp_path, "checkpoint")
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from equipoise.errors import UserError
+from equipoise.files import regular_file
 from equipoise.tensors import load_tensors
 
 _BLOCKS_PER_STAGE = {"resnet8": 1, "resnet20": 3, "resnet32": 5}
@@ -135,11 +136,12 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        return load_file(file)
+        return load_file(regular_file(file))
     except FileNotFoundError:
         raise UserError(f"there is no file of weights at {file}") from None
     except Exception as error:  # it raises what it likes for a damaged file; there is nothing in one to execute
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        known = isinstance(error, OSError) and error.strerror
+        reason = known.lower() if known else (str(error).splitlines() or [type(error).__name__])[0][:100]
         raise UserError(f"{file} is no file of weights that can be read ({reason})") from None
 
 

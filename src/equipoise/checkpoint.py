@@ -23,6 +23,7 @@ from equipoise.tensors import load_tensors
 
 FORMAT = 2
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"  # the checkpoints of a run folder
+UNFINISHED = ".equipoise-part"  # how the name ends of a file that is being written
 AUTHORS = "authors"  # the name of a recipe of which only the model is known
 
 
@@ -305,7 +306,7 @@ def state_on_cpu(module: nn.Module) -> dict[str, Tensor]:
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Generator[IO[bytes]]:
     """A file to write that takes its name only when it is complete and on the disk."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=UNFINISHED)
     try:
         with os.fdopen(handle, "wb") as file:
             yield file

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from equipoise.errors import UserError
+from equipoise.files import regular_file
 from equipoise.lists import ImageList, Indices, PixelArrays
 
 _PIXELS = 3 * 32 * 32
@@ -152,7 +153,7 @@ def _read(archive: CifarArchive, wanted: Sequence[str]) -> dict[str, bytes]:
         return {name: file.read_bytes() for name, file in files.items()}
     content: dict[str, bytes] = {}
     try:
-        with gzip.open(archive.path) as unpacked:
+        with gzip.open(regular_file(archive.path)) as unpacked:
             most = _MOST_UNPACKED * archive.path.stat().st_size + 2**24
             with tarfile.open(fileobj=_Limited(unpacked, most), mode="r|") as tar:
                 while (member := tar.next()) is not None:

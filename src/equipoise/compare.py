@@ -14,10 +14,12 @@ from typing import Any, get_args
 
 import numpy as np
 
+from equipoise.checkpoint import atomic_file
 from equipoise.errors import UserError
 from equipoise.plan import Plan, prepare
 from equipoise.recipe import Method, Recipe, field_value, load_recipe, nearest, recipe_fields
-from equipoise.run import METRICS, RECIPE, RECORD, Run, chosen, read_json, write_json
+from equipoise.records import read_record
+from equipoise.run import METRICS, RECIPE, RECORD, Run, chosen, write_json
 from equipoise.training import fit
 
 FIGURES = {"top1": "overall", "many": "many", "medium": "medium", "few": "few"}
@@ -86,7 +88,8 @@ def compare(recipe: Recipe, methods: Sequence[str], seeds: int, out: Path) -> di
         **_summary(methods, seeds, [metrics[cell] for cell in cells]),
     }
     write_json(out / "compare.json", result)
-    (out / "compare.md").write_text(markdown(result), encoding="utf-8")
+    with atomic_file(out / "compare.md") as file:
+        file.write(markdown(result).encode("utf-8", "backslashreplace"))
     return result
 
 
@@ -102,7 +105,7 @@ def _refuse_other(folder: Path, recipe: Recipe, plan: Plan) -> None:
                 f"{folder} was trained with {field.key} = {before}, not {now}: change it back, or name another folder "
                 "with --out"
             )
-    data = read_json(folder / RECORD)["data"]["fingerprints"]
+    data = read_record(folder / RECORD)["data"]["fingerprints"]
     if data != {name: part.fingerprint() for name, part in plan.parts.named().items()}:
         raise UserError(f"{folder} was trained on other data than lies at {recipe.data.path} now; name another --out")
 
@@ -115,14 +118,16 @@ def _finish(folder: Path, recipe: Recipe) -> None:
 def _summary(methods: Sequence[str], seeds: int, metrics: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """`metrics` come seed by seed, and of each seed method by method."""
     checkpoint, part = chosen(metrics[0])
+    scored = [of_run[chosen(of_run)[0]][part] for of_run in metrics]
+    if not all(scored):
+        raise UserError(f"not every run has figures on the {part} part; remove the run folders without")
     table: dict[str, Any] = {}
     for number, method in enumerate(methods):
-        scored = [of_run[chosen(of_run)[0]][part] for of_run in metrics[number :: len(methods)]]
         table[method] = {}
         for figure in FIGURES:
-            values = [scores[figure] for scores in scored]
-            if values[0] is None:  # no class is in this group
+            if any(of_run[figure] is None for of_run in scored):  # no class is in this group
                 continue
+            values = [of_run[figure] for of_run in scored[number :: len(methods)]]
             table[method][figure] = {
                 "values": values,
                 "mean": float(np.mean(values)),

@@ -47,3 +47,8 @@ def in_words(error: Exception) -> str:
 def one_line(text: str) -> str:
     """A text on one line of a terminal: a file may be called anything, escape sequences too."""
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
+def several(number: int, noun: str) -> str:
+    """'1 epoch', '2,000 epochs'."""
+    return f"{number:,} {noun if number == 1 else f'{noun}s'}"

@@ -101,20 +101,27 @@ def refuse_swallowed_recipe(options: argparse.Namespace) -> None:
 
 
 def overrides_of(options: argparse.Namespace) -> list[tuple[Field, Any]]:
-    """Fields set on the command line: those of `--set` first, so that a flag wins."""
+    """Fields set on the command line. Raises UserError where `--set` and a flag say different things of one."""
     settings: list[tuple[Field, Any]] = []
     for text in options.set:
         key, equals, value = text.partition("=")
         if not equals:
             raise UserError(f"--set takes SECTION.FIELD=VALUE, not '{text}'")
         settings.append((find_field(key.strip()), value.strip()))
+    flags: list[tuple[Field, Any]] = []
     for field in recipe_fields():
         value = getattr(options, field.key, None)
         if value is not None and field.key != "optim.schedule":
-            settings.append((field, value))
+            flags.append((field, value))
     if hasattr(options, "use_norm"):
-        settings += [*milestones_of(options), *authors_overrides(options)]
-    return settings
+        flags += [*milestones_of(options), *authors_overrides(options)]
+    for field, value in flags:
+        for other, text in settings:
+            if other == field and override(Recipe(), field, text) != override(Recipe(), field, value):
+                raise UserError(
+                    f"--set {field.key}={text} contradicts the flag that sets it to {value}; drop one of them"
+                )
+    return [*settings, *flags]
 
 
 def chosen_recipe(options: argparse.Namespace) -> tuple[Recipe, str]:

@@ -1,5 +1,7 @@
 """A run folder belongs to one process at a time: it is taken, locked, and given back empty if nothing came of it."""
 
+import contextlib
+import os
 import platform
 import shlex
 import shutil
@@ -11,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from equipoise.checkpoint import LAST, PREVIOUS, atomic_file
+from equipoise.checkpoint import LAST, PREVIOUS, UNFINISHED, atomic_file
 from equipoise.device import describe_machine
 from equipoise.errors import UserError
 from equipoise.plan import Plan, default_folder
@@ -42,8 +44,9 @@ class RunFolder:
                 )
             self._folder = default_folder(self._plan.recipe)
         self._plan.world.when_told_to_end(self._leave)
-        for leftover in self._folder.glob(".*.*"):  # files that a killed run was writing: see atomic_file
-            leftover.unlink(missing_ok=True)
+        for leftover in self._folder.glob(f".*{UNFINISHED}"):  # files that a killed run was writing
+            if not leftover.is_dir():
+                leftover.unlink(missing_ok=True)
         (self._folder / METRICS).unlink(missing_ok=True)
         if place.resumed is None:  # it begins again: what could not be read may have been repaired
             (self._folder / BAD_IMAGES).unlink(missing_ok=True)
@@ -67,8 +70,11 @@ class RunFolder:
             return
         kept = self._kept or self._plan.place.taken or (self._folder / LAST).exists()
         if by_the_user and not kept:
-            _remove(self._folder, self._created)
-        (self._folder / LOCK).unlink(missing_ok=True)
+            _empty(self._folder)
+        (self._folder / LOCK).unlink(missing_ok=True)  # last: another process may take the folder from here on
+        if by_the_user and not kept and self._created:
+            with contextlib.suppress(OSError):
+                self._folder.rmdir()
         self._lock.close()
         self._lock = None
 
@@ -79,20 +85,31 @@ class RunFolder:
         try:
             self._created = not folder.exists()
             folder.mkdir(parents=True, exist_ok=True)
-            lock = (folder / LOCK).open("ab")
-            taken = _locked(lock) and (self._plan.place.taken or not (folder / RECORD).exists())
-            if not taken:
+            lock = _locked(folder / LOCK)
+            if lock and (folder / RECORD).exists() and not self._plan.place.taken:
                 lock.close()
-                return False
+                lock = None
             self._lock = lock
         except OSError as error:
             reason = (error.strerror or str(error)).lower()
             raise UserError(f"the run folder {folder} cannot be made ({reason}); name another with --out") from None
-        return True
+        return lock is not None
 
 
-def _locked(file: IO[bytes]) -> bool:
-    """Lock the file for as long as it is open; false if another process has it. The end of a process frees it."""
+def _locked(path: Path) -> IO[bytes] | None:
+    """The file, locked for as long as it is open; None if another process has it. The end of a process frees it."""
+    while True:
+        file = path.open("ab")
+        if not _lock(file):
+            file.close()
+            return None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()  # between opening and locking it, whoever had it has removed it: a lock of it keeps nobody out
+
+
+def _lock(file: IO[bytes]) -> bool:
     try:
         import fcntl
     except ImportError:  # Windows: two runs in one folder are not found out
@@ -107,12 +124,12 @@ def _locked(file: IO[bytes]) -> bool:
     return True
 
 
-def _remove(folder: Path, created: bool) -> None:
-    """Take back a folder, or what was put into one that was there, empty."""
-    for entry in [folder] if created else list(folder.iterdir()):
+def _empty(folder: Path) -> None:
+    """Take back all that was put into a folder but its lock."""
+    for entry in folder.iterdir() if folder.is_dir() else ():
         if entry.is_dir():
             shutil.rmtree(entry, ignore_errors=True)
-        else:
+        elif entry.name != LOCK:
             entry.unlink(missing_ok=True)
 
 
@@ -122,7 +139,7 @@ def _write_record(plan: Plan, folder: Path) -> None:
     parts = plan.parts
     record: dict[str, Any] = {
         "command": shlex.join(sys.argv),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "versions": {
             "python": platform.python_version(),
             **{name: metadata.version(name) for name in ("equipoise", "torch", "torchvision", "timm", "numpy")},

@@ -7,7 +7,6 @@ The fingerprint is git's blob id, by which the same file is the same in every re
 import codecs
 import hashlib
 import io
-import json
 import os
 import posixpath
 from array import array
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from equipoise.errors import UserError
+from equipoise.files import parsed_json, regular_file
 from equipoise.lists import ImageFiles, ImageList, Indices, Paths
 
 # There are not as many paths of two letters as a list longer than _LONG bytes would have lines shorter than this.
@@ -132,7 +132,7 @@ def read_list(file: Path, allow_outside: bool = False) -> ListFile:
     UserError naming the file and the line, for a path that leaves the data folder too, unless `allow_outside`.
     """
     try:
-        content = file.read_bytes()
+        content = regular_file(file).read_bytes()
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise UserError(f"the list {file} cannot be read ({reason})") from None
@@ -220,21 +220,12 @@ def _lines(content: bytes, file: Path, allow_outside: bool, labels: "array[int]"
 
 def _from_annotations(content: bytes, file: Path) -> bytes:
     """iNaturalist's JSON as the canonical list: one line `file_name category_id` an image, in the order of `images`."""
-    # What Python keeps for a value, a piece of text and a list, in bytes: a file of nothing but brackets would take
-    # twenty times its size. The official files take five times.
-    brackets = content.count(b"[") + content.count(b"{")
-    needed = 36 * content.count(b",") + 12 * content.count(b'"') + 28 * brackets
-    # Of an object only what is needed is kept, but not before all of it was read.
-    if needed > 8 * len(content) + 2**24 or content.count(b":") > 50 * content.count(b"{") + 100_000:
-        raise UserError(
-            f"{file} is not iNaturalist's JSON: it is nearly all brackets or names; take the official file anew"
-        )
     try:
-        table: Any = json.loads(content, object_hook=_needed)
+        table: Any = parsed_json(content, object_hook=_needed)  # of an object only what is needed is kept
         categories = dict(table["annotations"])
         return "".join(f"{name} {categories[image]}\n" for image, name in table["images"]).encode()
-    except (ValueError, RecursionError):
-        raise UserError(f"{file} is not valid JSON; take the official file anew") from None
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON ({str(error)[:100]}); take the official file anew") from None
     except (KeyError, TypeError) as error:
         missing = f": {error} is missing; the test part has no labels" if isinstance(error, KeyError) else ""
         raise UserError(

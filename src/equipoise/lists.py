@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from equipoise.errors import UserError
+from equipoise.files import is_text
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -232,6 +233,11 @@ class ImageList:
     images: Images
     labels_N: Indices
     class_names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not is_text("\0".join(self.class_names)):
+            name = next(name for name in self.class_names if not is_text(name))
+            raise UserError(f"{self.origin} names a class {name!r}, which cannot be written as text; rename it")
 
     def __len__(self) -> int:
         return len(self.labels_N)

@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from equipoise.files import parsed_json, regular_file
+
 T = TypeVar("T")
 
 _SECONDS_BETWEEN_PLAIN_LINES = 10.0
@@ -83,10 +85,10 @@ def _length_of_done(file: Path, epoch: int, step: int) -> int:
     """Bytes of the file up to the first line of something later, or one that a killed run has not finished. An epoch is
     whole when it is validated: its last step may be done without."""
     length = 0
-    with file.open("rb") as lines:
+    with regular_file(file).open("rb") as lines:
         for line in lines:
             try:
-                said = json.loads(line)
+                said = parsed_json(line)
                 later = said["step"] > step or (said["kind"] == "validation" and said["epoch"] >= epoch)
             except (ValueError, KeyError, TypeError):
                 break

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from rich.progress import track
 
-from equipoise.checkpoint import atomic_file
+from equipoise.checkpoint import UNFINISHED, atomic_file
 from equipoise.errors import UserError
 from equipoise.lists import EncodedImages, Found, ImageFiles, ImageList, Paths
 from equipoise.packed import SUFFIX, read_about, write_packed
@@ -68,7 +68,7 @@ def pack(found: Found, benchmark: str, out: Path, short_side: int, workers: int)
 def _claim(out: Path, files: list[str]) -> None:
     """Make the folder, or take it where it holds these files alone, and what a killed process left of them."""
     there = list(out.iterdir()) if out.is_dir() else []
-    unfinished = [path for path in there if path.name.startswith(tuple(f".{file}." for file in files))]
+    unfinished = [path for path in there if path.name.endswith(UNFINISHED) and path.is_file()]
     if out.is_file() or not {path.name for path in there if path not in unfinished}.issubset(files):
         raise UserError(f"{out} holds other files; name a folder of its own with --out")
     for path in unfinished:

@@ -15,12 +15,19 @@ import numpy as np
 import numpy.typing as npt
 
 from equipoise.errors import UserError
+from equipoise.files import fits, is_count, is_text, parsed_json, regular_file
 from equipoise.lists import Found, ImageList, MappedFile, PackedImages, Paths
 
 SUFFIX = ".pack"
 _MARK = b"equipoise packed images 1\n"
 _TAIL = struct.Struct("<QQ32s8s")  # where the index and the description begin, SHA-256 from the index to the tail
 _END = b"packed.\n"
+_ABOUT = {
+    **dict.fromkeys(("part", "kind", "benchmark", "fingerprint"), is_text),
+    **dict.fromkeys(("divided", "named"), bool),
+    **dict.fromkeys(("images", "short_side"), is_count),
+    "class_names": [is_text],
+}
 _ARRAYS = {"ends": np.uint64, "checksums": np.uint32, "labels": np.int64, "name_ends": np.uint64}
 
 
@@ -65,7 +72,10 @@ def read_about(path: Path) -> dict[str, Any]:
 
 def _open(path: Path) -> tuple[MappedFile, dict[str, Any], int, bytes]:
     """The file, its description, where its arrays begin, the SHA-256 of its index."""
-    size = path.stat().st_size
+    try:
+        size = regular_file(path).stat().st_size
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({(error.strerror or str(error)).lower()})") from None
     mapped = MappedFile(path) if size > len(_MARK) + _TAIL.size else None
     if mapped is None or mapped.content[: len(_MARK)].tobytes() != _MARK:
         raise UserError(f"{path} is not a file of packed images that this version of equipoise can read")
@@ -79,16 +89,11 @@ def _open(path: Path) -> tuple[MappedFile, dict[str, Any], int, bytes]:
 
 def _description(content: bytes, path: Path) -> dict[str, Any]:
     """What a file says of itself, if that is of its kind: a checksum may be put right by whoever changes a file."""
-    kinds = {"part": str, "kind": str, "benchmark": str, "divided": bool, "named": bool, "class_names": list,
-             "images": int, "short_side": int, "fingerprint": str}  # fmt: skip
     try:
-        about = json.loads(content)
-    except (ValueError, RecursionError):
-        about = None
-    if not isinstance(about, dict) or {name: type(about.get(name)) for name in kinds} != kinds:
-        raise _inconsistent(path)
-    names = about["class_names"]
-    if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+        about: Any = parsed_json(content)
+    except ValueError:
+        raise _inconsistent(path) from None
+    if not fits(about, _ABOUT) or len(set(about["class_names"])) < len(about["class_names"]):
         raise _inconsistent(path)
     return about
 

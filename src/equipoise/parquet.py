@@ -1,12 +1,12 @@
 """Parquet files as the `datasets` library publishes them become image lists."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from equipoise.errors import UserError
+from equipoise.files import parsed_json, regular_file
 from equipoise.lists import PART_NAMES, EncodedImages, Found, ImageList, Indices
 
 _MOST_UNPACKED = 5  # times the size of the file; encoded images hardly pack
@@ -61,6 +61,8 @@ def _read_parquet(files: list[Path], image_column: str, label_column: str) -> tu
     except ImportError:
         raise UserError(f"reading {files[0]} needs pyarrow: pip install 'equipoise[parquet]'") from None
     try:
+        for file in files:
+            regular_file(file)
         schema = pq.read_schema(files[0])
         image_column = image_column or _only(
             [
@@ -91,7 +93,8 @@ def _read_parquet(files: list[Path], image_column: str, label_column: str) -> tu
     except UserError:
         raise
     except Exception as error:  # a damaged file may raise anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        known = isinstance(error, OSError) and error.strerror
+        reason = known.lower() if known else (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise UserError(f"{files[0]} cannot be read as Parquet: {reason}") from None
     if table.num_rows == 0:
         raise UserError(f"{files[0]} has no rows")
@@ -141,10 +144,9 @@ def _only(columns: list[str], file: Path, what: str, field: str) -> str:
 
 def _class_names(metadata: dict[bytes, bytes] | None, label_column: str) -> tuple[str, ...]:
     """The names that the `datasets` library keeps in the schema's metadata, if it wrote the file."""
-
     try:
-        names = json.loads((metadata or {})[b"huggingface"])["info"]["features"][label_column]["names"]
-    except (KeyError, ValueError, TypeError, RecursionError):
+        names = parsed_json((metadata or {})[b"huggingface"])["info"]["features"][label_column]["names"]
+    except (KeyError, ValueError, TypeError):
         return ()
     distinct = isinstance(names, list) and len(set(map(str, names))) == len(names)
     return tuple(map(str, names)) if distinct else ()

@@ -3,12 +3,10 @@
 import contextlib
 import io
 import os
-import stat
 import threading
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TypeVar
 
 import cv2
@@ -17,6 +15,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from equipoise.errors import UserError
+from equipoise.files import regular_file
 from equipoise.lists import EncodedImages, ImageFiles, ImageList, PackedImages, PixelArrays
 
 Pixels = npt.NDArray[np.uint8]
@@ -199,7 +198,11 @@ def _open_header(images: ImageList, index: int) -> None:
     def read() -> None:
         # Of a file, only the header is read.
         source = images.images
-        file = _regular(source, index) if isinstance(source, ImageFiles) else io.BytesIO(content_of(images, index))
+        file = (
+            regular_file(source.root / source.paths[index])
+            if isinstance(source, ImageFiles)
+            else io.BytesIO(content_of(images, index))
+        )
         with Image.open(file, formats=_KINDS) as image:
             _refuse_what_no_header_may_say(image)
 
@@ -210,21 +213,12 @@ def content_of(images: ImageList, index: int) -> bytes:
     """The image's file, as bytes. Raises OSError or ValueError where it cannot be had."""
     source = images.images
     if isinstance(source, ImageFiles):
-        return _regular(source, index).read_bytes()
+        return regular_file(source.root / source.paths[index]).read_bytes()
     assert isinstance(source, EncodedImages | PackedImages)
     content = source.content(index)
     if content is None:
         raise ValueError("it has no bytes")
     return content
-
-
-def _regular(source: ImageFiles, index: int) -> Path:
-    """The file, if it is one: opening a pipe would wait for ever, and a device has no end."""
-    path = source.root / source.paths[index]
-    mode = path.stat().st_mode
-    if not stat.S_ISREG(mode):
-        raise ValueError("it is a folder" if stat.S_ISDIR(mode) else "it is no file")
-    return path
 
 
 def _named(images: ImageList, index: int, read: Callable[[], T]) -> T:

@@ -1,7 +1,7 @@
 """A recipe becomes a plan: its data read, everything refused that cannot be trained, nothing written yet."""
 
+import contextlib
 import itertools
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -13,16 +13,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from equipoise.checkpoint import LAST, PREVIOUS, Checkpoint, load_checkpoint
+from equipoise.checkpoint import LAST, PREVIOUS, UNFINISHED, Checkpoint, load_checkpoint
 from equipoise.device import choose_device, choose_precision
 from equipoise.distributed import ALONE, World
-from equipoise.errors import SharedError, UserError
+from equipoise.errors import SharedError, UserError, several
 from equipoise.listfiles import BENCHMARKS, find_list
 from equipoise.lists import DIGITS, ImageList, Parts, imbalance_factor
 from equipoise.loader import steps_per_epoch
 from equipoise.pixels import bad_images, no_image_left
 from equipoise.recipe import Recipe, field_value, load_recipe, recipe_fields
-from equipoise.run import LISTS, LOCK, METRICS, RECIPE, RECORD, find_checkpoint, open_data, read_json, source_of
+from equipoise.records import read_record
+from equipoise.run import LISTS, LOCK, METRICS, RECIPE, RECORD, find_checkpoint, open_data, source_of
 
 AUTO = "auto"  # --resume auto: find out which run
 # Fields that say where and how is computed, not what: they may differ where a run goes on, and between ranks.
@@ -106,8 +107,8 @@ class Plan:
                 if self.world.size > 1
                 else ""
             ),
-            "steps": f"{self.recipe.epochs} epochs of {self.steps_per_epoch:,}: "
-            f"{self.recipe.epochs * self.steps_per_epoch:,} steps of {self.recipe.batch_size} images",
+            "steps": f"{several(self.recipe.epochs, 'epoch')} of {self.steps_per_epoch:,}: "
+            f"{several(self.recipe.epochs * self.steps_per_epoch, 'step')} of {self.recipe.batch_size} images",
             **({"goes on": self._resumed_from()} if self.place.taken or self.resumed else {}),
             "run folder": str(self.folder),
         }
@@ -123,7 +124,8 @@ class Plan:
             steps = f"from {self.resumed.path}, after step {checkpoint.step}"
         if self.place.taken and checkpoint.recipe.epochs != self.recipe.epochs:
             steps += (
-                f"; {self.recipe.epochs} epochs instead of {checkpoint.recipe.epochs}: so the learning rate changes"
+                f"; {several(self.recipe.epochs, 'epoch')} instead of {checkpoint.recipe.epochs}: so the learning rate "
+                "changes"
             )
         before, now = self.resumed.processes, self.world.size
         if before not in (None, now) and self.recipe.model.batch_norm == "per-rank":
@@ -293,8 +295,7 @@ def _find_place(recipe: Recipe, out: str | Path | None, resume: str | Path | Non
 
 def _is_used(folder: Path) -> bool:
     """Whether a folder holds more than what a run leaves that was killed in its first moment."""
-    first = (LOCK, RECIPE, f".{RECIPE}.", f".{RECORD}.")
-    return any(entry.name not in first and not entry.name.startswith(first[2:]) for entry in folder.iterdir())
+    return any(entry.name not in (LOCK, RECIPE) and not entry.name.endswith(UNFINISHED) for entry in folder.iterdir())
 
 
 def _runs_of(recipe: Recipe, folder: Path | None, launch: str = "", also_finished: bool = False) -> Iterator[Path]:
@@ -303,16 +304,13 @@ def _runs_of(recipe: Recipe, folder: Path | None, launch: str = "", also_finishe
     found: list[tuple[str, Path]] = []
     for run in [folder] if folder else [record.parent for record in Path("runs").glob(f"*/{RECORD}")]:
         try:
-            record = json.loads((run / RECORD).read_text(encoding="utf-8"))
-            before = load_recipe(run / RECIPE)
-        except (OSError, ValueError, RecursionError):  # no run, or one that was killed while it made its folder
-            continue
-        if not isinstance(record, dict):
+            record, before = read_record(run / RECORD), load_recipe(run / RECIPE)
+        except UserError:  # no run, or one that was killed while it made its folder
             continue
         of_launch = not launch or record.get("launch") == launch
         wanted = of_launch and (also_finished or not (run / METRICS).exists())
         if wanted and not _differing(before, recipe, _FREE):
-            found.append((str(record.get("started")), run))
+            found.append((record["started"], run))
     return (run for _, run in sorted(found, reverse=True))
 
 
@@ -328,7 +326,10 @@ def _open_resumed(path: Path, out: Path | None) -> tuple[Resumed | None, Path | 
         if not in_place:
             raise UserError(f"{run} has no checkpoint to go on from")
         return None, run
-    processes = read_json(run / RECORD).get("processes") if in_place else None
+    processes = None
+    if in_place:
+        with contextlib.suppress(UserError):  # a damaged one is written anew when the run goes on
+            processes = read_record(run / RECORD).get("processes")
     try:
         resumed = Resumed(run / LAST, load_checkpoint(run / LAST), in_place, processes=processes)
     except UserError as error:
@@ -345,7 +346,7 @@ def _refuse_unfitting(place: Place, recipe: Recipe, parts: Parts) -> None:
     path, checkpoint = place.resumed.path, place.resumed.checkpoint
     if checkpoint.epoch >= recipe.epochs and (not place.taken or (place.folder / METRICS).exists()):
         raise UserError(
-            f"{path} has trained {checkpoint.epoch} epochs already, of {recipe.epochs}; set --epochs higher"
+            f"{path} has trained {several(checkpoint.epoch, 'epoch')} already, of {recipe.epochs}; set --epochs higher"
         )
     if len(checkpoint.class_names) != len(parts.train.class_names):
         raise UserError(

@@ -15,7 +15,6 @@ Shapes: N images, B of a batch, C classes, K ranked classes of an image, S side 
 
 import csv
 import io
-import json
 import os
 import sys
 from collections import deque
@@ -34,6 +33,7 @@ from torch import Tensor, nn
 from equipoise.checkpoint import Checkpoint, atomic_file, load_checkpoint
 from equipoise.device import choose_device
 from equipoise.errors import UserError, shown
+from equipoise.files import parsed_json, regular_file
 from equipoise.folders import SUFFIXES
 from equipoise.hub import is_hub_folder, read_hub_folder
 from equipoise.listfiles import BENCHMARKS
@@ -243,7 +243,7 @@ def as_list(files: Sequence[str]) -> ImageList:
 def read_weights(file: Path) -> dict[str, float]:
     """Class name -> weight of a JSON object or a CSV file of two columns. Raises UserError for anything else."""
     try:
-        if file.stat().st_size > _LARGEST_PRIOR:
+        if regular_file(file).stat().st_size > _LARGEST_PRIOR:
             raise UserError(f"{file} is no prior: it has more than {_LARGEST_PRIOR:,} bytes")
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -262,10 +262,9 @@ def read_weights(file: Path) -> dict[str, float]:
 
 def _json_pairs(text: str, file: Path) -> list[tuple[str, Any]]:
     try:
-        pairs = json.loads(
-            text, object_pairs_hook=lambda found: found
-        )  # not a dict: that would hide a class named twice
-    except (ValueError, RecursionError) as error:
+        # Not a dict: that would hide a class named twice.
+        pairs = parsed_json(text.encode(), object_pairs_hook=list[tuple[str, Any]])
+    except ValueError as error:
         raise UserError(f"{file} is not valid JSON ({error})") from None
     if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
         raise UserError(f'{file} must hold one object, {{"class name": weight, ...}}')

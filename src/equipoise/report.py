@@ -227,7 +227,7 @@ def _images(run: RunRead) -> tuple[ImageList | None, str]:
         images = open_data(run.recipe).named().get(run.part)
     except UserError as error:
         return None, f"No example pictures: {error}."
-    if images is None or images.fingerprint() != run.record["data"]["fingerprints"][run.part]:
+    if images is None or images.fingerprint() != run.record["data"]["fingerprints"].get(run.part):
         return None, f"No example pictures: the data at {run.recipe.data.path} has changed since the run."
     if len(images) != len(run.observed["labels_N"]):
         return None, "No example pictures: some images could not be read, so it is not known which are which."

@@ -24,13 +24,13 @@ from equipoise.metrics import choose_tau, fit_temperature, score, sweep
 from equipoise.model import TwoBranchNetwork
 from equipoise.observe import Observation, Table, confidence_at
 from equipoise.recipe import Field, Recipe, field_value, find_field, load_recipe, override
+from equipoise.records import read_bad_images, read_metrics
 from equipoise.sources import Source, find_parts, open_part, open_parts, part_of, recognise
 from equipoise.views import ViewSettings, view_kinds
 
 LISTS = {"train": "data.train_list", "validation": "data.val_list", "test": "data.test_list"}  # part -> recipe field
 RECIPE, RECORD, METRICS, LOCK = "recipe.toml", "run.json", "metrics.json", "run.lock"
 BAD_IMAGES = "bad-images.json"  # those that could not be read so far
-_LARGEST_JSON = 2**24  # bytes; that of 20,000 classes has 4 million
 OBSERVED = "observed.npz"  # what the report draws beside the figures
 AUTHORS_NAMES = {LAST: AUTHORS_LAST, BEST: AUTHORS_BEST}  # of the same in the authors' layout
 
@@ -52,7 +52,7 @@ class Run:
         file = self.path / METRICS
         if not file.is_file():
             raise UserError(f"{self.path} has no {METRICS}: the run did not finish")
-        return read_json(file)
+        return read_metrics(file)
 
     @cached_property
     def model(self) -> TwoBranchNetwork:
@@ -191,9 +191,7 @@ def record_bad_images(path: Path, world: World, **parts: Batches | None) -> dict
 
     def write() -> dict[str, dict[str, str]]:
         file = path / BAD_IMAGES
-        known: Any = read_json(file) if file.is_file() else {}
-        if not isinstance(known, dict) or not all(isinstance(bad, dict) for bad in known.values()):
-            raise UserError(f"{file} is damaged; remove it")
+        known = read_bad_images(file) if file.is_file() else {}
         together = {part: {**known.get(part, {}), **new.get(part, {})} for part in ("train", "validation", "test")}
         found = {part: dict(sorted(names.items())) for part, names in together.items() if names}
         if found != known:
@@ -442,7 +440,8 @@ def figures_of(path: Path, checkpoint: Checkpoint) -> dict[str, Any] | None:
     name = {theirs: ours for ours, theirs in AUTHORS_NAMES.items()}.get(path.name, path.name)
     if name not in (LAST, BEST) or not checkpoint.class_counts or not (path.parent / METRICS).is_file():
         return None
-    block = Run(path.parent).metrics[Path(name).stem]
+    metrics = Run(path.parent).metrics
+    block = metrics[Path(name).stem] if metrics["class_names"] == list(checkpoint.class_names) else None
     return block if block and block.get("step") == checkpoint.step else None
 
 
@@ -453,16 +452,6 @@ def write_logits(path: Path, predictions: Predictions, class_names: Sequence[str
         np.savez_compressed(
             file, logits=predictions.logits_NC, labels=predictions.labels_N, class_names=np.array(class_names)
         )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """What `write_json` wrote. Raises UserError for a damaged file."""
-    try:
-        if path.stat().st_size > _LARGEST_JSON:
-            raise ValueError("no file that was written here")
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        raise UserError(f"{path} is damaged; remove it, and write it anew with equipoise evaluate") from None
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -3,7 +3,8 @@
 Nothing is computed here, and much may be missing: a run that stopped early left its curves alone.
 """
 
-import json
+import io
+import sys
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +17,18 @@ import numpy.typing as npt
 from equipoise.charts import Name
 from equipoise.errors import UserError
 from equipoise.figures import shortened
+from equipoise.files import ABSENT, fits, is_count, is_number, is_text, parsed_json
+from equipoise.metrics import GROUPS
+from equipoise.observe import COSINE_BINS
 from equipoise.recipe import Recipe, load_recipe
-from equipoise.run import METRICS, OBSERVED, RECIPE, RECORD, chosen, read_json
+from equipoise.records import read_metrics, read_record
+from equipoise.run import METRICS, OBSERVED, RECIPE, RECORD, chosen
+
+LOG = "metrics.jsonl"
+CURVES = ("loss", "classification", "contrastive", "lr", "mean_per_class", "few")  # what is drawn of it
+_LONGEST_LINE = 2**16  # bytes, of the log
+_MOST_OBSERVED = 2**26  # bytes; of 8,142 classes it has 20 million at most
+_ENTRY, _MOST_ENTRIES = b"PK\x01\x02", 100  # what an array begins with in the directory, and how many there are
 
 Array = npt.NDArray[Any]
 
@@ -79,34 +90,104 @@ def _labels(paths: Sequence[Path], recipes: Sequence[Recipe]) -> list[str]:
 
 
 def _read_run(path: Path, name: Name, recipe: Recipe) -> RunRead:
-    metrics = read_json(path / METRICS) if (path / METRICS).is_file() else None
+    record = read_record(path / RECORD)
+    classes = record["class_counts"]
+    metrics = read_metrics(path / METRICS) if (path / METRICS).is_file() else None
+    if metrics and (metrics["class_names"], metrics["train_counts"]) != (list(classes), list(classes.values())):
+        raise UserError(f"{path / METRICS} is of other classes than {RECORD}; write it anew: equipoise evaluate {path}")
     checkpoint, part = chosen(metrics) if metrics else ("last", "test")
     if metrics and metrics[checkpoint][part] is None:
         metrics = None  # nothing was there to score it on
     observed: dict[str, Array] = {}
     if metrics and (path / OBSERVED).is_file():
-        try:
-            with np.load(path / OBSERVED) as file:
-                mine = [key for key in file.files if key.startswith(f"{part}/")]
-                observed = {key.removeprefix(f"{part}/"): file[key] for key in mine}
-        except (ValueError, OSError, zipfile.BadZipFile):
-            raise UserError(f"{path / OBSERVED} is damaged; write it anew: equipoise evaluate {path}") from None
-    if "confidence_N" not in observed:
-        observed = {}  # of an earlier version
-    try:
-        record = read_json(path / RECORD)
-        log = _read_log(path / "metrics.jsonl")
-    except (ValueError, OSError):
-        raise UserError(f"{path / RECORD} is damaged or incomplete; name another run") from None
+        observed = _read_observed(path / OBSERVED, part, len(classes))
+    log = _read_log(path / LOG) if (path / LOG).is_file() else []
     return RunRead(path, name, recipe, record, log, metrics, checkpoint, part, observed)
 
 
+def _read_observed(file: Path, part: str, classes: int) -> dict[str, Array]:
+    """What `observed.npz` has of a part; nothing of one that an earlier version wrote. Raises UserError where it is
+    damaged, or its arrays are not those of a run of that many classes."""
+    try:
+        size = file.stat().st_size
+        if size > _MOST_OBSERVED:
+            raise ValueError("too large")
+        content = file.read_bytes()
+        if content.count(_ENTRY) > _MOST_ENTRIES:
+            raise ValueError("too many arrays")
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > 8 * size + 2**25:
+                raise ValueError("it unpacks to far more than it is")
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            mine = [key for key in arrays.files if key.startswith(f"{part}/")]
+            observed: dict[str, Array] = {key.removeprefix(f"{part}/"): arrays[key] for key in mine}
+        if "confidence_N" not in observed:
+            return {}
+        _check_observed(observed, classes)
+    except Exception as error:  # a damaged file may raise anything; nothing in it is executed
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        raise UserError(f"{file} is damaged ({reason}); write it anew: equipoise evaluate {file.parent}") from None
+    return observed
+
+
+def _check_observed(observed: dict[str, Array], classes: int) -> None:
+    """Raise ValueError or KeyError where an array is not of its shape, or holds what it cannot. Arrays of whole numbers
+    become int64."""
+    images = observed["labels_N"].size
+    mapped, *width = observed["map_MF"].shape
+    if images < 1 or len(width) != 1 or (mapped and width[0] < 2):
+        raise ValueError("arrays of no images")
+    # By the end of the name: the shape, and between what the numbers lie.
+    kinds = {
+        "labels_N": ((images,), 0, classes - 1),
+        "predicted_N": ((images,), 0, classes - 1),
+        "confidence_N": ((images,), 0.0, 1.001),  # of float32, a sum may be above 1
+        "calibrated_N": ((images,), 0.0, 1.001),
+        "map_MF": ((mapped, *width), -1.001, 1.001),
+        "map_rows_M": ((mapped,), 0, images - 1),
+        "_spread_C": ((classes,), -0.001, 2.001),
+        "_cosines_GK": ((len(GROUPS), COSINE_BINS), 0, 2**40),
+    }
+    for key in ("labels_N", "predicted_N", "map_rows_M"):
+        observed[key]
+    for key, values in observed.items():
+        shape, low, high = next((kind for end, kind in kinds.items() if key.endswith(end)), ((), 0, 0))
+        whole = isinstance(high, int)
+        known = values[~np.isnan(values)] if key.endswith("_spread_C") else values  # NaN: fewer than two images
+        if values.shape != shape or values.dtype.kind not in ("iu" if whole else "f"):
+            raise ValueError(f"{key[:40]} is not of its kind")
+        if known.size and not (low <= known.min() and known.max() <= high):
+            raise ValueError(f"{key[:40]} holds what it cannot")
+        if whole:
+            observed[key] = values.astype(np.int64)
+
+
+# What is drawn of a line of the log.
+_LOGGED = {
+    "kind": is_text,
+    **dict.fromkeys(("step", "epoch"), is_count),
+    **dict.fromkeys(CURVES, (ABSENT, None, is_number)),
+}
+
+
 def _read_log(file: Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`; the last may be half a line where the run was killed."""
+    """What is drawn of `metrics.jsonl`; the last line may be half a line where the run was killed. Raises UserError for
+    another line that is none of a log."""
     lines: list[dict[str, Any]] = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    with file.open("rb") as opened:
+        for number, line in enumerate(iter(lambda: opened.readline(_LONGEST_LINE), b""), 1):
+            try:
+                said = parsed_json(line, object_pairs_hook=_logged)
+                if not fits(said, _LOGGED):
+                    raise ValueError("no line of a log")
+                lines.append(said)
+            except ValueError:
+                if not line.endswith(b"\n") and not opened.read(1):
+                    break
+                raise UserError(f"{file}, line {number} is damaged; remove that line") from None
     return lines
+
+
+def _logged(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Names as the same objects in each line: of a long log, they would fill the memory."""
+    return {sys.intern(name): value for name, value in pairs if name in _LOGGED}

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from equipoise.checkpoint import atomic_file
 from equipoise.cifar import find_cifar, open_cifar
 from equipoise.errors import UserError
 from equipoise.folders import open_class_folders, subfolders
@@ -305,10 +306,11 @@ def write_lists(source: Source, folder: Path) -> list[str]:
             continue
         read = read_list(file)
         written = folder / known.name
-        if written.exists() and written.read_bytes() != read.content:
+        if written.exists() and (not written.is_file() or written.read_bytes() != read.content):
             raise UserError(f"{written} is there already and differs; remove it or name another folder")
         folder.mkdir(parents=True, exist_ok=True)
-        written.write_bytes(read.content)
+        with atomic_file(written) as opened:
+            opened.write(read.content)
         told.append(f"written: {identity(replace(read, file=written))}")
     if not told:
         raise UserError(f"{root} has neither train2018.json nor val2018.json, the official files of iNaturalist 2018")

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from equipoise.errors import UserError
+from equipoise.files import regular_file
 
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 _PICKLES_OF_OLD_FILES = 5  # magic number, protocol, system, the table, keys of the tensors
@@ -38,7 +39,7 @@ def load_tensors(path: Path, what: str) -> object:
     Raises UserError for a file that cannot be read, is no such file, or asks for anything to be run.
     """
     try:
-        with path.open("rb") as file:
+        with regular_file(path).open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             start = file.read(4)
             zipped = start == _ZIP
