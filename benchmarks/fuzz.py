@@ -51,19 +51,24 @@ def _instrumented() -> contextlib.AbstractContextManager[Any]:
 
 
 with _instrumented():
-    from equipoise import UserError, load_recipe
+    from equipoise import UserError
     from equipoise.backbones import _read_weights
     from equipoise.checkpoint import FORMAT, Checkpoint, _digest, load_checkpoint
     from equipoise.cifar import CifarArchive, open_cifar
-    from equipoise.hub import read_hub_folder
+    from equipoise.compare import _summary
+    from equipoise.hub import _card, read_hub_folder
     from equipoise.listfiles import departures, identity, image_lists, read_list
     from equipoise.lists import ImageFiles, ImageList, Paths
     from equipoise.packed import _TAIL, write_packed
     from equipoise.pixels import decode
     from equipoise.predict import _in_order, read_weights
-    from equipoise.recipe import Recipe, recipe_table, recipe_toml
-    from equipoise.run import Run
+    from equipoise.recipe import Recipe, load_recipe, recipe_table, recipe_toml
+    from equipoise.records import read_bad_images
+    from equipoise.report import _content
+    from equipoise.run import Run, figures_of
+    from equipoise.runfiles import read_runs
     from equipoise.sources import find_parts
+    from equipoise.tables import print_post_hoc
     from equipoise.tensors import load_tensors
 
 
@@ -309,6 +314,102 @@ def _hub_config() -> bytes:
     return json.dumps({"architecture": "resnet8", "equipoise": {**about, "epoch": 4, "step": 20}}).encode()
 
 
+_COUNTS = {"ant": 120, "bee": 30, "cat": 2}  # of the training images
+
+
+def _metrics() -> dict[str, Any]:
+    shares = {"top1": 0.7, "mean_per_class": 0.5, "many": 1.0, "medium": 0.5, "few": 0.0}
+    row = {"tau": 1.0, **shares}
+    further = {"macro_f1": 0.5, "worst_class": 0.0, "worst_tenth": 0.0, "ece": 0.1, "top5": None}
+    figures = {
+        **shares,
+        **further,
+        "images": 9,
+        "per_class": [1.0, 0.5, 0.0],
+        "prior_sweep": [{**row, "tau": 0.0}, row],
+    }
+    post_hoc = {"tau": 1.0, "chosen_on": "validation", "validation": row, "test": row}
+    block = {"epoch": 2, "step": 6, "test": figures, "validation": figures, "post_hoc": post_hoc, "temperature": 1.5}
+    return {"method": "bcl", "test": figures, "validation": figures, "last": block, "best": {**block, "epoch": 1},
+            "bad_images": {"test": {"a.jpg": "empty"}}, "class_names": list(_COUNTS),
+            "train_counts": list(_COUNTS.values())}  # fmt: skip
+
+
+def _record() -> dict[str, Any]:
+    return {"command": "equipoise train", "started": "2026-11-24T12:00:00Z", "precision": "fp32", "launch": "",
+            "processes": 1, "versions": {"torch": "2.6"}, "machine": {"device": "cpu", "threads": 1},
+            "git": {"commit": "f00", "changed": False}, "class_counts": _COUNTS,
+            "data": {"kind": "class folders", "lists": [], "notes": [], "fingerprints": {"train": "f00", "test": "f01"},
+                     "images": {"train": 152, "test": 9}}}  # fmt: skip
+
+
+def _log() -> bytes:
+    lines = [
+        {"kind": "train", "step": 3, "epoch": 0, "loss": 2.5, "classification": 1, "contrastive": 0.5, "lr": 0.1},
+        {"kind": "validation", "step": 3, "epoch": 0, "mean_per_class": 0.5, "few": None, "top1": 0.7},
+        {"kind": "train", "step": 6, "epoch": 1, "loss": 1.5, "classification": 1, "contrastive": 0.25, "lr": 0.01},
+    ]
+    return b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+
+
+def _observed() -> dict[str, Any]:
+    spread, cosines = np.array([0.1, 0.5, np.nan], np.float32), np.ones((3, 200), np.int64)
+    confidence = np.linspace(0.4, 1, 9, dtype=np.float32)
+    spaces = {f"{space}_spread_C": spread for space in ("encoder", "contrastive")}
+    means = ("encoder_means", "classifier", "contrastive_means", "prototypes")
+    return {
+        "labels_N": np.repeat(np.arange(3, dtype=np.int32), 3),
+        "predicted_N": np.array([0, 0, 0, 1, 1, 2, 0, 0, 1], np.int32),
+        "confidence_N": confidence,
+        "calibrated_N": confidence,
+        "map_MF": np.ones((9, 4), np.float16),
+        "map_rows_M": np.arange(9),
+        **spaces,
+        **{f"{name}_cosines_GK": cosines for name in means},
+    }
+
+
+def _npz(arrays: dict[str, bytes]) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in arrays.items():
+            archive.writestr(f"test/{name}.npy", content)
+    return file.getvalue()
+
+
+def _arrays() -> dict[str, bytes]:
+    files = {name: io.BytesIO() for name in _observed()}
+    for name, file in files.items():
+        np.save(file, _observed()[name])
+    return {name: file.getvalue() for name, file in files.items()}
+
+
+def _around_array(content: bytes) -> bytes:
+    """One array among the others: the first byte says which."""
+    arrays = _arrays()
+    name = list(arrays)[content[0] % len(arrays)] if content else "labels_N"
+    return _npz({**arrays, name: content[1:]})
+
+
+def _read_run_folder(file: Path) -> object:
+    """A folder of which the file is one, as `report`, `predict` and `export` read it."""
+    recipe = load_recipe("digits-lt", data="nowhere")  # its encoder needs no timm, nor its data scikit-learn
+    whole = {"recipe.toml": recipe_toml(recipe).encode(), "metrics.jsonl": _log(), "observed.npz": _npz(_arrays()),
+             "metrics.json": json.dumps(_metrics()).encode(), "run.json": json.dumps(_record()).encode()}  # fmt: skip
+    for name, content in whole.items():
+        if name != file.name and not (file.parent / name).exists():
+            (file.parent / name).write_bytes(content)
+    checkpoint = Checkpoint(recipe, tuple(_COUNTS), tuple(_COUNTS.values()), 2, 6, None, {}, {}, {})
+    figures = figures_of(file.parent / "last.pt", checkpoint)
+    if figures:
+        _card(checkpoint, figures["temperature"], figures)
+    metrics = Run(file.parent).metrics
+    with contextlib.redirect_stdout(io.StringIO()):
+        print_post_hoc(metrics)
+    _summary(["bcl"], 1, [metrics])
+    return _content(read_runs([file.parent]), None)
+
+
 def _read_table(file: Path) -> object:
     found = find_parts(str(file)).parts["train"]
     assert sum(found.class_counts) == len(found) > 0
@@ -356,8 +457,14 @@ READERS = {
     "weights": Reader("weights.pth", lambda: [_program({"state_dict": {"a": torch.ones(2, 4)}})], _read_weights,
                       _around_program),
     "safetensors": Reader("weights.safetensors", lambda: [_safetensors()], _read_weights),
-    "metrics": Reader("metrics.json", lambda: [b"{}", b'{"test": {"top1": 0.5}}'],
-                      lambda file: Run(file.parent).metrics, share=0.3),
+    "metrics": Reader("metrics.json", lambda: [json.dumps(_metrics()).encode()], _read_run_folder, share=0.5),
+    "record": Reader("run.json", lambda: [json.dumps(_record()).encode()], _read_run_folder, share=0.5),
+    "log": Reader("metrics.jsonl", lambda: [_log()], _read_run_folder, share=0.5),
+    "observed": Reader("observed.npz", lambda: [_npz(_arrays())], _read_run_folder, share=0.5),
+    "observed-array": Reader("observed.npz", lambda: [bytes([number]) + content for number, content in
+                                                      enumerate(_arrays().values())],
+                             _read_run_folder, _around_array, share=0.5),
+    "bad-images": Reader("bad-images.json", lambda: [b'{"train": {"a.jpg": "empty"}}'], read_bad_images, share=0.3),
     "packed": Reader("train.pack", lambda: [_packed()], _read_table, _around_index),
     "hub-config": Reader("config.json", lambda: [_hub_config()], _read_hub_config, share=0.5),
     "prior-json": Reader("prior.json", lambda: [b'{"a": 1, "b": 2.5}'], _read_prior, share=0.5),

@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import re
 import struct
 import tarfile
 from pathlib import Path
@@ -219,7 +220,8 @@ def test_a_planted_payload_is_refused_and_not_run(name, packed, tmp_path):
 )
 def test_no_way_around(code, tmp_path):
     files = files_of(10, "python") | {"data_batch_1": code}
-    refused(find_cifar(plant(tmp_path, 10, "python", files)))
+    said = refused(find_cifar(plant(tmp_path, 10, "python", files)))
+    assert re.search(r"data_batch_1 (asks for '|is damaged \(|has no 'data')", said)
 
 
 def with_field(key, value):
@@ -385,3 +387,10 @@ def test_headers_of_headers_of_headers(kind, tmp_path):
             tar.fileobj.write(member.tobuf(tarfile.GNU_FORMAT))
     with pytest.raises(UserError):
         find_parts(str(path))
+
+
+def test_class_names_that_are_no_text(tmp_path):
+    names = ["\ud800", *"bcdefghij"]
+    files = files_of(10, "python") | {"batches.meta": pickle.dumps({"label_names": names})}
+    said = refused(find_cifar(plant(tmp_path, 10, "python", files)))
+    assert r"names a class '\ud800', which cannot be written as text; rename it" in said

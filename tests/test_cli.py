@@ -181,6 +181,15 @@ def test_every_shipped_recipe_trains(name, tmp_path, capsys):
         (["train", "digit-lt"], "no recipe is called 'digit-lt'; did you mean digits-lt or"),
         (["train", "--lr", "-0.1"], "optim.lr must be above 0, not '-0.1'"),
         (["train", "--set", "optim.lr=-1"], "optim.lr must be above 0, not '-1'"),
+        (
+            ["train", "--lr", "0.1", "--set", "optim.lr=0.2"],
+            "--set optim.lr=0.2, but a flag says 0.1; drop one of them",
+        ),
+        (["train", "--set", "optim.milestones=3", "--schedule", "6", "8"], "--set optim.milestones=3, but a flag says"),
+        (
+            ["evaluate", "x", "--set", "data.test_list=a", "--test-list", "b"],
+            "--set data.test_list=a, but a flag says b",
+        ),
         (["train", "--set", "optim.lr"], "--set takes SECTION.FIELD=VALUE, not 'optim.lr'"),
         (["train", "--set", "opt.lr=1"], "no recipe field is called 'opt.lr'; did you mean optim.lr"),
         (["train", "--epoch", "3"], "no option is called --epoch; did you mean --epochs"),

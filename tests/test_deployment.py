@@ -13,14 +13,14 @@ from equipoise.cli import main
 
 
 @pytest.fixture
-def test_part(odd_run):
+def part_folder(odd_run):
     return odd_run.parent / "data" / "test"
 
 
-def test_predict_shows_a_table(odd_run, test_part, tmp_path, capsys, monkeypatch):
+def test_predict_shows_a_table(odd_run, part_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     (tmp_path / "broken.jpg").write_bytes(b"")
-    assert main(["predict", str(odd_run), str(test_part), str(tmp_path / "broken.jpg"), "--top", "2"]) == 0
+    assert main(["predict", str(odd_run), str(part_folder), str(tmp_path / "broken.jpg"), "--top", "2"]) == 0
     said = capsys.readouterr()
     lines = [line for line in said.out.splitlines() if ".png" in line]
     assert len(lines) == 18
@@ -49,8 +49,8 @@ def test_predict_of_many_shows_some(odd_run, tmp_path, capsys):
     assert "passed over: 5 more" in said.err
 
 
-def test_predict_writes_csv_and_json(odd_run, test_part, tmp_path, capsys):
-    words = ["predict", str(odd_run), str(test_part), str(tmp_path / "absent.png")]
+def test_predict_writes_csv_and_json(odd_run, part_folder, tmp_path, capsys):
+    words = ["predict", str(odd_run), str(part_folder), str(tmp_path / "absent.png")]
     assert main([*words, "--csv", str(tmp_path / "p.csv"), "--prior", "train", "--top", "9"]) == 0
     said = capsys.readouterr().out
     assert f"written: {tmp_path / 'p.csv'}" in said
@@ -71,9 +71,9 @@ def test_predict_writes_csv_and_json(odd_run, test_part, tmp_path, capsys):
         assert float(row["probability_1"]) == entry["classes"][0]["probability"]
 
 
-def test_without_a_temperature_it_is_said(odd_run, test_part, tmp_path, capsys):
+def test_without_a_temperature_it_is_said(odd_run, part_folder, tmp_path, capsys):
     shutil.copy(odd_run / "best.pt", tmp_path / "best.pt")
-    assert main(["predict", str(tmp_path), str(test_part)]) == 0
+    assert main(["predict", str(tmp_path), str(part_folder)]) == 0
     assert "not calibrated: plain softmax, since no validation part fitted a temperature" in capsys.readouterr().out
 
 
@@ -94,8 +94,8 @@ def test_nothing_predicted_is_an_error(odd_run, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_refusals_of_predict(odd_run, test_part, tmp_path, capsys):
-    run, images = str(odd_run), str(test_part)
+def test_refusals_of_predict(odd_run, part_folder, tmp_path, capsys):
+    run, images = str(odd_run), str(part_folder)
     for words, sentence in (
         ([run, images, "--top", "0"], "--top must be at least 1, not 0"),
         ([run, images, "--top", "x"], "argument --top: invalid int value: 'x' (see equipoise predict --help)"),

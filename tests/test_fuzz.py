@@ -1,5 +1,7 @@
 """Every reader on damaged files: a result or a UserError, and no more memory than promised. `make fuzz` makes more."""
 
+import io
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -44,9 +46,12 @@ def test_damaged_files_are_refused_or_read(name, tmp_path):
     @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
     @given(st.one_of(damaged(seeds), damaged(seeds), st.binary(max_size=100)))
     def examined(content: bytes) -> None:
-        examine(reader, content, tmp_path)
+        valid.append(examine(reader, content, tmp_path)[0])
 
+    valid: list[bool] = []
     examined()
+    assert len(valid) >= 300
+    assert not all(valid), "what was damaged was refused at least once"
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -77,6 +82,13 @@ def test_the_check_sees_other_exceptions_and_memory(tmp_path):
             examine(reader, b"memory", tmp_path)
 
 
+def zipped(content: bytes) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("test/labels_N.npy", content)
+    return file.getvalue()
+
+
 LARGE = {
     "brackets": ("annotations", lambda: b"[" + b"[]," * 5_000_000 + b"[]]"),
     "texts": ("annotations", lambda: b"[" + b'"ab",' * 4_000_000 + b"0]"),
@@ -88,7 +100,13 @@ LARGE = {
     "tensor objects": ("checkpoint-table", lambda: b"\x80\x02" + b"}" * 5_000_000 + b"."),
     "zeros": ("cifar-tar", lambda: bytes(150_000_000)),
     "fields": ("recipe", lambda: b"a = 1\n" * 3_000_000),
-    "run": ("metrics", lambda: b"[" + b"[]," * 6_000_000 + b"[]]"),
+    "figures": ("metrics", lambda: b"[" + b"[]," * 5_000_000 + b"[]]"),
+    "classes": ("record", lambda: b"{" + b",".join(b'"%d":1' % number for number in range(1_000_000)) + b"}"),
+    "steps": ("log", lambda: b'{"kind":"train","step":1,"epoch":0}\n' * 700_000),
+    "long line": ("log", lambda: b'{"kind":"train","step":1,"epoch":0,"x":[' + b"[]," * 6_000_000 + b"0]}\n"),
+    "zipped zeros": ("observed", lambda: zipped(bytes(500_000_000))),
+    "zip entries": ("observed", lambda: b"PK\1\2" + bytes(42) + b"PK\1\2" * 10_000_000),
+    "brackets of a hub folder": ("hub-config", lambda: b"[" + b"[]," * 7_600_000 + b"[]]"),
 }
 
 
@@ -97,4 +115,5 @@ LARGE = {
 def test_large_files_take_their_share_of_memory(name, tmp_path):
     """Read without thought, most of these took twenty times their size."""
     reader, content = LARGE[name]
-    examine(READERS[reader], content(), tmp_path)
+    valid, taken = examine(READERS[reader], content(), tmp_path)  # raises MemoryError
+    assert valid or taken < 2**28

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from conftest import draw_folder
 
+from benchmarks.fuzz import _around_index
 from equipoise import UserError
 from equipoise.pack import pack
 from equipoise.packed import read_about
@@ -91,4 +92,11 @@ def test_files_that_do_not_belong_together(out, tmp_path):
     pack(find_parts(str(other)), "", tmp_path / "second", 256, 0)
     (tmp_path / "second" / "train.pack").rename(out / "test.pack")
     with pytest.raises(UserError, match=r"were not packed together; keep them in folders of their own"):
+        find_parts(str(out))
+
+
+def test_class_names_that_are_no_text(out):
+    content = (out / "train.pack").read_bytes()
+    (out / "train.pack").write_bytes(_around_index(content.replace(b'"ant"', b'"\\ud800"')))
+    with pytest.raises(UserError, match="its index contradicts itself"):
         find_parts(str(out))

@@ -127,3 +127,10 @@ def test_cifar10_as_published_for_the_datasets_library(shared_data):
     assert parts.test is not None
     assert parts.test.class_counts == (1000,) * 10
     assert decode(parts.test, 9999).shape == (32, 32, 3)
+
+
+def test_class_names_that_are_no_text(tmp_path):
+    names = {"info": {"features": {"label": {"names": ["a", "\ud800"]}}}}
+    write_parquet(tmp_path / "train.parquet", [0, 1], metadata={"huggingface": json.dumps(names)})
+    with pytest.raises(UserError, match=r"names a class '.ud800', which cannot be written as text; rename it"):
+        find_parts(str(tmp_path))

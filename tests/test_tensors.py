@@ -184,7 +184,7 @@ def test_circles_and_depth(tmp_path):
     [b"", b"PK\x03\x04", b"\x80", b"hello", pickle.dumps([1]), packed(b""), packed(b"."), packed(b"\x80\x02Q.")],
 )
 def test_what_is_none(content, tmp_path):
-    refused(tmp_path / "x", content)
+    assert "x is no checkpoint that can be read (" in refused(tmp_path / "x", content)
 
 
 def test_tensors_that_no_network_has(tmp_path):

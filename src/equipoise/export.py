@@ -179,4 +179,7 @@ def _notes(classifier: Classifier) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if isinstance(value, str):
+        return value
+    # What of a name is no UTF-8 becomes an escape of JSON's.
+    return json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()

@@ -176,6 +176,9 @@ def _prepare(recipe: Recipe, place: Place, world: World) -> Plan:
     _refuse_batches(recipe, world)
     if recipe.data.path not in (DIGITS, "") and place.folder.resolve().is_relative_to(recipe.data.path):
         raise UserError(f"the run folder {place.folder} would lie inside the data; name one outside with --out")
+    folder = str(place.folder)
+    if folder.encode(errors="replace").decode() != folder:  # torch maps no file of such a name
+        raise UserError(f"the run folder {folder} has a name that is no UTF-8; name another with --out")
     parts = open_data(recipe)
     if recipe.batch_size > len(parts.train):
         raise UserError(

@@ -302,13 +302,14 @@ def _by_group(values_C: Array, counts: Sequence[int]) -> dict[str, Array]:
 
 
 def _map(run: RunRead) -> Markup | None:
-    """t-SNE of the sampled features; None of too few images."""
+    """t-SNE of the sampled features; None of too few images, or where all features are the same."""
+    features_MF, rows_M = run.observed["map_MF"], run.observed["map_rows_M"]
+    if len(rows_M) < 10 or not np.ptp(features_MF, axis=0).any():
+        return None
+
     from sklearn.manifold import TSNE
     from threadpoolctl import threadpool_limits
 
-    features_MF, rows_M = run.observed["map_MF"], run.observed["map_rows_M"]
-    if len(rows_M) < 10:
-        return None
     layout = TSNE(perplexity=min(30, (len(rows_M) - 1) / 3), init="pca", random_state=0)
     with threadpool_limits(1):  # of so few images, several threads would mostly wait for each other
         places_M2 = layout.fit_transform(features_MF.astype(np.float32))
