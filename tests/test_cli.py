@@ -185,7 +185,10 @@ def test_every_shipped_recipe_trains(name, tmp_path, capsys):
             ["train", "--lr", "0.1", "--set", "optim.lr=0.2"],
             "--set optim.lr=0.2, but a flag says 0.1; drop one of them",
         ),
-        (["train", "--set", "optim.milestones=3", "--schedule", "6", "8"], "--set optim.milestones=3, but a flag says"),
+        (
+            ["train", "--set", "optim.milestones=3", "--schedule", "6", "8"],
+            "--set optim.milestones=3, but a flag says 6 8",
+        ),
         (
             ["evaluate", "x", "--set", "data.test_list=a", "--test-list", "b"],
             "--set data.test_list=a, but a flag says b",
@@ -547,7 +550,7 @@ def test_a_run_of_lists_is_scored_on_others(tmp_path, capsys):
 
 def test_what_cannot_be_resumed(imagenet_run, capsys, tmp_path):
     run_folder, _ = imagenet_run
-    assert "has trained 1 epochs already, of 1; set --epochs higher" in refusal(
+    assert "has trained 1 epoch already, of 1; set --epochs higher" in refusal(
         capsys, "train", "--resume", str(run_folder)
     )
     said = refusal(capsys, "train", "--resume", str(run_folder), "--epochs", "2", "--lr", "3")

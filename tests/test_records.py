@@ -52,7 +52,6 @@ def read(folder: Path, name: str, content: bytes) -> str:
     try:
         _read_run_folder(folder / name)
     except UserError as error:
-        assert "\n" not in str(error)
         return str(error)
     return ""
 
@@ -63,9 +62,10 @@ def test_any_value_replaced(name, table, tmp_path):
         read(tmp_path, name, json.dumps(with_odd(table, path, odd)).encode())
         for path in places(table)
         for odd in (*ODD, GONE)
-        if "bad_images" not in path[:1] and "test" not in path[2:4]
+        if len(path) < 3 or (path[0] not in ("test", "validation") and path[1] != "validation")
     ]
-    assert len(said) > 500
+    assert len(said) > 400
+    assert not any("\n" in text for text in said)
     assert 0.5 < sum(map(bool, said)) / len(said) < 1
     assert read(tmp_path, name, json.dumps(table).encode()) == ""
 
@@ -146,7 +146,9 @@ def test_a_pickle_among_the_arrays_is_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     planted = pickle.dumps(Payload())
     assert "observed.npz is damaged (" in read(tmp_path, "observed.npz", planted)
-    assert "observed.npz is damaged (" in read(tmp_path, "observed.npz", _npz({"labels_N": planted}))
+    assert "observed.npz is damaged (" in read(
+        tmp_path, "observed.npz", _npz({"labels_N": planted, "confidence_N": planted})
+    )
     assert "is damaged (" in read(tmp_path, "observed.npz", arrays(labels_N=np.array([Payload()])))
     assert not Path("executed").exists()
     pickle.loads(planted)
@@ -203,7 +205,7 @@ def test_names_that_are_no_text(tmp_path, capsys, monkeypatch):
     for words, said in (
         (
             ["train", "--data", "data", "--out", "r\udcff", *small],
-            r"the run folder r\udcff has a name that is no UTF-8",
+            r"r\udcff has a name that is no UTF-8",
         ),
         (["train", "--data", "d\udcff", *small], r"there is no file or folder at d\udcff"),
     ):

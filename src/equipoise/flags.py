@@ -118,9 +118,8 @@ def overrides_of(options: argparse.Namespace) -> list[tuple[Field, Any]]:
     for field, value in flags:
         for other, text in settings:
             if other == field and override(Recipe(), field, text) != override(Recipe(), field, value):
-                raise UserError(
-                    f"--set {field.key}={text} contradicts the flag that sets it to {value}; drop one of them"
-                )
+                said = " ".join(map(str, value)) if isinstance(value, list) else value
+                raise UserError(f"--set {field.key}={text}, but a flag says {said}; drop one of them")
     return [*settings, *flags]
 
 
