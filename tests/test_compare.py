@@ -97,11 +97,15 @@ def test_it_goes_on_where_it_was_interrupted(compared, tmp_path, capsys):
         (out / "supcon-la-seed-0" / name).unlink()
     (out / "supcon-la-seed-1" / "metrics.json").unlink()
     kept = (out / "ce-seed-0" / "metrics.json").stat().st_mtime_ns
+    (out / "compare.md").write_text("as it was")
+    os.link(out / "compare.md", tmp_path / "old")
     assert main([*WORDS, "--seeds", "2", "--out", str(out)]) == 0
     said = capsys.readouterr().out
     for line in ("1 of 4: ce, seed 0, is there", "2 of 4: supcon+la, seed 0, trains", "3 of 4: ce, seed 1, trains"):
         assert line in said
     assert (out / "ce-seed-0" / "metrics.json").stat().st_mtime_ns == kept
+    assert (tmp_path / "old").read_text() == "as it was", "the new table takes the old one's name when it is whole"
+    assert (out / "compare.md").read_text(encoding="utf-8").startswith("digits-lt: 2 seeds")
     after = json.loads((out / "compare.json").read_text())
     for method in METHODS:
         for figure, row in before["methods"][method].items():

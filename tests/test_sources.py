@@ -191,6 +191,16 @@ def test_lists_are_not_overwritten(inaturalist, tmp_path):
         write_lists(Source(str(tmp_path)), tmp_path)
 
 
+def test_a_list_is_written_whole_or_not_at_all(inaturalist, tmp_path, monkeypatch):
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_lists(Source(str(inaturalist)), tmp_path / "lists")
+    assert list((tmp_path / "lists").iterdir()) == []
+
+
 def test_an_absent_list_of_a_benchmark(imagenet, tmp_path):
     shutil.copytree(imagenet, tmp_path / "data")
     (tmp_path / "data" / "ImageNet_LT_test.txt").unlink()
