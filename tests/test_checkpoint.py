@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -120,10 +122,13 @@ def test_absent(tmp_path):
         ("recipe", 3), ("recipe", {"seed": "x"}), ("recipe", {1: 2}),
         ("class_names", 3), ("class_names", ()), ("class_names", ("a", "a", "b")), ("class_names", ("a", 1, None)),
         ("class_counts", (1, 2)), ("class_counts", (1, 2, -3)), ("class_counts", (1, 2, "x")), ("class_counts", None),
-        ("epoch", -1), ("epoch", "x"), ("epoch", 2**70), ("epoch", True), ("step", 1.5),
+        ("epoch", -1), ("epoch", "x"), ("epoch", 2**70), ("epoch", True), ("epoch", 900), ("step", 1.5), ("step", 3),
         ("best", 3), ("best", (1,)), ("best", ("x", 2)), ("best", {}),
+        ("best", (float("nan"), 2)), ("best", (1.5, 2)), ("best", (-0.5, 2)), ("best", (0.5, 0)), ("best", (0.5, 5)),
         ("weights", []), ("weights", {1: torch.zeros(1)}), ("weights", {"a": "x"}),
         ("optimizer", None), ("optimizer", {"state": []}), ("optimizer", {"state": {}, "param_groups": 3}),
+        ("optimizer", {"state": {0: 5}, "param_groups": []}), ("optimizer", {"state": {0: {}}, "param_groups": []}),
+        ("optimizer", {"state": {"0": {"momentum_buffer": torch.zeros(1)}}, "param_groups": []}),
         ("fingerprints", {"train": 3}), ("fingerprints", ()),
     ],
 )  # fmt: skip
@@ -131,12 +136,13 @@ def test_tables_of_anybodys(key, value, checkpoint, tmp_path):
     path = tmp_path / "last.pt"
     checkpoint.save(path)
     table = torch.load(path, weights_only=True)
+    table["step"] = 1000
     table[key] = value
     torch.save({**table, "digest": _digest(table)}, path)
     with pytest.raises(UserError) as error:
         load_checkpoint(path)
     assert str(error.value).startswith(str(path))
-    assert "damaged" not in str(error.value), "its digest fits"
+    assert "checksum does not fit" not in str(error.value)
 
 
 @pytest.mark.parametrize("spoil", [{"step": 10**500}, {"weights": {"a": torch.zeros(2)}}, {"digest": None}])
@@ -146,6 +152,19 @@ def test_a_digest_that_does_not_fit(spoil, checkpoint, tmp_path):
     torch.save({**torch.load(path, weights_only=True), **spoil}, path)
     with pytest.raises(UserError, match="is damaged: its checksum does not fit"):
         load_checkpoint(path)
+
+
+def test_kind_and_shape_of_tensors_are_in_the_digest(checkpoint, tmp_path):
+    """The same bytes as other numbers, or in other rows."""
+    name, value = next(iter(checkpoint.weights.items()))
+    path = tmp_path / "last.pt"
+    for other in (value.view(torch.int32), value.flatten()):
+        checkpoint.save(path)
+        table = torch.load(path, weights_only=True)
+        table["weights"][name] = other
+        torch.save(table, path)
+        with pytest.raises(UserError, match="is damaged: its checksum does not fit"):
+            load_checkpoint(path)
 
 
 def test_weights_that_are_not_finite_are_not_scored(checkpoint):
@@ -164,3 +183,25 @@ def test_no_memory_is_taken_for_what_a_recipe_claims(checkpoint):
     names = tuple(str(number) for number in range(10**6))
     with pytest.raises(UserError, match="do not fit the resnet8 and 1,000,000 classes"):
         replace(checkpoint, class_names=names).build()
+
+
+def test_no_memory_is_taken_for_an_encoder_that_the_weights_are_not_of(checkpoint, tmp_path):
+    """A network of 2.5 GB, named by a file of a few kB."""
+    recipe = override(checkpoint.recipe, find_field("encoder"), "vit_huge_patch14_224")
+    few = {"classifier.weight": checkpoint.weights["classifier.weight"]}
+    replace(checkpoint, recipe=recipe, weights=few).save(tmp_path / "last.pt")
+    code = (
+        "import resource, sys, timm\n"
+        "from equipoise import UserError\nfrom equipoise.checkpoint import load_checkpoint\n"
+        "read = load_checkpoint(sys.argv[1])\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before = peak()\n"
+        "try:\n    read.build()\n"
+        "except UserError as error:\n    print(peak() - before, error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "last.pt")], capture_output=True, text=True, check=True
+    )
+    more, _, said = done.stdout.partition(" ")
+    assert said.startswith("the checkpoint's weights do not fit the vit_huge_patch14_224 and 3 classes that it names")
+    assert int(more) < 200_000, "kB"
