@@ -151,8 +151,8 @@ def stop_at_once() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("stop", "minutes"), [(ask_to_stop, 10.0), (stop_at_once, 0.00001)])
 def test_an_interrupted_run_knows_the_bad_images_of_before(stop, minutes, data, tmp_path, monkeypatch):
-    """The only bad one is in the first of three batches, and is not looked at again in that epoch: after a stop that was
-    asked for, and after one at once that follows a save that was due."""
+    """The only bad one is in the first of three batches, and is not looked at again in that epoch: after a stop that
+    was asked for, and after one at once that follows a save that was due."""
     recipe = load_recipe("pictures", data=str(data), arch="resnet8", size=16, epochs=2, batch_size=6, holdout=0,
                          workers=0, on_bad_image="skip", checkpoint_minutes=minutes, device="cpu")  # fmt: skip
     images = prepare(recipe, tmp_path / "run").parts.train

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from equipoise.checkpoint import load_checkpoint
 from equipoise.cli import main
 from equipoise.distributed import World
 from equipoise.folder import RunFolder
+from equipoise.log import RunLog
 from equipoise.plan import Plan, _find_place, prepare
 
 RECIPE = load_recipe("digits-lt", epochs=2, precision="fp32", method="ce", log_every=1)
@@ -293,7 +295,7 @@ def test_a_run_does_not_go_on_with_other_images(chosen, tmp_path):
             going_on(run, epochs=2)
         assert str(error.value) == (
             f"the {called} part of {data} is not what {run}/last.pt was trained with (images were added, removed or "
-            "renamed); restore it, or start a new run"
+            "renamed); restore it, name the data it was trained on, or start a new run"
         )
         (data / part / "ant" / "new.png").rename(data / part / "ant" / "0.png")
     shutil.rmtree(data / "test")
@@ -436,6 +438,21 @@ def test_a_disk_that_is_full_at_other_times(when, small_disk, monkeypatch):
     assert "\n" not in said
     (small_disk / "ballast").unlink()
     assert training.fit(going_on(run, epochs=3), progress=False).metrics["last"]["epoch"] == 3
+
+
+@pytest.mark.slow
+def test_a_log_on_a_full_disk_does_not_hide_what_came_before(small_disk):
+    """Closing it fails too, since it has lines that were not written."""
+
+    def interrupted() -> None:
+        with RunLog(small_disk, 0, 0) as log:
+            fill(small_disk)
+            with suppress(OSError):
+                log.write("train", 1, 0, {"loss": 1.0})
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
 
 
 @pytest.mark.slow

@@ -396,7 +396,7 @@ def _refuse_unfitting(place: Place, recipe: Recipe, parts: Parts) -> None:
     if not of_authors and (changed == "train" or (changed and place.taken)):
         raise UserError(
             f"the {changed} part of {recipe.data.path} is not what {path} was trained with (images were added, removed "
-            "or renamed); restore it, or start a new run"
+            "or renamed); restore it, name the data it was trained on, or start a new run"
         )
     for key, before, now in _differing(checkpoint.recipe, recipe, _FREE_IN_RESUME):
         in_model = key.startswith("model.") and key != "model.batch_norm"
