@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test check results rehearsal bench crash-test fuzz audit clean
+.PHONY: help setup demo test check results rehearsal bench crash-test long-run fuzz audit clean
 
 help:
 	@echo "make demo     train on the built-in digits: BCL, and plain cross-entropy beside it; write the report"
@@ -15,6 +15,7 @@ help:
 	@echo "make rehearsal [PHOTOS=folder]  the BCL authors' commands on miniature ImageNet-LT and iNaturalist 2018"
 	@echo "make bench    speed against the obvious way, and against what was measured last (6 minutes)"
 	@echo "make crash-test  a run that is killed 60 times ends where one ends that is left alone (about half an hour)"
+	@echo "make long-run  memory, open files, processes and logs over 200 epochs (5 minutes, on Linux)"
 	@echo "make fuzz [INPUTS=1000000]  damaged files for every reader (about 15 minutes on two cores)"
 	@echo "make audit    known vulnerabilities of what is installed, and an SBOM in build/"
 	@echo "make clean    remove .venv and caches; runs/ stays"
@@ -44,6 +45,9 @@ bench: setup
 
 crash-test: setup
 	$(BIN)/python -m benchmarks.crash
+
+long-run: setup
+	$(BIN)/python -m benchmarks.long_run
 
 fuzz: .venv/.fuzz
 	$(BIN)/python -m benchmarks.fuzz $(or $(INPUTS),1000000)

@@ -331,7 +331,7 @@ def _metrics() -> dict[str, Any]:
     post_hoc = {"tau": 1.0, "chosen_on": "validation", "validation": row, "test": row}
     block = {"epoch": 2, "step": 6, "test": figures, "validation": figures, "post_hoc": post_hoc, "temperature": 1.5}
     return {"method": "bcl", "test": figures, "validation": figures, "last": block, "best": {**block, "epoch": 1},
-            "bad_images": {"test": {"a.jpg": "empty"}}, "class_names": list(_COUNTS),
+            "bad_images": {"test": {"a.jpg": "empty"}}, "best_lost": None, "class_names": list(_COUNTS),
             "train_counts": list(_COUNTS.values())}  # fmt: skip
 
 

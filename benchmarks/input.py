@@ -48,17 +48,7 @@ def ours(decode: Callable[[int], np.ndarray], images: int) -> Callable[[], None]
 
 def plain(contents: list[bytes], end: str) -> Callable[[], None]:
     views = plain_views.photo_views(SIZE, end)
-
-    def run() -> None:
-        for first in range(0, len(contents), BATCH):
-            rows: list[list[torch.Tensor]] = []
-            for content in contents[first : first + BATCH]:
-                image = Image.open(io.BytesIO(content)).convert("RGB")
-                rows.append([view(image) for view in views])
-            for view in zip(*rows, strict=True):
-                torch.stack(view)
-
-    return run
+    return plain_views.all_views(contents, lambda content: Image.open(io.BytesIO(content)).convert("RGB"), views, BATCH)
 
 
 def main() -> None:

@@ -1,9 +1,9 @@
 """Two hundred epochs of the demo and of pictures from files: memory, open files, processes, logs.
 
-`python -m benchmarks.long_run [--epochs 200]`, on Linux. `equipoise train` runs in a process of its own, which is
-looked at once an epoch: memory of it and its loader processes, open file descriptors, processes. The last line has, for
-each run, memory in the last tenth of the epochs over that in the second tenth (1: flat), and how many files and
-processes there were more. Takes 5 minutes.
+`make long-run`, or `python -m benchmarks.long_run [--epochs 200]`, on Linux. `equipoise train` runs in a process of its
+own, which is looked at once an epoch: memory of it and its loader processes, open file descriptors, processes. The last
+line has, for each run, memory in the last tenth of the epochs over that in the second tenth (1: flat), and how many
+files and processes there were more; the exit code is 1 where that is a leak. Takes 5 minutes.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+MEMORY, FILES = 0.05, 20  # allowed: a share; files, of which an epoch that leaks one makes 160
 RUNS = {
     "digits": ["digits-lt"],
     "photographs": ["pictures", "--arch=resnet8", "--size=16", "--workers=2", "-b", "16"],
@@ -55,7 +56,7 @@ def follow(words: list[str], epochs: int, folder: Path) -> list[tuple[float, int
     return seen
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=200)
     epochs: int = parser.parse_args().epochs
@@ -68,7 +69,7 @@ def main() -> None:
             folder = Path(name) / run
             further = ["--data", str(data)] if run == "photographs" else []
             seen = follow([*words, *further], epochs, folder)
-            tenth = len(seen) // 10
+            tenth = max(1, len(seen) // 10)
             early, late = seen[tenth : 2 * tenth], seen[-tenth:]
             memory = [statistics.median(look[0] for look in looks) for looks in (early, late)]
             print(
@@ -80,6 +81,14 @@ def main() -> None:
                 "more_processes": max(look[2] for look in late) - max(look[2] for look in early),
             }
     print(json.dumps(found))
+    leaks = [
+        run
+        for run, figures in found.items()
+        if abs(figures["memory"] - 1) > MEMORY or figures["more_files"] > FILES or figures["more_processes"] > 0
+    ]
+    for run in leaks:
+        print(f"{run}: memory, files or processes grow", file=sys.stderr)
+    return bool(leaks)
 
 
 def draw(data: Path) -> None:
@@ -95,4 +104,4 @@ def draw(data: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -4,16 +4,18 @@ What the benchmarks compare ours with. `end` says what a view ends as: "normalis
 it, or "bytes", as ours end, which the network normalises on its device.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 from torch import Tensor
 from torchvision import transforms
 
 View = Callable[[Image.Image], Tensor]
+Subject = TypeVar("Subject")
 
 _JITTER = transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)
 
@@ -49,3 +51,20 @@ def _cutout(image: Tensor) -> Tensor:
     y, x = np.random.randint(side), np.random.randint(side)
     image[:, max(0, y - side // 4) : y + side // 4, max(0, x - side // 4) : x + side // 4] = 0
     return image
+
+
+def all_views(
+    subjects: Sequence[Subject], opened: Callable[[Subject], Image.Image], views: Sequence[View], batch: int
+) -> Callable[[], None]:
+    """What makes the views of everything, image by image, stacked batch by batch."""
+
+    def run() -> None:
+        for first in range(0, len(subjects), batch):
+            rows: list[list[torch.Tensor]] = []
+            for subject in subjects[first : first + batch]:
+                image = opened(subject)
+                rows.append([view(image) for view in views])
+            for view in zip(*rows, strict=True):
+                torch.stack(view)
+
+    return run

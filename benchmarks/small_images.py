@@ -17,6 +17,7 @@ from PIL import Image
 
 from benchmarks import plain_views
 from benchmarks.timing import finish, in_turn, ratio, say_times, say_where
+from equipoise.device import choose_device
 from equipoise.loader import SmallImages
 from equipoise.sources import open_parts
 from equipoise.views import ViewSettings
@@ -26,21 +27,6 @@ SETTINGS = ViewSettings("cifar", ("cls", "sim", "sim"), 32)
 CIFAR = Path(__file__).resolve().parents[2] / "shared" / "data" / "cifar10"
 
 
-def plain(pixels_NSS3: np.ndarray, end: str) -> Callable[[], None]:
-    views = plain_views.cifar_views(end)
-
-    def run() -> None:
-        for first in range(0, len(pixels_NSS3), BATCH):
-            rows: list[list[torch.Tensor]] = []
-            for pixels in pixels_NSS3[first : first + BATCH]:
-                image = Image.fromarray(pixels)
-                rows.append([view(image) for view in views])
-            for view in zip(*rows, strict=True):
-                torch.stack(view)
-
-    return run
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", default=str(CIFAR))
@@ -48,13 +34,14 @@ def main() -> None:
     torch.set_num_threads(1)
     say_where()
     print(f"{IMAGES} images of 32 pixels in memory, three views, batches of {BATCH}")
-    batches, epochs = SmallImages(images, SETTINGS, torch.device("cpu")), itertools.count()
+    batches, epochs = SmallImages(images, SETTINGS, choose_device("cpu")), itertools.count()
     pixels_NSS3 = np.concatenate([batch.images_VB3SS[0].permute(0, 2, 3, 1) for batch in batches.evaluation(BATCH)])
-    subjects = {
-        "ours": lambda: [None for _ in batches.training(0, next(epochs), BATCH)],
-        "obvious way, normalised": plain(pixels_NSS3, "normalised"),
-        "obvious way, bytes": plain(pixels_NSS3, "bytes"),
+    subjects: dict[str, Callable[[], object]] = {
+        "ours": lambda: [None for _ in batches.training(0, next(epochs), BATCH)]
     }
+    for end in ("normalised", "bytes"):
+        views = plain_views.cifar_views(end)
+        subjects[f"obvious way, {end}"] = plain_views.all_views(pixels_NSS3, Image.fromarray, views, BATCH)
     times = in_turn(subjects, rounds=9)
     say_times(times, IMAGES)
     as_bytes = ratio(times["obvious way, bytes"].wall, times["ours"].wall)

@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,10 @@ from conftest import draw_folder
 from PIL import Image
 
 from equipoise import UserError, load_recipe
+from equipoise.checkpoint import load_checkpoint
 from equipoise.cli import main
+from equipoise.draws import permutation
+from equipoise.errors import Stopped
 from equipoise.plan import prepare
 from equipoise.training import fit, train
 
@@ -133,6 +138,41 @@ def test_an_image_that_vanishes_during_training(data, tmp_path):
     (data / "ant" / "7.png").unlink()
     bad = fit(plan, progress=False).metrics["bad_images"]
     assert bad == {"train": {str(data / "ant" / "7.png"): "no such file or directory"}}
+
+
+def ask_to_stop() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def stop_at_once() -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stop", "minutes"), [(ask_to_stop, 10.0), (stop_at_once, 0.00001)])
+def test_an_interrupted_run_knows_the_bad_images_of_before(stop, minutes, data, tmp_path, monkeypatch):
+    """The only bad one is in the first of three batches, and is not looked at again in that epoch: after a stop that
+    was asked for, and after one at once that follows a save that was due."""
+    recipe = load_recipe("pictures", data=str(data), arch="resnet8", size=16, epochs=2, batch_size=6, holdout=0,
+                         workers=0, on_bad_image="skip", checkpoint_minutes=minutes, device="cpu")  # fmt: skip
+    images = prepare(recipe, tmp_path / "run").parts.train
+    bad = Path(images.images.name(int(permutation(recipe.seed, 0, len(images))[0])))
+    truncate(bad)
+    step, taken = torch.optim.SGD.step, []
+
+    def stopping(self, *words):
+        taken.append(1)
+        if len(taken) == 2:
+            stop()
+        return step(self, *words)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", stopping)
+    with pytest.raises((Stopped, KeyboardInterrupt)):
+        train(recipe, tmp_path / "run", progress=False)
+    monkeypatch.undo()
+    assert load_checkpoint(tmp_path / "run" / "last.pt").step == (3 if stop is ask_to_stop else 1)
+    known = json.loads((tmp_path / "run" / "bad-images.json").read_text())
+    assert list(known["train"]) == [str(bad)]
 
 
 @pytest.mark.parametrize("how", [HEADER_TELLS["empty"], truncate])

@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,3 +36,15 @@ def test_what_is_worse_by_more_than_a_fifth_is_named():
         "input: ratio is 4.1, 5 was expected",
         "loss: ratio is 1.21, 1 was expected",
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="it looks into /proc")
+def test_nothing_grows_over_twelve_epochs():
+    """The short form of `make long-run`."""
+    command = [sys.executable, "-m", "benchmarks.long_run", "--epochs", "12"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found.keys() == {"digits", "photographs"}
+    assert all(figures.keys() == {"memory", "more_files", "more_processes"} for figures in found.values())

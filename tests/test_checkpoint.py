@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -120,10 +122,13 @@ def test_absent(tmp_path):
         ("recipe", 3), ("recipe", {"seed": "x"}), ("recipe", {1: 2}),
         ("class_names", 3), ("class_names", ()), ("class_names", ("a", "a", "b")), ("class_names", ("a", 1, None)),
         ("class_counts", (1, 2)), ("class_counts", (1, 2, -3)), ("class_counts", (1, 2, "x")), ("class_counts", None),
-        ("epoch", -1), ("epoch", "x"), ("epoch", 2**70), ("epoch", True), ("step", 1.5),
+        ("epoch", -1), ("epoch", "x"), ("epoch", 2**70), ("epoch", True), ("epoch", 900), ("step", 1.5), ("step", 3),
         ("best", 3), ("best", (1,)), ("best", ("x", 2)), ("best", {}),
+        ("best", (float("nan"), 2)), ("best", (1.5, 2)), ("best", (-0.5, 2)), ("best", (0.5, 0)), ("best", (0.5, 5)),
         ("weights", []), ("weights", {1: torch.zeros(1)}), ("weights", {"a": "x"}),
         ("optimizer", None), ("optimizer", {"state": []}), ("optimizer", {"state": {}, "param_groups": 3}),
+        ("optimizer", {"state": {0: 5}, "param_groups": []}), ("optimizer", {"state": {0: {}}, "param_groups": []}),
+        ("optimizer", {"state": {"0": {"momentum_buffer": torch.zeros(1)}}, "param_groups": []}),
         ("fingerprints", {"train": 3}), ("fingerprints", ()),
     ],
 )  # fmt: skip
@@ -131,12 +136,13 @@ def test_tables_of_anybodys(key, value, checkpoint, tmp_path):
     path = tmp_path / "last.pt"
     checkpoint.save(path)
     table = torch.load(path, weights_only=True)
+    table["step"] = 1000
     table[key] = value
     torch.save({**table, "digest": _digest(table)}, path)
     with pytest.raises(UserError) as error:
         load_checkpoint(path)
     assert str(error.value).startswith(str(path))
-    assert "damaged" not in str(error.value), "its digest fits"
+    assert "checksum does not fit" not in str(error.value)
 
 
 @pytest.mark.parametrize("spoil", [{"step": 10**500}, {"weights": {"a": torch.zeros(2)}}, {"digest": None}])
@@ -148,6 +154,19 @@ def test_a_digest_that_does_not_fit(spoil, checkpoint, tmp_path):
         load_checkpoint(path)
 
 
+def test_kind_and_shape_of_tensors_are_in_the_digest(checkpoint, tmp_path):
+    """The same bytes as other numbers, or in other rows."""
+    name, value = next(iter(checkpoint.weights.items()))
+    path = tmp_path / "last.pt"
+    for other in (value.view(torch.int32), value.flatten()):
+        checkpoint.save(path)
+        table = torch.load(path, weights_only=True)
+        table["weights"][name] = other
+        torch.save(table, path)
+        with pytest.raises(UserError, match="is damaged: its checksum does not fit"):
+            load_checkpoint(path)
+
+
 def test_weights_that_are_not_finite_are_not_scored(checkpoint):
     checkpoint.weights["classifier.weight"][1, 2] = torch.nan
     with pytest.raises(
@@ -156,11 +175,32 @@ def test_weights_that_are_not_finite_are_not_scored(checkpoint):
         checkpoint.build()
 
 
-def test_no_memory_is_taken_for_what_a_recipe_claims(checkpoint):
-    claims = override(checkpoint.recipe, find_field("hidden_dim"), 65_536)
-    claims = override(claims, find_field("feature_dim"), 65_536)  # two projections of 17 GB each
-    with pytest.raises(UserError, match="do not fit"):
-        replace(checkpoint, recipe=claims).build()
-    names = tuple(str(number) for number in range(10**6))
-    with pytest.raises(UserError, match="do not fit the resnet8 and 1,000,000 classes"):
-        replace(checkpoint, class_names=names).build()
+@pytest.mark.skipif(sys.platform != "linux", reason="it limits memory as Linux does")
+def test_no_memory_is_taken_for_what_a_recipe_claims(checkpoint, tmp_path):
+    """A network of 2.5 GB, two projections of 17 GB each, classes of 0.8 GB, named by files of 2 MB at most: refused
+    with 500 MB more than the process has."""
+    huge = override(checkpoint.recipe, find_field("encoder"), "vit_huge_patch14_224")
+    wide = override(checkpoint.recipe, find_field("hidden_dim"), 65_536)
+    wide = override(wide, find_field("feature_dim"), 65_536)
+    replace(checkpoint, recipe=huge).save(tmp_path / "huge.pt")
+    replace(checkpoint, recipe=wide).save(tmp_path / "wide.pt")
+    names, counts = tuple(str(number) for number in range(10**5)), (1,) * 10**5
+    deep = override(checkpoint.recipe, find_field("encoder"), "resnet50")
+    replace(checkpoint, recipe=deep, class_names=names, class_counts=counts).save(tmp_path / "many.pt")
+    code = (
+        "import resource, sys, timm\n"
+        "from pathlib import Path\n"
+        "from equipoise import UserError\nfrom equipoise.checkpoint import load_checkpoint\n"
+        "read = [load_checkpoint(path) for path in sys.argv[1:]]\n"
+        "size = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize() + 500_000_000\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (size, size))\n"
+        "for checkpoint in read:\n"
+        "    try:\n        checkpoint.build()\n"
+        "    except UserError as error:\n        print(error)\n"
+    )
+    files = [str(tmp_path / f"{name}.pt") for name in ("huge", "wide", "many")]
+    done = subprocess.run([sys.executable, "-c", code, *files], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == [
+        f"the checkpoint's weights do not fit the {what} classes that it names; use another one"
+        for what in ("vit_huge_patch14_224 and 3", "resnet8 and 3", "resnet50 and 100,000")
+    ], done.stderr

@@ -558,5 +558,6 @@ def test_what_cannot_be_resumed(imagenet_run, capsys, tmp_path):
     other = build_imagenet(tmp_path / "other", counts=(5, 2))
     words = ["--data", str(other), "--epochs", "2", "-b", "4", "--out", str(tmp_path / "run")]
     said = refusal(capsys, "train", *words, "--resume", str(run_folder))
-    assert "the training images are not those of" in said
+    assert f"the train part of {other} is not what" in said
+    assert "name the data it was trained on" in said
     assert not (tmp_path / "run").exists()

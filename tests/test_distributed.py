@@ -381,6 +381,36 @@ def test_a_terminated_launch_is_saved(slow, tmp_path):
 
 
 @pytest.mark.slow
+def test_ranks_stop_together_in_validation(tmp_path):
+    """Where one alone was asked to: nobody is left waiting in an exchange."""
+    script = tmp_path / "launch.py"
+    script.write_text(
+        "import os, signal, sys\n"
+        "from equipoise import evaluate, training\n"
+        "from equipoise.cli import main\n"
+        "predict, evaluate._BATCH, left = training.predict, 10, [2]\n"
+        "def interrupted(*words, observe, **more):\n"
+        "    left[0] -= 1\n"
+        "    if os.environ['RANK'] == '1' and not left[0] and '--resume' not in sys.argv:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return predict(*words, observe=observe, **more)\n"
+        "training.predict = interrupted\n"
+        "raise SystemExit(main(sys.argv[1:]))\n"
+    )
+    words = [*train_words(tmp_path / "run", "--epochs", "3", "--log-every", "1"), "--set", "data.holdout=0.2"]
+    done = torchrun(2, str(script), *words[2:])
+    last = load_checkpoint(tmp_path / "run" / "last.pt")
+    assert last.epoch == 1
+    said = f"equipoise: terminated: step {last.step} is done and saved; go on with:\n"
+    assert done.stderr.count(said) == 1
+    assert "all ranks stop" not in done.stderr
+    logged = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert last.step == len(logged) - 1, "all steps of two epochs and one validation"
+    done = torchrun(2, str(script), "train", "--resume", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
 def test_a_rank_says_which_file_it_cannot_read(tmp_path):
     data = draw_folder(tmp_path / "data", {"ant": 12, "bee": 6})
     broken = data / "bee" / "3.png"

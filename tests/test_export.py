@@ -207,6 +207,19 @@ def test_missing_packages(package, odd_run, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_network_beyond_the_format(odd_run, tmp_path):
+    classifier = load(odd_run, "cpu")
+    classifier.model.register_buffer("large", torch.empty(1).expand(2**29))  # 2 GiB that nobody has to hold
+    with pytest.raises(UserError) as refused:
+        export_onnx(classifier, tmp_path / "model.onnx", [])
+    expected = (
+        "the network's 2.15 GB do not fit in an ONNX file, whose format ends at 2.15 GB; take --to torch-export or "
+        "safetensors"
+    )
+    assert str(refused.value) == expected
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_images_to_check_with(odd_run, tmp_path):
     """The run's own, or those that are named; where there are none it is said how to name some."""
     classifier = load(odd_run, "cpu")

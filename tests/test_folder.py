@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,12 +17,14 @@ import torch
 from conftest import draw_folder
 
 from benchmarks.crash import crash
-from equipoise import UserError, load_recipe, train
+from equipoise import UserError, load_recipe, train, training
 from equipoise import folder as folder_module
 from equipoise.checkpoint import load_checkpoint
+from equipoise.cli import main
 from equipoise.distributed import World
 from equipoise.folder import RunFolder
-from equipoise.plan import _find_place, prepare
+from equipoise.log import RunLog
+from equipoise.plan import Plan, _find_place, prepare
 
 RECIPE = load_recipe("digits-lt", epochs=2, precision="fp32", method="ce", log_every=1)
 
@@ -253,6 +256,147 @@ def test_the_checkpoint_before_a_damaged_one_is_used(damage, finished, tmp_path)
         prepare(load_recipe(run), resume=run)
 
 
+@pytest.fixture(scope="module")
+def chosen(tmp_path_factory) -> Path:
+    """A finished run with a validation part."""
+    recipe = load_recipe("digits-lt", epochs=3, precision="fp32", method="ce", log_every=1, holdout=0.2)
+    return train(recipe, tmp_path_factory.mktemp("runs") / "run", progress=False).path
+
+
+def going_on(run: Path, **overrides: object) -> Plan:
+    return prepare(load_recipe(run, **overrides), resume=run)
+
+
+def take(plan: Plan) -> None:
+    with RunFolder(plan) as folder:
+        folder.take()
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:9000])])
+@pytest.mark.parametrize("holder", ["last.pt", "previous.pt"])
+def test_a_best_checkpoint_that_cannot_be_read_is_written_anew(damage, holder, chosen, tmp_path):
+    """From another one of the same weights: the last one is of epoch 3, and the one before it was saved before that
+    epoch was validated."""
+    run = shutil.copytree(chosen, tmp_path / "run")
+    last = load_checkpoint(run / "last.pt")
+    assert load_checkpoint(run / "previous.pt").step == last.step
+    replace(last, best=(0.75, 3)).save(run / "last.pt")
+    if holder == "previous.pt":
+        replace(last, best=(0.75, 3), epoch=3, step=last.step + 1).save(run / "last.pt")  # as in epoch 4
+    damage(run / "best.pt")
+    plan = going_on(run, epochs=4)
+    assert plan.describe()["goes on"].endswith(f"; it is written anew, with the weights of {holder})")
+    assert f"{run}/best.pt" in plan.describe()["goes on"]
+    take(plan)
+    best = load_checkpoint(run / "best.pt")
+    assert (best.epoch, best.step, best.best) == (3, last.step, (0.75, 3))
+    assert all(torch.equal(best.weights[name], value) for name, value in last.weights.items())
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:9000])])
+def test_a_run_goes_on_without_its_best_checkpoint(damage, chosen, tmp_path, capsys):
+    run = shutil.copytree(chosen, tmp_path / "run")
+    last = load_checkpoint(run / "last.pt")
+    replace(last, best=(0.75, 1)).save(run / "last.pt")  # of epoch 1 nothing else is there
+    damage(run / "best.pt")
+    # Scored as it is: the last one, and it is said.
+    assert main(["evaluate", str(run), "--device", "cpu"]) == 0
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert f"{run}/best.pt" in metrics["best_lost"]
+    assert metrics["best"] is None
+    assert metrics["last"] == json.loads((chosen / "metrics.json").read_text())["last"]
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"{run}/best.pt" in said
+    assert "the figures are of the last checkpoint" in said
+    # Going on, the next epoch is the best.
+    plan = going_on(run, epochs=4)
+    assert "the best of the epochs that follow takes its place" in plan.describe()["goes on"]
+    metrics = training.fit(plan, progress=False).metrics
+    assert metrics["best_lost"] is None
+    assert metrics["best"]["epoch"] == load_checkpoint(run / "best.pt").epoch == 4
+
+
+def test_what_a_run_leaves_behind_when_it_goes_on(finished, tmp_path):
+    """Not the figures of its earlier end, and not a damaged checkpoint, which would become the one before the last."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    (run / "last.pt").write_bytes(b"x")
+    plan = going_on(run, epochs=3)
+    assert (run / "metrics.json").exists(), "nothing is written yet"
+    take(plan)
+    assert not (run / "metrics.json").exists()
+    assert not (run / "last.pt").exists()
+    assert load_checkpoint(run / "previous.pt").epoch == 1
+
+
+def test_a_run_does_not_go_on_with_other_images(chosen, tmp_path):
+    """Of which part they ever are: the best is chosen on one, and figures of two data sets would be mixed."""
+    data = tmp_path / "data"
+    for part in ("train", "val", "test"):
+        draw_folder(data / part, {"ant": 6, "bee": 4})
+    recipe = load_recipe("pictures", data=str(data), arch="resnet8", size=16, epochs=1, batch_size=4, workers=0)
+    run = train(recipe, tmp_path / "run", progress=False).path
+    assert going_on(run, epochs=2).resumed
+    for part, called in {"train": "train", "val": "validation", "test": "test"}.items():
+        (data / part / "ant" / "0.png").rename(data / part / "ant" / "new.png")
+        with pytest.raises(UserError) as error:
+            going_on(run, epochs=2)
+        assert str(error.value) == (
+            f"the {called} part of {data} is not what {run}/last.pt was trained with (images were added, removed or "
+            "renamed); restore it, name the data it was trained on, or start a new run"
+        )
+        (data / part / "ant" / "new.png").rename(data / part / "ant" / "0.png")
+    shutil.rmtree(data / "test")
+    with pytest.raises(UserError, match=r"the test part of .* is not what"):
+        going_on(run, epochs=2)
+
+
+def test_a_state_that_no_run_has_is_refused(finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    last = load_checkpoint(run / "last.pt")
+    for step in (11, 19):  # of 12, after two epochs of six
+        replace(last, step=step).save(run / "last.pt")
+        with pytest.raises(
+            UserError, match=rf"damaged or was changed: after 2 epochs of 6 steps no run has done {step}"
+        ):
+            going_on(run, epochs=4)
+    for state in ({0: {"momentum_buffer": torch.zeros(3)}}, {999: {"momentum_buffer": torch.zeros(3)}}):
+        replace(last, optimizer={**last.optimizer, "state": state}).save(run / "last.pt")
+        with pytest.raises(
+            UserError, match=r"last.pt is damaged or was changed: its momentum does not fit its weights"
+        ):
+            train(load_recipe(run, epochs=4), progress=False, resume=run)
+    assert (run / "metrics.json").exists(), "nothing was touched"
+
+
+# ---- the order of what reaches the disk
+
+
+def test_what_a_checkpoint_counts_on_is_on_the_disk_before_it(tmp_path, monkeypatch):
+    """The lines of the log, the best checkpoint, and the names of both in the folder: each time, in this order."""
+    events: list[str] = []
+    sync, move = os.fsync, Path.replace
+
+    def noted_sync(handle: int) -> None:
+        name = Path(os.readlink(f"/proc/self/fd/{handle}")).name
+        events.append(f"sync {name}")
+        sync(handle)
+
+    def noted_move(path: Path, to: Path) -> Path:
+        events.append(f"move {to.name}")
+        return move(path, to)
+
+    monkeypatch.setattr(os, "fsync", noted_sync)
+    monkeypatch.setattr(Path, "replace", noted_move)
+    recipe = load_recipe("digits-lt", epochs=1, precision="fp32", method="ce", holdout=0.2)
+    train(recipe, tmp_path / "run", progress=False)
+    events = [event for event in events if not event.startswith("sync .")]  # of the files before they have their names
+    first = events.index("sync metrics.jsonl")
+    assert events[first : first + 8] == [
+        "sync metrics.jsonl", "move last.pt", "sync run",  # before validation
+        "sync metrics.jsonl", "move best.pt", "sync run", "move last.pt", "sync run",
+    ]  # fmt: skip
+
+
 def test_a_half_written_line_is_dropped(finished, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished, run)
@@ -340,6 +484,64 @@ def test_a_full_disk(small_disk):
     ballast.unlink()
     train(recipe, progress=False, resume=run)
     assert load_checkpoint(run / "last.pt").epoch == 4
+
+
+def fill(disk: Path) -> None:
+    with (disk / "ballast").open("ab", buffering=0) as file:
+        for size in (2**16, 2**12, 1):
+            try:
+                while True:
+                    file.write(bytes(size))
+            except OSError:
+                continue
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["before it starts", "in its log", "in its figures"])
+def test_a_disk_that_is_full_at_other_times(when, small_disk, monkeypatch):
+    """Where it is, and how to go on, is said whatever is being written."""
+    run = small_disk / "run"
+    train(RECIPE, run, progress=False)
+    if when == "before it starts":
+        fill(small_disk)
+    else:
+        at = {"in its log": "learning_rate", "in its figures": "evaluate_run"}[when]
+        honest = getattr(training, at)
+        monkeypatch.setattr(training, at, lambda *words, **more: (fill(small_disk), honest(*words, **more))[1])
+    with pytest.raises(UserError) as error:
+        train(load_recipe(run, epochs=3), progress=False, resume=run)
+    monkeypatch.undo()
+    said = str(error.value)
+    assert said.startswith(f"{run} could not be written (no space left on device")
+    assert said.endswith(f". Make room there, then: equipoise train --resume {run}")
+    assert "\n" not in said
+    (small_disk / "ballast").unlink()
+    assert training.fit(going_on(run, epochs=3), progress=False).metrics["last"]["epoch"] == 3
+
+
+@pytest.mark.slow
+def test_a_log_on_a_full_disk_does_not_hide_what_came_before(small_disk):
+    """Closing it fails too, since it has lines that were not written."""
+
+    def interrupted() -> None:
+        with RunLog(small_disk, 0, 0) as log:
+            fill(small_disk)
+            with suppress(OSError):
+                log.write("train", 1, 0, {"loss": 1.0})
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_before_the_first_checkpoint(small_disk, monkeypatch):
+    honest = training.learning_rate
+    monkeypatch.setattr(training, "learning_rate", lambda *words, **more: (fill(small_disk), honest(*words, **more))[1])
+    with pytest.raises(UserError) as error:
+        train(RECIPE, small_disk / "run", progress=False)
+    assert str(error.value).endswith("Make room there and start again: the folder was taken back")
+    assert [path.name for path in small_disk.iterdir()] == ["ballast"]
 
 
 @pytest.mark.slow

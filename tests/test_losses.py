@@ -267,6 +267,24 @@ def test_float32_under_bf16_autocast():
     assert low.dtype == torch.float32
 
 
+@pytest.mark.parametrize("low", [False, True])
+def test_backward_twice(low):
+    """The first pass hands its gradients over, scaled in place: the second one must not see what became of them."""
+    features, prototypes, labels = torch.randn(16, 2, 8), torch.randn(5, 8), torch.arange(16) % 5
+    inputs = features.requires_grad_(), prototypes.requires_grad_()
+    once = torch.autograd.grad(balanced_contrastive_loss(features, labels, prototypes), inputs)
+    loss = balanced_contrastive_loss(features, labels, prototypes)
+    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        for weight in (0.5, 3.0):
+            again = torch.autograd.grad(weight * loss, inputs, retain_graph=True)
+            for one, other in zip(once, again, strict=True):
+                assert torch.allclose(other, weight * one, rtol=1e-5, atol=1e-7)
+                other.zero_()
+    loss.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
 def test_supcon_is_bcl_without_prototypes_where_all_are_alike():
     """Same features, one class: averaging divides every term alike, so the two differ by log(members) only."""
     features = F.normalize(

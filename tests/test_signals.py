@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import draw_folder
 
+from equipoise import evaluate, load_recipe, train, training
 from equipoise.checkpoint import load_checkpoint
 from equipoise.errors import Stopped
 from equipoise.signals import Requests
@@ -86,6 +87,52 @@ def test_outside_the_main_thread_nothing_is_handled():
     thread.start()
     thread.join()
     assert seen == [(before, (0, 0, 0))]
+
+
+@pytest.mark.parametrize("batch", [0, 2, 6])
+def test_a_signal_during_validation_stops_after_the_batch(batch, tmp_path, monkeypatch):
+    """At whatever batch of seven; the end is that of an undisturbed run all the same."""
+    monkeypatch.setattr(evaluate, "_BATCH", 10)
+    recipe = load_recipe("digits-lt", epochs=3, precision="fp32", method="ce", log_every=1, holdout=0.2)
+    whole = train(recipe, tmp_path / "whole", progress=False).path
+    seen: list[int] = []
+    honest = training.predict
+
+    def predict(*words, observe, **more):
+        def observe_and_ask(*arguments) -> None:
+            if len(seen) == 7 + batch:  # in the second epoch
+                os.kill(os.getpid(), signal.SIGTERM)
+            seen.append(1)
+            observe(*arguments)
+
+        return honest(*words, observe=observe_and_ask, **more)
+
+    monkeypatch.setattr(training, "predict", predict)
+    run = tmp_path / "run"
+    with pytest.raises(Stopped) as stopped:
+        train(recipe, run, progress=False)
+    monkeypatch.setattr(training, "predict", honest)
+    steps = load_checkpoint(whole / "last.pt").step // 3
+    assert len(seen) == 7 + batch + 1
+    assert stopped.value.code == 143
+    assert str(stopped.value).splitlines()[0] == f"terminated: step {2 * steps} is done and saved; go on with:"
+    stopped_at = load_checkpoint(run / "last.pt")
+    assert (stopped_at.epoch, stopped_at.step) == (1, 2 * steps)
+    assert [line["step"] for line in lines_of(run) if line["kind"] == "validation"] == [steps]
+    train(load_recipe(run), progress=False, resume=run)
+    same(run, whole)
+
+
+def test_a_signal_after_validation_stops_before_the_next_step(tmp_path, monkeypatch):
+    recipe = load_recipe("digits-lt", epochs=2, precision="fp32", method="ce", log_every=10, holdout=0.2)
+    honest = training.score
+    monkeypatch.setattr(training, "score", lambda *words: (os.kill(os.getpid(), signal.SIGINT), honest(*words))[1])
+    with pytest.raises(Stopped) as stopped:
+        train(recipe, tmp_path / "run", progress=False)
+    last = load_checkpoint(tmp_path / "run" / "last.pt")
+    assert (last.epoch, last.best[1]) == (1, 1), "the validation that was done is not done again"
+    assert f"interrupted: step {last.step} is done and saved" in str(stopped.value)
+    assert [line["step"] for line in lines_of(tmp_path / "run")] == [last.step] * 2, "no step more"
 
 
 # ---- real processes

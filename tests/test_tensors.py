@@ -187,8 +187,18 @@ def test_what_is_none(content, tmp_path):
     assert "x is no checkpoint that can be read (" in refused(tmp_path / "x", content)
 
 
-def test_tensors_that_no_network_has(tmp_path):
-    torch.save(torch.eye(3).to_sparse(), tmp_path / "x")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.eye(3).to_sparse(),
+        lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+    ],
+    ids=["sparse", "nested", "quantized"],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch says of the last two that they are new, or old
+def test_tensors_that_no_network_has(make, tmp_path):
+    torch.save({"a": make()}, tmp_path / "x")
     assert "of a kind that no network has" in refused(tmp_path / "x", (tmp_path / "x").read_bytes())
 
 

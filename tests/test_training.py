@@ -1,6 +1,10 @@
 """Training runs: what they leave, that they repeat, and what stops them."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from importlib import metadata
 
@@ -297,6 +301,35 @@ def test_a_broken_test_image_does_not_lose_the_run(tmp_path):
         train(load_recipe("cifar10-lt", data=str(tmp_path / "data"), imbalance_factor=1, batch_size=4,
                           encoder="resnet8"), tmp_path / "small", progress=False)  # fmt: skip
     assert not (tmp_path / "small").exists()
+
+
+@pytest.mark.slow
+def test_a_compiled_encoder_trains_the_same_network(tmp_path):
+    """In three steps of equal batches, and one checkpoint: an eager run can go on from it."""
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("torch compiles with a C++ compiler, and none is here")
+    words = ["digits-lt", "-b", "114", "--precision", "fp32", "--device", "cpu", "--log-every", "1", "--lr", "0.01"]
+    cache = tmp_path / "cache"
+
+    def run(*more: str) -> None:
+        command = [sys.executable, "-m", "equipoise", "train", *more]
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
+
+    run(*words, "--epochs", "1", "--out", str(tmp_path / "eager"))
+    assert not list(cache.rglob("*.so"))
+    run(*words, "--epochs", "1", "--compile", "true", "--out", str(tmp_path / "compiled"))
+    assert list(cache.rglob("*.so")), "something was compiled"
+    terms = [
+        [(line["loss"], line["classification"], line["contrastive"]) for line in json_lines(tmp_path / name)]
+        for name in ("eager/metrics.jsonl", "compiled/metrics.jsonl")
+    ]
+    assert np.array(terms[0]).shape == (3, 3)
+    assert np.array(terms[1]) == pytest.approx(np.array(terms[0]), rel=2e-3)
+    eager, compiled = (load_checkpoint(tmp_path / name / "last.pt") for name in ("eager", "compiled"))
+    assert list(compiled.weights) == list(eager.weights)
+    run("--resume", str(tmp_path / "compiled"), "--epochs", "2", "--compile", "false")
+    assert load_checkpoint(tmp_path / "compiled" / "last.pt").epoch == 2
 
 
 @pytest.mark.slow

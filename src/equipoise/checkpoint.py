@@ -47,8 +47,7 @@ class Checkpoint:
     def save(self, path: Path) -> None:
         """Write to `path`, which holds the old file or the whole new one at any moment."""
         table = {**_described(self), "weights": self.weights, "optimizer": self.optimizer}
-        with atomic_file(path) as file:
-            torch.save({**table, "digest": _digest(table)}, file)
+        _write({**table, "digest": _digest(table)}, path)
 
     def save_last(self, folder: Path) -> None:
         """Write the folder's last checkpoint and keep the one before it, in case the disk spoils this one."""
@@ -68,16 +67,21 @@ class Checkpoint:
             raise UserError(
                 f"the checkpoint's weights are not all finite numbers (first: {spoilt[0]}); use an earlier one"
             )
-        try:
-            self._refuse_claims()  # before memory is taken for what they say
-            network = create_network(self.recipe, len(self.class_names), start=False)
-            network.load_state_dict(self.weights)
-        except RuntimeError:
+        if not self.fits(self.recipe, len(self.class_names)):
             raise UserError(
                 f"the checkpoint's weights do not fit the {self.recipe.model.encoder} and {len(self.class_names):,} "
                 "classes that it names; use another one"
-            ) from None
+            )
+        network = create_network(self.recipe, len(self.class_names), start=False)
+        network.load_state_dict(self.weights)
         return network.eval()
+
+    def fits(self, recipe: Recipe, classes: int) -> bool:
+        """Whether these are the weights of the network that `recipe` describes. No memory is taken for that network."""
+        with torch.device("meta"):
+            expected = create_network(recipe, classes, start=False).state_dict()
+        shapes = {name: value.shape for name, value in self.weights.items()}
+        return shapes == {name: value.shape for name, value in expected.items()}
 
     def log_prior_of_logits(self) -> Tensor:
         """`[C]`, float64: log of the class prior, up to a constant, for which the softmax of the raw logits is.
@@ -90,18 +94,6 @@ class Checkpoint:
         if not self.class_counts:
             return torch.zeros(len(self.class_names), dtype=torch.float64)
         return (1 - tau) * log_prior(torch.tensor(self.class_counts))
-
-    def _refuse_claims(self) -> None:
-        """Raise RuntimeError where the recipe says other widths than the weights have."""
-        model = self.recipe.model
-        said = {
-            "classifier.weight": len(self.class_names),
-            "projection.0.weight": model.hidden_dim,
-            "projection.3.weight": model.feature_dim,
-        }
-        for name, rows in said.items():
-            if name in self.weights and rows and self.weights[name].shape[:1] != (rows,):
-                raise RuntimeError(name)
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
@@ -135,7 +127,10 @@ def _from_table(table: dict[str, Any], state: dict[str, Any], path: Path) -> Che
     except (KeyError, TypeError, IndexError):
         raise UserError(f"{path} is an incomplete checkpoint; use another one of the run") from None
     if not _is_well_formed(checkpoint):
-        raise UserError(f"{path} is no checkpoint of a run, though it looks like one; use another one of the run")
+        raise UserError(
+            f"{path} is damaged or was changed, though its checksum fits: no run is in the state that it says; use "
+            "another one of the run"
+        )
     return checkpoint
 
 
@@ -154,11 +149,17 @@ def _is_well_formed(checkpoint: Checkpoint) -> bool:
         len({name for name in names if isinstance(name, str)}) == len(names) > 0
         and len(counts) == len(names)
         and all(is_count(count) for count in (*counts, checkpoint.epoch, checkpoint.step))
-        and (best is None or (isinstance(best[0], float) and is_count(best[1])))
+        and checkpoint.epoch <= min(checkpoint.step, checkpoint.recipe.epochs)
+        and (best is None or (isinstance(best[0], float) and 0 <= best[0] <= 1 and is_count(best[1])))
+        and (best is None or 1 <= best[1] <= checkpoint.epoch)
         and isinstance(weights, dict)
         and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in weights.items())
         and isinstance(optimizer, dict)
         and isinstance(optimizer.get("state"), dict)
+        and all(
+            is_count(index) and isinstance(of, dict) and isinstance(of.get("momentum_buffer"), Tensor)
+            for index, of in optimizer["state"].items()
+        )
         and isinstance(optimizer.get("param_groups"), list)
         and all(isinstance(group, dict) for group in optimizer["param_groups"])
         and isinstance(fingerprints, dict)
@@ -220,8 +221,7 @@ def save_for_authors(checkpoint: Checkpoint, path: Path) -> None:
         extra=_described(checkpoint),
         param_group=groups[0],
     )
-    with atomic_file(path) as file:
-        torch.save(table, file)
+    _write(table, path)
 
 
 def _described(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -236,6 +236,17 @@ def _described(checkpoint: Checkpoint) -> dict[str, Any]:
         "best": checkpoint.best,
         "fingerprints": checkpoint.fingerprints,
     }
+
+
+def _write(table: dict[str, Any], path: Path) -> None:
+    """Raises OSError where there is no room, or no folder."""
+    try:
+        with atomic_file(path) as file:
+            torch.save(table, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # torch hides a full disk behind an error of its own
+            raise error.__context__ from None
+        raise
 
 
 def _is_whole(table: dict[str, Any]) -> bool:
@@ -314,6 +325,17 @@ def atomic_file(path: Path) -> Generator[IO[bytes]]:
             os.fsync(file.fileno())
         Path(temporary).chmod(0o644)  # mkstemp's 0600 would lock out whoever the run is shared with
         Path(temporary).replace(path)
+        _sync_folder(path.parent)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Let the names in it survive a loss of power."""
+    with contextlib.suppress(OSError):  # not every system can
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -222,7 +222,7 @@ def _train_in(world: "World", options: argparse.Namespace, recipe: Recipe, remar
 
     from equipoise.plan import prepare
     from equipoise.run import AUTHORS_NAMES
-    from equipoise.tables import print_bad_images, print_figures, print_plan, print_post_hoc
+    from equipoise.tables import print_figures, print_plan, print_post_hoc, print_unreadable
     from equipoise.training import fit
 
     plans = [prepare(recipe, out, options.resume, world)]
@@ -256,7 +256,7 @@ def _train_in(world: "World", options: argparse.Namespace, recipe: Recipe, remar
     for run in runs:
         print(f"run folder: {run.path}")
     for run in runs:
-        print_bad_images(run.metrics)
+        print_unreadable(run.metrics)
     if stale or (root_log and not options.out):
         _export_for_authors(runs[0].path)
     if beside:

@@ -78,20 +78,23 @@ class World:
 
     def each_makes(self, make: Callable[[], Made]) -> Made:
         """What this rank makes, once every rank has. What one raises for the user becomes a SharedError of all that
-        names it."""
+        names it; where one was stopped, all are."""
         if self.size == 1:
             return make()
-        made, said = None, None
+        made, said, stopped = None, None, None
         try:
             made = make()
         except (UserError, OSError) as error:
             said = in_words(error)
-        sayings: list[str | None] = [None] * self.size
-        dist.all_gather_object(sayings, said)
+        except Stopped as error:
+            stopped = error
+        sayings, stops = zip(*self.gather_objects((said, stopped)), strict=True)
         wrong = [rank for rank, text in enumerate(sayings) if text]
         if wrong:
             whose = "" if len(set(sayings)) == 1 else f"rank {wrong[0]}: "
             raise SharedError(f"{whose}{sayings[wrong[0]]}")
+        if any(stops):
+            raise next(filter(None, stops))
         return made  # pyright: ignore[reportReturnType]
 
     def gather_in_turn(self, values: Sequence[Made]) -> list[Made]:

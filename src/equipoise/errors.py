@@ -19,8 +19,12 @@ class Stopped(Exception):  # noqa: N818 it is no error
     """A signal has stopped a run: 'interrupted' (SIGINT) or 'terminated' (SIGTERM). `command` goes on with it."""
 
     def __init__(self, how: str, state: str, command: str) -> None:
-        super().__init__(f"{how}: {state}; go on with:\n{command}")
+        super().__init__(how, state, command)  # as they are: ranks send it to each other
         self.code = {"interrupted": 130, "terminated": 143}[how]
+
+    def __str__(self) -> str:
+        how, state, command = self.args
+        return f"{how}: {state}; go on with:\n{command}"
 
 
 _REPR = reprlib.Repr()

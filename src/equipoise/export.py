@@ -29,15 +29,16 @@ from equipoise.views import short_side
 TOLERANCE = 1e-4  # of a score
 NOTES = "equipoise.json"  # the file inside a .pt2 that says what an ONNX file says in its metadata
 _CHECKED = 16  # images
-_LARGEST_ONNX = 2**31 - 1  # bytes: the limit of its format
+_LARGEST_ONNX = 2**31 - 2**20  # bytes of weights: the format's limit, less what else is in the file
 
 
 def export_onnx(classifier: Classifier, out: Path, pictures: Sequence[Path]) -> str:
     """Write an ONNX file and return a line about it. `pictures`: files or folders of images to check it with (none:
     images that the run was trained and scored on).
 
-    Raises UserError, and writes nothing, where the packages for it are not installed, no images are there to check
-    with, torch cannot write the encoder as ONNX, or the file does not give what the model gives.
+    Raises UserError, and writes nothing, where the packages for it are not installed, the network is too large for
+    the format, no images are there to check with, torch cannot write the encoder as ONNX, or the file does not give
+    what the model gives.
     """
     try:
         import onnx
@@ -47,6 +48,12 @@ def export_onnx(classifier: Classifier, out: Path, pictures: Sequence[Path]) -> 
         raise UserError(
             f"the package {error.name} is missing; run: pip install onnx onnxscript onnxruntime (the extra 'export')"
         ) from None
+    size = sum(tensor.nbytes for tensor in classifier.calibrated.state_dict().values())
+    if size > _LARGEST_ONNX:
+        raise UserError(
+            f"the network's {size / 1e9:.2f} GB do not fit in an ONNX file, whose format ends at "
+            f"{_LARGEST_ONNX / 1e9:.2f} GB; take --to torch-export or safetensors"
+        )
     views_N3SS = checking_views(classifier, pictures)
     try:
         program = torch.onnx.export(
@@ -69,10 +76,6 @@ def export_onnx(classifier: Classifier, out: Path, pictures: Sequence[Path]) -> 
     for node in (*model.graph.node, *(node for function in model.functions for node in function.node)):
         del node.metadata_props[:]  # stack traces with the paths of this machine
     onnx.helper.set_model_props(model, {key: _text(value) for key, value in _notes(classifier).items()})
-    if model.ByteSize() > _LARGEST_ONNX:
-        raise UserError(
-            "the network is larger than 2 GB, the limit of an ONNX file; take --to torch-export or safetensors"
-        )
     content = model.SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from equipoise.checkpoint import LAST, PREVIOUS, UNFINISHED, atomic_file
+from equipoise.checkpoint import BEST, LAST, PREVIOUS, UNFINISHED, atomic_file
 from equipoise.device import describe_machine
 from equipoise.errors import UserError
 from equipoise.plan import Plan, default_folder
@@ -50,8 +50,11 @@ class RunFolder:
         (self._folder / METRICS).unlink(missing_ok=True)
         if place.resumed is None:  # it begins again: what could not be read may have been repaired
             (self._folder / BAD_IMAGES).unlink(missing_ok=True)
-        if place.taken and place.resumed is not None and place.resumed.path.name == PREVIOUS:
-            (self._folder / LAST).unlink(missing_ok=True)  # the damaged one must not become the previous one
+        elif place.taken:
+            if place.resumed.path.name == PREVIOUS:
+                (self._folder / LAST).unlink(missing_ok=True)  # the damaged one must not become the previous one
+            if place.resumed.best is not None:
+                place.resumed.best.save(self._folder / BEST)
         _write_record(self._plan, self._folder)
         return self._folder
 

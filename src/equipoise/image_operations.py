@@ -22,8 +22,10 @@ _INTERPOLATION = {"nearest": cv2.INTER_NEAREST, "bilinear": cv2.INTER_LINEAR, "b
 # OpenCV rounds where the references truncate. Not quite a half, so that whole numbers stay what they are.
 _TRUNCATED = -0.49
 # Matrices that take (red, green, blue, 1) to a colour: to its luma, and to what is left of it without.
-_LUMA = np.array([[0.299, 0.587, 0.114, 0]] * 3, np.float32)
-_CHROMA = np.eye(3, 4, dtype=np.float32) - _LUMA
+_LUMA = np.array([[0.299, 0.587, 0.114, _TRUNCATED]] * 3, np.float32)
+_CHROMA = np.eye(3, 4, dtype=np.float32) - np.array([0.299, 0.587, 0.114, 0], np.float32)
+# Up to this height, pixels, what a call costs counts for more than what it does to each pixel.
+_SMALL = 64
 
 Operation = Callable[[Pixels, float], Pixels]
 
@@ -40,6 +42,8 @@ def resized_crop(image: Pixels, box: Sequence[int], size: int) -> Pixels:
     """The box (top, left, height, width) as `[size, size, 3]`: Pillow's antialiased bilinear resize, within a level."""
     top, left, height, width = box
     crop = image[top : top + height, left : left + width]
+    if height == width == size:
+        return crop
     if height <= size and width <= size:  # nothing to antialias
         return cv2.resize(crop, (size, size), interpolation=cv2.INTER_LINEAR)  # pyright: ignore[reportReturnType]
     crop_13HW = torch.from_numpy(crop)[None].permute(0, 3, 1, 2)
@@ -49,6 +53,12 @@ def resized_crop(image: Pixels, box: Sequence[int], size: int) -> Pixels:
 
 def flip_horizontal(image: Pixels) -> Pixels:
     return cv2.flip(image, 1)  # pyright: ignore[reportReturnType]
+
+
+def _linear(image: Pixels, factor: float, offset: float) -> Pixels:
+    if len(image) <= _SMALL:
+        return cv2.addWeighted(image, factor, image, 0, offset + _TRUNCATED)  # pyright: ignore[reportReturnType]
+    return _scaled(image, (factor,) * 3, (offset,) * 3)
 
 
 def _scaled(image: Pixels, factors: Sequence[float], offsets: Sequence[float]) -> Pixels:
@@ -63,32 +73,30 @@ def to_grayscale(image: Pixels) -> Pixels:
 
 
 def adjust_brightness(image: Pixels, factor: float) -> Pixels:
-    return _scaled(image, (factor,) * 3, (0,) * 3)
+    return _linear(image, factor, 0)
 
 
 def adjust_contrast(image: Pixels, factor: float) -> Pixels:
     red, green, blue, _ = cv2.mean(image)
     mean_luma = 0.299 * red + 0.587 * green + 0.114 * blue
-    return _scaled(image, (factor,) * 3, ((1 - factor) * mean_luma,) * 3)
+    return _linear(image, factor, (1 - factor) * mean_luma)
 
 
 def adjust_saturation(image: Pixels, factor: float) -> Pixels:
-    matrix_34 = _LUMA + factor * _CHROMA
-    matrix_34[:, 3] = _TRUNCATED
-    return cv2.transform(image, matrix_34)  # pyright: ignore[reportReturnType]
+    return cv2.transform(image, _LUMA + factor * _CHROMA)  # pyright: ignore[reportReturnType]
 
 
 @lru_cache(maxsize=512)
-def _hue_line(hue: int, width: int) -> Pixels:
-    line = np.zeros((width, 3), np.uint8)
-    line[:, 0] = hue
-    return line
+def _hues(hue: int, shape: tuple[int, ...]) -> Pixels:
+    hues = np.zeros(shape, np.uint8)
+    hues[..., 0] = hue
+    return hues
 
 
 def adjust_hue(image: Pixels, shift: float) -> Pixels:
     """In 8 bits, as Pillow does it: there are 256 hues."""
     hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)
-    hsv += _hue_line(round(256 * shift) % 256, image.shape[1])  # wraps around; lines are faster than single hues
+    hsv += _hues(round(256 * shift) % 256, image.shape if len(image) <= _SMALL else image.shape[1:])  # wraps around
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)  # pyright: ignore[reportReturnType]
 
 

@@ -161,7 +161,7 @@ class SmallImages:
         return shown_N
 
     def _gather(self, indices_B: Indices) -> Tensor:
-        return self._pixels_NSS3[torch.from_numpy(indices_B)].to(self._view_device).permute(0, 3, 1, 2)
+        return self._pixels_NSS3.index_select(0, torch.from_numpy(indices_B)).to(self._view_device).permute(0, 3, 1, 2)
 
     def training(self, seed: int, epoch: int, batch_size: int, first_step: int = 0) -> Iterator[Batch]:
         for indices_G in _epoch_batches(len(self._labels_N), seed, epoch, batch_size)[first_step:]:

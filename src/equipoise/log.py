@@ -6,8 +6,10 @@ import socket
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, closing, suppress
 from datetime import timedelta
 from pathlib import Path
+from types import TracebackType
 from typing import Any, TypeVar
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -20,7 +22,8 @@ _SECONDS_BETWEEN_PLAIN_LINES = 10.0
 
 
 class RunLog:
-    """`metrics.jsonl` and TensorBoard events of a run folder. Without a folder (all ranks but the first): none."""
+    """A context: `metrics.jsonl` and TensorBoard events of a run folder. Without a folder (all ranks but the first):
+    none. Everything raises OSError where there is no room."""
 
     def __init__(self, folder: Path | None, epoch: int, step: int) -> None:
         """Begin after `step` steps and `epoch` whole epochs: what the folder has of what will be done again is
@@ -28,11 +31,15 @@ class RunLog:
         self._open = folder is not None
         if folder is None:
             return
-        self._curves = _Curves(folder / "tensorboard", step)
         file = folder / "metrics.jsonl"
         if file.exists():
             os.truncate(file, _length_of_done(file, epoch, step))
         self._lines = file.open("a", encoding="utf-8")
+        try:
+            self._curves = _Curves(folder / "tensorboard", step)
+        except OSError:
+            self._lines.close()
+            raise
 
     def write(self, kind: str, step: int, epoch: int, values: dict[str, float | None]) -> None:
         """One line, `kind` 'train' or 'validation', after `step` steps; `None` (absent) is no point of a curve."""
@@ -44,10 +51,22 @@ class RunLog:
             if value is not None:
                 self._curves.add(f"{kind}/{name}", value, step)
 
-    def close(self) -> None:
+    def sync(self) -> None:
+        """Have what was written on the disk: before a checkpoint that will not write it again."""
         if self._open:
-            self._lines.close()
-            self._curves.close()
+            os.fsync(self._lines.fileno())
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if not self._open:
+            return
+        with ExitStack() as stack:
+            if error is not None:
+                stack.enter_context(suppress(OSError))  # of the same disk: the first error says more
+            stack.enter_context(closing(self._lines))
+            stack.enter_context(closing(self._curves))
 
 
 class _Curves:

@@ -16,9 +16,9 @@ from torch.autograd.function import once_differentiable
 
 ALL = slice(None)
 
-# Entries of the matrix that is there at a time, 20 MB in float32: a batch of 256 with 8,142 classes is one chunk. Below
+# Entries of the matrix that is there at a time, 18 MB in float32: a batch of 256 with 8,142 classes is one chunk. Below
 # these many anchors the matrix products become slower.
-_CHUNK_ENTRIES = 5 * 2**20
+_CHUNK_ENTRIES = 4_500_000
 _CHUNK_ROWS = 128
 
 
@@ -97,13 +97,10 @@ def supervised_contrastive_loss(
 
 
 class _BalancedContrastive(torch.autograd.Function):
-    """The equation above for `[K, D]`, `[K]`, `[C, D]` and the anchors `begin` to `end`: in nearly the time of its
-    matrix products, and in little memory.
+    """The value and, computed with it, the gradients: `_value_and_gradients`.
 
-    All positives of an anchor have one weight, n = |P|, so L_i = -sum_p q_ip (log softmax_p - log q_ip) with the scores
-    s_ik - log w_ik and q = 1 / n on the positives. That is KL(q || softmax), and its gradient in the scores is
-    softmax - q. It is known as soon as the scores are: so a chunk of anchors is compared, its share of the gradients
-    added up, and its matrix written over by the next one. No [N, M] matrix is kept and none is computed twice.
+    The first backward pass hands them over, scaled in their place, so that they are there once. Another one over the
+    same graph (`retain_graph`) computes them anew.
     """
 
     @staticmethod
@@ -116,57 +113,76 @@ class _BalancedContrastive(torch.autograd.Function):
         begin: int,
         end: int,
     ) -> Tensor:
-        features, classes = len(features_KD), len(prototypes_CD)
-        # n, of each class: its features in the batch. Its columns are one more, the prototype (K of the paper).
-        members_C = features_KD.new_zeros(classes).index_add_(0, labels_K, torch.ones_like(features_KD[:, 0]))
-        members_K = members_C[labels_K]
-        log_columns_M = torch.cat([members_K, members_C]).log1p_()
-        grad_features_KD, grad_prototypes_CD = torch.zeros_like(features_KD), torch.zeros_like(prototypes_CD)
-        total = features_KD.new_zeros(())
-        rows = max(_CHUNK_ROWS, _CHUNK_ENTRIES // (features + classes))
-        memory_RM = features_KD.new_empty(min(rows, end - begin), features + classes)
-        for first in range(begin, end, rows):
-            chunk_RD = features_KD[first : min(first + rows, end)] / temperature
-            own_R1 = labels_K[first : first + len(chunk_RD), None]  # where the prototype of the anchor's class is
-            members_R1 = members_K[first : first + len(chunk_RD), None]
-            scores_RM = memory_RM[: len(chunk_RD)]
-            of_features_RK, of_prototypes_RC = scores_RM[:, :features], scores_RM[:, features:]
-            torch.mm(chunk_RD, features_KD.T, out=of_features_RK)
-            torch.mm(chunk_RD, prototypes_CD.T, out=of_prototypes_RC)
-            scores_RM -= log_columns_M
-
-            # In the anchor's own class one column fewer counts, as the anchor itself does not.
-            target_R1 = 1 / members_R1  # q at the prototype; at the features:
-            target_RK = (own_R1 == labels_K) * target_R1
-            target_RK.diagonal(first).zero_()
-            of_features_RK.addcmul_(target_RK, members_R1 * target_R1.log1p())
-            of_prototypes_RC.scatter_add_(1, own_R1, target_R1.log1p())
-            at_positives_R1 = of_prototypes_RC.gather(1, own_R1) * target_R1
-            at_positives_R1 += torch.linalg.vecdot(of_features_RK, target_RK)[:, None]
-
-            of_features_RK.diagonal(first).fill_(float("-inf"))
-            highest_R1 = scores_RM.amax(1, keepdim=True)
-            sum_R1 = scores_RM.sub_(highest_R1).exp_().sum(1, keepdim=True)
-            total += (sum_R1.log() + highest_R1 - at_positives_R1 - members_R1.log()).sum()
-
-            # From here on the scores are their own gradients: softmax - q.
-            scores_RM /= sum_R1
-            of_features_RK -= target_RK
-            of_prototypes_RC.scatter_add_(1, own_R1, -target_R1)
-            del target_RK  # or it would stay beside the next chunk's
-            of_chunk_RD = grad_features_KD[first : first + len(chunk_RD)]
-            of_chunk_RD.addmm_(of_features_RK, features_KD, alpha=1 / (temperature * features))
-            of_chunk_RD.addmm_(of_prototypes_RC, prototypes_CD, alpha=1 / (temperature * features))
-            grad_features_KD.addmm_(of_features_RK.T, chunk_RD, alpha=1 / features)  # the chunk's share as columns
-            grad_prototypes_CD.addmm_(of_prototypes_RC.T, chunk_RD, alpha=1 / features)
-        ctx.save_for_backward(grad_features_KD, grad_prototypes_CD)
-        return total / features
+        ctx.save_for_backward(features_KD, labels_K, prototypes_CD)
+        ctx.rest = temperature, begin, end
+        value, *ctx.gradients = _value_and_gradients(features_KD, labels_K, prototypes_CD, temperature, begin, end)
+        return value
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        grad_features_KD, grad_prototypes_CD = ctx.saved_tensors
-        return grad * grad_features_KD, None, grad * grad_prototypes_CD, None, None, None
+        inputs = ctx.saved_tensors  # raises where the graph was not retained
+        with torch.autocast(grad.device.type, enabled=False):
+            of_features_KD, of_prototypes_CD = ctx.gradients or _value_and_gradients(*inputs, *ctx.rest)[1:]
+        ctx.gradients = None
+        return of_features_KD.mul_(grad), None, of_prototypes_CD.mul_(grad), None, None, None
+
+
+def _value_and_gradients(
+    features_KD: Tensor, labels_K: Tensor, prototypes_CD: Tensor, temperature: float, begin: int, end: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The balanced contrastive loss of the anchors `begin` to `end` and its gradients in the features and in the
+    prototypes: in nearly the time of its matrix products, and in little memory.
+
+    All positives of an anchor have one weight, n = |P|, so L_i = -sum_p q_ip (log softmax_p - log q_ip) with the scores
+    s_ik - log w_ik and q = 1 / n on the positives. That is KL(q || softmax), and its gradient in the scores is
+    softmax - q. It is known as soon as the scores are: so a chunk of anchors is compared, its share of the gradients
+    added up, and its matrix written over by the next one. No [N, M] matrix is kept and none is computed twice.
+    """
+    features, classes = len(features_KD), len(prototypes_CD)
+    # n, of each class: its features in the batch. Its columns are one more, the prototype (K of the paper).
+    members_C = features_KD.new_zeros(classes).index_add_(0, labels_K, torch.ones_like(features_KD[:, 0]))
+    members_K = members_C[labels_K]
+    log_columns_M = torch.cat([members_K, members_C]).log1p_()
+    grad_features_KD, grad_prototypes_CD = torch.zeros_like(features_KD), torch.zeros_like(prototypes_CD)
+    total = features_KD.new_zeros(())
+    rows = max(_CHUNK_ROWS, _CHUNK_ENTRIES // (features + classes))
+    memory_RM = features_KD.new_empty(min(rows, end - begin), features + classes)
+    for first in range(begin, end, rows):
+        chunk_RD = features_KD[first : min(first + rows, end)] / temperature
+        own_R1 = labels_K[first : first + len(chunk_RD), None]  # where the prototype of the anchor's class is
+        members_R1 = members_K[first : first + len(chunk_RD), None]
+        scores_RM = memory_RM[: len(chunk_RD)]
+        of_features_RK, of_prototypes_RC = scores_RM[:, :features], scores_RM[:, features:]
+        torch.mm(chunk_RD, features_KD.T, out=of_features_RK)
+        torch.mm(chunk_RD, prototypes_CD.T, out=of_prototypes_RC)
+        scores_RM -= log_columns_M
+
+        # In the anchor's own class one column fewer counts, as the anchor itself does not.
+        target_R1 = 1 / members_R1  # q at the prototype; at the features:
+        target_RK = (own_R1 == labels_K) * target_R1
+        target_RK.diagonal(first).zero_()
+        of_features_RK.addcmul_(target_RK, members_R1 * target_R1.log1p())
+        of_prototypes_RC.scatter_add_(1, own_R1, target_R1.log1p())
+        at_positives_R1 = of_prototypes_RC.gather(1, own_R1) * target_R1
+        at_positives_R1 += torch.linalg.vecdot(of_features_RK, target_RK)[:, None]
+
+        of_features_RK.diagonal(first).fill_(float("-inf"))
+        highest_R1 = scores_RM.amax(1, keepdim=True)
+        sum_R1 = scores_RM.sub_(highest_R1).exp_().sum(1, keepdim=True)
+        total += (sum_R1.log() + highest_R1 - at_positives_R1 - members_R1.log()).sum()
+
+        # From here on the scores are their own gradients: softmax - q.
+        scores_RM /= sum_R1
+        of_features_RK -= target_RK
+        of_prototypes_RC.scatter_add_(1, own_R1, -target_R1)
+        del target_RK  # or it would stay beside the next chunk's
+        of_chunk_RD = grad_features_KD[first : first + len(chunk_RD)]
+        of_chunk_RD.addmm_(of_features_RK, features_KD, alpha=1 / (temperature * features))
+        of_chunk_RD.addmm_(of_prototypes_RC, prototypes_CD, alpha=1 / (temperature * features))
+        grad_features_KD.addmm_(of_features_RK.T, chunk_RD, alpha=1 / features)  # the chunk's share as columns
+        grad_prototypes_CD.addmm_(of_prototypes_RC.T, chunk_RD, alpha=1 / features)
+    return total / features, grad_features_KD, grad_prototypes_CD
 
 
 class LogitAdjustedCrossEntropy(nn.Module):

@@ -96,14 +96,13 @@ class TwoBranchNetwork(nn.Module):
         logits_BC = self._classify(hidden_NF[:batch])
         if self.projection is None:
             return Outputs(logits_BC, None, None)
-        with torch.autocast(images_VB3HW.device.type, enabled=False):
-            # View 0 is projected too, and dropped: the authors' BatchNorm statistics are over all views.
-            features_ND = F.normalize(self.projection(hidden_NF), dim=1)
-            prototypes_CD = (
-                F.normalize(self.prototype_projection(self.classifier.weight), dim=1)
-                if self.prototype_projection is not None
-                else None
-            )
+        # View 0 is projected too, and dropped: the authors' BatchNorm statistics are over all views.
+        features_ND = _direction(self.projection(hidden_NF))
+        prototypes_CD = (
+            _direction(self.prototype_projection(self.classifier.weight))
+            if self.prototype_projection is not None
+            else None
+        )
         features_BVD = features_ND.unflatten(0, (views, batch))[1:].transpose(0, 1)
         return Outputs(logits_BC, features_BVD, prototypes_CD)
 
@@ -121,7 +120,7 @@ class TwoBranchNetwork(nn.Module):
     def _encode(self, images_N3HW: Tensor) -> Tensor:
         images_N3HW = images_N3HW.contiguous(memory_format=torch.channels_last)
         hidden_NF: Tensor = self.encoder((images_N3HW - self.mean) / self.std)
-        return hidden_NF if hidden_NF.dtype == torch.float64 else hidden_NF.float()
+        return _at_least_float32(hidden_NF)
 
     def _classify(self, hidden_NF: Tensor) -> Tensor:
         # In float32 under autocast too: at scale 30, bfloat16 would round logits to steps of an eighth.
@@ -147,3 +146,12 @@ def _projection(width: int, hidden: int, feature_dim: int) -> nn.Sequential:
         nn.ReLU(inplace=True),
         nn.Linear(hidden, feature_dim),
     )
+
+
+def _direction(projected_ND: Tensor) -> Tensor:
+    """L2-normalised along D, in float32 at least, also under autocast."""
+    return F.normalize(_at_least_float32(projected_ND), dim=1)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

@@ -5,6 +5,7 @@ import itertools
 import os
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from equipoise.checkpoint import LAST, PREVIOUS, UNFINISHED, Checkpoint, load_checkpoint
+from equipoise.checkpoint import BEST, LAST, PREVIOUS, UNFINISHED, Checkpoint, load_checkpoint
 from equipoise.device import choose_device, choose_precision
 from equipoise.distributed import ALONE, World
 from equipoise.errors import SharedError, UserError, several
@@ -23,7 +24,7 @@ from equipoise.loader import steps_per_epoch
 from equipoise.pixels import bad_images, no_image_left
 from equipoise.recipe import Recipe, field_value, load_recipe, recipe_fields
 from equipoise.records import read_record
-from equipoise.run import LISTS, LOCK, METRICS, RECIPE, RECORD, find_checkpoint, open_data, source_of
+from equipoise.run import LISTS, LOCK, METRICS, RECIPE, RECORD, changed_part, find_checkpoint, open_data, source_of
 
 AUTO = "auto"  # --resume auto: find out which run
 # Fields that say where and how is computed, not what: they may differ where a run goes on, and between ranks.
@@ -37,14 +38,16 @@ _PLACES = ("path", "train_list", "val_list", "test_list")
 
 @dataclass(frozen=True)
 class Resumed:
-    """The checkpoint from which a run goes on. `in_place`: in the run folder that it lies in. `remark`: where it is not
-    the last one, why. `processes`: how many have trained it, if that is known."""
+    """The checkpoint from which a run goes on. `in_place`: in the run folder that it lies in. `remark`: what is wrong
+    with others, and what comes of it. `processes`: how many have trained it, if that is known. `best`: what takes the
+    place of a best one that cannot be read."""
 
     path: Path
     checkpoint: Checkpoint
     in_place: bool
     remark: str = ""
     processes: int | None = None
+    best: Checkpoint | None = None
 
 
 @dataclass(frozen=True)
@@ -324,7 +327,8 @@ def _open_resumed(path: Path, out: Path | None) -> tuple[Resumed | None, Path | 
     in_place = own and (out is None or out.resolve() == run.resolve())
     if not path.is_dir():
         path = find_checkpoint(path)
-        return Resumed(path, load_checkpoint(path), in_place), run if in_place else None
+        resumed = Resumed(path, load_checkpoint(path), in_place)
+        return (_with_best(resumed, run), run) if in_place else (resumed, None)
     if not (run / LAST).exists() and not (run / PREVIOUS).exists():
         if not in_place:
             raise UserError(f"{run} has no checkpoint to go on from")
@@ -340,7 +344,31 @@ def _open_resumed(path: Path, out: Path | None) -> tuple[Resumed | None, Path | 
             raise
         before = load_checkpoint(run / PREVIOUS)
         resumed = Resumed(run / PREVIOUS, before, in_place, str(error), processes)
-    return resumed, run if in_place else None
+    return (_with_best(resumed, run), run) if in_place else (resumed, None)
+
+
+def _with_best(resumed: Resumed, run: Path) -> Resumed:
+    """Where the best checkpoint cannot be read: with another one of the same weights, or with none, so that an epoch
+    that follows becomes the best."""
+    checkpoint = resumed.checkpoint
+    if checkpoint.best is None:
+        return resumed
+    score, epoch = checkpoint.best
+    try:
+        load_checkpoint(run / BEST)
+        return resumed
+    except UserError as error:
+        remarks = [resumed.remark] if resumed.remark else []
+        remarks.append(str(error))
+    step = epoch * steps_per_epoch(sum(checkpoint.class_counts), checkpoint.recipe.batch_size)
+    for name in (LAST, PREVIOUS):
+        with suppress(UserError):
+            same = load_checkpoint(run / name)
+            if same.step == step:
+                remark = "; ".join([*remarks, f"it is written anew, with the weights of {name}"])
+                return replace(resumed, remark=remark, best=replace(same, epoch=epoch, best=(score, epoch)))
+    remark = "; ".join([*remarks, "the best of the epochs that follow takes its place"])
+    return replace(resumed, remark=remark, checkpoint=replace(checkpoint, best=None))
 
 
 def _refuse_unfitting(place: Place, recipe: Recipe, parts: Parts) -> None:
@@ -356,9 +384,13 @@ def _refuse_unfitting(place: Place, recipe: Recipe, parts: Parts) -> None:
             f"{path} knows {len(checkpoint.class_names):,} classes, but {recipe.data.path} has "
             f"{len(parts.train.class_names):,}"
         )
-    if checkpoint.class_counts and checkpoint.fingerprints.get("train") != parts.train.fingerprint():
-        raise UserError(f"the training images are not those of {path}; name the data it was trained on")
     of_authors = not checkpoint.class_counts  # of whose recipe only the model is known
+    changed = changed_part(parts, checkpoint)
+    if not of_authors and (changed == "train" or (changed and place.taken)):
+        raise UserError(
+            f"the {changed} part of {recipe.data.path} is not what {path} was trained with (images were added, removed "
+            "or renamed); restore it, name the data it was trained on, or start a new run"
+        )
     for key, before, now in _differing(checkpoint.recipe, recipe, _FREE_IN_RESUME):
         in_model = key.startswith("model.") and key != "model.batch_norm"
         if in_model or (place.taken and not of_authors):
@@ -366,6 +398,12 @@ def _refuse_unfitting(place: Place, recipe: Recipe, parts: Parts) -> None:
                 f"{path} was trained with {key} = {before}, not {now}: a run goes on under its own recipe; "
                 "change it back, or start a new run"
             )
+    steps = steps_per_epoch(len(parts.train), recipe.batch_size)
+    if place.taken and not 0 <= checkpoint.step - checkpoint.epoch * steps <= steps:
+        raise UserError(
+            f"{path} is damaged or was changed: after {checkpoint.epoch} epochs of {steps} steps no run has done "
+            f"{checkpoint.step} steps; use another one of the run"
+        )
 
 
 def _differing(one: Recipe, other: Recipe, free: set[str]) -> list[tuple[str, Any, Any]]:

@@ -47,6 +47,7 @@ _METRICS = {
     "best": (None, _is_block),
     **dict.fromkeys(("test", "validation"), (None, _FIGURES)),
     "bad_images": (ABSENT, _BAD_IMAGES),
+    "best_lost": (ABSENT, None, is_text),
     "class_names": [is_text],
     "train_counts": [is_count],
 }

@@ -29,6 +29,7 @@ from equipoise.sources import Source, find_parts, open_part, open_parts, part_of
 from equipoise.views import ViewSettings, view_kinds
 
 LISTS = {"train": "data.train_list", "validation": "data.val_list", "test": "data.test_list"}  # part -> recipe field
+PARTS = tuple(LISTS)
 RECIPE, RECORD, METRICS, LOCK = "recipe.toml", "run.json", "metrics.json", "run.lock"
 BAD_IMAGES = "bad-images.json"  # those that could not be read so far
 OBSERVED = "observed.npz"  # what the report draws beside the figures
@@ -112,15 +113,25 @@ def evaluate_run(
     """Score the last checkpoint, and the best one where one was chosen, on the run's own validation and test parts.
     `overrides`: fields of the recipe, see `evaluate_checkpoint`.
 
-    Returns and writes the run's `metrics.json`, and beside it what the report draws of the `chosen` checkpoint. Raises
-    UserError if the run has no checkpoint or its data is gone.
+    Returns and writes the run's `metrics.json`, and beside it what the report draws of the `chosen` checkpoint. A best
+    checkpoint that cannot be read is left out, and `best_lost` says why. Raises UserError if the run has no checkpoint
+    or its data is gone.
     """
 
     # Files are rank 0's: another host may not see them.
     def load(name: str) -> Checkpoint:
         return _overridden(load_checkpoint(path / name), overrides, path)
 
-    last, best = world.first_makes(lambda: (load(LAST), load(BEST) if (path / BEST).is_file() else None))
+    def load_both() -> tuple[Checkpoint, Checkpoint | None, str | None]:
+        last = load(LAST)
+        if last.best is None and not (path / BEST).is_file():
+            return last, None, None
+        try:
+            return last, load(BEST), None
+        except UserError as error:
+            return last, None, str(error)
+
+    last, best, lost = world.first_makes(load_both)
     parts = parts or world.each_makes(lambda: _unchanged_data(last, path))
     scored = {"validation": parts.validation, "test": parts.test}
     observed: Table = {}
@@ -174,6 +185,7 @@ def evaluate_run(
         "validation": of_last["validation"],
         "last": of_last,
         "best": of_best,
+        "best_lost": lost,
         "bad_images": bad,
         **_classes(last),
     }
@@ -192,7 +204,7 @@ def record_bad_images(path: Path, world: World, **parts: Batches | None) -> dict
     def write() -> dict[str, dict[str, str]]:
         file = path / BAD_IMAGES
         known = read_bad_images(file) if file.is_file() else {}
-        together = {part: {**known.get(part, {}), **new.get(part, {})} for part in ("train", "validation", "test")}
+        together = {part: {**known.get(part, {}), **new.get(part, {})} for part in PARTS}
         found = {part: dict(sorted(names.items())) for part, names in together.items() if names}
         if found != known:
             write_json(file, found)
@@ -354,13 +366,19 @@ def _unchanged_data(checkpoint: Checkpoint, path: Path) -> Parts:
     """What the checkpoint was trained and scored on. Raises UserError if it has changed since: labels would shift, and
     images trained on would be held out."""
     parts = open_data(checkpoint.recipe)
-    for name, images in parts.named().items():
-        if images.fingerprint() != checkpoint.fingerprints.get(name):
-            raise UserError(
-                f"the {name} part of {checkpoint.recipe.data.path} is not what {path} was trained with (images were "
-                "added, removed or renamed); restore it, or score other data with --data"
-            )
+    name = changed_part(parts, checkpoint)
+    if name:
+        raise UserError(
+            f"the {name} part of {checkpoint.recipe.data.path} is not what {path} was trained with (images were "
+            "added, removed or renamed); restore it, or score other data with --data"
+        )
     return parts
+
+
+def changed_part(parts: Parts, checkpoint: Checkpoint) -> str | None:
+    """The first part that is not what the checkpoint was trained with."""
+    found = {name: images.fingerprint() for name, images in parts.named().items()}
+    return next((name for name in PARTS if found.get(name) != checkpoint.fingerprints.get(name)), None)
 
 
 def _classes(checkpoint: Checkpoint) -> dict[str, Any]:

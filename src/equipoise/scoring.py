@@ -42,7 +42,7 @@ def evaluate(options: argparse.Namespace) -> None:
 
     from equipoise.distributed import join
     from equipoise.run import METRICS, evaluate_run
-    from equipoise.tables import print_bad_images, print_figures, print_post_hoc
+    from equipoise.tables import print_figures, print_post_hoc, print_unreadable
 
     with join() as world:
         metrics = evaluate_run(target, device=options.device, world=world, overrides=overrides)
@@ -56,7 +56,7 @@ def evaluate(options: argparse.Namespace) -> None:
     ]
     print_figures(results, f"{metrics['method']}: accuracy, percent", metrics)
     print_post_hoc(metrics)
-    print_bad_images(metrics)
+    print_unreadable(metrics)
     print(f"written: {target / METRICS}")
 
 
@@ -71,7 +71,7 @@ def score_checkpoint(
     """Score one checkpoint (of a run: the last), show and write its figures."""
     from equipoise.distributed import join
     from equipoise.run import LAST, evaluate_checkpoint, find_checkpoint, write_json, write_logits
-    from equipoise.tables import print_bad_images, print_figures
+    from equipoise.tables import print_figures, print_unreadable
 
     checkpoint = target / LAST if target.is_dir() else find_checkpoint(target)
     refuse_unwritable({"--out": out, "--logits": logits})
@@ -83,7 +83,7 @@ def score_checkpoint(
         return
     scored: str = metrics["split"]
     print_figures([(scored, metrics[scored])], f"{metrics['method']}: accuracy, percent", metrics)
-    print_bad_images(metrics)
+    print_unreadable(metrics)
     if logits is not None:
         write_logits(Path(logits), predictions, metrics["class_names"])
         print(f"written: {logits}")

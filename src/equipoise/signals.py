@@ -35,11 +35,18 @@ class Requests:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def votes(self) -> tuple[int, ...]:
-        """How often each thing was asked for since the last time. With several ranks, add up theirs."""
+    def votes(self, save: bool = False) -> tuple[int, ...]:
+        """How often each thing was asked for since the last time; with `save`, that too. With several ranks, add up
+        theirs."""
         # Two names change hands at once: a signal between two lines would be lost.
         asked, self._asked = self._asked, dict.fromkeys(self._asked, 0)
-        return tuple(asked.values())
+        return (asked.pop("save") + save, *asked.values())
+
+    def leave_if_stopped(self, state: str, resume_command: str) -> None:
+        """Raise Stopped where this process was asked to stop and has not voted on it yet. All is saved already."""
+        for how in _STOPPING.values():
+            if self._asked[how]:
+                raise Stopped(how, state, resume_command)
 
     @staticmethod
     def read(votes: list[float]) -> tuple[bool, str | None]:

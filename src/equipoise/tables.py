@@ -87,8 +87,12 @@ def print_post_hoc(metrics: Mapping[str, Any]) -> None:
             )
 
 
-def print_bad_images(metrics: Mapping[str, Any]) -> None:
-    """How many images could not be read, what was done about it, and the first few of them; nothing if all could."""
+def print_unreadable(metrics: Mapping[str, Any]) -> None:
+    """What could not be read, and what was done about it: a best checkpoint; how many images, and the first few of
+    them. Nothing if all could."""
+    if lost := metrics.get("best_lost"):
+        said = f"{_plain(lost)}: the figures are of the last checkpoint"
+        Console().print(said, highlight=False, soft_wrap=True)
     for part, bad in metrics["bad_images"].items():
         count, were = (f"{len(bad):,} images", "were") if len(bad) > 1 else ("1 image", "was")
         if part == "train":

@@ -177,7 +177,7 @@ class _Copier:
         return copies if isinstance(value, list) else tuple(copies)
 
     def _tensor(self, tensor: Tensor) -> Tensor:
-        odd = tensor.is_nested or tensor.is_quantized or tensor.dtype not in _DTYPES
+        odd = tensor.is_nested or tensor.dtype not in _DTYPES
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or odd:
             raise ValueError("a tensor of a kind that no network has")
         self._left -= tensor.numel() * tensor.element_size()

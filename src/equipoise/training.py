@@ -3,6 +3,7 @@
 import math
 import shlex
 import time
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from equipoise.batchnorm import batch_norms
 from equipoise.checkpoint import BEST, LAST, Checkpoint, create_network, load_checkpoint, state_on_cpu
 from equipoise.distributed import join
-from equipoise.errors import SharedError, Stopped, UserError
+from equipoise.errors import SharedError, Stopped, UserError, in_words
 from equipoise.evaluate import predict
 from equipoise.folder import RunFolder
 from equipoise.loader import Batches, open_batches, worker_count
@@ -18,7 +19,7 @@ from equipoise.log import ProgressLine, RunLog
 from equipoise.metrics import score
 from equipoise.model import TwoBranchNetwork
 from equipoise.optim import create_sgd, learning_rate
-from equipoise.plan import Plan, prepare
+from equipoise.plan import Plan, Resumed, prepare
 from equipoise.recipe import Recipe
 from equipoise.run import Run, evaluate_run, record_bad_images, view_settings
 from equipoise.signals import Requests
@@ -52,8 +53,8 @@ def fit(plan: Plan, progress: bool = True) -> Run:
     # All that can fail for a reason of the user's comes before the folder is made.
     network, batches, validation = world.each_makes(lambda: _open(plan))
     with Requests() as requests, RunFolder(plan) as folder:
-        plan = plan.at(world.first_makes(folder.take))
         try:
+            plan = plan.at(world.first_makes(folder.take))
             try:
                 _loop(plan, network.to(plan.device), batches, validation, requests, progress and world.is_first)
             finally:
@@ -64,6 +65,10 @@ def fit(plan: Plan, progress: bool = True) -> Run:
         except NonFiniteLossError as error:
             folder.keep()
             raise NonFiniteLossError(f"{error}. The log is in {plan.folder}{_way_on(plan)}") from None
+        except OSError as error:  # the disk is full
+            if not world.is_first:  # which writes nothing
+                raise
+            raise _no_room(plan, f"{plan.folder} could not be written ({in_words(error)})") from None
         except RuntimeError as error:
             world.await_end(error)
             raise
@@ -73,10 +78,7 @@ def fit(plan: Plan, progress: bool = True) -> Run:
 def _score(plan: Plan, requests: Requests) -> None:
     """Training is done: the figures. A signal ends the run at once now, since there is nothing more to save."""
     done = "training is done and saved, its figures are not"
-    votes = torch.tensor(requests.votes(), dtype=torch.float64)  # of after the last step
-    _, stopped = requests.read(plan.world.sum(votes).tolist())
-    if stopped is not None:
-        raise Stopped(stopped, done, _resume_command(plan))
+    _leave_if_stopped(plan, requests, done)
     requests.stop_at_once(done, _resume_command(plan))
     try:
         evaluate_run(plan.folder, plan.parts, str(plan.device), plan.world)
@@ -94,22 +96,34 @@ def _open(plan: Plan) -> tuple[TwoBranchNetwork, Batches, Batches | None]:
     if parts.test is not None:
         # Small images are decoded by it: better now than at the end.
         open_batches(parts.test, views, plan.device, skip=skip)
+    classes = len(parts.train.class_names)
+    if plan.resumed is not None and not plan.resumed.checkpoint.fits(recipe, classes):
+        raise UserError(
+            f"the weights of {plan.resumed.path} do not fit method {recipe.method} with a {recipe.model.encoder}; "
+            f"it was trained with {plan.resumed.checkpoint.recipe.method}"
+        )
     torch.manual_seed(recipe.seed)
     # MKL takes fewer threads where the machine is busy, unless their number was set: and sums in another order.
     torch.set_num_threads(torch.get_num_threads())
-    network = create_network(recipe, len(parts.train.class_names), start=True)
+    network = create_network(recipe, classes, start=True)
     if plan.resumed is not None:
-        try:
-            network.load_state_dict(plan.resumed.checkpoint.weights)
-        except RuntimeError:
-            raise UserError(
-                f"the weights of {plan.resumed.path} do not fit method {recipe.method} with a {recipe.model.encoder}; "
-                f"it was trained with {plan.resumed.checkpoint.recipe.method}"
-            ) from None
+        network.load_state_dict(plan.resumed.checkpoint.weights)
+        _refuse_momentum(plan.resumed, network)
     network = network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] torch's stub lacks it
     if recipe.model.batch_norm == "synchronised" and world.size > 1:
         network.synchronise_batch_norm(plan.device)
     return network, batches, validation
+
+
+def _refuse_momentum(resumed: Resumed, network: TwoBranchNetwork) -> None:
+    """Raise UserError where the optimizer's state is not of this network's parameters."""
+    shapes = dict(enumerate(parameter.shape for parameter in network.parameters()))
+    for index, of in resumed.checkpoint.optimizer["state"].items():
+        if shapes.get(index) != of["momentum_buffer"].shape:
+            raise UserError(
+                f"{resumed.path} is damaged or was changed: its momentum does not fit its weights; use another one of "
+                "the run"
+            )
 
 
 def _loop(
@@ -124,15 +138,15 @@ def _loop(
     take_step = Step(recipe, network, plan.parts.train.class_counts, plan.device, plan.precision, world)
     optimizer = create_sgd(network.parameters(), recipe.optim.lr, recipe.optim.momentum, recipe.optim.weight_decay)
     first_epoch, step, best = _restore(plan, optimizer)
-    keep = _Keeper(plan, network, optimizer)
-
-    def note_bad_images() -> None:
-        """Before a checkpoint, so that a run that goes on from it does not lose any. All ranks do it together."""
-        record_bad_images(plan.folder, world, train=batches, validation=validation)
-
-    log = RunLog(plan.folder if world.is_first else None, first_epoch, step)
     line = ProgressLine(step, recipe.epochs * plan.steps_per_epoch, recipe.epochs, progress)
-    try:
+    with closing(line), RunLog(plan.folder if world.is_first else None, first_epoch, step) as log:
+        save = _Keeper(plan, network, optimizer, log)
+
+        def keep(epoch: int) -> None:
+            """Save; first the bad images, so that a run that goes on does not lose any. All ranks do it together."""
+            record_bad_images(plan.folder, world, train=batches, validation=validation)
+            save(epoch, step, best)
+
         for epoch in range(first_epoch, recipe.epochs):
             set_training(network, recipe)
             rate = _set_learning_rate(optimizer, recipe, epoch)
@@ -143,7 +157,7 @@ def _loop(
                 # What a network may draw in its forward pass (dropout, stochastic depth) follows from step and rank.
                 torch.manual_seed(_step_seed(recipe.seed, step, world.rank))
                 optimizer.zero_grad()
-                values, votes = take_step(batch, requests.votes())
+                values, votes = take_step(batch, requests.votes(save=save.due()))
                 _refuse_non_finite(values, step, epoch, rate)
                 optimizer.step()
                 step += 1
@@ -153,31 +167,21 @@ def _loop(
                 if step % recipe.log_every == 0 or step % plan.steps_per_epoch == 0:
                     log.write("train", step, epoch, {**values, "lr": rate, "images_per_second": round(speed, 1)})
                     images_seen, since = 0, time.perf_counter()
-                save, stopped = requests.read(votes)
-                if save:
-                    note_bad_images()
-                if save or keep.due():
-                    keep(epoch, step, best)
+                wanted, stopped = requests.read(votes)
+                if wanted:
+                    keep(epoch)
                 if stopped is not None:
                     world.wait()  # for rank 0, which saves: who leaves meanwhile would be taken for lost
                     raise Stopped(stopped, f"step {step} is done and saved", _resume_command(plan))
             world.first_buffers(network)
+            state = f"step {step} is done and saved"
             if validation is not None:
-                score = _validate(network, validation, plan, log, step, epoch)
+                keep(epoch)  # it may take long
+                score = _validate(network, validation, plan, log, step, epoch, requests, state)
                 if best is None or score > best[0]:
                     best = (score, epoch + 1)
-            note_bad_images()
-            keep(epoch + 1, step, best)
-    except OSError as error:  # the log, on a disk that is full
-        if not world.is_first:  # which writes nothing
-            raise
-        raise UserError(
-            f"{plan.folder} could not be written ({(error.strerror or str(error)).lower()}); make room there, then: "
-            f"{_resume_command(plan)}"
-        ) from None
-    finally:
-        line.close()
-        log.close()
+            keep(epoch + 1)
+            _leave_if_stopped(plan, requests, state)
 
 
 def _restore(plan: Plan, optimizer: torch.optim.Optimizer) -> tuple[int, int, Best]:
@@ -197,8 +201,8 @@ def _restore(plan: Plan, optimizer: torch.optim.Optimizer) -> tuple[int, int, Be
 class _Keeper:
     """Writes checkpoints: those of rank 0, since the weights are the same on all."""
 
-    def __init__(self, plan: Plan, network: TwoBranchNetwork, optimizer: torch.optim.Optimizer) -> None:
-        self._plan, self._network, self._optimizer = plan, network, optimizer
+    def __init__(self, plan: Plan, network: TwoBranchNetwork, optimizer: torch.optim.Optimizer, log: RunLog) -> None:
+        self._plan, self._network, self._optimizer, self._log = plan, network, optimizer, log
         self._fingerprints = {name: part.fingerprint() for name, part in plan.parts.named().items()}
         of_before = plan.resumed.checkpoint.step if plan.resumed and plan.place.taken else 0
         self._last, self._kept = time.monotonic(), of_before
@@ -224,22 +228,16 @@ class _Keeper:
             fingerprints=self._fingerprints,
         )
         try:
+            self._log.sync()  # a run that goes on from here does not write its lines again
             # The best first: a last checkpoint never speaks of a best one that is not there.
             if best is not None and best[1] == epoch and step == epoch * plan.steps_per_epoch:
                 checkpoint.save(plan.folder / BEST)
             checkpoint.save_last(plan.folder)
-        except (OSError, RuntimeError) as error:
-            cause = error if isinstance(error, OSError) else error.__context__  # torch hides a full disk behind its own
-            if not isinstance(cause, OSError):
-                raise
-            reason = (cause.strerror or str(cause)).lower()
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
             kept = f"that of step {self._kept} is whole" if self._kept else "there is none before it"
-            goes_on = f", then: {_resume_command(plan)}"
-            again = " and start again: the folder was taken back"
-            raise UserError(
-                f"the checkpoint of step {step} could not be written into {plan.folder} ({reason}); {kept}. Make room "
-                f"there{goes_on if self._kept or plan.place.taken else again}"
-            ) from None
+            what = f"the checkpoint of step {step} could not be written into {plan.folder} ({reason}); {kept}"
+            raise _no_room(plan, what, bool(self._kept)) from None
         self._last, self._kept = time.monotonic(), step
 
 
@@ -280,11 +278,27 @@ def _step_seed(seed: int, step: int, rank: int) -> int:
     return (seed * 1_000_003 + step + rank * 7_368_787) % 2**63
 
 
-def _validate(network: TwoBranchNetwork, validation: Batches, plan: Plan, log: RunLog, step: int, epoch: int) -> float:
+def _validate(
+    network: TwoBranchNetwork,
+    validation: Batches,
+    plan: Plan,
+    log: RunLog,
+    step: int,
+    epoch: int,
+    requests: Requests,
+    state: str,
+) -> float:
     """The mean per-class accuracy on the validation part. It chooses the best checkpoint, since a part cut from
-    long-tailed training images is long-tailed itself: its top-1 would choose for the frequent classes."""
+    long-tailed training images is long-tailed itself: its top-1 would choose for the frequent classes.
+
+    All is saved, in the `state` that is said: who is asked to stop does so after the batch, and all ranks with it.
+    """
+
+    def look(*_: torch.Tensor) -> None:
+        requests.leave_if_stopped(state, _resume_command(plan))
+
     train = plan.parts.train
-    predictions = predict(network, validation, world=plan.world)
+    predictions = predict(network, validation, observe=look, world=plan.world)
     scored = score(predictions, train.class_counts, len(train.class_names))
     values = {
         "top1": scored.top1,
@@ -295,6 +309,21 @@ def _validate(network: TwoBranchNetwork, validation: Batches, plan: Plan, log: R
     }
     log.write("validation", step, epoch, values)
     return scored.mean_per_class
+
+
+def _leave_if_stopped(plan: Plan, requests: Requests, state: str) -> None:
+    """Raise Stopped on all ranks where one of them was asked to stop. All is saved, in the `state` that is said."""
+    votes = torch.tensor(requests.votes(), dtype=torch.float64)
+    _, stopped = requests.read(plan.world.sum(votes).tolist())
+    if stopped is not None:
+        raise Stopped(stopped, state, _resume_command(plan))
+
+
+def _no_room(plan: Plan, what: str, kept: bool = False) -> UserError:
+    """The error of a disk on which something could not be written. `kept`: there is a checkpoint, if it can be seen."""
+    goes_on = kept or plan.place.taken or (plan.folder / LAST).exists()
+    way = f", then: {_resume_command(plan)}" if goes_on else " and start again: the folder was taken back"
+    return UserError(f"{what}. Make room there{way}")
 
 
 def _way_on(plan: Plan) -> str:

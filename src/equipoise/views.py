@@ -89,12 +89,10 @@ def _one_by_one(
     views_VBSS3 = np.empty((len(settings.kinds), len(images), settings.size, settings.size, 3), np.uint8)
     for stream, kind in enumerate(settings.kinds):
         numbers = Numbers(uniforms(seed, epoch, indices_B, stream, policies.NUMBERS_PER_VIEW))
-        crops, flips = crops_of(images, kind, numbers, settings.size), (numbers.next() < 0.5).tolist()
+        crops = crops_of(images, kind, numbers, settings.size)
         steps = _steps(len(images), _turns(kind, settings, numbers))
-        for position, view in enumerate(crops):
-            if flips[position]:
-                view = image_operations.flip_horizontal(view)
-            for operation, argument in steps[position]:
+        for position, (view, of_image) in enumerate(zip(crops, steps, strict=True)):
+            for operation, argument in of_image:
                 view = operation(view, argument)
             views_VBSS3[stream, position] = view
         if (settings.policy, kind) == ("cifar", "cls"):
@@ -148,19 +146,26 @@ def evaluation_view(photo: Pixels, size: int) -> Pixels:
 def _photo_crops(photos: Sequence[Pixels], _: str, numbers: Numbers, size: int) -> Iterator[Pixels]:
     heights_B, widths_B = np.array([photo.shape[:2] for photo in photos]).T
     boxes = policies.random_boxes(numbers, heights_B, widths_B, smallest_share=0.08)
-    return _crops(photos, boxes, size)
+    flips = (numbers.next() < 0.5).tolist()
+    crops = zip(_crops(photos, boxes, size), flips, strict=True)
+    return (image_operations.flip_horizontal(crop) if flip else crop for crop, flip in crops)
 
 
 def _cifar_crops(images_BSS3: Pixels, kind: str, numbers: Numbers, size: int) -> Iterator[Pixels]:
-    if kind != "cls":
+    if kind == "cls":
+        top_B, left_B, padding = _shifts(numbers, size)
+        images_BSS3 = np.pad(images_BSS3, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+        height_B = width_B = np.full(len(images_BSS3), size)
+    else:
         sides_B = np.full(len(images_BSS3), size)
-        return _crops(images_BSS3, policies.random_boxes(numbers, sides_B, sides_B, smallest_share=0.2), size)
-    top_B, left_B, padding = _shifts(numbers, size)
-    padded = np.pad(images_BSS3, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    return (
-        image[top : top + size, left : left + size]
-        for image, top, left in zip(padded, top_B.tolist(), left_B.tolist(), strict=True)
-    )
+        top_B, left_B, height_B, width_B = policies.random_boxes(numbers, sides_B, sides_B, smallest_share=0.2)
+    # Mirrored, the box lies at the other end. All are mirrored in one call, one above the other: a tenth of the time.
+    flip_B, side = numbers.next() < 0.5, images_BSS3.shape[2]
+    mirrored_BSS3 = image_operations.flip_horizontal(images_BSS3.reshape(-1, side, 3)).reshape(images_BSS3.shape)
+    left_B = np.where(flip_B, side - width_B - left_B, left_B)
+    pairs = zip(images_BSS3, mirrored_BSS3, strict=True)
+    images = [pair[flip] for pair, flip in zip(pairs, flip_B.tolist(), strict=True)]
+    return _crops(images, (top_B, left_B, height_B, width_B), size)
 
 
 def _crops(images: Sequence[Pixels] | Pixels, boxes: Sequence[npt.NDArray[np.int64]], size: int) -> Iterator[Pixels]:
