@@ -121,13 +121,13 @@ def measure_memory(rounds: int) -> dict[str, float]:
     matrix = 4 * 2 * batch * (2 * batch + classes)
     narrow = inputs(batch, 128, classes)
     print(f"B {batch}, V 2, D 128, C {classes}: the full matrix is {matrix / 2**20:.0f} MiB; {rounds} rounds")
-    times = in_turn({"ours": lambda: step(ours, *narrow), "mask form": lambda: step(mask_form, *narrow)}, rounds)
-    say_times(times)
     shares = {
         "ours, D 128": peak_memory(ours, *narrow) / matrix,
         "ours, D 1024": peak_memory(ours, *inputs(batch, 1024, classes)) / matrix,
         "mask form, D 128": peak_memory(mask_form, *narrow) / matrix,
     }
+    times = in_turn({"ours": lambda: step(ours, *narrow), "mask form": lambda: step(mask_form, *narrow)}, rounds)
+    say_times(times)
     for name, share in shares.items():
         print(f"  {name:<20} beyond the inputs and their gradients {share:.3f} of the matrix")
     return {
