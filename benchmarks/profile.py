@@ -40,7 +40,7 @@ def measure(recipe: Recipe, steps: int) -> None:
     print(f"\n{recipe.model.encoder}, {recipe.views.size} pixels, batches of {recipe.batch_size}, {plan.precision}")
     seconds: dict[str, list[float]] = {part: [] for part in PARTS}
     marks: list[float] = []
-    # The backward pass begins where the terms have been put aside to be read.
+    # The first of the backward pass that is seen: the prototypes' projection is through by then, and counted before it.
     network.classifier.weight.register_hook(lambda _: marks.append(time.perf_counter()))
 
     def step(batch: Batch) -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from benchmarks import plain_views
 from benchmarks.timing import finish, in_turn, ratio, say_times, say_where
-from equipoise.device import choose_device
+from equipoise.device import choose_device, keep_freed_memory
 from equipoise.loader import SmallImages
 from equipoise.sources import open_parts
 from equipoise.views import ViewSettings
@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", default=str(CIFAR))
     images = open_parts(parser.parse_args().folder).train.take(np.arange(IMAGES))
     torch.set_num_threads(1)
+    keep_freed_memory()  # as a run does
     say_where()
     print(f"{IMAGES} images of 32 pixels in memory, three views, batches of {BATCH}")
     batches, epochs = SmallImages(images, SETTINGS, choose_device("cpu")), itertools.count()

@@ -1,7 +1,8 @@
 """How the benchmarks measure: subjects in turn, round after round, on two clocks; medians and quartiles.
 
 Rounds (A B A B ...) rather than blocks, so that what else happens on the machine falls on all of them; ratios are taken
-within a round. CPU time, of this process and all its threads, says the same where the machine is shared with others.
+within a round (`step`: of processes that run in turn). CPU time, of this process and all its threads, says the same
+where the machine is shared with others.
 """
 
 import json

@@ -121,7 +121,8 @@ def test_absent(tmp_path):
     [
         ("recipe", 3), ("recipe", {"seed": "x"}), ("recipe", {1: 2}),
         ("class_names", 3), ("class_names", ()), ("class_names", ("a", "a", "b")), ("class_names", ("a", 1, None)),
-        ("class_counts", (1, 2)), ("class_counts", (1, 2, -3)), ("class_counts", (1, 2, "x")), ("class_counts", None),
+        ("class_counts", (1, 2)), ("class_counts", (1, 2, -3)), ("class_counts", (1, 2, 0)),
+        ("class_counts", (1, 2, "x")), ("class_counts", None),
         ("epoch", -1), ("epoch", "x"), ("epoch", 2**70), ("epoch", True), ("epoch", 900), ("step", 1.5), ("step", 3),
         ("best", 3), ("best", (1,)), ("best", ("x", 2)), ("best", {}),
         ("best", (float("nan"), 2)), ("best", (1.5, 2)), ("best", (-0.5, 2)), ("best", (0.5, 0)), ("best", (0.5, 5)),
@@ -204,3 +205,29 @@ def test_no_memory_is_taken_for_what_a_recipe_claims(checkpoint, tmp_path):
         f"the checkpoint's weights do not fit the {what} classes that it names; use another one"
         for what in ("vit_huge_patch14_224 and 3", "resnet8 and 3", "resnet50 and 100,000")
     ], done.stderr
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="it is no file"), atomic_file(tmp_path / "pipe"):
+        pass
+    assert (tmp_path / "pipe").is_fifo()
+    (tmp_path / "far").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "file")
+    for content in (b"first", b"second"):
+        with atomic_file(tmp_path / "link") as file:
+            file.write(content)
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "far" / "file").read_bytes() == content
+    assert [path.name for path in (tmp_path / "far").iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_the_umask_is_kept(mask, mode, tmp_path):
+    before = os.umask(mask)
+    try:
+        with atomic_file(tmp_path / "file"):
+            pass
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == mode

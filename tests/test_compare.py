@@ -15,8 +15,9 @@ import pytest
 from scipy.stats import ttest_rel
 from test_cli import refusal
 
+from equipoise import UserError
 from equipoise.cli import main
-from equipoise.compare import markdown, paired_difference
+from equipoise.compare import _summary, markdown, paired_difference
 from equipoise.report import write_report
 
 METHODS = ("ce", "supcon+la")
@@ -166,6 +167,13 @@ def test_other_recipes_and_other_data_are_refused(compared, tmp_path, capsys):
 def test_refusals(words, sentence, capsys, tmp_path):
     assert refusal(capsys, "compare", "digits-lt", "--out", str(tmp_path / "out"), *words).startswith(sentence)
     assert not (tmp_path / "out").exists()
+
+
+def test_runs_that_are_not_scored_alike_are_not_averaged():
+    """One has lost its best checkpoint, say."""
+    last = {"test": {"top1": 0.5}, "validation": None}
+    with pytest.raises(UserError, match="not every run is scored by its last checkpoint on the test part; remove"):
+        _summary(["bcl", "ce"], 1, [{"last": last, "best": None}, {"last": last, "best": last}])
 
 
 def test_groups_without_classes_are_left_out_and_one_seed_has_no_sd():

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 
@@ -114,6 +115,13 @@ def test_refusals_of_predict(odd_run, part_folder, tmp_path, capsys):
     ):
         (said,) = refusal(capsys, "predict", *words)
         assert said.startswith(sentence)
+
+
+def test_a_pipe_is_not_replaced(odd_run, tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    (said,) = refusal(capsys, "predict", str(odd_run), str(odd_run.parent / "data"), "--csv", str(tmp_path / "pipe"))
+    assert said == f"--csv must be a file in a folder that is there, not {tmp_path / 'pipe'}"
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_export_writes_beside_the_checkpoint(odd_run, tmp_path, capsys):

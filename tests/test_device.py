@@ -14,6 +14,13 @@ def test_devices():
     assert choose_device("auto").type in ("cpu", "cuda", "mps")
 
 
+@pytest.mark.parametrize("name", ["tpu", "", "cpu:0", "cuda:x", "cuda:", "mps:1", "meta", "CPU"])
+def test_what_is_no_device(name):
+    with pytest.raises(UserError) as refused:
+        choose_device(name)
+    assert str(refused.value) == f"a device is one of auto, cpu, cuda, cuda:N, mps; not '{name}'"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device that must be missing")
 def test_a_device_that_is_not_there():
     with pytest.raises(UserError, match=r"this machine has no cuda device .*; try --device auto"):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from conftest import ODD_NAMES, draw_picture
 
 from equipoise import UserError, load, load_recipe
 from equipoise.checkpoint import Checkpoint, create_network, state_on_cpu
-from equipoise.export import NOTES, checking_views, export_onnx, export_torch
+from equipoise.export import NOTES, check, checking_views, export_onnx, export_torch
 from equipoise.hub import write_hub_folder
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "onnx_predict.py"
@@ -195,6 +196,20 @@ def test_a_file_that_differs_from_the_model_is_not_left(export, name, odd_run, t
     ):
         export(classifier, tmp_path / name, [])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_of_cold_scores_more_is_allowed(odd_run, tmp_path):
+    """At a temperature of 0.05 they are twenty times the logits, and so is what float32 leaves of them."""
+    classifier = replace(load(odd_run, "cpu"), temperature=0.05)
+    views = checking_views(classifier, [])
+    exact = classifier.calibrated(views).detach().numpy()
+    for off, allowed in ((1.9e-3, True), (2.1e-3, False)):
+        wrong = lambda images, off=off: exact[: len(images)] + np.float32(off)  # noqa: E731
+        if allowed:
+            assert "(of 0.002 allowed)" in check(classifier, views, wrong)
+        else:
+            with pytest.raises(UserError, match=r"by 0\.0021, more than 0\.002"):
+                check(classifier, views, wrong)
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])

@@ -252,7 +252,12 @@ def test_the_checkpoint_before_a_damaged_one_is_used(damage, finished, tmp_path)
     # Both damaged: then there is nothing, and it is said.
     for name in ("last.pt", "previous.pt"):
         (run / name).write_bytes(b"x")
-    with pytest.raises(UserError, match=r"previous.pt is no checkpoint that can be read"):
+    both = "last.pt is no checkpoint .*; .*previous.pt is no checkpoint .*: without either, train anew into another"
+    with pytest.raises(UserError, match=both):
+        prepare(load_recipe(run), resume=run)
+    (run / "last.pt").unlink()
+    (run / "last.pt").mkdir()
+    with pytest.raises(UserError, match=r"last.pt is a folder, where a checkpoint belongs; move it away"):
         prepare(load_recipe(run), resume=run)
 
 

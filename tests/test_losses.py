@@ -285,6 +285,14 @@ def test_backward_twice(low):
         loss.backward()
 
 
+def test_a_second_derivative_is_refused():
+    """Its gradients have no graph: a penalty on them would be left out in silence."""
+    features = torch.randn(4, 2, 3).requires_grad_()
+    loss = balanced_contrastive_loss(features, torch.arange(4), torch.randn(4, 3))
+    with pytest.raises(RuntimeError, match="no second derivative: leave out create_graph=True"):
+        torch.autograd.grad(loss, features, create_graph=True)
+
+
 def test_supcon_is_bcl_without_prototypes_where_all_are_alike():
     """Same features, one class: averaging divides every term alike, so the two differ by log(members) only."""
     features = F.normalize(

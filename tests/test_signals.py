@@ -33,6 +33,19 @@ def test_requests_are_counted_once():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="it looks at the process as Linux shows it")
+def test_a_signal_before_there_is_a_run_does_not_end_it(tmp_path):
+    """As Slurm may send it to a job that has just been started again."""
+    words = ["digits-lt", "--method", "ce", "--epochs", "1", "--out", str(tmp_path / "run")]
+    code = (
+        "import os, signal, sys; import equipoise.cli as cli; run = cli._run\n"
+        "def started(words): os.kill(os.getpid(), signal.SIGUSR1); return run(words)\n"
+        "cli._run = started; sys.exit(cli.main(sys.argv[1:]))"
+    )
+    subprocess.run([sys.executable, "-c", code, "train", *words], check=True, capture_output=True)
+    assert (tmp_path / "run" / "metrics.json").is_file()
+
+
 @pytest.mark.parametrize(
     ("votes", "read"),
     [

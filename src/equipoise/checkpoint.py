@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from equipoise.authors import from_authors, is_authors_table, parameter_names, to_authors
 from equipoise.backbones import pretrained_normalisation
 from equipoise.errors import UserError
+from equipoise.files import is_count, is_filled, regular_file
 from equipoise.losses import log_prior
 from equipoise.model import TwoBranchNetwork
 from equipoise.recipe import Recipe, Views, recipe_from_table, recipe_table
@@ -142,13 +143,12 @@ def _is_well_formed(checkpoint: Checkpoint) -> bool:
     optimizer: Any = checkpoint.optimizer
     fingerprints: Any = checkpoint.fingerprints
 
-    def is_count(value: object) -> bool:
-        return type(value) is int and 0 <= value < 2**63
-
     return (
         len({name for name in names if isinstance(name, str)}) == len(names) > 0
         and len(counts) == len(names)
-        and all(is_count(count) for count in (*counts, checkpoint.epoch, checkpoint.step))
+        and all(map(is_filled, counts))
+        and is_count(checkpoint.epoch)
+        and is_count(checkpoint.step)
         and checkpoint.epoch <= min(checkpoint.step, checkpoint.recipe.epochs)
         and (best is None or (isinstance(best[0], float) and 0 <= best[0] <= 1 and is_count(best[1])))
         and (best is None or 1 <= best[1] <= checkpoint.epoch)
@@ -316,19 +316,30 @@ def state_on_cpu(module: nn.Module) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Generator[IO[bytes]]:
-    """A file to write that takes its name only when it is complete and on the disk."""
+    """A file to write that takes its name only when it is complete and on the disk; of a link, what it leads to. Raises
+    OSError where that is there and no file: a pipe or a device must not be replaced."""
+    path = path.resolve()
+    if path.exists():
+        regular_file(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=UNFINISHED)
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)  # mkstemp's 0600 would lock out whoever the run is shared with
+        Path(temporary).chmod(new_file_mode())
         Path(temporary).replace(path)
         _sync_folder(path.parent)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def new_file_mode() -> int:
+    """The permissions that the user's umask leaves a new file: those of temporary ones are narrower."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
 
 
 def _sync_folder(folder: Path) -> None:

@@ -7,7 +7,9 @@ import argparse
 import contextlib
 import io
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -63,6 +65,7 @@ def main(words: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names may be no valid text
+    _wait_for_run_to_save()
     try:
         return _run(list(sys.argv[1:] if words is None else words))
     except UserError as error:
@@ -82,6 +85,12 @@ def main(words: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("equipoise: interrupted", file=sys.stderr)
         return 130
+
+
+def _wait_for_run_to_save() -> None:
+    """SIGUSR1 asks a run to save; before there is one, which takes seconds, it must not end the process."""
+    if hasattr(signal, "SIGUSR1") and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def _run(words: list[str]) -> int:

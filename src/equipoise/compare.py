@@ -118,6 +118,11 @@ def _finish(folder: Path, recipe: Recipe) -> None:
 def _summary(methods: Sequence[str], seeds: int, metrics: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """`metrics` come seed by seed, and of each seed method by method."""
     checkpoint, part = chosen(metrics[0])
+    if any(chosen(of_run) != (checkpoint, part) for of_run in metrics):
+        raise UserError(
+            f"not every run is scored by its {checkpoint} checkpoint on the {part} part; remove the run folders that "
+            "are not, and compare again"
+        )
     scored = [of_run[chosen(of_run)[0]][part] for of_run in metrics]
     if not all(scored):
         raise UserError(f"not every run has figures on the {part} part; remove the run folders without")

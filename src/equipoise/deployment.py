@@ -136,5 +136,6 @@ def export(options: argparse.Namespace) -> None:
 def refuse_unwritable(files: Mapping[str, str | None]) -> None:
     """Raise UserError for a flag whose file could not be written: better now than after the work."""
     for flag, file in files.items():
-        if file is not None and (not Path(file).absolute().parent.is_dir() or Path(file).is_dir()):
+        path = Path(file or "").absolute()
+        if file is not None and (not path.parent.is_dir() or (path.exists() and not path.is_file())):
             raise UserError(f"{flag} must be a file in a folder that is there, not {file}")

@@ -12,8 +12,8 @@ from equipoise.errors import UserError
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
     """'auto' takes cuda, mps, cpu; 'cuda:1' is the second GPU. 'cuda' without a number is, for each process on
-    this host, its own. The process is made ready for it: a GPU becomes the current one, which pinned memory, streams
-    and events are of; for a CPU, freed memory is kept. Raises UserError for one that is not there."""
+    this host, its own. A GPU becomes the current one, which pinned memory, streams and events are of. Raises UserError
+    for one that is not there, or not known."""
     available = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
@@ -21,7 +21,9 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     }
     if name == "auto":
         name = next(device for device, there in available.items() if there)
-    kind, _, number = name.partition(":")
+    kind, colon, number = name.partition(":")
+    if kind not in available or (colon and not (kind == "cuda" and number.isdecimal())):
+        raise UserError(f"a device is one of auto, cpu, cuda, cuda:N, mps; not '{name}'")
     if kind == "cuda" and not number:
         number = str(local_rank)
         name = f"cuda:{local_rank}" if local_rank else name
@@ -32,8 +34,6 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    elif device.type == "cpu":
-        keep_freed_memory()
     return device
 
 

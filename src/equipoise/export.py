@@ -26,7 +26,7 @@ from equipoise.predict import Classifier, as_list, find_images
 from equipoise.run import open_data
 from equipoise.views import short_side
 
-TOLERANCE = 1e-4  # of a score
+TOLERANCE = 1e-4  # of a logit
 NOTES = "equipoise.json"  # the file inside a .pt2 that says what an ONNX file says in its metadata
 _CHECKED = 16  # images
 _LARGEST_ONNX = 2**31 - 2**20  # bytes of weights: the format's limit, less what else is in the file
@@ -134,25 +134,29 @@ def _own_images(classifier: Classifier) -> ImageList:
 
 def check(classifier: Classifier, views_N3SS: torch.Tensor, run: Callable[[npt.NDArray[np.uint8]], Any]) -> str:
     """Hold what was exported to the model, on one image and on all; a line about it. Raises UserError where a score
-    differs by more than `TOLERANCE`."""
+    differs by more than is allowed: scores are logits divided by the temperature, and so is what float32 rounds."""
     images = views_N3SS.numpy()
     with torch.inference_mode():
         expected_NC = classifier.calibrated(views_N3SS).numpy()
         difference = max(
             float(np.abs(run(images[:size]) - expected_NC[:size]).max(initial=0)) for size in (1, len(images))
         )
-    if not difference <= TOLERANCE:  # NaN is no agreement
+    allowed = TOLERANCE / min(1.0, classifier.temperature or 1.0)
+    if not difference <= allowed:  # NaN is no agreement
         raise UserError(
-            f"the exported file's scores differ from the model's by {difference:.2g}, more than {TOLERANCE:g}: nothing "
+            f"the exported file's scores differ from the model's by {difference:.2g}, more than {allowed:g}: nothing "
             "was written; take another form with --to"
         )
-    return f"checked on {len(images) - 1} images: no score differs from the model's by more than {difference:.1g}"
+    return (
+        f"checked on {len(images) - 1} images: no score differs from the model's by more than {difference:.1g} "
+        f"(of {allowed:g} allowed)"
+    )
 
 
 def _write(out: Path, content: bytes, said: str) -> str:
     with atomic_file(out) as file:
         file.write(content)
-    return f"{said} (of {TOLERANCE:g} allowed)"
+    return said
 
 
 def _notes(classifier: Classifier) -> dict[str, Any]:

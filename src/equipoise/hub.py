@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from equipoise.backbones import timm_arguments
-from equipoise.checkpoint import Checkpoint
+from equipoise.checkpoint import Checkpoint, new_file_mode
 from equipoise.errors import UserError, in_words, several
 from equipoise.files import is_count, is_filled, is_positive, is_text, read_json, regular_file
 from equipoise.lists import imbalance_factor
@@ -76,7 +76,7 @@ def write_hub_folder(
         head = {name: value for name, value in weights.items() if not name.startswith(_ENCODER)}
         for file, tensors in ((WEIGHTS, encoder), (HEAD, head)):
             save_file(tensors, made / file, {"format": "pt"})
-            (made / file).chmod(0o644)  # its 0600 would lock out whoever the folder is shared with
+            (made / file).chmod(new_file_mode())
         text = json.dumps(config, indent=1, ensure_ascii=False)
         (made / CONFIG).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
         (made / CARD).write_text(_card(checkpoint, temperature, figures), encoding="utf-8", errors="backslashreplace")

@@ -129,7 +129,7 @@ def _share(indices_G: Indices, world: World) -> tuple[Indices, slice]:
 
 
 class SmallImages:
-    """Images of one size, in memory; views are made batch-wise on the device."""
+    """Images of one size, in the memory of the device, where their views are made batch by batch."""
 
     def __init__(
         self,
@@ -140,14 +140,14 @@ class SmallImages:
         skip: bool = False,
     ) -> None:
         pixels_NSS3, self.bad = decode_all(images, settings.size, skip)
-        self._pixels_NSS3 = torch.from_numpy(pixels_NSS3)
-        self._labels_N = torch.from_numpy(images.labels_N)
         self._images = images
         self._settings = settings
         self._device = device
         self._world = world
         # The operations need float64 here and there, which Apple's devices do not have.
         self._view_device = torch.device("cpu") if device.type == "mps" else device
+        self._pixels_NSS3 = torch.from_numpy(pixels_NSS3).to(self._view_device)
+        self._labels_N = torch.from_numpy(images.labels_N).to(device)
 
     @cached_property
     def _shown(self) -> Indices:
@@ -161,23 +161,24 @@ class SmallImages:
         return shown_N
 
     def _gather(self, indices_B: Indices) -> Tensor:
-        return self._pixels_NSS3.index_select(0, torch.from_numpy(indices_B)).to(self._view_device).permute(0, 3, 1, 2)
+        chosen_B = torch.from_numpy(indices_B).to(self._view_device, non_blocking=True)
+        return self._pixels_NSS3.index_select(0, chosen_B).permute(0, 3, 1, 2)
+
+    def _labels(self, indices: Indices) -> Tensor:
+        return self._labels_N[torch.from_numpy(indices).to(self._device, non_blocking=True)]
 
     def training(self, seed: int, epoch: int, batch_size: int, first_step: int = 0) -> Iterator[Batch]:
         for indices_G in _epoch_batches(len(self._labels_N), seed, epoch, batch_size)[first_step:]:
             indices_B, rows = _share(indices_G, self._world)
             views = small_views(self._gather(self._shown[indices_B]), self._settings, seed, epoch, indices_B)
-            labels_G = self._labels_N[torch.from_numpy(indices_G)]
-            yield Batch(views.to(self._device), labels_G.to(self._device), rows)
+            yield Batch(views.to(self._device), self._labels(indices_G), rows)
 
     def evaluation(self, batch_size: int) -> Iterator[Batch]:
         readable_N = np.setdiff1d(np.arange(len(self._labels_N)), list(self.bad))
         for rows in _in_order(len(readable_N), batch_size, self._world):
             indices_B = readable_N[rows]
-            labels_B = self._labels_N[torch.from_numpy(indices_B)]
-            yield Batch(
-                self._gather(indices_B)[None].to(self._device), labels_B.to(self._device), slice(0, len(indices_B))
-            )
+            images_1B3SS = self._gather(indices_B)[None].to(self._device)
+            yield Batch(images_1B3SS, self._labels(indices_B), slice(0, len(indices_B)))
 
     def close(self) -> None:
         """There are no processes to end."""

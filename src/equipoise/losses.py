@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 ALL = slice(None)
 
@@ -57,8 +56,9 @@ def balanced_contrastive_loss(
     `rows`: the images whose features are anchors. Only they are computed, still divided by V * B, so that the losses of
     disjoint rows, each computed elsewhere, add up to the loss of the batch.
 
-    Computed in float32 at least, also under autocast; the gradients with the value, so that a second derivative cannot
-    be taken. Raises ValueError where the shapes do not fit together.
+    Computed in float32 at least, also under autocast; the gradients always with the value, so that a second derivative
+    cannot be taken: to try (`create_graph=True`) raises RuntimeError. Raises ValueError where the shapes do not fit
+    together.
     """
     _check_shapes(features_BVD, labels_B)
     width = prototypes_CD.shape[1]
@@ -119,8 +119,9 @@ class _BalancedContrastive(torch.autograd.Function):
         return value
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if torch.is_grad_enabled():  # under create_graph alone. What is returned would have no graph, and say nothing
+            raise RuntimeError("the balanced contrastive loss has no second derivative: leave out create_graph=True")
         inputs = ctx.saved_tensors  # raises where the graph was not retained
         with torch.autocast(grad.device.type, enabled=False):
             of_features_KD, of_prototypes_CD = ctx.gradients or _value_and_gradients(*inputs, *ctx.rest)[1:]

@@ -227,6 +227,8 @@ def _named(images: ImageList, index: int, read: Callable[[], T]) -> T:
         return read()
     except UnidentifiedImageError:
         reason = "it is no image: not JPEG, PNG, GIF, BMP, TIFF, WebP or PPM"
+    except Image.DecompressionBombError:  # Pillow names twice the limit that is ours
+        reason = f"it claims more than {Image.MAX_IMAGE_PIXELS:,} pixels: a decompression bomb?"
     except Exception as error:  # decoders raise what they like: anything but a bad file would be a bug of theirs
         known = isinstance(error, OSError) and error.strerror
         reason = known.lower() if known else (str(error).splitlines() or [type(error).__name__])[0][:200]

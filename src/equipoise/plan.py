@@ -333,6 +333,9 @@ def _open_resumed(path: Path, out: Path | None) -> tuple[Resumed | None, Path | 
         if not in_place:
             raise UserError(f"{run} has no checkpoint to go on from")
         return None, run
+    for name in (LAST, PREVIOUS, BEST) if in_place else ():
+        if (run / name).is_dir():
+            raise UserError(f"{run / name} is a folder, where a checkpoint belongs; move it away")
     processes = None
     if in_place:
         with contextlib.suppress(UserError):  # a damaged one is written anew when the run goes on
@@ -342,7 +345,10 @@ def _open_resumed(path: Path, out: Path | None) -> tuple[Resumed | None, Path | 
     except UserError as error:
         if not (run / PREVIOUS).exists():
             raise
-        before = load_checkpoint(run / PREVIOUS)
+        try:
+            before = load_checkpoint(run / PREVIOUS)
+        except UserError as second:
+            raise UserError(f"{error}; {second}: without either, train anew into another folder with --out") from None
         resumed = Resumed(run / PREVIOUS, before, in_place, str(error), processes)
     return (_with_best(resumed, run), run) if in_place else (resumed, None)
 

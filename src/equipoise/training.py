@@ -10,6 +10,7 @@ import torch
 
 from equipoise.batchnorm import batch_norms
 from equipoise.checkpoint import BEST, LAST, Checkpoint, create_network, load_checkpoint, state_on_cpu
+from equipoise.device import keep_freed_memory
 from equipoise.distributed import join
 from equipoise.errors import SharedError, Stopped, UserError, in_words
 from equipoise.evaluate import predict
@@ -50,6 +51,8 @@ def fit(plan: Plan, progress: bool = True) -> Run:
     world = plan.world
     if plan.place.done:
         return Run(plan.folder)
+    if plan.device.type == "cpu":
+        keep_freed_memory()
     # All that can fail for a reason of the user's comes before the folder is made.
     network, batches, validation = world.each_makes(lambda: _open(plan))
     with Requests() as requests, RunFolder(plan) as folder:
