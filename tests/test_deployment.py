@@ -5,12 +5,14 @@ import json
 import os
 import re
 import shutil
+import subprocess
 
 import pytest
 from conftest import ODD_NAMES, draw_picture
 
 from equipoise.checkpoint import load_checkpoint
 from equipoise.cli import main
+from equipoise.tables import FURTHER, print_figures
 
 
 @pytest.fixture
@@ -122,6 +124,59 @@ def test_a_pipe_is_not_replaced(odd_run, tmp_path, capsys):
     (said,) = refusal(capsys, "predict", str(odd_run), str(odd_run.parent / "data"), "--csv", str(tmp_path / "pipe"))
     assert said == f"--csv must be a file in a folder that is there, not {tmp_path / 'pipe'}"
     assert (tmp_path / "pipe").is_fifo()
+
+
+@pytest.mark.parametrize("name", ["best.pt", "recipe.toml", "metrics.json", "photo.png"])
+def test_what_something_else_is_in_is_not_replaced(name, odd_run, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(odd_run, run)
+    draw_picture(run / "photo.png", 0, 0)
+    before = (run / name).read_bytes()
+    (said,) = refusal(capsys, "predict", str(run), str(run / "photo.png"), "--json", str(run / name))
+    assert said == f"--json would replace {run / name}, which is something else; name another file"
+    (said,) = refusal(capsys, "report", str(run), "--out", str(run / name))
+    assert said.startswith(f"--out would replace {run / name}, ")
+    assert (run / name).read_bytes() == before
+
+
+@pytest.mark.parametrize("weights", [(1e308, 1e308, 1e308), (3, 1e300, 1e308), (1e-320, 1e-320, 0)])
+def test_priors_of_any_scale(weights, odd_run, tmp_path):
+    (tmp_path / "prior.json").write_text(json.dumps(dict(zip(ODD_NAMES, weights, strict=True))))
+    draw_picture(tmp_path / "photo.png", 0, 0)
+    words = ["--prior", str(tmp_path / "prior.json"), "--json", str(tmp_path / "out.json")]
+    assert main(["predict", str(odd_run), str(tmp_path / "photo.png"), *words]) == 0
+    (image,) = json.loads((tmp_path / "out.json").read_text())["predictions"]
+    assert sum(found["probability"] for found in image["classes"]) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("form", ["onnx", "torch-export", "safetensors"])
+def test_export_to_a_full_disk(form, odd_run, tmp_path, capsys):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(disk)]
+    if subprocess.run(words, check=False, capture_output=True).returncode:
+        pytest.skip("this needs the right to mount a small disk")
+    try:
+        (said,) = refusal(capsys, "export", str(odd_run), "--to", form, "--out", str(disk / "model.onnx"))
+        assert "no space left on device" in said.lower()
+        assert str(disk / "model.onnx") in said
+        assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_figures_stay_where_a_class_name_is_long(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    figures = dict.fromkeys(("top1", "many", "medium", "few", *FURTHER.values()), 0.5) | {"per_class": [0.125, 0.875]}
+    results = [("last checkpoint", figures), ("best checkpoint", figures)]
+    print_figures(results, "title", {"class_names": ["a very long name " * 8, "b"], "train_counts": [200, 3]})
+    said = capsys.readouterr().out
+    assert [line.split()[-2:] for line in said.splitlines() if "very" in line or " b " in line] == [
+        ["12.5", "12.5"],
+        ["87.5", "87.5"],
+    ]
+    assert "fewer than 20" in said
+    assert max(map(len, said.splitlines())) <= 80
 
 
 def test_export_writes_beside_the_checkpoint(odd_run, tmp_path, capsys):

@@ -330,8 +330,10 @@ def atomic_file(path: Path) -> Generator[IO[bytes]]:
         Path(temporary).chmod(new_file_mode())
         Path(temporary).replace(path)
         _sync_folder(path.parent)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # a full disk does not say which
+            raise OSError(error.errno, error.strerror, str(path)) from None
         raise
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from equipoise.errors import UserError, one_line
+from equipoise.errors import UserError, one_line, several
 
 _FORMS = {
     "authors": "the layout of the BCL authors' code",
@@ -82,7 +82,7 @@ def predict(options: argparse.Namespace) -> None:
     print(f"{classifier.origin}, epoch {classifier.checkpoint.epoch}; class prior: {options.prior}; {calibrated}")
     passed_over = f", {len(predicted.errors):,} passed over" if predicted.errors else ""
     rate = len(predicted) / seconds
-    print(f"{len(predicted):,} images predicted in {seconds:.1f} s ({rate:,.0f} a second){passed_over}")
+    print(f"{several(len(predicted), 'image')} predicted in {seconds:.1f} s ({rate:,.0f} a second){passed_over}")
 
 
 def add_export_words(command: argparse.ArgumentParser) -> None:
@@ -133,9 +133,17 @@ def export(options: argparse.Namespace) -> None:
     print(f"written: {out}")
 
 
+# What a command writes again; anything else that is there (a model, a picture, a recipe) is named by mistake.
+_REPLACED = (".csv", ".json", ".npz", ".npy", ".html", ".onnx", ".pt2", ".txt")
+
+
 def refuse_unwritable(files: Mapping[str, str | None]) -> None:
-    """Raise UserError for a flag whose file could not be written: better now than after the work."""
+    """Raise UserError for a flag whose file could not be written, or is in use: better now than after the work."""
     for flag, file in files.items():
         path = Path(file or "").absolute()
         if file is not None and (not path.parent.is_dir() or (path.exists() and not path.is_file())):
             raise UserError(f"{flag} must be a file in a folder that is there, not {file}")
+        if path.is_file() and (
+            path.suffix not in _REPLACED or path.name in ("run.json", "metrics.json", "config.json")
+        ):
+            raise UserError(f"{flag} would replace {file}, which is something else; name another file")

@@ -63,6 +63,7 @@ def write_hub_folder(
 
     Raises UserError where something is there already.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
@@ -75,7 +76,10 @@ def write_hub_folder(
         encoder = {name.removeprefix(_ENCODER): value for name, value in weights.items() if name.startswith(_ENCODER)}
         head = {name: value for name, value in weights.items() if not name.startswith(_ENCODER)}
         for file, tensors in ((WEIGHTS, encoder), (HEAD, head)):
-            save_file(tensors, made / file, {"format": "pt"})
+            try:
+                save_file(tensors, made / file, {"format": "pt"})
+            except SafetensorError as error:
+                raise UserError(f"{folder} could not be written ({error}); make room there, or name another") from None
             (made / file).chmod(new_file_mode())
         text = json.dumps(config, indent=1, ensure_ascii=False)
         (made / CONFIG).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")

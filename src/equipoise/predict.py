@@ -186,7 +186,8 @@ class Classifier:
             return log_prior(torch.tensor(checkpoint.class_counts))
         named = isinstance(prior, Mapping)
         weights = dict(prior) if named else read_weights(Path(os.path.expanduser(prior)))
-        return torch.tensor(_in_order(weights, checkpoint.class_names, "the prior" if named else str(prior))).log()
+        ordered = _in_order(weights, checkpoint.class_names, "the prior" if named else str(prior))
+        return torch.tensor(ordered, dtype=torch.float64).log()  # weights are of any scale: 1e300 is no float32
 
 
 def load(path: str | Path, device: str = "auto") -> Classifier:

@@ -143,5 +143,6 @@ def add_report_words(command: argparse.ArgumentParser) -> None:
 def report(options: argparse.Namespace) -> None:
     from equipoise.report import write_report
 
+    refuse_unwritable({"--out": options.out})
     runs = [Path(run) for run in options.runs]
     print(f"report: {write_report(runs, Path(options.out) if options.out else runs[0] / 'report.html')}")

@@ -8,6 +8,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from equipoise.errors import one_line
 from equipoise.lists import Found, ImageList, PackedImages, imbalance_factor
@@ -37,6 +38,9 @@ def print_figures(results: Sequence[tuple[str, Mapping[str, Any]]], title: str, 
     table.add_column("training\nimages", justify="right", no_wrap=True)
     for heading, _ in results:
         table.add_column(heading.replace(" ", "\n"), justify="right")
+    console = Console()
+    # Where the line is short, the names of the classes are cut, not the figures.
+    room = max(24, console.width - 20 - sum(2 + max(5, *map(len, heading.split(" "))) for heading, _ in results))
 
     names, counts = metrics["class_names"], metrics["train_counts"]  # no counts: what was trained on is not known
 
@@ -62,8 +66,9 @@ def print_figures(results: Sequence[tuple[str, Mapping[str, Any]]], title: str, 
             table.add_row("…", "", *("" for _ in results))
         else:
             shares = (_percent(figure["per_class"][index]) for _, figure in results)
-            table.add_row(_plain(str(names[index])), f"{counts[index]:,}" if counts else "?", *shares)
-    console = Console()
+            name = Text(one_line(str(names[index])))
+            name.truncate(room, overflow="ellipsis")
+            table.add_row(name, f"{counts[index]:,}" if counts else "?", *shares)
     console.print(table)
     if not counts:
         console.print("(the data has no training part: many, medium and few are not known)")
