@@ -197,7 +197,8 @@ def reliability(name: Name, right_N: Array, confidences: Mapping[str, Array]) ->
 
 def prior_sweep(runs: Sequence[tuple[Name, Sequence[Mapping[str, Any]], float | None]], figure_name: str) -> Markup:
     """A figure over the strength of the post-hoc prior; a ring where validation chose it."""
-    taus = Axis("tau", 0, 2, tuple((tau, f"{tau:g}") for tau in (0, 0.5, 1, 1.5, 2)))
+    # A little room at the left: a ring at 0 would cover the figures of the axis.
+    taus = Axis("tau", -0.1, 2, tuple((tau, f"{tau:g}") for tau in (0, 0.5, 1, 1.5, 2)))
     shares = [100 * row[figure_name] for _, rows, _ in runs for row in rows]
     figure = Figure(
         taus, 150, linear_axis("accuracy, percent", shares, None, 4), (26, _beside([run[0] for run in runs]), 40, 34)

@@ -93,6 +93,7 @@ def _content(runs: list[RunRead], comparison: Mapping[str, Any] | None) -> dict[
         "tau_chosen": any(run.metrics[run.checkpoint]["post_hoc"] for run in scored if run.metrics),
         "geometry": _geometry(seen, len(runs[0].class_names)),
         "maps": [(run.name, _map(run)) for run in seen],
+        "groups": [group for group, classes in _group_sizes(runs[0]).items() if classes],
         "origin": [_origin(run, runs[0]) for run in runs],
         "different": _different_fields(runs),
     }
