@@ -235,3 +235,19 @@ def test_usr1_saves_and_goes_on(data, undisturbed, tmp_path):
     _, said = process.communicate(timeout=200)
     assert process.returncode == 0, said
     same(run, undisturbed)
+
+
+def test_the_command_is_one_that_the_shell_finds(tmp_path):
+    """Called by its path, with nothing of it on PATH, as after `make setup`: it is what a user pastes."""
+    program = Path(sys.executable).with_name("equipoise")
+    if not program.exists():
+        pytest.skip("the command is not installed beside this Python")
+    words = ["train", "digits-lt", "--method", "ce", "--epochs", "500", "--out", str(tmp_path / "run")]
+    environment = {**os.environ, "PATH": "/usr/bin:/bin"}
+    running = subprocess.Popen([program, *words], env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    while running.poll() is None and not (tmp_path / "run" / "last.pt").exists():
+        time.sleep(0.05)
+    running.terminate()
+    _, said = running.communicate()
+    assert running.returncode == 143
+    assert said.decode().splitlines()[-1] == f"{program} train --resume {tmp_path / 'run'}"

@@ -2,9 +2,11 @@
 
 import math
 import shlex
+import sys
 import time
 from contextlib import closing
 from pathlib import Path
+from shutil import which
 
 import torch
 
@@ -346,4 +348,8 @@ def _resume_command(plan: Plan) -> str:
         )
     elif world.size > 1:
         launcher = f"torchrun --standalone --nproc-per-node {world.size} -m "
-    return f"{launcher}equipoise train --resume {shlex.quote(str(plan.folder))}"
+    # As it was called, where the shell would not find it by its name: an environment that is not activated.
+    called = Path(sys.argv[0])
+    by_path = not launcher and called.name == "equipoise" and which("equipoise") is None
+    program = shlex.quote(str(called)) if by_path else "equipoise"
+    return f"{launcher}{program} train --resume {shlex.quote(str(plan.folder))}"
