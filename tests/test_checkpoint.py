@@ -12,7 +12,8 @@ import torch
 
 from equipoise import UserError, load_recipe
 from equipoise.backbones import pretrained_normalisation
-from equipoise.checkpoint import Checkpoint, _digest, atomic_file, create_network, load_checkpoint, state_on_cpu
+from equipoise.checkpoint import Checkpoint, _digest, create_network, load_checkpoint, state_on_cpu
+from equipoise.files import atomic_file
 from equipoise.recipe import Views, find_field, override
 
 

@@ -1,14 +1,11 @@
 """Training state and files, atomically. Nothing in a file is executed: only tensors and plain values are read."""
 
-import contextlib
 import hashlib
 import os
 import shutil
-import tempfile
-from collections.abc import Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +13,7 @@ from torch import Tensor, nn
 from equipoise.authors import from_authors, is_authors_table, parameter_names, to_authors
 from equipoise.backbones import pretrained_normalisation
 from equipoise.errors import UserError
-from equipoise.files import is_count, is_filled, regular_file
+from equipoise.files import atomic_file, is_count, is_filled
 from equipoise.losses import log_prior
 from equipoise.model import TwoBranchNetwork
 from equipoise.recipe import Recipe, Views, recipe_from_table, recipe_table
@@ -24,7 +21,6 @@ from equipoise.tensors import load_tensors
 
 FORMAT = 2
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"  # the checkpoints of a run folder
-UNFINISHED = ".equipoise-part"  # how the name ends of a file that is being written
 AUTHORS = "authors"  # the name of a recipe of which only the model is known
 
 
@@ -312,43 +308,3 @@ def create_network(recipe: Recipe, classes: int, start: bool) -> TwoBranchNetwor
 def state_on_cpu(module: nn.Module) -> dict[str, Tensor]:
     """The module's state on the CPU, contiguous."""
     return {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
-
-
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Generator[IO[bytes]]:
-    """A file to write that takes its name only when it is complete and on the disk; of a link, what it leads to. Raises
-    OSError where that is there and no file: a pipe or a device must not be replaced."""
-    path = path.resolve()
-    if path.exists():
-        regular_file(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=UNFINISHED)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(new_file_mode())
-        Path(temporary).replace(path)
-        _sync_folder(path.parent)
-    except BaseException as error:
-        Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # a full disk does not say which
-            raise OSError(error.errno, error.strerror, str(path)) from None
-        raise
-
-
-def new_file_mode() -> int:
-    """The permissions that the user's umask leaves a new file: those of temporary ones are narrower."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
-
-
-def _sync_folder(folder: Path) -> None:
-    """Let the names in it survive a loss of power."""
-    with contextlib.suppress(OSError):  # not every system can
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

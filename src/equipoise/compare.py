@@ -14,8 +14,8 @@ from typing import Any, get_args
 
 import numpy as np
 
-from equipoise.checkpoint import atomic_file
 from equipoise.errors import UserError
+from equipoise.files import atomic_file
 from equipoise.plan import Plan, prepare
 from equipoise.recipe import Method, Recipe, field_value, load_recipe, nearest, recipe_fields
 from equipoise.records import read_record

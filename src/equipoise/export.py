@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from equipoise.checkpoint import atomic_file
 from equipoise.errors import UserError
+from equipoise.files import atomic_file
 from equipoise.lists import ImageList
 from equipoise.pixels import BadImageError, decode
 from equipoise.predict import Classifier, as_list, find_images

@@ -1,11 +1,15 @@
-"""Files that anybody may have written: which may be opened, and JSON within bounds, of the kind that is expected."""
+"""Files that anybody may have written: which may be opened, and JSON within bounds, of the kind that is expected; and
+files that are written whole or not at all."""
 
+import contextlib
 import errno
 import json
 import os
 import stat
+import tempfile
+from collections.abc import Generator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from equipoise.errors import UserError
 
@@ -51,6 +55,49 @@ def read_json(path: Path, most_bytes: int, kind: Any, advice: str) -> Any:
     except ValueError as error:
         raise UserError(f"{path} is damaged ({str(error)[:100]}); {advice}") from None
     return value
+
+
+UNFINISHED = ".equipoise-part"  # how the name ends of a file that is being written
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Generator[IO[bytes]]:
+    """A file to write that takes its name only when it is complete and on the disk; of a link, what it leads to. Raises
+    OSError where that is there and no file: a pipe or a device must not be replaced."""
+    path = path.resolve()
+    if path.exists():
+        regular_file(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=UNFINISHED)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(new_file_mode())
+        Path(temporary).replace(path)
+        _sync_folder(path.parent)
+    except BaseException as error:
+        Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # a full disk does not say which
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
+
+
+def new_file_mode() -> int:
+    """The permissions that the user's umask leaves a new file: those of temporary ones are narrower."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
+def _sync_folder(folder: Path) -> None:
+    """Let the names in it survive a loss of power."""
+    with contextlib.suppress(OSError):  # not every system can
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 # ---------------------------------------------------------------------------------------------- kinds

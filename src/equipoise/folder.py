@@ -13,9 +13,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from equipoise.checkpoint import BEST, LAST, PREVIOUS, UNFINISHED, atomic_file
+from equipoise.checkpoint import BEST, LAST, PREVIOUS
 from equipoise.device import describe_machine
 from equipoise.errors import UserError
+from equipoise.files import UNFINISHED, atomic_file
 from equipoise.plan import Plan, default_folder
 from equipoise.recipe import recipe_toml
 from equipoise.run import BAD_IMAGES, LOCK, METRICS, RECIPE, RECORD, write_json

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from equipoise.backbones import timm_arguments
-from equipoise.checkpoint import Checkpoint, new_file_mode
+from equipoise.checkpoint import Checkpoint
 from equipoise.errors import UserError, in_words, several
-from equipoise.files import is_count, is_filled, is_positive, is_text, read_json, regular_file
+from equipoise.files import is_count, is_filled, is_positive, is_text, new_file_mode, read_json, regular_file
 from equipoise.lists import imbalance_factor
 from equipoise.metrics import shot_group
 from equipoise.recipe import Data, Recipe, recipe_from_table, recipe_table

@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 from rich.progress import track
 
-from equipoise.checkpoint import UNFINISHED, atomic_file
 from equipoise.errors import UserError
+from equipoise.files import UNFINISHED, atomic_file
 from equipoise.lists import EncodedImages, Found, ImageFiles, ImageList, Paths
 from equipoise.packed import SUFFIX, read_about, write_packed
 from equipoise.pixels import BadImageError, bad_images, content_of, decode

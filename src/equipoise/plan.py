@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from equipoise.checkpoint import BEST, LAST, PREVIOUS, UNFINISHED, Checkpoint, load_checkpoint
+from equipoise.checkpoint import BEST, LAST, PREVIOUS, Checkpoint, load_checkpoint
 from equipoise.device import choose_device, choose_precision
 from equipoise.distributed import ALONE, World
 from equipoise.errors import SharedError, UserError, several
+from equipoise.files import UNFINISHED
 from equipoise.listfiles import BENCHMARKS, find_list
 from equipoise.lists import DIGITS, ImageList, Parts, imbalance_factor
 from equipoise.loader import steps_per_epoch

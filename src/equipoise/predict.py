@@ -30,10 +30,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from equipoise.checkpoint import Checkpoint, atomic_file, load_checkpoint
+from equipoise.checkpoint import Checkpoint, load_checkpoint
 from equipoise.device import choose_device
 from equipoise.errors import UserError, shown
-from equipoise.files import parsed_json, regular_file
+from equipoise.files import atomic_file, parsed_json, regular_file
 from equipoise.folders import SUFFIXES
 from equipoise.hub import is_hub_folder, read_hub_folder
 from equipoise.listfiles import BENCHMARKS

@@ -14,10 +14,10 @@ from markupsafe import Markup
 
 from equipoise import charts
 from equipoise.charts import LIMITS, Name
-from equipoise.checkpoint import atomic_file
 from equipoise.confusions import confused_pairs, thumbnails
 from equipoise.errors import UserError
 from equipoise.figures import shortened, signed
+from equipoise.files import atomic_file
 from equipoise.lists import ImageList, imbalance_factor
 from equipoise.loader import steps_per_epoch
 from equipoise.metrics import FURTHER, GROUPS, calibration_error, shot_group

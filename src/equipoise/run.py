@@ -11,11 +11,12 @@ import numpy as np
 import torch
 
 from equipoise.authors_flags import AUTHORS_BEST, AUTHORS_LAST
-from equipoise.checkpoint import BEST, LAST, Checkpoint, atomic_file, load_checkpoint, save_for_authors
+from equipoise.checkpoint import BEST, LAST, Checkpoint, load_checkpoint, save_for_authors
 from equipoise.device import choose_device
 from equipoise.distributed import ALONE, World
 from equipoise.errors import UserError
 from equipoise.evaluate import Predictions, predict
+from equipoise.files import atomic_file
 from equipoise.listfiles import BENCHMARKS
 from equipoise.lists import ImageList, Parts
 from equipoise.loader import Batches, open_batches, worker_count

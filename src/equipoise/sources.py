@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from equipoise.checkpoint import atomic_file
 from equipoise.cifar import find_cifar, open_cifar
 from equipoise.errors import UserError
+from equipoise.files import atomic_file
 from equipoise.folders import open_class_folders, subfolders
 from equipoise.listfiles import (
     BENCHMARKS,
