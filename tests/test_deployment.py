@@ -126,7 +126,7 @@ def test_a_pipe_is_not_replaced(odd_run, tmp_path, capsys):
     assert (tmp_path / "pipe").is_fifo()
 
 
-@pytest.mark.parametrize("name", ["best.pt", "recipe.toml", "metrics.json", "photo.png"])
+@pytest.mark.parametrize("name", ["best.pt", "recipe.toml", "metrics.json", "observed.npz", "photo.png"])
 def test_what_something_else_is_in_is_not_replaced(name, odd_run, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(odd_run, run)

@@ -32,7 +32,9 @@ def test_what_will_be_done_again_is_dropped(epoch, step, kept, tmp_path):
     assert [(line["kind"], line["step"], line["epoch"]) for line in lines] == LINES[:kept]
 
 
-def test_without_a_folder_nothing_is_written():
+def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where a path of nothing would lead
     with RunLog(None, 0, 0) as log:
         log.write("train", 1, 0, {"loss": 1.0})
         log.sync()
+    assert list(tmp_path.iterdir()) == []

@@ -135,6 +135,7 @@ def export(options: argparse.Namespace) -> None:
 
 # What a command writes again; anything else that is there (a model, a picture, a recipe) is named by mistake.
 _REPLACED = (".csv", ".json", ".npz", ".npy", ".html", ".onnx", ".pt2", ".txt")
+_OF_OTHERS = ("run.json", "metrics.json", "bad-images.json", "observed.npz", "compare.json", "config.json")
 
 
 def refuse_unwritable(files: Mapping[str, str | None]) -> None:
@@ -143,7 +144,5 @@ def refuse_unwritable(files: Mapping[str, str | None]) -> None:
         path = Path(file or "").absolute()
         if file is not None and (not path.parent.is_dir() or (path.exists() and not path.is_file())):
             raise UserError(f"{flag} must be a file in a folder that is there, not {file}")
-        if path.is_file() and (
-            path.suffix not in _REPLACED or path.name in ("run.json", "metrics.json", "config.json")
-        ):
+        if path.is_file() and (path.suffix not in _REPLACED or path.name in _OF_OTHERS):
             raise UserError(f"{flag} would replace {file}, which is something else; name another file")
