@@ -79,7 +79,7 @@ def test_the_chosen_tau_has_a_ring():
     rows = [{"tau": tau, "few": 0.5 + tau / 10} for tau in (0.0, 1.0, 2.0)]
     svg = charts.prior_sweep([(BCL, rows, 1.0), (CE, rows, None)], "few")
     assert len(circles(svg, "run0 ring")) == 1
-    assert circles(svg, "run0 ring")[0][0] == 50
+    assert circles(svg, "run0 ring")[0] == circles(svg, "run0")[1]
     assert circles(svg, "run1 ring") == []
 
 
