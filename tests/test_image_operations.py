@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data import auto_augment as timm_augment
 from torchvision.transforms.v2 import functional as tv
 
@@ -50,11 +50,18 @@ def of_rand_augment(name: str, side: int):
                 yield argument, theirs, resampling
 
 
+def done(name: str, image: np.ndarray, argument: float, resampling: str = "nearest") -> np.ndarray:
+    before = image.copy()
+    made = image_operations.operation(name, resampling, FILL)(image[None], np.array([argument]))
+    assert (image == before).all(), "never in place"
+    return made[0]
+
+
 def check_rand_augment(name: str, images: list[np.ndarray]) -> None:
     reference = timm_augment.NAME_TO_OP[IN_TIMM.get(name, name)]
     for image in images:
         for argument, theirs, resampling in of_rand_augment(name, len(image)):
-            ours = image_operations.operation(name, resampling, FILL)(image, argument)
+            ours = done(name, image, argument, resampling)
             options = {"fillcolor": FILL, "resample": OF_PILLOW[resampling]}
             assert difference(ours, reference(Image.fromarray(image), *theirs, **options)) < 2, (argument, resampling)
 
@@ -88,7 +95,7 @@ def check_jitter(name: str, images: list[np.ndarray]) -> None:
     reference, arguments = JITTER[name]
     for image in images:
         for argument in arguments:
-            ours = image_operations.operation(name, "nearest", FILL)(image, argument)
+            ours = done(name, image, argument)
             # One of 256 hues more or less is a difference of 6 where colours are pure.
             limit = 2 if name == "Hue" else 1
             assert difference(ours, reference(Image.fromarray(image), argument)) < limit, argument
@@ -107,20 +114,32 @@ def test_jitter_of_photographs_is_torchvisions(name, shared_data):
 @pytest.mark.parametrize("resampling", policies.RESAMPLINGS)
 @pytest.mark.parametrize("name", policies.OPERATIONS)
 def test_they_are_the_operations_of_small_images(name, resampling):
-    """Of batches in torch, with an argument that fits them all; inputs are not changed."""
+    """Of batches in torch, with an argument that fits them all."""
     argument = {"Posterize": 3.0, "Solarize": 99.5, "SolarizeAdd": 40.0, "Hue": 0.2, "Rotate": 17.0}.get(name, 0.8)
     for image in drawn(64):
-        before = image.copy()
-        ours = image_operations.operation(name, resampling, FILL)(image, argument)
+        ours = done(name, image, argument, resampling)
         batch = torch.from_numpy(image).permute(2, 0, 1)[None]
         theirs = named_operation(batch, torch.tensor([argument]), name, FILL, resampling)
         assert difference(ours, theirs[0].permute(1, 2, 0).numpy()) < 2
-        assert (image == before).all()
+
+
+@pytest.mark.parametrize("resampling", policies.RESAMPLINGS)
+@pytest.mark.parametrize("name", policies.OPERATIONS)
+def test_an_image_of_a_stack_becomes_what_it_becomes_alone(name, resampling):
+    """Each by its own argument; also one whose rows do not fill a vector of the processor."""
+    least, most = {"Posterize": (0, 8), "Solarize": (0, 256), "SolarizeAdd": (0, 110), "Rotate": (-30, 30)}.get(
+        name, (0.1, 1.9)
+    )
+    for side in (32, 19):
+        stack = np.stack(drawn(side) + [image[::-1] for image in drawn(side)])
+        arguments = np.linspace(least, most, len(stack))
+        alone = [done(name, image, argument, resampling) for image, argument in zip(stack, arguments, strict=True)]
+        assert (image_operations.operation(name, resampling, FILL)(stack, arguments) == np.stack(alone)).all()
 
 
 def test_every_range_is_stretched():
     ramp = np.arange(256, dtype=np.uint8)[None, :, None].repeat(3, 0).repeat(3, 2)
-    stretched = image_operations.autocontrast(ramp // 4 + 30)
+    stretched = done("AutoContrast", ramp // 4 + 30, 0)
     assert stretched.min() == 0
     assert stretched.max() == 255
 
@@ -129,4 +148,16 @@ def test_hue_moves_red_to_green_to_blue():
     red = np.zeros((4, 4, 3), np.uint8)
     red[..., 0] = 255
     for shift, colour in ((0.0, (255, 0, 0)), (1 / 3, (0, 255, 0)), (-1 / 3, (0, 0, 255)), (0.5, (0, 255, 255))):
-        assert np.abs(image_operations.adjust_hue(red, shift)[0, 0].astype(int) - colour).max() <= 6  # one of 256 hues
+        assert np.abs(done("Hue", red, shift)[0, 0].astype(int) - colour).max() <= 6  # one of 256 hues
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (5, 3), (1, 1), (224, 224)])
+def test_tables_are_pillows_to_the_last_bit(shape):
+    generator = np.random.default_rng(1)
+    for levels in (256, 40, 2, 1):
+        image = generator.integers(0, levels, (*shape, 3), dtype=np.uint8)
+        pillow = Image.fromarray(image)
+        assert (done("Equalize", image, 0) == np.asarray(ImageOps.equalize(pillow))).all()
+        assert (done("Solarize", image, 99) == np.asarray(ImageOps.solarize(pillow, 99))).all()
+        assert (done("Posterize", image, 3) == np.asarray(ImageOps.posterize(pillow, 3))).all()
+        assert (done("Invert", image, 0) == np.asarray(ImageOps.invert(pillow))).all()

@@ -48,8 +48,11 @@ def test_small_views_do_not_depend_on_the_batch(settings):
     assert together.shape == (3, 24, 3, settings.size, settings.size)
     assert together.dtype == torch.uint8
     alone = torch.cat([small_views(images[i : i + 1], settings, 1, 2, indices[i : i + 1]) for i in range(24)], dim=1)
-    assert (together.int() - alone.int()).abs().max() <= 1, "float sums may differ in their last bit, not more"
-    assert (together == alone).float().mean() > 0.999
+    if settings.policy == "digits":  # in torch, where sums may differ in their last bit
+        assert (together.int() - alone.int()).abs().max() <= 1
+        assert (together == alone).float().mean() > 0.999
+    else:
+        assert torch.equal(together, alone)
     assert not torch.equal(together, small_views(images, settings, 1, 3, indices)), "another epoch"
     assert not torch.equal(together[1], together[2]), "two views of one kind"
 
@@ -62,7 +65,7 @@ def test_photo_views_do_not_depend_on_the_batch():
     assert together.shape == (3, 3, 3, 24, 24)
     for position, photo in enumerate(photos):
         alone = photo_views([photo], settings, 0, 0, np.array([5 + position]))[:, 0]
-        assert (together[:, position].int() - alone.int()).abs().max() <= 1
+        assert torch.equal(together[:, position], alone)
 
 
 def test_digits_are_never_flipped():

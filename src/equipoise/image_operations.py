@@ -1,7 +1,9 @@
-"""Pixel operations on one image, in OpenCV on bytes: on a CPU several times faster than batches in torch.
+"""Pixel operations in OpenCV, on bytes: on a CPU several times faster than batches in torch.
 
-Images are uint8 arrays `[H, W, 3]`, RGB, and never changed in place; the parameter is a number. The names, parameters
-and results are those of `operations.py`, within 2 levels of 255 on average over an image (`test_image_operations.py`).
+Images are a contiguous stack `[N, H, W, 3]`, uint8, RGB, never changed in place: one photograph, or all small images of
+a batch that are in for the same operation, since at 32 pixels a call costs more than its work. Each has its own
+parameter, in `[N]`. The names, parameters and results are those of `operations.py`, within 2 levels of 255 on average
+over an image (`test_image_operations.py`).
 """
 
 import math
@@ -15,31 +17,32 @@ import torch
 from torch.nn import functional
 
 Pixels = npt.NDArray[np.uint8]
+Array = npt.NDArray[np.float64]
+Operation = Callable[[Pixels, Array], Pixels]
 
-_LEVEL = np.arange(256, dtype=np.uint8)
+_LEVEL = np.arange(256)
 _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
 _INTERPOLATION = {"nearest": cv2.INTER_NEAREST, "bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
 # OpenCV rounds where the references truncate. Not quite a half, so that whole numbers stay what they are.
 _TRUNCATED = -0.49
-# Matrices that take (red, green, blue, 1) to a colour: to its luma, and to what is left of it without.
-_LUMA = np.array([[0.299, 0.587, 0.114, _TRUNCATED]] * 3, np.float32)
-_CHROMA = np.eye(3, 4, dtype=np.float32) - np.array([0.299, 0.587, 0.114, 0], np.float32)
-# Up to this height, pixels, what a call costs counts for more than what it does to each pixel.
-_SMALL = 64
-
-Operation = Callable[[Pixels, float], Pixels]
+# Matrices that take (red, green, blue, 1) to a colour: itself, only its luma, only what is left of it without.
+_IDENTITY = np.eye(3, 4)
+_LUMA = np.array([[0.299, 0.587, 0.114, 0]] * 3)
+_CHROMA = _IDENTITY - _LUMA
+_TRUNCATE = np.array([[0, 0, 0, _TRUNCATED]] * 3)
 
 
 @lru_cache
 def operation(name: str, resampling: str, fill: tuple[float, ...]) -> Operation:
-    """The operation `name` of `policies.OPERATIONS`, of an image and its argument."""
+    """The operation `name` of `policies.OPERATIONS`, of a stack of images and their arguments."""
     if name in _COLOUR:
         return _COLOUR[name]
-    return lambda image, argument: affine(image, _MATRICES[name](argument, image.shape[0]), fill, resampling)
+    return lambda images, argument_N: _affine(images, argument_N, _MATRICES[name], fill, resampling)
 
 
 def resized_crop(image: Pixels, box: Sequence[int], size: int) -> Pixels:
-    """The box (top, left, height, width) as `[size, size, 3]`: Pillow's antialiased bilinear resize, within a level."""
+    """The box (top, left, height, width) of an image as `[size, size, 3]`: Pillow's antialiased bilinear resize, within
+    a level."""
     top, left, height, width = box
     crop = image[top : top + height, left : left + width]
     if height == width == size:
@@ -51,114 +54,143 @@ def resized_crop(image: Pixels, box: Sequence[int], size: int) -> Pixels:
     return crop_13SS[0].permute(1, 2, 0).numpy()
 
 
-def flip_horizontal(image: Pixels) -> Pixels:
-    return cv2.flip(image, 1)  # pyright: ignore[reportReturnType]
+def flip_horizontal(images: Pixels) -> Pixels:
+    return _stack(cv2.flip(_tall(images), 1), images) if len(images) > 0 else images
 
 
-def _linear(image: Pixels, factor: float, offset: float) -> Pixels:
-    if len(image) <= _SMALL:
-        return cv2.addWeighted(image, factor, image, 0, offset + _TRUNCATED)  # pyright: ignore[reportReturnType]
-    return _scaled(image, (factor,) * 3, (offset,) * 3)
+def _tall(images: Pixels) -> Pixels:
+    """The stack as a single image, one above the other."""
+    return images.reshape(-1, images.shape[2], 3)
 
 
-def _scaled(image: Pixels, factors: Sequence[float], offsets: Sequence[float]) -> Pixels:
-    """Each channel times its factor plus its offset."""
-    (a, b, c), (x, y, z) = factors, offsets
-    matrix = ((a, 0, 0, x + _TRUNCATED), (0, b, 0, y + _TRUNCATED), (0, 0, c, z + _TRUNCATED))
-    return cv2.transform(image, np.array(matrix, np.float32))  # pyright: ignore[reportReturnType] bytes stay bytes
+def _stack(tall: cv2.typing.MatLike, like: Pixels) -> Pixels:
+    """And back."""
+    return np.asarray(tall, np.uint8).reshape(like.shape)
 
 
-def to_grayscale(image: Pixels) -> Pixels:
-    return cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)  # pyright: ignore[reportReturnType]
+def _transform(images: Pixels, matrix_N34: Array) -> Pixels:
+    """Each pixel (red, green, blue, 1) times the matrix of its image, rounded."""
+    made = np.empty_like(images)
+    for image, matrix, out in zip(images, matrix_N34, made, strict=True):
+        cv2.transform(image, matrix, out)
+    return made
 
 
-def adjust_brightness(image: Pixels, factor: float) -> Pixels:
-    return _linear(image, factor, 0)
+def to_grayscale(images: Pixels, _: Array) -> Pixels:
+    luma = cv2.cvtColor(_tall(images), cv2.COLOR_RGB2GRAY)
+    return _stack(cv2.cvtColor(luma, cv2.COLOR_GRAY2RGB), images)
 
 
-def adjust_contrast(image: Pixels, factor: float) -> Pixels:
+def adjust_brightness(images: Pixels, factor_N: Array) -> Pixels:
+    return _transform(images, factor_N[:, None, None] * _IDENTITY + _TRUNCATE)
+
+
+def adjust_contrast(images: Pixels, factor_N: Array) -> Pixels:
+    mean_N = np.array([_mean_luma(image) for image in images])
+    matrix_N34 = factor_N[:, None, None] * _IDENTITY
+    matrix_N34[:, :, 3] = ((1 - factor_N) * mean_N + _TRUNCATED)[:, None]
+    return _transform(images, matrix_N34)
+
+
+def _mean_luma(image: Pixels) -> float:
     red, green, blue, _ = cv2.mean(image)
-    mean_luma = 0.299 * red + 0.587 * green + 0.114 * blue
-    return _linear(image, factor, (1 - factor) * mean_luma)
+    return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
-def adjust_saturation(image: Pixels, factor: float) -> Pixels:
-    return cv2.transform(image, _LUMA + factor * _CHROMA)  # pyright: ignore[reportReturnType]
+def adjust_saturation(images: Pixels, factor_N: Array) -> Pixels:
+    return _transform(images, factor_N[:, None, None] * _CHROMA + (_LUMA + _TRUNCATE))
 
 
-@lru_cache(maxsize=512)
-def _hues(hue: int, shape: tuple[int, ...]) -> Pixels:
-    hues = np.zeros(shape, np.uint8)
-    hues[..., 0] = hue
-    return hues
-
-
-def adjust_hue(image: Pixels, shift: float) -> Pixels:
+def adjust_hue(images: Pixels, shift_N: Array) -> Pixels:
     """In 8 bits, as Pillow does it: there are 256 hues."""
-    hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)
-    hsv += _hues(round(256 * shift) % 256, image.shape if len(image) <= _SMALL else image.shape[1:])  # wraps around
-    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)  # pyright: ignore[reportReturnType]
+    hsv = cv2.cvtColor(_tall(images), cv2.COLOR_RGB2HSV_FULL)
+    # Whole rows of pixels, not their hues alone: bytes that lie together are added many at a time.
+    row_N1W3 = np.zeros((len(images), 1, *images.shape[2:]), np.uint8)
+    row_N1W3[..., 0] = np.rint(256 * shift_N[:, None, None]).astype(np.int64)
+    moved = _stack(hsv, images) + row_N1W3  # hues wrap around
+    return _stack(cv2.cvtColor(_tall(moved), cv2.COLOR_HSV2RGB_FULL), images)
 
 
-def invert(image: Pixels) -> Pixels:
-    return cv2.bitwise_not(image)  # pyright: ignore[reportReturnType]
+def invert(images: Pixels, _: Array) -> Pixels:
+    return ~images
 
 
-def posterize(image: Pixels, bits: float) -> Pixels:
-    return image & np.uint8(256 - (256 >> int(bits)))
+def posterize(images: Pixels, bits_N: Array) -> Pixels:
+    return images & (256 - (256 >> bits_N.astype(np.int64))).astype(np.uint8)[:, None, None, None]
 
 
-def _lookup(image: Pixels, table: Pixels) -> Pixels:
-    return cv2.LUT(image, table)  # pyright: ignore[reportReturnType]
+def _look_up(images: Pixels, table_NV: npt.NDArray[np.integer]) -> Pixels:
+    """Each value through its image's table of 256; or `[N, 256, 3]`, one for each channel."""
+    made = np.empty_like(images)
+    for image, table, out in zip(images, np.ascontiguousarray(table_NV, np.uint8)[:, None], made, strict=True):
+        cv2.LUT(image, table, out)
+    return made
 
 
-def solarize(image: Pixels, threshold: float) -> Pixels:
-    return _lookup(image, np.where(threshold > _LEVEL, _LEVEL, ~_LEVEL))
+def solarize(images: Pixels, threshold_N: Array) -> Pixels:
+    return _look_up(images, np.where(threshold_N[:, None] > _LEVEL, _LEVEL, 255 - _LEVEL))
 
 
-def solarize_add(image: Pixels, addend: float) -> Pixels:
-    return _lookup(image, np.where(_LEVEL < 128, _LEVEL + np.uint8(addend), _LEVEL))  # at most 127 + 110
+def solarize_add(images: Pixels, addend_N: Array) -> Pixels:
+    addend_N1 = addend_N.astype(np.int64)[:, None]
+    return _look_up(images, np.where(_LEVEL < 128, _LEVEL + addend_N1, _LEVEL))  # at most 127 + 110
 
 
-def autocontrast(image: Pixels) -> Pixels:
-    limits = [cv2.minMaxLoc(channel)[:2] for channel in cv2.split(image)]
-    factors = [255 / (high - low) if high > low else 1 for low, high in limits]
-    offsets = [-low * factor if high > low else 0 for (low, high), factor in zip(limits, factors, strict=True)]
-    return _scaled(image, factors, offsets)
+def autocontrast(images: Pixels, _: Array) -> Pixels:
+    channels = [channel.reshape(len(images), -1) for channel in cv2.split(_tall(images))]
+    low_N31 = np.array([channel.min(axis=1) for channel in channels], float).T[:, :, None]
+    high_N31 = np.array([channel.max(axis=1) for channel in channels]).T[:, :, None]
+    spread_N31 = np.maximum(high_N31 - low_N31, 1)
+    matrix_N34 = np.where(high_N31 > low_N31, 255 / spread_N31, 1) * _IDENTITY
+    matrix_N34[:, :, 3:] = np.where(high_N31 > low_N31, -low_N31 * 255 / spread_N31, 0) + _TRUNCATED
+    return _transform(images, matrix_N34)
 
 
-def equalize(image: Pixels) -> Pixels:
+def equalize(images: Pixels, _: Array) -> Pixels:
     # Whole numbers as float32, which OpenCV counts in and numpy divides fast.
-    histogram_3V = np.array([cv2.calcHist([image], [c], None, [256], [0, 256]).ravel() for c in range(3)])
-    brightest_3 = 255 - (histogram_3V[:, ::-1] > 0).argmax(axis=1)
-    step_31 = np.floor((image.shape[0] * image.shape[1] - histogram_3V[[0, 1, 2], brightest_3]) / 255)[:, None]
-    below_3V = histogram_3V.cumsum(axis=1) - histogram_3V
-    table_3V = ((below_3V + np.floor(step_31 / 2)) / np.maximum(step_31, 1)).clip(max=255)
-    return _lookup(image, np.where(step_31 > 0, table_3V, _LEVEL).astype(np.uint8).T[None])
+    count_N3V = np.empty((len(images), 3, 256), np.float32)
+    for image, count_3V in zip(images, count_N3V, strict=True):
+        for channel in range(3):
+            cv2.calcHist([image], [channel], None, [256], [0, 256], count_3V[channel])
+    below_N3V = count_N3V.cumsum(axis=2)
+    below_N3V -= count_N3V
+    # A 255th of all pixels but the brightest. What becomes of values that no pixel has does not matter.
+    darker_N31 = np.where(below_N3V < images[0, ..., 0].size, below_N3V, 0).max(axis=2, keepdims=True)
+    step_N31 = np.floor(darker_N31 / 255)
+    below_N3V += np.floor(step_N31 / 2)
+    below_N3V /= np.maximum(step_N31, 1)
+    np.minimum(below_N3V, 255, out=below_N3V)
+    table_N3V = np.where(step_N31 > 0, below_N3V, _LEVEL.astype(np.float32))
+    return _look_up(images, table_N3V.astype(np.uint8).transpose(0, 2, 1))
 
 
-def adjust_sharpness(image: Pixels, factor: float) -> Pixels:
-    smooth = cv2.filter2D(image, -1, _SMOOTH)
-    smooth[0], smooth[-1] = image[0], image[-1]
-    smooth[:, 0], smooth[:, -1] = image[:, 0], image[:, -1]
-    return cv2.addWeighted(image, factor, smooth, 1 - factor, _TRUNCATED)  # pyright: ignore[reportReturnType]
+def adjust_sharpness(images: Pixels, factor_N: Array) -> Pixels:
+    made = np.empty_like(images)
+    for image, factor, out in zip(images, factor_N.tolist(), made, strict=True):
+        smooth = cv2.filter2D(image, -1, _SMOOTH)
+        smooth[0], smooth[-1] = image[0], image[-1]
+        smooth[:, 0], smooth[:, -1] = image[:, 0], image[:, -1]
+        cv2.addWeighted(image, factor, smooth, 1 - factor, _TRUNCATED, out)
+    return made
 
 
-def gaussian_blur(image: Pixels, sigma: float) -> Pixels:
-    return cv2.GaussianBlur(image, (17, 17), sigma)  # pyright: ignore[reportReturnType]
+def gaussian_blur(images: Pixels, sigma_N: Array) -> Pixels:
+    made = np.empty_like(images)
+    for image, sigma, out in zip(images, sigma_N.tolist(), made, strict=True):
+        cv2.GaussianBlur(image, (17, 17), sigma, out)
+    return made
 
 
-def affine(image: Pixels, matrix_23: Sequence[Sequence[float]], fill: tuple[float, ...], resampling: str) -> Pixels:
+def _affine(
+    images: Pixels, argument_N: Array, matrix_of: "_MatrixOf", fill: tuple[float, ...], resampling: str
+) -> Pixels:
     """As `operations.affine`; at the border, though, the fill colour is blended in rather than cut off."""
-    # From the centres of pixels, (x + 0.5, y + 0.5), to OpenCV's whole numbers.
-    matrix = np.array([[a, b, c + (a + b) / 2 - 0.5] for a, b, c in matrix_23])
-    return cv2.warpAffine(  # pyright: ignore[reportReturnType]
-        image,
-        matrix,
-        image.shape[1::-1],
-        flags=_INTERPOLATION[resampling] | cv2.WARP_INVERSE_MAP,
-        borderValue=fill,
-    )
+    flags, made = _INTERPOLATION[resampling] | cv2.WARP_INVERSE_MAP, np.empty_like(images)
+    for image, argument, out in zip(images, argument_N.tolist(), made, strict=True):
+        # From the centres of pixels, (x + 0.5, y + 0.5), to OpenCV's whole numbers.
+        matrix = np.array([[a, b, c + (a + b) / 2 - 0.5] for a, b, c in matrix_of(argument, len(image))])
+        cv2.warpAffine(image, matrix, image.shape[1::-1], out, flags, borderValue=fill)
+    return made
 
 
 def _rotation(degrees: float, side: int) -> list[list[float]]:
@@ -179,13 +211,14 @@ _COLOUR: dict[str, Operation] = {
     "Solarize": solarize,
     "SolarizeAdd": solarize_add,
     "Blur": gaussian_blur,
-    "AutoContrast": lambda image, _: autocontrast(image),
-    "Equalize": lambda image, _: equalize(image),
-    "Invert": lambda image, _: invert(image),
-    "Grayscale": lambda image, _: to_grayscale(image),
+    "AutoContrast": autocontrast,
+    "Equalize": equalize,
+    "Invert": invert,
+    "Grayscale": to_grayscale,
 }
-# Of square images, from output to input.
-_MATRICES: dict[str, Callable[[float, int], list[list[float]]]] = {
+# Of an argument and the side of square images: from output to input.
+_MatrixOf = Callable[[float, int], list[list[float]]]
+_MATRICES: dict[str, _MatrixOf] = {
     "Rotate": _rotation,
     "ShearX": lambda level, _: [[1, level, 0], [0, 1, 0]],
     "ShearY": lambda level, _: [[1, 0, 0], [level, 1, 0]],

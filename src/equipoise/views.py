@@ -5,16 +5,15 @@ A *view* is a geometry (crop, flip) followed by operations on pixels. The three 
 by image (`policies.py`), from `draws.uniforms`. So a view depends on (seed, epoch, image) and not on which batch,
 process or device computes it.
 
-On a CPU each image goes by itself through OpenCV (`image_operations.py`): photographs in the processes of the loader,
-the small images of CIFAR where they lie in memory. On a GPU small images go through torch as one batch
-(`operations.py`), and so do the digits everywhere.
+On a CPU it is OpenCV that changes pixels (`image_operations.py`): photographs one by one, in the processes of the
+loader; the small images of CIFAR operation by operation, where they lie in memory. On a GPU small images go through
+torch (`operations.py`), and so do the digits everywhere.
 
 Shapes: B images of a batch, S the side of a view, V views.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -64,39 +63,38 @@ def small_views(
     images_B3SS: Tensor, settings: ViewSettings, seed: int, epoch: int, indices_B: npt.NDArray[np.int64]
 ) -> Tensor:
     """All views of a batch of small images: uint8 `[B, 3, S, S]` to uint8 `[V, B, 3, S, S]`, on the same device."""
-    if images_B3SS.device.type == "cpu" and settings.policy == "cifar":
-        images_BSS3 = images_B3SS.permute(0, 2, 3, 1).numpy()
-        return _one_by_one(images_BSS3, settings, seed, epoch, indices_B, _cifar_crops)
-    return batch_views(images_B3SS, settings, seed, epoch, indices_B)
+    if images_B3SS.device.type != "cpu" or settings.policy == "digits":
+        return batch_views(images_B3SS, settings, seed, epoch, indices_B)
+    views_VBSS3 = np.empty((len(settings.kinds), len(images_B3SS), settings.size, settings.size, 3), np.uint8)
+    for stream, (kind, views_BSS3) in enumerate(zip(settings.kinds, views_VBSS3, strict=True)):
+        numbers = Numbers(uniforms(seed, epoch, indices_B, stream, policies.NUMBERS_PER_VIEW))
+        _crop_small_images(images_B3SS.permute(0, 2, 3, 1).numpy(), kind, numbers, views_BSS3)
+        for turn in _turns(kind, settings, numbers):
+            for rows, operation in _groups(turn):
+                changed = image_operations.operation(*operation)
+                views_BSS3[rows] = changed(views_BSS3[rows], turn.argument_B[rows])
+        if kind == "cls":
+            _cut_out(views_BSS3, numbers)
+    return torch.from_numpy(views_VBSS3).permute(0, 1, 4, 2, 3)
 
 
 def photo_views(
     photos: Sequence[Pixels], settings: ViewSettings, seed: int, epoch: int, indices_B: npt.NDArray[np.int64]
 ) -> Tensor:
     """All views of a batch of photographs of any size, each uint8 `[H, W, 3]`: uint8 `[V, B, 3, S, S]`."""
-    return _one_by_one(photos, settings, seed, epoch, indices_B, _photo_crops)
-
-
-def _one_by_one(
-    images: Sequence[Pixels] | Pixels,
-    settings: ViewSettings,
-    seed: int,
-    epoch: int,
-    indices_B: npt.NDArray[np.int64],
-    crops_of: Callable[[Any, str, Numbers, int], Iterator[Pixels]],
-) -> Tensor:
-    """Each image by itself, on a CPU. Of the views, the channels lie together in memory."""
-    views_VBSS3 = np.empty((len(settings.kinds), len(images), settings.size, settings.size, 3), np.uint8)
-    for stream, kind in enumerate(settings.kinds):
+    views_VBSS3 = np.empty((len(settings.kinds), len(photos), settings.size, settings.size, 3), np.uint8)
+    for stream, (kind, views_BSS3) in enumerate(zip(settings.kinds, views_VBSS3, strict=True)):
         numbers = Numbers(uniforms(seed, epoch, indices_B, stream, policies.NUMBERS_PER_VIEW))
-        crops = crops_of(images, kind, numbers, settings.size)
-        steps = _steps(len(images), _turns(kind, settings, numbers))
-        for position, (view, of_image) in enumerate(zip(crops, steps, strict=True)):
-            for operation, argument in of_image:
-                view = operation(view, argument)
-            views_VBSS3[stream, position] = view
-        if (settings.policy, kind) == ("cifar", "cls"):
-            _cut_out(views_VBSS3[stream], numbers)
+        boxes_B4, flips = _photo_crops(photos, numbers)
+        steps = _steps(len(photos), _turns(kind, settings, numbers))
+        # All of an image before the next one: its bytes stay in the cache.
+        for photo, box, flip, of_image, out_SS3 in zip(photos, boxes_B4, flips, steps, views_BSS3, strict=True):
+            view_1SS3 = np.ascontiguousarray(image_operations.resized_crop(photo, box, settings.size))[None]
+            if flip:
+                view_1SS3 = image_operations.flip_horizontal(view_1SS3)
+            for operation, argument_1 in of_image:
+                view_1SS3 = operation(view_1SS3, argument_1)
+            out_SS3[...] = view_1SS3[0]
     return torch.from_numpy(views_VBSS3).permute(0, 1, 4, 2, 3)
 
 
@@ -143,34 +141,30 @@ def evaluation_view(photo: Pixels, size: int) -> Pixels:
 # ---------------------------------------------------------------------------------------------- geometry
 
 
-def _photo_crops(photos: Sequence[Pixels], _: str, numbers: Numbers, size: int) -> Iterator[Pixels]:
+def _photo_crops(photos: Sequence[Pixels], numbers: Numbers) -> tuple[list[list[int]], list[bool]]:
+    """The box of each photograph, and whether what is in it is mirrored."""
     heights_B, widths_B = np.array([photo.shape[:2] for photo in photos]).T
     boxes = policies.random_boxes(numbers, heights_B, widths_B, smallest_share=0.08)
-    flips = (numbers.next() < 0.5).tolist()
-    crops = zip(_crops(photos, boxes, size), flips, strict=True)
-    return (image_operations.flip_horizontal(crop) if flip else crop for crop, flip in crops)
+    return np.stack(boxes, axis=1).tolist(), (numbers.next() < 0.5).tolist()
 
 
-def _cifar_crops(images_BSS3: Pixels, kind: str, numbers: Numbers, size: int) -> Iterator[Pixels]:
+def _crop_small_images(images_BSS3: Pixels, kind: str, numbers: Numbers, out_BSS3: Pixels) -> None:
+    batch, side = images_BSS3.shape[:2]
     if kind == "cls":
-        top_B, left_B, padding = _shifts(numbers, size)
-        images_BSS3 = np.pad(images_BSS3, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-        height_B = width_B = np.full(len(images_BSS3), size)
+        top_B, left_B, padding = _shifts(numbers, side)
+        padded = np.pad(images_BSS3, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+        # A row of pixels is one row of bytes: windows of 3 * side of them, at every third.
+        windows = np.lib.stride_tricks.sliding_window_view(
+            padded.reshape(batch, -1, 3 * padded.shape[2]), (side, 3 * side), (1, 2)
+        )
+        out_BSS3[...] = windows[:, :, ::3][np.arange(batch), top_B, left_B].reshape(out_BSS3.shape)
     else:
-        sides_B = np.full(len(images_BSS3), size)
-        top_B, left_B, height_B, width_B = policies.random_boxes(numbers, sides_B, sides_B, smallest_share=0.2)
-    # Mirrored, the box lies at the other end. All are mirrored in one call, one above the other: a tenth of the time.
-    flip_B, side = numbers.next() < 0.5, images_BSS3.shape[2]
-    mirrored_BSS3 = image_operations.flip_horizontal(images_BSS3.reshape(-1, side, 3)).reshape(images_BSS3.shape)
-    left_B = np.where(flip_B, side - width_B - left_B, left_B)
-    pairs = zip(images_BSS3, mirrored_BSS3, strict=True)
-    images = [pair[flip] for pair, flip in zip(pairs, flip_B.tolist(), strict=True)]
-    return _crops(images, (top_B, left_B, height_B, width_B), size)
-
-
-def _crops(images: Sequence[Pixels] | Pixels, boxes: Sequence[npt.NDArray[np.int64]], size: int) -> Iterator[Pixels]:
-    boxes_B4 = np.stack(boxes, axis=1).tolist()
-    return (image_operations.resized_crop(image, box, size) for image, box in zip(images, boxes_B4, strict=True))
+        sides_B = np.full(batch, side)
+        boxes = policies.random_boxes(numbers, sides_B, sides_B, smallest_share=0.2)
+        for image, box, out in zip(images_BSS3, np.stack(boxes, axis=1).tolist(), out_BSS3, strict=True):
+            out[...] = image_operations.resized_crop(image, box, side)
+    flipped_B = numbers.next() < 0.5
+    out_BSS3[flipped_B] = image_operations.flip_horizontal(out_BSS3[flipped_B])
 
 
 def _shifts(numbers: Numbers, side: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], int]:
@@ -235,34 +229,35 @@ def _rand_augment(settings: ViewSettings, numbers: Numbers) -> list[Turn]:
     return policies.rand_augment(numbers, settings.size, settings.mean, settings.randaug_n, settings.randaug_m)
 
 
-def _steps(images: int, turns: Sequence[Turn]) -> list[list[tuple[image_operations.Operation, float]]]:
-    """What is done to each image of a batch, one after the other: operations with their arguments."""
-    steps: list[list[tuple[image_operations.Operation, float]]] = [[] for _ in range(images)]
+def _groups(turn: Turn) -> Iterator[tuple[npt.NDArray[np.int64], tuple[str, op.Interpolation, tuple[float, ...]]]]:
+    """The operations of a turn: rows of the batch, and name, resampling and fill of what happens to them."""
+    # One number for an operation and its resampling.
+    groups_B = np.where(turn.operation_B < 0, -1, len(policies.RESAMPLINGS) * turn.operation_B + turn.resampling_B)
+    for group in np.unique(groups_B[groups_B >= 0]).tolist():
+        operation, resampling = divmod(group, len(policies.RESAMPLINGS))
+        named = policies.OPERATIONS[operation], policies.RESAMPLINGS[resampling], turn.fill
+        yield np.flatnonzero(groups_B == group), named
+
+
+def _steps(images: int, turns: Sequence[Turn]) -> list[list[tuple[image_operations.Operation, Array]]]:
+    """What is done to each image of a batch, one after the other: operations with their argument `[1]`."""
+    steps: list[list[tuple[image_operations.Operation, Array]]] = [[] for _ in range(images)]
     for turn in turns:
-        of_images = zip(
-            steps, *(part.tolist() for part in (turn.operation_B, turn.argument_B, turn.resampling_B)), strict=True
-        )
-        for of_image, operation, argument, resampling in of_images:
-            if operation >= 0:
-                name, how = policies.OPERATIONS[operation], policies.RESAMPLINGS[resampling]
-                of_image.append((image_operations.operation(name, how, turn.fill), argument))
+        for rows, operation in _groups(turn):
+            for row in rows.tolist():
+                steps[row].append((image_operations.operation(*operation), turn.argument_B[row : row + 1]))
     return steps
 
 
 def turned(images_B3SS: Tensor, turn: Turn) -> Tensor:
     """A turn of a batch of small images: each operation on the images that it is meant for, together."""
-    # One number for an operation and its resampling.
-    groups_B = np.where(turn.operation_B < 0, -1, len(policies.RESAMPLINGS) * turn.operation_B + turn.resampling_B)
-    for group in np.unique(groups_B[groups_B >= 0]).tolist():
-        operation, resampling = divmod(group, len(policies.RESAMPLINGS))
-        name, resample = policies.OPERATIONS[operation], policies.RESAMPLINGS[resampling]
-        rows = np.flatnonzero(groups_B == group)
+    for rows, (name, resample, fill) in _groups(turn):
         (argument,) = _tensors(images_B3SS, turn.argument_B[rows])
         if len(rows) == len(images_B3SS):
-            return named_operation(images_B3SS, argument, name, turn.fill, resample)
+            return named_operation(images_B3SS, argument, name, fill, resample)
         # Chosen on the CPU: a device is not waited for.
         rows_on_device = torch.from_numpy(rows).to(images_B3SS.device, non_blocking=True)
-        made = named_operation(images_B3SS[rows_on_device], argument, name, turn.fill, resample)
+        made = named_operation(images_B3SS[rows_on_device], argument, name, fill, resample)
         images_B3SS = images_B3SS.index_copy(0, rows_on_device, made)
     return images_B3SS
 
