@@ -84,14 +84,16 @@ def supervised_contrastive_loss(
     _check_shapes(features_BVD, labels_B)
     with torch.autocast(features_BVD.device.type, enabled=False):
         features_KD, labels_K, anchors = _flat(features_BVD, labels_B, rows)
-        _, class_K, count_J = labels_K.unique(return_inverse=True, return_counts=True)  # J classes present
-        sums_JD = features_KD.new_zeros(len(count_J), features_KD.shape[1]).index_add(0, class_K, features_KD)
-        positives_K = (count_J[class_K] - 1).to(features_KD.dtype)
-        anchors_ND, class_N, positives_N = features_KD[anchors], class_K[anchors], positives_K[anchors]
+        # A class goes by the place of its first feature: how many classes are there, a GPU would have to be asked.
+        same_KK = labels_K[:, None] == labels_K
+        first_K = same_KK.byte().argmax(1)
+        sums_KD = torch.zeros_like(features_KD).index_add(0, first_K, features_KD)
+        positives_K = (same_KK.sum(1) - 1).to(features_KD.dtype)
+        anchors_ND, first_N, positives_N = features_KD[anchors], first_K[anchors], positives_K[anchors]
 
         similarity_NK = anchors_ND @ features_KD.T / temperature
         log_denominator_N = _exclude_self(similarity_NK, anchors).logsumexp(1)
-        positive_N = _sum_of_others(sums_JD[class_N], anchors_ND) / temperature / positives_N.clamp(min=1)
+        positive_N = _sum_of_others(sums_KD[first_N], anchors_ND) / temperature / positives_N.clamp(min=1)
         loss_N = torch.where(positives_N > 0, log_denominator_N - positive_N, 0.0)
         return loss_N.sum() / (positives_K > 0).sum().clamp(min=1)
 
