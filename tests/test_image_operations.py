@@ -1,5 +1,7 @@
 """Operations on photographs against Pillow, timm and torchvision, at the size they are trained at."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -149,6 +151,50 @@ def test_hue_moves_red_to_green_to_blue():
     red[..., 0] = 255
     for shift, colour in ((0.0, (255, 0, 0)), (1 / 3, (0, 255, 0)), (-1 / 3, (0, 0, 255)), (0.5, (0, 255, 255))):
         assert np.abs(done("Hue", red, shift)[0, 0].astype(int) - colour).max() <= 6  # one of 256 hues
+
+
+LINEAR = ("Brightness", "Contrast", "Color")
+
+
+@pytest.mark.parametrize("between", [(), ("Hue",), ("Invert",)], ids=["alone", "hue", "invert"])
+@pytest.mark.parametrize("factors", [(0.6, 0.9, 0.7), (0.7, 1.4, 0.8), (1.3, 0.6, 1.4), (0.6, 0.6, 1.4)])
+def test_what_is_done_in_one_pass_is_what_is_done_one_after_the_other(factors, between):
+    """Each rounds down to whole numbers, and together they do it once: a level of difference, and none on average."""
+    image = drawn(96)[0]
+    for order in itertools.permutations(zip(LINEAR, factors, strict=True)):
+        named = [order[0], *((name, 0.1) for name in between), *order[1:]]
+        steps, expected = [], image
+        for name, argument in named:
+            steps.append((name, image_operations.operation(name, "nearest", FILL), np.array([argument])))
+            expected = done(name, expected, argument)
+        together = image_operations.in_turn(image[None], steps)[0]
+        assert np.abs(together.astype(int) - expected).max() <= (8 if between == ("Hue",) else 2)  # one of 256 hues
+        assert difference(together, expected) < 0.5
+        assert abs(together.astype(float).mean() - expected.mean()) < 0.25
+
+
+def test_what_clips_is_not_passed_over():
+    """Brightened beyond white and darkened again: the highlights stay lost."""
+    image = np.full((1, 8, 8, 3), 200, np.uint8)
+    steps = [
+        (name, image_operations.operation(name, "nearest", FILL), np.array([factor]))
+        for name, factor in (("Brightness", 1.4), ("Brightness", 0.5))
+    ]
+    assert set(image_operations.in_turn(image, steps).flat) == {127}
+    assert set(image_operations.in_turn(image, steps[::-1]).flat) == {139}  # 140, rounded down twice
+
+
+@pytest.mark.parametrize("resampling", policies.RESAMPLINGS)
+@pytest.mark.parametrize("name", ["TranslateX", "TranslateY"])
+def test_translations_are_pillows_also_at_the_border(name, resampling):
+    for side in (33, 5):
+        image = np.random.default_rng(side).integers(0, 256, (side, side, 3), dtype=np.uint8)
+        for pixels in (0, 0.3, -0.3, 0.5, -0.5, 7.9, -11.2, side - 0.7, 0.2 - side, side + 3, -side - 4.5, 3, -3):
+            matrix = (1, 0, pixels, 0, 1, 0) if name == "TranslateX" else (1, 0, 0, 0, 1, pixels)
+            options = {"resample": OF_PILLOW[resampling], "fillcolor": FILL}
+            pillow = Image.fromarray(image).transform((side, side), Image.AFFINE, matrix, **options)
+            ours = done(name, image, pixels, resampling)
+            assert np.abs(ours.astype(int) - np.asarray(pillow)).max() <= (0 if resampling == "nearest" else 1)
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (5, 3), (1, 1), (224, 224)])

@@ -9,6 +9,7 @@ over an image (`test_image_operations.py`).
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Any
 
 import cv2
 import numpy as np
@@ -19,24 +20,26 @@ from torch.nn import functional
 Pixels = npt.NDArray[np.uint8]
 Array = npt.NDArray[np.float64]
 Operation = Callable[[Pixels, Array], Pixels]
+Step = tuple[str, Operation, Array]  # its name, and its argument [1]
 
 _LEVEL = np.arange(256)
 _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
 _INTERPOLATION = {"nearest": cv2.INTER_NEAREST, "bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
 # OpenCV rounds where the references truncate. Not quite a half, so that whole numbers stay what they are.
 _TRUNCATED = -0.49
-# Matrices that take (red, green, blue, 1) to a colour: itself, only its luma, only what is left of it without.
-_IDENTITY = np.eye(3, 4)
+# Matrices that take (red, green, blue, 1) to a colour: itself, its luma, white.
+_COLOUR = np.eye(3, 4)
 _LUMA = np.array([[0.299, 0.587, 0.114, 0]] * 3)
-_CHROMA = _IDENTITY - _LUMA
-_TRUNCATE = np.array([[0, 0, 0, _TRUNCATED]] * 3)
+_WHITE = np.array([[0, 0, 0, 1]] * 3)
 
 
 @lru_cache
 def operation(name: str, resampling: str, fill: tuple[float, ...]) -> Operation:
     """The operation `name` of `policies.OPERATIONS`, of a stack of images and their arguments."""
-    if name in _COLOUR:
-        return _COLOUR[name]
+    if name in _OF_COLOUR:
+        return _OF_COLOUR[name]
+    if name in _AXES:
+        return lambda images, argument_N: _translate(images, argument_N, _AXES[name], fill, resampling)
     return lambda images, argument_N: _affine(images, argument_N, _MATRICES[name], fill, resampling)
 
 
@@ -68,6 +71,48 @@ def _stack(tall: cv2.typing.MatLike, like: Pixels) -> Pixels:
     return np.asarray(tall, np.uint8).reshape(like.shape)
 
 
+def in_turn(image: Pixels, steps: Sequence[Step]) -> Pixels:
+    """A photograph `[1, H, W, 3]` through several operations.
+
+    Brightness, contrast and saturation are each a * colour + b * luma + c. One after the other they are that again, but
+    for what is clipped in between; and a factor of at most 1 clips nothing. Such are done in one pass over the pixels.
+    """
+    together, clips = _UNCHANGED, False
+    for name, operation, argument_1 in steps:
+        if name not in _LINEAR or clips:
+            image, together, clips = _linear(image, together), _UNCHANGED, False
+        if name not in _LINEAR:
+            image = operation(image, argument_1)
+            continue
+        a, b, c = together
+        luma = (a + b) * _mean_luma(image[0]) + c if name == "Contrast" else 0
+        of_colour, of_luma, add = _LINEAR[name](float(argument_1[0]), luma)
+        together = of_colour * a, of_colour * b + of_luma * (a + b), (of_colour + of_luma) * c + add + _TRUNCATED
+        clips = float(argument_1[0]) > 1
+    return _linear(image, together)
+
+
+def _linear(image: Pixels, together: tuple[float, float, float]) -> Pixels:
+    if together is _UNCHANGED:
+        return image
+    a, b, c = together
+    return _transform(image, (a * _COLOUR + b * _LUMA + c * _WHITE)[None])
+
+
+def _linear_operation(name: str) -> Operation:
+    def operation(images: Pixels, factor_N: Array) -> Pixels:
+        luma_N = np.array([_mean_luma(image) for image in images]) if name == "Contrast" else np.zeros(1)
+        a, b, c = (part[:, None, None] for part in np.broadcast_arrays(*_LINEAR[name](factor_N, luma_N)))
+        return _transform(images, a * _COLOUR + b * _LUMA + (c + _TRUNCATED) * _WHITE)
+
+    return operation
+
+
+def _mean_luma(image: Pixels) -> float:
+    red, green, blue, _ = cv2.mean(image)
+    return 0.299 * red + 0.587 * green + 0.114 * blue
+
+
 def _transform(images: Pixels, matrix_N34: Array) -> Pixels:
     """Each pixel (red, green, blue, 1) times the matrix of its image, rounded."""
     made = np.empty_like(images)
@@ -81,34 +126,15 @@ def to_grayscale(images: Pixels, _: Array) -> Pixels:
     return _stack(cv2.cvtColor(luma, cv2.COLOR_GRAY2RGB), images)
 
 
-def adjust_brightness(images: Pixels, factor_N: Array) -> Pixels:
-    return _transform(images, factor_N[:, None, None] * _IDENTITY + _TRUNCATE)
-
-
-def adjust_contrast(images: Pixels, factor_N: Array) -> Pixels:
-    mean_N = np.array([_mean_luma(image) for image in images])
-    matrix_N34 = factor_N[:, None, None] * _IDENTITY
-    matrix_N34[:, :, 3] = ((1 - factor_N) * mean_N + _TRUNCATED)[:, None]
-    return _transform(images, matrix_N34)
-
-
-def _mean_luma(image: Pixels) -> float:
-    red, green, blue, _ = cv2.mean(image)
-    return 0.299 * red + 0.587 * green + 0.114 * blue
-
-
-def adjust_saturation(images: Pixels, factor_N: Array) -> Pixels:
-    return _transform(images, factor_N[:, None, None] * _CHROMA + (_LUMA + _TRUNCATE))
-
-
 def adjust_hue(images: Pixels, shift_N: Array) -> Pixels:
     """In 8 bits, as Pillow does it: there are 256 hues."""
     hsv = cv2.cvtColor(_tall(images), cv2.COLOR_RGB2HSV_FULL)
     # Whole rows of pixels, not their hues alone: bytes that lie together are added many at a time.
     row_N1W3 = np.zeros((len(images), 1, *images.shape[2:]), np.uint8)
     row_N1W3[..., 0] = np.rint(256 * shift_N[:, None, None]).astype(np.int64)
-    moved = _stack(hsv, images) + row_N1W3  # hues wrap around
-    return _stack(cv2.cvtColor(_tall(moved), cv2.COLOR_HSV2RGB_FULL), images)
+    moved = _stack(hsv, images)
+    moved += row_N1W3  # hues wrap around
+    return _stack(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL), images)
 
 
 def invert(images: Pixels, _: Array) -> Pixels:
@@ -141,7 +167,7 @@ def autocontrast(images: Pixels, _: Array) -> Pixels:
     low_N31 = np.array([channel.min(axis=1) for channel in channels], float).T[:, :, None]
     high_N31 = np.array([channel.max(axis=1) for channel in channels]).T[:, :, None]
     spread_N31 = np.maximum(high_N31 - low_N31, 1)
-    matrix_N34 = np.where(high_N31 > low_N31, 255 / spread_N31, 1) * _IDENTITY
+    matrix_N34 = np.where(high_N31 > low_N31, 255 / spread_N31, 1) * _COLOUR
     matrix_N34[:, :, 3:] = np.where(high_N31 > low_N31, -low_N31 * 255 / spread_N31, 0) + _TRUNCATED
     return _transform(images, matrix_N34)
 
@@ -193,6 +219,27 @@ def _affine(
     return made
 
 
+def _translate(images: Pixels, pixels_N: Array, axis: int, fill: tuple[float, ...], resampling: str) -> Pixels:
+    """Along a column (`axis` 0) or a row (1), as Pillow does it; in a fifth of the time of `_affine`."""
+    made = np.empty_like(images)
+    made[...] = np.array(
+        [fill] * images.shape[2], np.uint8
+    )  # a whole row: three bytes at a time would take as long as the rest
+    for image, pixels, out in zip(images, pixels_N.tolist(), made, strict=True):
+        # Place x becomes what is `part` of the way from x + whole to the next one; if its middle lies in the image.
+        whole = math.floor(pixels + 0.5 if resampling == "nearest" else pixels)
+        begin = max(0, math.ceil(-0.5 - pixels))
+        end = max(begin, min(image.shape[axis], math.ceil(image.shape[axis] - 0.5 - pixels)))
+        margins = (2, 2, 0, 0) if axis == 0 else (0, 0, 2, 2)
+        moved = cv2.copyMakeBorder(image, *margins, cv2.BORDER_REPLICATE)
+        if resampling != "nearest":
+            taps = np.array([_TAPS[resampling](pixels - whole)])
+            kernel, anchor = (taps.T, (0, 1)) if axis == 0 else (taps, (1, 0))
+            moved = cv2.filter2D(moved, -1, kernel, anchor=anchor, delta=_TRUNCATED)
+        out.swapaxes(0, axis)[begin:end] = moved.swapaxes(0, axis)[begin + whole + 2 : end + whole + 2]
+    return made
+
+
 def _rotation(degrees: float, side: int) -> list[list[float]]:
     cos, sin, middle = math.cos(math.radians(degrees)), math.sin(math.radians(degrees)), side / 2
     return [
@@ -201,10 +248,16 @@ def _rotation(degrees: float, side: int) -> list[list[float]]:
     ]
 
 
-_COLOUR: dict[str, Operation] = {
-    "Brightness": adjust_brightness,
-    "Color": adjust_saturation,
-    "Contrast": adjust_contrast,
+# Factor and mean luma of the image (numbers, or an array of those of several) to a, b and c of
+# a * colour + b * luma + c.
+_UNCHANGED = (1.0, 0.0, 0.0)
+_LINEAR: dict[str, Callable[[Any, Any], tuple[Any, Any, Any]]] = {
+    "Brightness": lambda factor, _: (factor, 0, 0),
+    "Contrast": lambda factor, luma: (factor, 0, (1 - factor) * luma),
+    "Color": lambda factor, _: (factor, 1 - factor, 0),
+}
+_OF_COLOUR: dict[str, Operation] = {
+    **{name: _linear_operation(name) for name in _LINEAR},
     "Hue": adjust_hue,
     "Sharpness": adjust_sharpness,
     "Posterize": posterize,
@@ -222,6 +275,15 @@ _MATRICES: dict[str, _MatrixOf] = {
     "Rotate": _rotation,
     "ShearX": lambda level, _: [[1, level, 0], [0, 1, 0]],
     "ShearY": lambda level, _: [[1, 0, 0], [level, 1, 0]],
-    "TranslateX": lambda pixels, _: [[1, 0, pixels], [0, 1, 0]],
-    "TranslateY": lambda pixels, _: [[1, 0, 0], [0, 1, pixels]],
+}
+_AXES = {"TranslateX": 1, "TranslateY": 0}
+# Weights of a place's neighbours before, at, after and beyond it, of one that is `part` of the way to the third.
+_TAPS: dict[str, Callable[[float], tuple[float, ...]]] = {
+    "bilinear": lambda part: (0, 1 - part, part, 0),
+    "bicubic": lambda part: (
+        -part * (1 - part) ** 2,
+        (1 - part) * (1 + part - part**2),
+        part * (1 + part - part**2),
+        -(1 - part) * part**2,
+    ),
 }

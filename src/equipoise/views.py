@@ -92,9 +92,7 @@ def photo_views(
             view_1SS3 = np.ascontiguousarray(image_operations.resized_crop(photo, box, settings.size))[None]
             if flip:
                 view_1SS3 = image_operations.flip_horizontal(view_1SS3)
-            for operation, argument_1 in of_image:
-                view_1SS3 = operation(view_1SS3, argument_1)
-            out_SS3[...] = view_1SS3[0]
+            out_SS3[...] = image_operations.in_turn(view_1SS3, of_image)[0]
     return torch.from_numpy(views_VBSS3).permute(0, 1, 4, 2, 3)
 
 
@@ -239,13 +237,14 @@ def _groups(turn: Turn) -> Iterator[tuple[npt.NDArray[np.int64], tuple[str, op.I
         yield np.flatnonzero(groups_B == group), named
 
 
-def _steps(images: int, turns: Sequence[Turn]) -> list[list[tuple[image_operations.Operation, Array]]]:
-    """What is done to each image of a batch, one after the other: operations with their argument `[1]`."""
-    steps: list[list[tuple[image_operations.Operation, Array]]] = [[] for _ in range(images)]
+def _steps(images: int, turns: Sequence[Turn]) -> list[list[image_operations.Step]]:
+    """What is done to each image of a batch, one after the other."""
+    steps: list[list[image_operations.Step]] = [[] for _ in range(images)]
     for turn in turns:
         for rows, operation in _groups(turn):
             for row in rows.tolist():
-                steps[row].append((image_operations.operation(*operation), turn.argument_B[row : row + 1]))
+                step = operation[0], image_operations.operation(*operation), turn.argument_B[row : row + 1]
+                steps[row].append(step)
     return steps
 
 
