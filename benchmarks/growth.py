@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.input import PHOTOS
+from benchmarks.input import PHOTOS, read_photos, write_folder
 from benchmarks.loss import inputs, ours, step
 from benchmarks.timing import say_where
 from equipoise.device import keep_freed_memory
@@ -104,10 +104,7 @@ def main() -> None:
     print("| loader processes | photographs a second |\n|---|---|")
     curves["loader processes"] = []
     with tempfile.TemporaryDirectory() as folder:
-        for number, photo in enumerate(sorted(PHOTOS.glob("*.JPEG")) * 2):  # of two classes, as a folder must be
-            file = Path(folder) / "ab"[number % 2] / f"{number:04}.jpg"
-            file.parent.mkdir(exist_ok=True)
-            file.write_bytes(photo.read_bytes())
+        write_folder(read_photos(PHOTOS, most=160) * 2, Path(folder))
         for workers in (1, 2, 3, 4, 8)[: max(3, (os.cpu_count() or 1) + 1)]:
             curves["loader processes"].append((workers, images_a_second(workers, Path(folder))))
             print("| {} | {:.0f} |".format(*curves["loader processes"][-1]), flush=True)

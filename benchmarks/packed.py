@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.input import BATCH, PHOTOS, SIZE, ours, plain, read_photos
+from benchmarks.input import BATCH, PHOTOS, SIZE, ours, plain, read_photos, write_folder
 from benchmarks.timing import finish, in_turn, ratio, say_times, say_where
 from equipoise.pack import pack
 from equipoise.pixels import content_of, decode
@@ -29,10 +29,7 @@ def main() -> None:
     say_where()
     with tempfile.TemporaryDirectory() as folder:
         data, out = Path(folder) / "data", Path(folder) / "packed"
-        for number, content in enumerate(contents):  # of two classes, as a folder must be
-            file = data / "ab"[number % 2] / f"{number:04}.jpg"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(content)
+        write_folder(contents, data)
         pack(find_parts(str(data)), "", out, options.short_side, os.cpu_count() or 1)
         images = find_parts(str(out)).parts["train"]
         before = sum(map(len, contents)) / len(contents) / 1000

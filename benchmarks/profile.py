@@ -11,30 +11,23 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
 from torch.profiler import ProfilerActivity, profile
 
 import equipoise
-from benchmarks.input import PHOTOS
+from benchmarks.input import PHOTOS, read_photos, write_folder
 from benchmarks.timing import say_where
-from benchmarks.waiting import CIFAR
-from equipoise.checkpoint import create_network
+from benchmarks.waiting import CIFAR, training
 from equipoise.loader import Batch, open_batches, worker_count
-from equipoise.optim import create_sgd
 from equipoise.plan import prepare
 from equipoise.recipe import Recipe
 from equipoise.run import view_settings
-from equipoise.step import Step
 
 PARTS = ("waiting for the batch", "forward pass and loss", "backward pass", "optimizer")
 
 
 def measure(recipe: Recipe, steps: int) -> None:
     plan = prepare(recipe, "runs/not-written")
-    network = create_network(recipe, len(plan.parts.train.class_names), start=True)
-    network = network.to(memory_format=torch.channels_last).train()
-    take_step = Step(recipe, network, plan.parts.train.class_counts, plan.device, plan.precision, plan.world)
-    optimizer = create_sgd(network.parameters(), 0.01, 0.9, 5e-4)
+    network, take_step, optimizer = training(plan)
     workers = worker_count(recipe.workers)
     batches = open_batches(plan.parts.train, view_settings(recipe), plan.device, workers)
     print(f"\n{recipe.model.encoder}, {recipe.views.size} pixels, batches of {recipe.batch_size}, {plan.precision}")
@@ -80,10 +73,7 @@ def main() -> None:
     say_where()
     measure(equipoise.load_recipe("cifar10-lt", data=str(CIFAR)), steps)
     with tempfile.TemporaryDirectory() as folder:
-        for number, photo in enumerate(sorted(PHOTOS.glob("*.JPEG"))):  # of two classes, as a folder must be
-            file = Path(folder) / "ab"[number % 2] / photo.name
-            file.parent.mkdir(exist_ok=True)
-            file.write_bytes(photo.read_bytes())
+        write_folder(read_photos(PHOTOS, most=160), Path(folder))
         words = {"arch": "resnet18", "size": 224, "batch_size": 32, "holdout": 0}
         measure(equipoise.load_recipe("pictures", data=folder, **words), steps)
 

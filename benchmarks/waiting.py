@@ -16,12 +16,21 @@ import equipoise
 from benchmarks.timing import say_where
 from equipoise.checkpoint import create_network
 from equipoise.loader import open_batches
+from equipoise.model import TwoBranchNetwork
 from equipoise.optim import create_sgd
-from equipoise.plan import prepare
+from equipoise.plan import Plan, prepare
 from equipoise.run import view_settings
 from equipoise.step import Step
 
 CIFAR = Path(__file__).resolve().parents[2] / "shared" / "data" / "cifar10"
+
+
+def training(plan: Plan) -> tuple[TwoBranchNetwork, Step, torch.optim.Optimizer]:
+    """What a run of `plan` trains, and what it trains it with."""
+    network = create_network(plan.recipe, len(plan.parts.train.class_names), start=True)
+    network = network.to(memory_format=torch.channels_last).train()
+    step = Step(plan.recipe, network, plan.parts.train.class_counts, plan.device, plan.precision, plan.world)
+    return network, step, create_sgd(network.parameters(), 0.01, 0.9, 5e-4)
 
 
 def main() -> None:
@@ -32,12 +41,9 @@ def main() -> None:
     steps: int = options.steps
     say_where()
     plan = prepare(equipoise.load_recipe("cifar10-lt", data=options.folder), "runs/not-written")
-    recipe, train = plan.recipe, plan.parts.train
-    network = create_network(recipe, len(train.class_names), start=True)
-    network = network.to(memory_format=torch.channels_last).train()
-    take_step = Step(recipe, network, train.class_counts, plan.device, plan.precision, plan.world)
-    optimizer = create_sgd(network.parameters(), 0.01, 0.9, 5e-4)
-    batches = open_batches(train, view_settings(recipe), plan.device).training(0, 0, recipe.batch_size)
+    recipe = plan.recipe
+    _, take_step, optimizer = training(plan)
+    batches = open_batches(plan.parts.train, view_settings(recipe), plan.device).training(0, 0, recipe.batch_size)
     waiting, whole = [], []
     for _ in range(steps):
         start = time.perf_counter()
