@@ -263,7 +263,14 @@ const shapes = 'circle, rect, line, path, text';
 const box = element => element.getBoundingClientRect();
 const outside = [...document.querySelectorAll('main *')].filter(
     element => !element.closest('.scroll, pre') && (box(element).right > innerWidth + .5 || box(element).left < -.5));
+const covering = (one, other) => Math.min(one.right, other.right) - Math.max(one.left, other.left) > .5
+    && Math.min(one.bottom, other.bottom) - Math.max(one.top, other.top) > 2;
+const covered = [...document.querySelectorAll('svg.figure')].flatMap(figure => {
+    const words = [...figure.querySelectorAll('text')];
+    return words.filter((word, at) => words.slice(0, at).some(before => covering(box(word), box(before))));
+});
 return {
+    covered: covered.map(word => word.textContent),
     figures: [...document.querySelectorAll('svg.figure')].map(figure => [
         figure.getAttribute('aria-label'), box(figure).width, box(figure).height,
         [...figure.querySelectorAll(shapes)].filter(mark => box(mark).width + box(mark).height > 0).length]),
@@ -281,7 +288,8 @@ def brightness(colour: str) -> float:
 
 
 def look_at(browser, page) -> int:
-    """The page at three widths and in both schemes: all drawn, nothing outside, no word of complaint, no request.
+    """The page at three widths and in both schemes: all drawn, nothing outside, no words over each other, no complaint,
+    no request.
     Returns the number of figures."""
     figures = set[int]()
     for kind in ("browser", "performance"):
@@ -303,6 +311,7 @@ def look_at(browser, page) -> int:
                 assert marks > 3, description
             assert seen["wide"] <= width
             assert seen["outside"] == []
+            assert seen["covered"] == []
             assert all(side > 0 for side in seen["pictures"])
             paper, ink = brightness(seen["paper"]), brightness(seen["ink"])
             assert (paper > 0.9 and ink < 0.6) if scheme == "light" else (paper < 0.15 and ink > 0.5)

@@ -27,7 +27,6 @@ from equipoise.runfiles import RunRead, read_runs
 
 MOST_RUNS = 6  # as many as there are colours that can be told apart
 _WORST = 12
-_LABELLED = 12  # classes whose names fit on the map
 
 Array = npt.NDArray[Any]
 
@@ -316,9 +315,7 @@ def _map(run: RunRead) -> Markup | None:
         places_M2 = layout.fit_transform(features_MF.astype(np.float32))
     labels_M, predicted_M = run.observed["labels_N"][rows_M], run.observed["predicted_N"][rows_M]
     groups_C = np.array([GROUPS.index(shot_group(count)) for count in run.counts])
-    named = run.class_names if len(run.class_names) <= _LABELLED else []
-    labels = {name: np.flatnonzero(labels_M == c) for c, name in enumerate(named) if (labels_M == c).any()}
-    return charts.feature_map(places_M2, groups_C[labels_M], labels_M == predicted_M, labels)
+    return charts.feature_map(places_M2, labels_M, predicted_M, groups_C, run.class_names)
 
 
 # ---------------------------------------------------------------------------------------------- seeds, origin
