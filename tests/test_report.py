@@ -167,7 +167,10 @@ def test_perfect_runs_and_two_classes(tmp_path):
 @pytest.mark.parametrize(
     ("break_it", "sentence"),
     [
-        (lambda run: (run / "run.json").unlink(), "is not a run folder: it has no recipe.toml or no run.json"),
+        (
+            lambda run: (run / "run.json").unlink(),
+            "broken is not a run folder: it has no recipe.toml or no run.json; name one that equipoise train wrote",
+        ),
         (
             lambda run: (run / "run.json").write_text(""),
             "run.json is damaged (Expecting value: line 1 column 1",
@@ -184,6 +187,19 @@ def test_what_is_no_run(runs, tmp_path, break_it, sentence):
     with pytest.raises(UserError, match=re.escape(sentence)):
         write_report([broken], tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
+
+
+def test_what_is_no_run_folder(runs, tmp_path):
+    """Also where the report would be written into it."""
+    (tmp_path / "file").touch()
+    for name, fault in {
+        "nowhere": f"there is no run folder at {tmp_path}/nowhere",
+        "file": "file is a file, not",
+    }.items():
+        with pytest.raises(UserError, match=f"{fault}.*; name one that equipoise train wrote"):
+            write_report([tmp_path / name], tmp_path / name / "report.html")
+    with pytest.raises(UserError, match=f"run.json; name one within it, as {runs[0]}$"):
+        write_report([runs[0].parent], tmp_path / "report.html")
 
 
 def test_what_cannot_be_shown_together(runs, tmp_path):

@@ -38,9 +38,9 @@ def write_report(runs: Sequence[Path], out: Path, comparison: Mapping[str, Any] 
     """
     if len(runs) > MOST_RUNS:
         raise UserError(f"{len(runs)} runs cannot be told apart in one figure; name {MOST_RUNS} at most")
+    read = read_runs(runs)  # first: `out` may lie in what is no run folder
     if not out.absolute().parent.is_dir() or out.is_dir():
         raise UserError(f"the report must be a file in a folder that is there, not {out}")
-    read = read_runs(runs)
     for run in read[1:]:
         if run.class_names != read[0].class_names:
             raise UserError(
