@@ -298,7 +298,8 @@ def test_report_of_own_pictures_and_of_data_that_is_gone(pictures, tmp_path, cap
     page = other.read_text(encoding="utf-8")
     assert f"No example pictures: there is no file or folder at {pictures}." in page
     assert refusal(capsys, "report", str(tmp_path / "elsewhere")) == (
-        f"{tmp_path / 'elsewhere'} is not a run folder: it has no recipe.toml or no run.json"
+        f"{tmp_path / 'elsewhere'} is not a run folder: it has no recipe.toml or no run.json; name one that equipoise "
+        "train wrote"
     )
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 
 import pytest
@@ -50,6 +51,29 @@ def test_predict_of_many_shows_some(odd_run, tmp_path, capsys):
     assert "(40 of 50 images; --csv FILE or --json FILE writes all of them)" in said.out
     assert said.err.count("passed over:") == 21
     assert "passed over: 5 more" in said.err
+
+
+def test_predict_passes_over_what_is_no_file_in_one_line(odd_run, tmp_path, capsys, monkeypatch):
+    draw_picture(tmp_path / "in" / "b.png", 0, 0)
+    os.mkfifo(tmp_path / "in" / "a.png")
+    (tmp_path / "in" / "c.JPG").symlink_to("nothing")
+    (tmp_path / "in" / "d.jpg").symlink_to("d.jpg")
+    monkeypatch.chdir(tmp_path / "in")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind("e.png")  # the name of a socket must be short
+    (tmp_path / "in" / "folder.png").mkdir()
+    (tmp_path / "in" / "link-to-picture.png").symlink_to("b.png")
+    (tmp_path / "in" / "no-picture").symlink_to("nothing")
+    words = ["predict", str(odd_run), str(tmp_path / "in"), "--json", str(tmp_path / "p.json")]
+    assert main(words) == 0
+    said = capsys.readouterr()
+    assert said.err == (
+        f"passed over: pipes, sockets, devices and links to nothing: 4 (first: {tmp_path}/in/a.png); remove them\n"
+    )
+    assert "2 images predicted in" in said.out
+    assert "4 passed over" in said.out
+    passed_over = json.loads((tmp_path / "p.json").read_text())["passed_over"]
+    assert [line.partition(" ")[0].rpartition("/")[2] for line in passed_over] == ["a.png", "c.JPG", "d.jpg", "e.png"]
 
 
 def test_predict_writes_csv_and_json(odd_run, part_folder, tmp_path, capsys):

@@ -167,7 +167,10 @@ def test_perfect_runs_and_two_classes(tmp_path):
 @pytest.mark.parametrize(
     ("break_it", "sentence"),
     [
-        (lambda run: (run / "run.json").unlink(), "is not a run folder: it has no recipe.toml or no run.json"),
+        (
+            lambda run: (run / "run.json").unlink(),
+            "broken is not a run folder: it has no recipe.toml or no run.json; name one that equipoise train wrote",
+        ),
         (
             lambda run: (run / "run.json").write_text(""),
             "run.json is damaged (Expecting value: line 1 column 1",
@@ -184,6 +187,19 @@ def test_what_is_no_run(runs, tmp_path, break_it, sentence):
     with pytest.raises(UserError, match=re.escape(sentence)):
         write_report([broken], tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
+
+
+def test_what_is_no_run_folder(runs, tmp_path):
+    """Also where the report would be written into it."""
+    (tmp_path / "file").touch()
+    for name, fault in {
+        "nowhere": f"there is no run folder at {tmp_path}/nowhere",
+        "file": "file is a file, not",
+    }.items():
+        with pytest.raises(UserError, match=f"{fault}.*; name one that equipoise train wrote"):
+            write_report([tmp_path / name], tmp_path / name / "report.html")
+    with pytest.raises(UserError, match=f"run.json; name one within it, as {runs[0]}$"):
+        write_report([runs[0].parent], tmp_path / "report.html")
 
 
 def test_what_cannot_be_shown_together(runs, tmp_path):
@@ -263,7 +279,14 @@ const shapes = 'circle, rect, line, path, text';
 const box = element => element.getBoundingClientRect();
 const outside = [...document.querySelectorAll('main *')].filter(
     element => !element.closest('.scroll, pre') && (box(element).right > innerWidth + .5 || box(element).left < -.5));
+const covering = (one, other) => Math.min(one.right, other.right) - Math.max(one.left, other.left) > .5
+    && Math.min(one.bottom, other.bottom) - Math.max(one.top, other.top) > 2;
+const covered = [...document.querySelectorAll('svg.figure')].flatMap(figure => {
+    const words = [...figure.querySelectorAll('text')];
+    return words.filter((word, at) => words.slice(0, at).some(before => covering(box(word), box(before))));
+});
 return {
+    covered: covered.map(word => word.textContent),
     figures: [...document.querySelectorAll('svg.figure')].map(figure => [
         figure.getAttribute('aria-label'), box(figure).width, box(figure).height,
         [...figure.querySelectorAll(shapes)].filter(mark => box(mark).width + box(mark).height > 0).length]),
@@ -281,7 +304,8 @@ def brightness(colour: str) -> float:
 
 
 def look_at(browser, page) -> int:
-    """The page at three widths and in both schemes: all drawn, nothing outside, no word of complaint, no request.
+    """The page at three widths and in both schemes: all drawn, nothing outside, no words over each other, no complaint,
+    no request.
     Returns the number of figures."""
     figures = set[int]()
     for kind in ("browser", "performance"):
@@ -303,6 +327,7 @@ def look_at(browser, page) -> int:
                 assert marks > 3, description
             assert seen["wide"] <= width
             assert seen["outside"] == []
+            assert seen["covered"] == []
             assert all(side > 0 for side in seen["pictures"])
             paper, ink = brightness(seen["paper"]), brightness(seen["ink"])
             assert (paper > 0.9 and ink < 0.6) if scheme == "light" else (paper < 0.15 and ink > 0.5)

@@ -4,15 +4,16 @@ Shapes: C classes, G shot groups, K bins of a cosine, N images.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from markupsafe import Markup
 
-from equipoise.figures import PERCENT, Axis, Figure, linear_axis, log_axis, shortened, signed
-from equipoise.metrics import FEW_BELOW, GROUPS, MANY_ABOVE
+from equipoise.figures import LINE, PERCENT, Axis, Figure, linear_axis, log_axis, shortened, signed, width_of
+from equipoise.metrics import FEW_BELOW, GROUPS, MANY_ABOVE, shot_group
 
 Array = npt.NDArray[Any]
 Accuracies = Sequence[float | None]
@@ -23,6 +24,7 @@ LIMITS = {
 }
 EACH_AS_DOT = 400  # classes; more are drawn as bubbles, each for the classes of one place
 _TOGETHER = 60  # classes; the dots of more would hide those of another run
+_LABELLED = 12  # classes whose names fit on the map
 _BARE = Axis("", 0, 100, ())
 
 
@@ -63,10 +65,8 @@ def _by_count(
     for limit in edges[1:3]:
         if axis.low < limit < axis.high:
             figure.rule(limit, "rule")
-    for group, low, high in zip(reversed(GROUPS), edges[:-1], edges[1:], strict=True):
-        low, high = max(low, axis.low), min(high, axis.high)
-        if low < high and axis.share(high) - axis.share(low) > 0.12:
-            figure.word((axis.share(low) + axis.share(high)) / 2, -8, group, "axis", "middle")
+    groups = {shot_group(count) for _, counts, _ in runs for count in counts}
+    _name_groups(figure, groups, [axis.share(min(max(edge, axis.low), axis.high)) for edge in edges])
     for name, counts, accuracies in dotted:
         known = [(counts[c], 100 * share, class_names[c]) for c, share in enumerate(accuracies) if share is not None]
         if len(known) <= EACH_AS_DOT:
@@ -85,6 +85,19 @@ def _by_count(
     return figure.svg(
         f"accuracy of each class against its training images: {', '.join(run[0].label for run in dotted)}"
     )
+
+
+def _name_groups(figure: Figure, groups: Collection[str], edges: Sequence[float]) -> None:
+    """Names of the groups that have classes, over the middles of their parts of the axis; a name wider than its part,
+    on a phone, goes outwards from it, clear of medium's."""
+    size = 12
+    medium = (edges[1] + edges[2]) / 2
+    for group, outwards, low, high in zip(reversed(GROUPS), (-1, 0, 1), edges[:-1], edges[1:], strict=True):
+        if group in groups:
+            middle, half = (low + high) / 2, width_of(group, size) / 2
+            over_edge = half - (high - low) / 2 * figure.narrowest
+            over_medium = half + (width_of("medium", size) + size) / 2 - abs(middle - medium) * figure.narrowest
+            figure.word(middle, -8, group, "axis", "middle", outwards * max(0, over_edge, over_medium))
 
 
 def _bubbles(figure: Figure, name: Name, known: Sequence[tuple[int, float, str]]) -> None:
@@ -160,15 +173,26 @@ def worst_classes(rows: Sequence[tuple[str, int, str, Sequence[tuple[Name, float
 
 
 def curves(runs: Sequence[tuple[Name, Sequence[float], Sequence[float]]], label: str, low: float | None) -> Markup:
-    """Lines over the epochs; the y axis begins at `low`, if given. `label` is written above, by the page."""
+    """Lines over the epochs; the y axis begins at `low`, if given. `label` is written above, by the page. Of one value,
+    as after one epoch, there is no line: it is a dot with its figure."""
     epochs = linear_axis("epoch", [x for _, xs, _ in runs for x in xs], 0)
-    axis = linear_axis("", [y for _, _, ys in runs for y in ys], low, 4)
-    figure = Figure(epochs, 150, axis, (12, _beside([name for name, _, _ in runs]), 40, 44))
+    whole = tuple(tick for tick in epochs.ticks if tick[0].is_integer())
+    if len(whole) > 1:
+        epochs = replace(epochs, ticks=whole)
+    values = [y for _, _, ys in runs for y in ys]
+    if all(len(xs) == 1 for _, xs, _ in runs):
+        values.append(0.0)  # one value alone has no range
+    told = [
+        name if len(ys) > 1 else name._replace(label=f"{name.label} {signed(f'{ys[0]:.3g}')}") for name, _, ys in runs
+    ]
+    figure = Figure(epochs, 150, linear_axis("", values, low, 4), (12, _beside(told), 40, 44))
     for name, xs, ys in runs:
         parts = np.array_split(np.array([xs, ys], dtype=float).T, min(len(xs), 150))
         figure.line([(float(x), figure.y(float(y))) for x, y in (part.mean(0) for part in parts)], name.look)
-        figure.dot(xs[-1], figure.y(ys[-1]), name.look, 2.5)  # all there is to see after one epoch
-    figure.labels_at_right([(figure.y(ys[-1]), name.label, name.look) for name, _, ys in runs])
+        figure.dot(xs[-1], figure.y(ys[-1]), name.look, 2.5 if len(xs) > 1 else 4)
+    figure.labels_at_right(
+        [(figure.y(ys[-1]), name.label, name.look) for name, (_, _, ys) in zip(told, runs, strict=True)]
+    )
     return figure.svg(f"{label} over the epochs")
 
 
@@ -222,7 +246,8 @@ def cosines(runs: Sequence[tuple[Name, Array]], classes: int) -> Markup:
     """Histograms of the cosines [G, K] between a class of the group and the other classes; the regular simplex's cosine
     as a line."""
     present = [group for group in range(len(GROUPS)) if any(counts_GK[group].sum() for _, counts_GK in runs)]
-    step, top = 62, 18
+    peak_height = 44
+    step, top = peak_height + 24, 18  # a line for the group's name above each histogram: it may begin at -1
     axis = Axis("cosine", -1, 1, tuple((value, signed(f"{value:g}")) for value in (-1, -0.5, 0, 0.5, 1)))
     figure = Figure(axis, top + step * len(present), margins=(22, 14, 40, 10))
     for row, group in enumerate(present):
@@ -237,11 +262,11 @@ def cosines(runs: Sequence[tuple[Name, Array]], classes: int) -> Markup:
         for name, share in shares:
             if not share.any():
                 continue
-            outline = _steps(share * (44 / peak), foot)
+            outline = _steps(share * (peak_height / peak), foot)
             if len(runs) <= 2:  # more areas over each other show nothing
                 figure.area(outline, name.look)
             figure.line(outline, f"{name.look} thin")
-        figure.word(0, foot - 34, GROUPS[group], "row")
+        figure.word(0, foot - peak_height - 4, GROUPS[group], "row")
     simplex = -1 / (classes - 1)
     figure.rule(simplex, "simplex")
     figure.word(axis.share(simplex), -6, signed(f"regular simplex {simplex:.2g}"), "axis", "middle")
@@ -288,21 +313,45 @@ def spread(runs: Sequence[tuple[Name, Mapping[str, Array]]]) -> Markup:
     return figure.svg("spread within classes, by shot group")
 
 
-def feature_map(places_M2: Array, groups_M: Array, right_M: Array, labels: Mapping[str, Array]) -> Markup:
-    """Images as dots, coloured by shot group, wrong predictions as rings; `labels` names the rows of a class."""
+def feature_map(
+    places_M2: Array, labels_M: Array, predicted_M: Array, groups_C: Array, class_names: Sequence[str]
+) -> Markup:
+    """Images as dots, coloured by shot group, wrong predictions as rings; a class's name is each dot's title and, of
+    few classes, written over its middle."""
     low, high = places_M2.min(0), places_M2.max(0)
     unit_M2 = (places_M2 - low) / np.where(high > low, high - low, 1)
-    figure = Figure(Axis("", 0, 1, ()), 320, margins=(10, 12, 10, 12))
-    points = [(float(x), float(320 * (1 - y))) for x, y in unit_M2]
-    for group, name in enumerate(GROUPS):
-        figure.cloud([points[row] for row in np.flatnonzero((groups_M == group) & right_M)], name)
-    for row in np.flatnonzero(~right_M):
-        figure.dot(*points[row], f"{GROUPS[groups_M[row]]} ring", 3.2)
-    for name, rows in labels.items():
-        x, y = np.median(np.array([points[row] for row in rows]), axis=0)
-        anchor = "start" if x < 0.25 else "end" if x > 0.75 else "middle"  # a long name stays on a phone
-        figure.word(float(x), float(y) + 5, shortened(name, 16), "place", anchor)
+    height = 320
+    figure = Figure(Axis("", 0, 1, ()), height, margins=(10, 12, 10, 12))
+    points_M2 = np.stack([unit_M2[:, 0], height * (1 - unit_M2[:, 1])], axis=1)
+    wrong_M = labels_M != predicted_M
+    for row in np.argsort(wrong_M, kind="stable").tolist():  # rings lie on top
+        (x, y), true = points_M2[row].tolist(), int(labels_M[row])
+        group, title = GROUPS[groups_C[true]], shortened(class_names[true])
+        if wrong_M[row]:
+            group, title = f"{group} ring", f"{title} taken for {shortened(class_names[int(predicted_M[row])])}"
+        figure.dot(x, y, group, 3, title)
+    if len(class_names) <= _LABELLED:
+        present = [(name, points_M2[labels_M == c]) for c, name in enumerate(class_names) if (labels_M == c).any()]
+        _name_places(figure, [(name, *np.median(points, axis=0).tolist()) for name, points in present])
     return figure.svg("a map of the encoder's features in two dimensions")
+
+
+def _name_places(figure: Figure, names: Sequence[tuple[str, float, float]]) -> None:
+    """Names about their places, clear of each other on a phone. One that would cover one before it goes a line up or
+    down; where that is taken too it is left out."""
+    taken: list[tuple[float, float, float]] = []  # left, right, y
+    for name, x, middle in names:
+        text = shortened(name, 16)
+        width = width_of(text, 13)
+        # A long name at a side stays on a phone.
+        anchor, before = ("start", 0.0) if x < 0.25 else ("end", 1.0) if x > 0.75 else ("middle", 0.5)
+        left = x * figure.narrowest - before * width
+        for y in (middle, middle - LINE, middle + LINE):
+            beside = [left >= end or left + width <= start or abs(y - other) >= LINE for start, end, other in taken]
+            if all(beside) and 0 <= y <= figure.height:
+                taken.append((left, left + width, y))
+                figure.word(x, y + 5, text, "place", anchor)
+                break
 
 
 # ---------------------------------------------------------------------------------------------- over seeds

@@ -45,7 +45,7 @@ def predict(options: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
-    from equipoise.predict import load, predictions_table, write_csv
+    from equipoise.predict import NoFileError, load, predictions_table, write_csv
     from equipoise.run import write_json
     from equipoise.tables import print_predictions
 
@@ -60,10 +60,15 @@ def predict(options: argparse.Namespace) -> None:
             lambda done, files: progress.update(task, completed=done, total=files),
         )
     seconds = time.monotonic() - start
-    for error in predicted.errors[:_ERRORS_SHOWN]:
-        print(f"passed over: {one_line(str(error))}", file=sys.stderr)
-    if len(predicted.errors) > _ERRORS_SHOWN:
-        print(f"passed over: {len(predicted.errors) - _ERRORS_SHOWN:,} more", file=sys.stderr)
+    no_files = [error for error in predicted.errors if isinstance(error, NoFileError)]
+    said = [str(error) for error in predicted.errors if not isinstance(error, NoFileError)]
+    if no_files:
+        what = "pipes, sockets, devices and links to nothing"
+        said.insert(0, f"{what}: {len(no_files):,} (first: {no_files[0].args[0]}); remove them")
+    for line in said[:_ERRORS_SHOWN]:
+        print(f"passed over: {one_line(line)}", file=sys.stderr)
+    if len(said) > _ERRORS_SHOWN:
+        print(f"passed over: {len(said) - _ERRORS_SHOWN:,} more", file=sys.stderr)
     if not len(predicted):
         raise UserError("nothing was predicted: no image could be read")
     if options.csv:

@@ -6,13 +6,15 @@ gives its colour, in light and in dark.
 """
 
 import math
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
 
 Point = tuple[float, float]  # x in the units of the axis, y in pixels
-_LINE = 15  # pixels from one line of text to the next
+LINE = 15  # pixels from one line of text to the next
+_PHONE = 328  # pixels; the narrowest page that a figure with its margins is made for
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,11 @@ class Figure:
                 self.word(0, self.y(value) + 4, text, "tick", "end", dx=-7)
             self.word(0, 14 - margins[0], y.label, "axis", dx=-margins[3])
 
+    @property
+    def narrowest(self) -> int:
+        """Pixels across on a phone. Words that are clear of each other there are so on any wider page."""
+        return _PHONE - self.margins[1] - self.margins[3]
+
     def y(self, value: float) -> float:
         """Pixels from the top."""
         assert self.y_axis is not None
@@ -125,10 +132,6 @@ class Figure:
     def area(self, points: Sequence[Point], look: str) -> None:
         self._path("M" + "L".join(self._stretched(points)) + "Z", f"area {look}")
 
-    def cloud(self, points: Sequence[Point], look: str) -> None:
-        """Many dots as one mark: strokes of no length with round ends."""
-        self._path("".join(f"M{place}h0" for place in self._stretched(points)), f"cloud {look}")
-
     def _stretched(self, points: Sequence[Point]) -> list[str]:
         return [f"{1000 * self.x.share(x):.1f} {y:.1f}" for x, y in points]
 
@@ -144,12 +147,12 @@ class Figure:
         placed: list[float] = []
         ordered = sorted(labels)
         for y, _, _ in ordered:
-            placed.append(max(y, placed[-1] + _LINE) if placed else y)
+            placed.append(max(y, placed[-1] + LINE) if placed else y)
         # What was pushed below the last pixel moves up again, and what it meets with it.
         limit = float(self.height)
         for index in reversed(range(len(placed))):
             placed[index] = min(placed[index], limit)
-            limit = placed[index] - _LINE
+            limit = placed[index] - LINE
         for y, (_, text, look) in zip(placed, ordered, strict=True):
             self.word(1, y + 4, text, f"name {look}", dx=8)
 
@@ -160,6 +163,12 @@ class Figure:
             '<div class="plot" style="padding:{}px {}px {}px {}px"><svg class="figure" role="img" aria-label="{}" '
             'width="100%" height="{}">{}</svg></div>'
         ).format(top, right, bottom, left, description, self.height, Markup("").join(self._marks))
+
+
+def width_of(text: str, size: float) -> float:
+    """About how many pixels a text takes in letters of that size: rather too many, as no font is known."""
+    wide = sum(letter.isupper() or unicodedata.east_asian_width(letter) in "FW" for letter in text)
+    return size * (wide + 0.7 * (len(text) - wide))
 
 
 def shortened(text: str, length: int = 30) -> str:

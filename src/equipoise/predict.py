@@ -53,6 +53,13 @@ _AHEAD = 2  # batches decoded while the network works on one
 Prior = str | Path | Mapping[str, float]
 
 
+class NoFileError(UserError):
+    """Of what has an image's name in a folder and is no file; `args` are its path."""
+
+    def __str__(self) -> str:
+        return f"{self.args[0]} is a pipe, a socket, a device or a link to nothing; remove it"
+
+
 class CalibratedNetwork(nn.Module):
     """uint8 images `[B, 3, S, S]` to scores `[B, C]`, whose softmax is the probability under a uniform class prior."""
 
@@ -216,7 +223,7 @@ def load(path: str | Path, device: str = "auto") -> Classifier:
 
 def find_images(paths: Sequence[str | Path]) -> tuple[list[str], list[UserError]]:
     """The image files at `paths`, those in folders and their sub-folders by their endings; an error for a folder
-    without any."""
+    without any, and for what is called like one and is no file."""
     files: list[str] = []
     errors: list[UserError] = []
     for path in map(Path, paths):
@@ -227,12 +234,16 @@ def find_images(paths: Sequence[str | Path]) -> tuple[list[str], list[UserError]
             entry
             for entry in sorted(path.rglob("*"))
             if entry.suffix.lower() in SUFFIXES
-            and entry.is_file()
+            and not entry.is_dir()
             and not any(part[0] == "." for part in entry.relative_to(path).parts)  # thumbnails
         ]
         if not within:
             errors.append(UserError(f"{path} holds no images (known endings: {' '.join(sorted(SUFFIXES))})"))
-        files += map(str, within)
+        for entry in within:
+            if entry.is_file():
+                files.append(str(entry))
+            else:
+                errors.append(NoFileError(str(entry)))
     return files, errors
 
 

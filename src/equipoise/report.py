@@ -27,7 +27,6 @@ from equipoise.runfiles import RunRead, read_runs
 
 MOST_RUNS = 6  # as many as there are colours that can be told apart
 _WORST = 12
-_LABELLED = 12  # classes whose names fit on the map
 
 Array = npt.NDArray[Any]
 
@@ -39,9 +38,9 @@ def write_report(runs: Sequence[Path], out: Path, comparison: Mapping[str, Any] 
     """
     if len(runs) > MOST_RUNS:
         raise UserError(f"{len(runs)} runs cannot be told apart in one figure; name {MOST_RUNS} at most")
+    read = read_runs(runs)  # first: `out` may lie in what is no run folder
     if not out.absolute().parent.is_dir() or out.is_dir():
         raise UserError(f"the report must be a file in a folder that is there, not {out}")
-    read = read_runs(runs)
     for run in read[1:]:
         if run.class_names != read[0].class_names:
             raise UserError(
@@ -316,9 +315,7 @@ def _map(run: RunRead) -> Markup | None:
         places_M2 = layout.fit_transform(features_MF.astype(np.float32))
     labels_M, predicted_M = run.observed["labels_N"][rows_M], run.observed["predicted_N"][rows_M]
     groups_C = np.array([GROUPS.index(shot_group(count)) for count in run.counts])
-    named = run.class_names if len(run.class_names) <= _LABELLED else []
-    labels = {name: np.flatnonzero(labels_M == c) for c, name in enumerate(named) if (labels_M == c).any()}
-    return charts.feature_map(places_M2, groups_C[labels_M], labels_M == predicted_M, labels)
+    return charts.feature_map(places_M2, labels_M, predicted_M, groups_C, run.class_names)
 
 
 # ---------------------------------------------------------------------------------------------- seeds, origin

@@ -73,9 +73,16 @@ def read_runs(paths: Sequence[Path]) -> list[RunRead]:
 
 
 def _read_recipe(path: Path) -> Recipe:
-    if not (path / RECIPE).is_file() or not (path / RECORD).is_file():
-        raise UserError(f"{path} is not a run folder: it has no {RECIPE} or no {RECORD}")
-    return load_recipe(path / RECIPE)
+    if (path / RECIPE).is_file() and (path / RECORD).is_file():
+        return load_recipe(path / RECIPE)
+    if not path.exists():
+        fault = f"there is no run folder at {path}"
+    elif not path.is_dir():
+        fault = f"{path} is a file, not a run folder"
+    else:
+        fault = f"{path} is not a run folder: it has no {RECIPE} or no {RECORD}"
+    within = min(path.glob(f"*/{RECORD}"), default=None)
+    raise UserError(f"{fault}; name one {f'within it, as {within.parent}' if within else 'that equipoise train wrote'}")
 
 
 def _labels(paths: Sequence[Path], recipes: Sequence[Recipe]) -> list[str]:
