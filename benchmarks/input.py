@@ -1,9 +1,9 @@
 """Three 224-pixel views (cls, sim, sim) from JPEG photographs: `python -m benchmarks.input [FOLDER]`.
 
-One process and one thread, so per core. "ratio" is the time of the obvious way divided by ours; the obvious way is
-Pillow's decoder, torchvision's transforms of Pillow images and timm's RandAugment, image by image, up to a normalised
-batch. Ours ends as a batch of bytes, because the network normalises on its device; "ratio_bytes" compares with the
-obvious way up to bytes. FOLDER: photographs (default: ../shared/data/photos). Takes 60 s.
+One thread, so per core, and each in a process of its own. "ratio" is the time of the obvious way divided by ours; the
+obvious way is Pillow's decoder, torchvision's transforms of Pillow images and timm's RandAugment, image by image, up to
+a normalised batch. Ours ends as a batch of bytes, because the network normalises on its device; "ratio_bytes" compares
+with the obvious way up to bytes. FOLDER: photographs (default: ../shared/data/photos). Takes 60 s.
 """
 
 import argparse
@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 
 from benchmarks import plain_views
-from benchmarks.timing import finish, in_turn, ratio, say_times, say_where
+from benchmarks.timing import answer, apart, finish, ratio, say_times, say_where
+from equipoise.device import keep_freed_memory
 from equipoise.pixels import decode_bytes
 from equipoise.views import ViewSettings, photo_views
 
@@ -59,24 +60,46 @@ def plain(contents: list[bytes], end: str) -> Callable[[], None]:
     return plain_views.all_views(contents, lambda content: Image.open(io.BytesIO(content)).convert("RGB"), views, BATCH)
 
 
+OURS, PLAIN, PLAIN_BYTES, DECODING = "ours", "obvious way, normalised", "obvious way, bytes", "decoding alone, as ours"
+NAMES = (OURS, PLAIN, PLAIN_BYTES, DECODING)
+
+
+def child(name: str, contents: list[bytes], decode: Callable[[int], np.ndarray]) -> None:
+    """`contents` are the photographs themselves, `decode` makes pixels of ours."""
+    torch.set_num_threads(1)
+    if name in (OURS, DECODING):
+        keep_freed_memory()  # as a run does
+    subjects = {
+        OURS: lambda: ours(decode, len(contents)),
+        PLAIN: lambda: plain(contents, "normalised"),
+        PLAIN_BYTES: lambda: plain(contents, "bytes"),
+        DECODING: lambda: lambda: [decode(index) for index in range(len(contents))],
+    }
+    answer(subjects[name](), rounds=max(3, 640 // len(contents)))
+
+
+def report(benchmark: str, words: list[str], images: int) -> None:
+    """Measure all, each in its process, and say what came out."""
+    times = apart(f"benchmarks.{benchmark}", words, NAMES)
+    say_times(times, images)
+    as_bytes = ratio(times[PLAIN_BYTES].wall, times[OURS].wall)
+    finish(benchmark, times[PLAIN], times[OURS], ratio_bytes=round(as_bytes, 3))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, default=PHOTOS)
-    contents = read_photos(parser.parse_args().folder, most=320)
+    parser.add_argument("--child", choices=NAMES, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    contents = read_photos(options.folder, most=320)
+    if options.child:
+        child(options.child, contents, lambda index: decode_bytes(contents[index]))
+        return
     torch.set_num_threads(1)
     say_where()
     kilobytes = sum(map(len, contents)) / len(contents) / 1000
     print(f"{len(contents)} photographs of {kilobytes:.0f} kB, three views of {SIZE} pixels, batches of {BATCH}")
-    subjects = {
-        "ours": ours(lambda index: decode_bytes(contents[index]), len(contents)),
-        "obvious way, normalised": plain(contents, "normalised"),
-        "obvious way, bytes": plain(contents, "bytes"),
-        "decoding alone, as ours": lambda: [decode_bytes(content) for content in contents],
-    }
-    times = in_turn(subjects, rounds=max(5, 1500 // len(contents)))
-    say_times(times, len(contents))
-    as_bytes = ratio(times["obvious way, bytes"].wall, times["ours"].wall)
-    finish("input", times["obvious way, normalised"], times["ours"], ratio_bytes=round(as_bytes, 3))
+    report("input", [str(options.folder)], len(contents))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Three 224-pixel views (cls, sim, sim) from packed images: `python -m benchmarks.packed [FOLDER] [--short-side 256]`.
 
 The photographs in FOLDER (default: ../shared/data/photos) are packed as `equipoise pack` does it; then as in
-`benchmarks.input`: one process, one thread, "ratio" is the time of the obvious way from the photographs themselves
-divided by ours from the packed file. Takes 60 s.
+`benchmarks.input`: one thread, each in a process of its own, "ratio" is the time of the obvious way from the
+photographs themselves divided by ours from the packed file. Takes 60 s.
 """
 
 import argparse
@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.input import BATCH, PHOTOS, SIZE, ours, plain, read_photos, write_folder
-from benchmarks.timing import finish, in_turn, ratio, say_times, say_where
+from benchmarks.input import BATCH, NAMES, PHOTOS, SIZE, child, read_photos, report, write_folder
+from benchmarks.timing import say_where
 from equipoise.pack import pack
 from equipoise.pixels import content_of, decode
 from equipoise.sources import find_parts
@@ -23,8 +23,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, default=PHOTOS)
     parser.add_argument("--short-side", type=int, default=256)
+    parser.add_argument("--packed", help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=NAMES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     contents = read_photos(options.folder, most=320)
+    if options.child:
+        images = find_parts(options.packed).parts["train"]
+        child(options.child, contents, lambda index: decode(images, index))
+        return
     torch.set_num_threads(1)
     say_where()
     with tempfile.TemporaryDirectory() as folder:
@@ -38,16 +44,7 @@ def main() -> None:
             f"{len(images)} photographs of {before:.0f} kB, packed {after:.0f} kB, short sides of at most "
             f"{options.short_side}, three views of {SIZE} pixels, batches of {BATCH}"
         )
-        subjects = {
-            "ours, packed": ours(lambda index: decode(images, index), len(images)),
-            "obvious way, normalised": plain(contents, "normalised"),
-            "obvious way, bytes": plain(contents, "bytes"),
-            "decoding alone, packed": lambda: [decode(images, index) for index in range(len(images))],
-        }
-        times = in_turn(subjects, rounds=max(5, 1500 // len(contents)))
-    say_times(times, len(contents))
-    as_bytes = ratio(times["obvious way, bytes"].wall, times["ours, packed"].wall)
-    finish("packed", times["obvious way, normalised"], times["ours, packed"], ratio_bytes=round(as_bytes, 3))
+        report("packed", [str(options.folder), "--packed", str(out)], len(images))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
 """Three views (cls, sim, sim) of 32-pixel images that lie in memory: `python -m benchmarks.small_images [FOLDER]`.
 
-One process and one thread. "ratio" is the time of the obvious way divided by ours; the obvious way is torchvision's
-transforms of Pillow images, image by image, up to a normalised batch. Ours ends as a batch of bytes, because the
-network normalises on its device; "ratio_bytes" compares with the obvious way up to bytes. FOLDER: CIFAR, in any form
-that `equipoise train cifar10-lt` reads (default: ../shared/data/cifar10). Takes 30 s.
+One thread, each in a process of its own. "ratio" is the time of the obvious way divided by ours; the obvious way is
+torchvision's transforms of Pillow images, image by image, up to a normalised batch. Ours ends as a batch of bytes,
+because the network normalises on its device; "ratio_bytes" compares with the obvious way up to bytes. FOLDER: CIFAR, in
+any form that `equipoise train cifar10-lt` reads (default: ../shared/data/cifar10). Takes 30 s.
 """
 
 import argparse
 import itertools
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +15,9 @@ import torch
 from PIL import Image
 
 from benchmarks import plain_views
-from benchmarks.timing import finish, in_turn, ratio, say_times, say_where
+from benchmarks.timing import answer, apart, finish, ratio, say_times, say_where
 from equipoise.device import choose_device, keep_freed_memory
+from equipoise.lists import ImageList
 from equipoise.loader import SmallImages
 from equipoise.sources import open_parts
 from equipoise.views import ViewSettings
@@ -27,26 +27,37 @@ SETTINGS = ViewSettings("cifar", ("cls", "sim", "sim"), 32)
 CIFAR = Path(__file__).resolve().parents[2] / "shared" / "data" / "cifar10"
 
 
+OURS, PLAIN, PLAIN_BYTES = "ours", "obvious way, normalised", "obvious way, bytes"
+
+
+def child(name: str, images: ImageList) -> None:
+    torch.set_num_threads(1)
+    batches, epochs = SmallImages(images, SETTINGS, choose_device("cpu")), itertools.count()
+    if name == OURS:
+        keep_freed_memory()  # as a run does
+        answer(lambda: [None for _ in batches.training(0, next(epochs), BATCH)], rounds=7)
+        return
+    pixels_NSS3 = np.concatenate([batch.images_VB3SS[0].permute(0, 2, 3, 1) for batch in batches.evaluation(BATCH)])
+    views = plain_views.cifar_views("normalised" if name == PLAIN else "bytes")
+    answer(plain_views.all_views(list(pixels_NSS3), Image.fromarray, views, BATCH), rounds=7)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", default=str(CIFAR))
-    images = open_parts(parser.parse_args().folder).train.take(np.arange(IMAGES))
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    images = open_parts(options.folder).train.take(np.arange(IMAGES))
+    if options.child:
+        child(options.child, images)
+        return
     torch.set_num_threads(1)
-    keep_freed_memory()  # as a run does
     say_where()
     print(f"{IMAGES} images of 32 pixels in memory, three views, batches of {BATCH}")
-    batches, epochs = SmallImages(images, SETTINGS, choose_device("cpu")), itertools.count()
-    pixels_NSS3 = np.concatenate([batch.images_VB3SS[0].permute(0, 2, 3, 1) for batch in batches.evaluation(BATCH)])
-    subjects: dict[str, Callable[[], object]] = {
-        "ours": lambda: [None for _ in batches.training(0, next(epochs), BATCH)]
-    }
-    for end in ("normalised", "bytes"):
-        views = plain_views.cifar_views(end)
-        subjects[f"obvious way, {end}"] = plain_views.all_views(pixels_NSS3, Image.fromarray, views, BATCH)
-    times = in_turn(subjects, rounds=9)
+    times = apart("benchmarks.small_images", [options.folder], (OURS, PLAIN, PLAIN_BYTES))
     say_times(times, IMAGES)
-    as_bytes = ratio(times["obvious way, bytes"].wall, times["ours"].wall)
-    finish("small_images", times["obvious way, normalised"], times["ours"], ratio_bytes=round(as_bytes, 3))
+    as_bytes = ratio(times[PLAIN_BYTES].wall, times[OURS].wall)
+    finish("small_images", times[PLAIN], times[OURS], ratio_bytes=round(as_bytes, 3))
 
 
 if __name__ == "__main__":

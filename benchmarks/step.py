@@ -8,9 +8,6 @@ turn, since ours also changes how the process keeps its memory. Takes 100 s on t
 """
 
 import argparse
-import json
-import subprocess
-import sys
 from collections.abc import Callable
 
 import timm
@@ -19,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.loss import mask_form
-from benchmarks.timing import Times, finish, in_turn, say_times, say_where
+from benchmarks.timing import answer, apart, finish, say_times, say_where
 from equipoise.checkpoint import create_network
 from equipoise.device import choose_precision, keep_freed_memory
 from equipoise.distributed import ALONE
@@ -86,7 +83,6 @@ OURS, PLAIN = "ours", "eager, float32, channels first"
 
 
 def child(name: str, images: int) -> None:
-    """Seconds of a few steps, on the wall and of the processor, as JSON."""
     torch.manual_seed(0)
     pixels = torch.randint(0, 256, (3 * images, 224, 224, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
     labels = torch.randint(0, CLASSES, (images,))
@@ -95,8 +91,7 @@ def child(name: str, images: int) -> None:
         step = our_step(pixels, labels, choose_precision("auto", CPU))
     else:
         step = plain_step(((pixels.float() - 120) / 58).contiguous(), labels)
-    times = in_turn({name: step}, rounds=3, warmup=2)[name]
-    print(json.dumps([times.wall, times.cpu]))
+    answer(step, rounds=3, warmup=2)
 
 
 def main() -> None:
@@ -113,20 +108,8 @@ def main() -> None:
     precision = choose_precision("auto", CPU)
     print(f"ResNet-50, {3 * options.images} views of 224 pixels, {CLASSES} classes; ours in {precision}, channels last")
     times = {OURS: Times(), PLAIN: Times()}
-    words = [
-        sys.executable,
-        "-m",
-        "benchmarks.step",
-        "--images",
-        str(options.images),
-        "--threads",
-        str(options.threads),
-    ]
-    for name in [OURS, PLAIN] * 2:
-        done = subprocess.run([*words, "--child", name], check=True, capture_output=True, text=True)
-        wall, cpu = json.loads(done.stdout.splitlines()[-1])
-        times[name].wall.extend(wall)
-        times[name].cpu.extend(cpu)
+    words = ["--images", str(options.images), "--threads", str(options.threads)]
+    times = apart("benchmarks.step", words, (OURS, PLAIN))
     say_times(times, 3 * options.images)
     finish("step", times[PLAIN], times[OURS], precision=precision)
 

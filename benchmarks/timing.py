@@ -1,12 +1,14 @@
 """How the benchmarks measure: subjects in turn, round after round, on two clocks; medians and quartiles.
 
 Rounds (A B A B ...) rather than blocks, so that what else happens on the machine falls on all of them; ratios are taken
-within a round (`step`: of processes that run in turn). CPU time, of this process and all its threads, says the same
+within a round (`apart`: of processes that run in turn). CPU time, of this process and all its threads, says the same
 where the machine is shared with others.
 """
 
 import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,6 +43,27 @@ def in_turn(subjects: Mapping[str, Callable[[], object]], rounds: int, warmup: i
                 times[name].cpu.append(time.process_time() - cpu)
                 times[name].wall.append(time.perf_counter() - wall)
     return times
+
+
+def apart(module: str, words: Sequence[str], names: Sequence[str], turns: int = 2) -> dict[str, Times]:
+    """Each subject in processes of its own, in turn, since a run also changes how its process keeps memory.
+
+    `python -m MODULE *WORDS --child NAME` ends with what `answer` prints.
+    """
+    times = {name: Times() for name in names}
+    for name in [*names] * turns:
+        command = [sys.executable, "-m", module, *words, "--child", name]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        wall, cpu = json.loads(done.stdout.splitlines()[-1])
+        times[name].wall.extend(wall)
+        times[name].cpu.extend(cpu)
+    return times
+
+
+def answer(subject: Callable[[], object], rounds: int, warmup: int = 1) -> None:
+    """The times of a subject, as `apart` reads them."""
+    times = in_turn({"": subject}, rounds, warmup)[""]
+    print(json.dumps([times.wall, times.cpu]))
 
 
 def ratio(above: Sequence[float], below: Sequence[float]) -> float:

@@ -64,6 +64,15 @@ def test_small_images_stay_byte_for_byte(pictures, tmp_path):
     assert not find_parts(str(tmp_path / "out")).divided, "and so a part is held out, as of the folders"
 
 
+def test_a_strip_longer_than_jpeg_may_be_stays_as_it_is(tmp_path):
+    data = large_pictures(tmp_path / "data")
+    strip = data / "train" / "ant" / "strip.png"
+    Image.new("RGB", (90_000, 20), (200, 10, 10)).save(strip)
+    packed(data, tmp_path / "out", short_side=16)
+    train = open_parts(str(tmp_path / "out")).train
+    assert strip.read_bytes() in [content_of(train, index) for index in range(len(train))]
+
+
 def test_exif_orientation_is_kept_or_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6

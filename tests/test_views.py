@@ -79,9 +79,27 @@ def test_digits_are_never_flipped():
 def test_half_of_the_photographs_and_cifar_views_are_flipped():
     images = torch.zeros(2000, 3, 32, 32, dtype=torch.uint8)
     images[..., 16:] = 255
-    sim = small_views(images, ViewSettings("cifar", ("sim",), 32), 0, 0, np.arange(2000))[0].float()
-    flipped = (sim[..., :16].mean((1, 2, 3)) > sim[..., 16:].mean((1, 2, 3))).float().mean()
-    assert abs(flipped - 0.5) < 5 * np.sqrt(0.25 / 2000)
+    photo = images[0].permute(1, 2, 0).numpy()
+    for kind in ("cls", "sim"):
+        made = [
+            small_views(images, ViewSettings("cifar", (kind,), 32), 0, 0, np.arange(2000)),
+            photo_views([photo] * 2000, ViewSettings("photos", (kind,), 32, randaug=False), 0, 0, np.arange(2000)),
+        ]
+        for (view,) in made[kind == "cls" :]:  # AutoAugment turns and inverts
+            left, right = view[..., :16].float().mean((1, 2, 3)), view[..., 16:].float().mean((1, 2, 3))
+            flipped = (left > right)[left != right].float()  # a crop of one colour does not tell
+            assert len(flipped) > 1500
+            assert abs(flipped.mean() - 0.5) < 5 * np.sqrt(0.25 / len(flipped))
+
+
+def test_photographs_are_not_changed():
+    """Of the size of the view, a crop may be the photograph itself."""
+    photo = np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)
+    before = photo.copy()
+    made = photo_views([photo] * 400, ViewSettings("photos", ("cls", "rand"), 24, blur=True), 0, 0, np.arange(400))
+    assert len(made.flatten(2).unique(dim=1)[0]) > 1
+    assert (photo == before).all()
+    assert (image_operations.resized_crop(photo, [0, 0, 24, 24], 24) == photo).all()
 
 
 def mean_and_spread(images: torch.Tensor) -> np.ndarray:

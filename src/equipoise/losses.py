@@ -84,11 +84,11 @@ def supervised_contrastive_loss(
     _check_shapes(features_BVD, labels_B)
     with torch.autocast(features_BVD.device.type, enabled=False):
         features_KD, labels_K, anchors = _flat(features_BVD, labels_B, rows)
-        # A class goes by the place of its first feature: how many classes are there, a GPU would have to be asked.
-        same_KK = labels_K[:, None] == labels_K
-        first_K = same_KK.byte().argmax(1)
+        # A class goes by its first place among the sorted labels: how many there are, a GPU would have to be asked.
+        sorted_K = labels_K.sort().values
+        first_K = torch.searchsorted(sorted_K, labels_K)
         sums_KD = torch.zeros_like(features_KD).index_add(0, first_K, features_KD)
-        positives_K = (same_KK.sum(1) - 1).to(features_KD.dtype)
+        positives_K = (torch.searchsorted(sorted_K, labels_K, right=True) - first_K - 1).to(features_KD.dtype)
         anchors_ND, first_N, positives_N = features_KD[anchors], first_K[anchors], positives_K[anchors]
 
         similarity_NK = anchors_ND @ features_KD.T / temperature

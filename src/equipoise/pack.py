@@ -18,6 +18,7 @@ from equipoise.packed import SUFFIX, read_about, write_packed
 from equipoise.pixels import BadImageError, bad_images, content_of, decode
 from equipoise.sources import disagreements
 
+_LONGEST_JPEG = 65_500  # pixels: libjpeg writes no longer side. Such a strip stays as it is
 _QUALITY = 90  # of JPEG: short sides of 256 pixels take 30 kB
 
 
@@ -119,6 +120,8 @@ def _encode(index: int) -> bytes | UserError:
     # The long side is truncated, as torchvision's Resize does it, and evaluation views here.
     scale = short_side / min(height, width)
     size = (short_side, int(scale * height)) if width <= height else (int(scale * width), short_side)
+    if max(size) > _LONGEST_JPEG:
+        return content_of(images, index)
     resized = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))
     options = [cv2.IMWRITE_JPEG_QUALITY, _QUALITY, cv2.IMWRITE_JPEG_OPTIMIZE, 1]
     _, encoded = cv2.imencode(".jpg", cv2.cvtColor(resized, cv2.COLOR_RGB2BGR), options)

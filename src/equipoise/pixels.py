@@ -28,7 +28,7 @@ MOST_PIXELS = 89_478_485
 _BAND = 2**22  # pixels
 _BLOCK = 4096  # images looked at between two reports
 
-cv2.setNumThreads(0)  # the loader's processes are the parallelism; threads inside each would fight for the cores
+cv2.setNumThreads(0)  # as in image_operations.py
 
 
 class BadImageError(UserError):
