@@ -1,12 +1,10 @@
 """What may be opened, JSON within bounds, and values of their kinds."""
 
-import os
-import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import draw_picture
+from conftest import draw_picture, pipe
 
 from equipoise import UserError, load, load_recipe
 from equipoise.backbones import create_encoder
@@ -70,19 +68,8 @@ def test_a_pipe_is_not_waited_for(name, tmp_path):
     name, read = READERS[name]
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
-    os.mkfifo(path)
-
-    def waited(*_: object) -> None:
-        raise AssertionError("it waits for somebody to write")
-
-    before = signal.signal(signal.SIGALRM, waited)
-    signal.alarm(20)
-    try:
-        with pytest.raises(UserError) as error:
-            read(path)
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+    with pipe(path), pytest.raises(UserError) as error:
+        read(path)
     assert "\n" not in str(error.value)
 
 
