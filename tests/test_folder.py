@@ -19,6 +19,7 @@ from conftest import draw_folder
 from benchmarks.crash import crash
 from equipoise import UserError, load_recipe, train, training
 from equipoise import folder as folder_module
+from equipoise.backbones import create_encoder
 from equipoise.checkpoint import load_checkpoint
 from equipoise.cli import main
 from equipoise.distributed import World
@@ -443,6 +444,14 @@ def test_a_record_that_was_changed_is_written_anew(content, finished, tmp_path):
     (run / "run.json").write_text(content)
     train(load_recipe(run, epochs=3), progress=False, resume=run)
     assert json.loads((run / "run.json").read_text())["resumed"]["after_epoch"] == 2
+
+
+def test_a_run_goes_on_without_the_weights_that_it_started_from(tmp_path):
+    weights = tmp_path / "weights.pth"
+    torch.save(create_encoder("resnet8", 16)[0].state_dict(), weights)
+    run = train(replace(RECIPE, model=replace(RECIPE.model, weights=str(weights))), tmp_path / "run", progress=False)
+    weights.unlink()
+    assert train(load_recipe(run.path, epochs=3), progress=False, resume=run.path).metrics["last"]["epoch"] == 3
 
 
 def test_another_method_cannot_go_on(finished, tmp_path):
