@@ -55,8 +55,8 @@ while True:
 
 @contextmanager
 def pipe(path: Path) -> Iterator[None]:
-    """A pipe for which the block must not wait. If it does, it is let go after five seconds and fails: by another process
-    that writes nothing, since neither a signal nor a thread would come through where a library waits in C."""
+    """A pipe for which the block must not wait. If it does, it is let go after five seconds, and fails: by another
+    process that writes nothing, since neither a signal nor a thread would come through where a library waits in C."""
     os.mkfifo(path)
     words = [sys.executable, "-S", "-c", _LATE_WRITER, str(path)]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as writer:
