@@ -104,7 +104,7 @@ def test_json():
     ("content", "sentence"),
     [
         (b"{", "x.json is damaged (Expecting property name enclosed in double quotes: line 1 column 2"),
-        (b"\xff", "x.json is damaged ('utf-8' codec can't decode"),
+        (b"\xff", "x.json is damaged (it is no UTF-8 text); remove it"),
         (b" " * 101, "x.json is damaged (it has 101 bytes); remove it"),
         (b"[]", "x.json is damaged (all of it is missing, or is not what belongs there); remove it"),
         (b'{"a": {}}', "x.json is damaged (a.b is missing, or is not what belongs there); remove it"),

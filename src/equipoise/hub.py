@@ -16,7 +16,7 @@ import torch
 
 from equipoise.backbones import timm_arguments
 from equipoise.checkpoint import Checkpoint
-from equipoise.errors import UserError, in_words, several
+from equipoise.errors import UserError, in_words, reason, several
 from equipoise.files import is_count, is_filled, is_positive, is_text, new_file_mode, read_json, regular_file
 from equipoise.lists import imbalance_factor
 from equipoise.metrics import shot_group
@@ -120,9 +120,10 @@ def read_hub_folder(folder: Path) -> tuple[Checkpoint, float | None]:
     except UserError:
         raise
     except (OSError, ValueError, SafetensorError) as error:
-        reason = (in_words(error).splitlines() or [type(error).__name__])[0][:100]
+        why = in_words(error) if isinstance(error, OSError) and error.strerror else reason(error, library=True)
         raise UserError(
-            f"{folder} is not a folder that equipoise export --to safetensors wrote, or is incomplete ({reason})"
+            f"{folder} is not a folder that equipoise export --to safetensors wrote, or is incomplete ({why}); export "
+            "the model anew"
         ) from None
     return checkpoint, table["temperature"]
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from equipoise.errors import UserError
+from equipoise.errors import UserError, reason
 from equipoise.files import parsed_json, regular_file
 from equipoise.lists import ImageFiles, ImageList, Indices, Paths
 
@@ -134,8 +134,7 @@ def read_list(file: Path, allow_outside: bool = False) -> ListFile:
     try:
         content = regular_file(file).read_bytes()
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise UserError(f"the list {file} cannot be read ({reason})") from None
+        raise UserError(f"the list {file} cannot be read ({reason(error)}); name another, or mend that") from None
     if file.suffix == ".json":
         content = _from_annotations(content, file)
     text = content.removeprefix(codecs.BOM_UTF8)
@@ -225,7 +224,9 @@ def _from_annotations(content: bytes, file: Path) -> bytes:
         categories = dict(table["annotations"])
         return "".join(f"{name} {categories[image]}\n" for image, name in table["images"]).encode()
     except ValueError as error:
-        raise UserError(f"{file} is not valid JSON ({str(error)[:100]}); take the official file anew") from None
+        raise UserError(
+            f"{file} is not valid JSON ({reason(error, library=True)}); take the official file anew"
+        ) from None
     except (KeyError, TypeError) as error:
         missing = f": {error} is missing; the test part has no labels" if isinstance(error, KeyError) else ""
         raise UserError(

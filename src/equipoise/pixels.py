@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from equipoise.errors import UserError
+from equipoise.errors import UserError, reason
 from equipoise.files import regular_file
 from equipoise.lists import EncodedImages, ImageFiles, ImageList, PackedImages, PixelArrays
 
@@ -226,13 +226,12 @@ def _named(images: ImageList, index: int, read: Callable[[], T]) -> T:
     try:
         return read()
     except UnidentifiedImageError:
-        reason = "it is no image: not JPEG, PNG, GIF, BMP, TIFF, WebP or PPM"
+        why = "it is no image: not JPEG, PNG, GIF, BMP, TIFF, WebP or PPM"
     except Image.DecompressionBombError:  # Pillow names twice the limit that is ours
-        reason = f"it claims more than {Image.MAX_IMAGE_PIXELS:,} pixels: a decompression bomb?"
+        why = f"it claims more than {Image.MAX_IMAGE_PIXELS:,} pixels: a decompression bomb?"
     except Exception as error:  # decoders raise what they like: anything but a bad file would be a bug of theirs
-        known = isinstance(error, OSError) and error.strerror
-        reason = known.lower() if known else (str(error).splitlines() or [type(error).__name__])[0][:200]
-    raise BadImageError(images.images.name(index), reason)
+        why = reason(error, library=True)
+    raise BadImageError(images.images.name(index), why)
 
 
 class _Quiet:
