@@ -223,6 +223,7 @@ def test_refusals(words, sentence, capsys, tmp_path, monkeypatch):
     ("words", "sentence"),
     [
         (["--weights", "{folder}/no.pth"], "there is no file of weights at {folder}/no.pth"),
+        (["--weights", "{folder}/circle.pth"], "{folder}/circle.pth is no file of weights that can be read (too many"),
         (["--weights", "{folder}/text.pth"], "{folder}/text.pth is no file of weights that can be read"),
         (["--weights", "{folder}/text.safetensors"], "{folder}/text.safetensors is no file of weights that can be"),
         (["--weights", "{folder}/other.pth"], "{folder}/other.pth does not hold the weights of resnet8"),
@@ -249,6 +250,7 @@ def test_what_cannot_be_trained_is_refused_before_the_plan_is_shown(words, sente
     monkeypatch.chdir(tmp_path)
     for name in ("text.pth", "text.safetensors"):
         (tmp_path / name).write_text("no weights")
+    (tmp_path / "circle.pth").symlink_to("circle.pth")
     torch.save({"conv1.weight": torch.ones(3)}, tmp_path / "other.pth")
     before = sorted(tmp_path.iterdir())
     words = [word.format(folder=tmp_path) for word in words]

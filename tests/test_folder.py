@@ -559,10 +559,14 @@ def test_a_disk_that_is_full_before_the_first_checkpoint(small_disk, monkeypatch
 
 
 @pytest.mark.slow
-def test_a_read_only_disk(small_disk):
+def test_a_read_only_disk(small_disk, finished, capsys):
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(UserError, match=r"run cannot be made \(read-only file system\); name another with --out"):
         train(RECIPE, small_disk / "run", progress=False)
+    assert main(["evaluate", str(finished), "--split", "test", "--out", str(small_disk / "x.json")]) == 2
+    said = capsys.readouterr()
+    assert said.err == f"equipoise: --out must be a file in a folder that may be written, not {small_disk}/x.json\n"
+    assert said.out == "", "it is refused before the work"
 
 
 @pytest.mark.slow

@@ -255,6 +255,13 @@ def test_what_is_no_file_is_named_and_not_waited_for(make, reason, pictures):
     assert found == [[said], [said]]
 
 
+def test_a_file_larger_than_any_image_is_not_read(pictures):
+    path = pictures / "ant" / "0.png"
+    os.truncate(path, 2**31)
+    with pytest.raises(UserError, match=r"0.png cannot be read \(it has 2,147,483,648 bytes, more than any image of"):
+        decode(find_parts(str(pictures)).parts["train"], 0)
+
+
 def test_a_file_whose_system_fails_is_named(pictures, monkeypatch):
     """As a file without permission, for whom that is not tested above: root."""
 

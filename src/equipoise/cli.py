@@ -229,6 +229,7 @@ def _train_in(world: "World", options: argparse.Namespace, recipe: Recipe, remar
     root_log = options.root_log or (LOG if authors_style else None)
     out = options.out or (authors_folder(root_log, recipe) if root_log else None)
 
+    from equipoise.files import real_path
     from equipoise.plan import Plan, prepare
     from equipoise.run import AUTHORS_NAMES
     from equipoise.tables import print_figures, print_plan, print_post_hoc, print_unreadable
@@ -238,7 +239,7 @@ def _train_in(world: "World", options: argparse.Namespace, recipe: Recipe, remar
     if beside:
         folder = plans[0].folder
         other = replace(recipe, method=beside)
-        plans.append(prepare(other, Path(f"{folder.resolve()}-{beside}") if out else None, None, world))
+        plans.append(prepare(other, Path(f"{real_path(folder)}-{beside}") if out else None, None, world))
     stale: list[Path] = []
 
     def begins(plan: Plan) -> None:

@@ -23,6 +23,11 @@ def regular_file(path: Path) -> Path:
     return path
 
 
+def real_path(path: Path) -> Path:
+    """The path without links. `Path.resolve` raises RuntimeError for links in a circle, before Python 3.13."""
+    return Path(os.path.realpath(path))
+
+
 def parsed_json(content: bytes, **hooks: Any) -> Any:
     """What JSON says. Raises ValueError for what is none, and for what would take far more memory than it has bytes.
     With hooks (see `json.loads`), objects are not kept as they are."""
@@ -66,7 +71,7 @@ UNFINISHED = ".equipoise-part"  # how the name ends of a file that is being writ
 def atomic_file(path: Path) -> Generator[IO[bytes]]:
     """A file to write that takes its name only when it is complete and on the disk; of a link, what it leads to. Raises
     OSError where that is there and no file: a pipe or a device must not be replaced."""
-    path = path.resolve()
+    path = real_path(path)
     if path.exists():
         regular_file(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=UNFINISHED)

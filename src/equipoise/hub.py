@@ -66,7 +66,7 @@ def write_hub_folder(
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+    if folder.is_symlink() or folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not empty; name another folder with --out")
     config = _config(checkpoint, temperature)
     weights = {name: value.clone() for name, value in checkpoint.weights.items()}  # no two may share memory

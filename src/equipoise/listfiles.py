@@ -24,6 +24,7 @@ from equipoise.lists import ImageFiles, ImageList, Indices, Paths
 
 # There are not as many paths of two letters as a list longer than _LONG bytes would have lines shorter than this.
 _LONG, _SHORTEST_LINE = 2**23, 7
+_LARGEST_LIST = 2**32  # bytes
 _MOST_NAMED = 100_000  # classes; of more nobody reads the names
 _MOST_CLASSES = 1_000_000  # a larger label is a mistake: a year, an image id
 
@@ -132,7 +133,10 @@ def read_list(file: Path, allow_outside: bool = False) -> ListFile:
     UserError naming the file and the line, for a path that leaves the data folder too, unless `allow_outside`.
     """
     try:
-        content = regular_file(file).read_bytes()
+        size = regular_file(file).stat().st_size
+        if size > _LARGEST_LIST:
+            raise UserError(f"the list {file} has {size:,} bytes, more than any list of images; name another")
+        content = file.read_bytes()
     except OSError as error:
         raise UserError(f"the list {file} cannot be read ({reason(error)}); name another, or mend that") from None
     if file.suffix == ".json":

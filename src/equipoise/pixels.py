@@ -25,6 +25,7 @@ T = TypeVar("T")
 _KINDS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
 # Pillow's own limit. Decoding takes up to 8 bytes a pixel, however small the file is.
 MOST_PIXELS = 89_478_485
+_MOST_BYTES = 16 * MOST_PIXELS
 _BAND = 2**22  # pixels
 _BLOCK = 4096  # images looked at between two reports
 
@@ -213,7 +214,11 @@ def content_of(images: ImageList, index: int) -> bytes:
     """The image's file, as bytes. Raises OSError or ValueError where it cannot be had."""
     source = images.images
     if isinstance(source, ImageFiles):
-        return regular_file(source.root / source.paths[index]).read_bytes()
+        file = regular_file(source.root / source.paths[index])
+        size = file.stat().st_size
+        if size > _MOST_BYTES:
+            raise ValueError(f"it has {size:,} bytes, more than any image of {MOST_PIXELS:,} pixels")
+        return file.read_bytes()
     assert isinstance(source, EncodedImages | PackedImages)
     content = source.content(index)
     if content is None:

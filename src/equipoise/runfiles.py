@@ -18,6 +18,7 @@ from equipoise.charts import Name
 from equipoise.errors import UnreadableError, UserError, reason
 from equipoise.figures import shortened
 from equipoise.files import ABSENT, fits, is_count, is_number, is_text, parsed_json
+from equipoise.log import LONGEST_LINE
 from equipoise.metrics import GROUPS
 from equipoise.observe import COSINE_BINS
 from equipoise.recipe import Recipe, load_recipe
@@ -26,7 +27,6 @@ from equipoise.run import METRICS, OBSERVED, RECIPE, RECORD, chosen
 
 LOG = "metrics.jsonl"
 CURVES = ("loss", "classification", "contrastive", "lr", "mean_per_class", "few")  # what is drawn of it
-_LONGEST_LINE = 2**16  # bytes, of the log
 _MOST_OBSERVED = 2**26  # bytes; of 8,142 classes it has 20 million at most
 _ENTRY, _MOST_ENTRIES = b"PK\x01\x02", 100  # what an array begins with in the directory, and how many there are
 
@@ -177,7 +177,7 @@ def _read_log(file: Path) -> list[dict[str, Any]]:
     another line that is none of a log."""
     lines: list[dict[str, Any]] = []
     with file.open("rb") as opened:
-        for number, line in enumerate(iter(lambda: opened.readline(_LONGEST_LINE), b""), 1):
+        for number, line in enumerate(iter(lambda: opened.readline(LONGEST_LINE), b""), 1):
             try:
                 said = parsed_json(line, object_pairs_hook=_logged)
                 if not fits(said, _LOGGED):
