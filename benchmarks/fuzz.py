@@ -1,6 +1,7 @@
 """Every reader of files on a million damaged ones: `make fuzz`, or `python -m benchmarks.fuzz [INPUTS] [READER ...]`.
 
-What is held to: a reader gives a valid result or a `UserError` of one line, never another exception, within 20 seconds,
+What is held to: a reader gives a valid result or a `UserError` of one line, in which no library speaks of its objects
+and classes, never another exception, within 20 seconds,
 and takes no more than ten times the input in memory, 64 MiB, and eight bytes for every pixel of an image. Atheris makes
 the inputs, from small whole files and by what the code does with them. Those that went somewhere new, and those that
 failed, are kept in build/fuzz; the next run starts from the former.
@@ -14,6 +15,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import struct
 import subprocess
@@ -38,6 +40,7 @@ from PIL import Image
 
 KEPT = Path("build") / "fuzz"
 _MIB = 2**20
+_INSIDE = re.compile(r" object at 0x|<class '|\w(Error|Exception)\b|\n")
 _RESET = Path("/proc/self/clear_refs")
 
 
@@ -477,7 +480,8 @@ READERS = {
 
 def examine(reader: Reader, content: bytes, folder: Path) -> tuple[bool, int]:
     """Whether the reader gives a result for the input, and not an error of the user's; and the memory it took, in bytes
-    (where the system tells). Raises whatever the reader raises else, and MemoryError for more than it may take."""
+    (where the system tells). Raises whatever the reader raises else, ValueError for a message with the inside of a
+    library, and MemoryError for more than it may take."""
     file = folder / reader.name
     written = reader.wrap(content)
     file.write_bytes(written)
@@ -485,8 +489,10 @@ def examine(reader: Reader, content: bytes, folder: Path) -> tuple[bool, int]:
     try:
         reader.read(file)
         valid = True
-    except UserError:
+    except UserError as error:
         valid = False
+        if _INSIDE.search(str(error)):
+            raise ValueError(f"a message with the inside of a library: {error}") from None
     taken = _most_resident() - at_start
     allowed = 10 * len(written) + 64 * _MIB
     if taken > allowed and taken > allowed + 8 * _pixels(written):

@@ -1,6 +1,11 @@
 """What several test files use: golden numbers, small pictures on disk, and shape checks switched on."""
 
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +41,31 @@ def write_parquet(path, labels, column="img", label_column="label", metadata=Non
     table = pa.table({column: images, label_column: pa.array(labels, pa.int64()), **more})
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table.replace_schema_metadata(metadata), path)
+
+
+# `open` waits for a reader.
+_LATE_WRITER = """
+import sys, time
+time.sleep(5)
+while True:
+    with open(sys.argv[1], "wb"):
+        print("somebody waited", flush=True)
+"""
+
+
+@contextmanager
+def pipe(path: Path) -> Iterator[None]:
+    """A pipe for which the block must not wait. If it does, it is let go after five seconds, and fails: by another
+    process that writes nothing, since neither a signal nor a thread would come through where a library waits in C."""
+    os.mkfifo(path)
+    words = [sys.executable, "-S", "-c", _LATE_WRITER, str(path)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as writer:
+        try:
+            yield
+        finally:
+            writer.kill()
+            said = writer.communicate()[0]
+    assert said == ""
 
 
 @pytest.fixture

@@ -219,6 +219,64 @@ def test_refusals(words, sentence, capsys, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device that must be missing")
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--weights", "{folder}/no.pth"], "there is no file of weights at {folder}/no.pth"),
+        (["--weights", "{folder}/circle.pth"], "{folder}/circle.pth is no file of weights that can be read (too many"),
+        (["--weights", "{folder}/text.pth"], "{folder}/text.pth is no file of weights that can be read"),
+        (["--weights", "{folder}/text.safetensors"], "{folder}/text.safetensors is no file of weights that can be"),
+        (["--weights", "{folder}/other.pth"], "{folder}/other.pth does not hold the weights of resnet8"),
+        (["--pretrained", "true"], "there are no pretrained weights for resnet8"),
+        (
+            ["--arch", "resnet18", "--pretrained", "true"],
+            "the pretrained weights of resnet18 could not be had (offline)",
+        ),
+        (["--arch", "resnet18.nonsense"], "timm cannot build resnet18.nonsense"),
+        (["--out", "{folder}/text.pth/run"], "the run folder {folder}/text.pth/run cannot be made (not a directory)"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_the_plan_is_shown(words, sentence, capsys, tmp_path, monkeypatch):
+    import timm
+
+    made = timm.create_model
+
+    def offline(name, pretrained=False, **more):
+        if pretrained:
+            raise OSError("offline")
+        return made(name, **more)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    monkeypatch.chdir(tmp_path)
+    for name in ("text.pth", "text.safetensors"):
+        (tmp_path / name).write_text("no weights")
+    (tmp_path / "circle.pth").symlink_to("circle.pth")
+    torch.save({"conv1.weight": torch.ones(3)}, tmp_path / "other.pth")
+    before = sorted(tmp_path.iterdir())
+    words = [word.format(folder=tmp_path) for word in words]
+    assert main(["train", "digits-lt", *words]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith(f"equipoise: {sentence.format(folder=tmp_path)}")
+    assert said.err.count("\n") == 1
+    assert said.out == ""
+    assert set(tmp_path.rglob("*")) - set(before) <= {tmp_path / "runs"}
+
+
+@pytest.mark.parametrize("recipe", ["digits-lt", "data"])
+def test_nobody_reads_the_plan(recipe, pictures, tmp_path):
+    """As with `| true`: no error is shown, nothing is trained, nothing left. Rich ends then in another way than Python,
+    which prints the remark that a recipe was chosen."""
+    chosen = ["--data", str(pictures)] if recipe == "data" else [recipe]
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "equipoise", "train", *chosen, "--arch=resnet8", "-b4", "--out", tmp_path / "run"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    process.stdout.close()
+    _, said = process.communicate(timeout=100)
+    assert said == ""
+    assert not (tmp_path / "run").exists()
+
+
 def test_missing_device(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "this machine has no cuda device" in refusal(capsys, "train", "--device", "cuda")
@@ -503,6 +561,10 @@ def test_the_authors_files_of_a_run_that_goes_on(imagenet_run, tmp_path, capsys)
     for ours, theirs in files.items():
         assert main(["export", str(run_folder / ours), "--to", "authors"]) == 0
         assert theirs.is_file()
+    (run_folder / "run.lock").mkdir()  # so that it is refused before it begins
+    assert "cannot be made" in refusal(capsys, *words)
+    (run_folder / "run.lock").rmdir()
+    assert all(theirs.is_file() for theirs in files.values()), "they are of the run as it is"
     image = next((imagenet_run[1] / "train").rglob("*.JPEG"))
     content = image.read_bytes()
     image.write_bytes(content[: len(content) // 2])

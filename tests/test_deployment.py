@@ -150,6 +150,28 @@ def test_a_pipe_is_not_replaced(odd_run, tmp_path, capsys):
     assert (tmp_path / "pipe").is_fifo()
 
 
+def test_links_that_lead_nowhere(odd_run, tmp_path, capsys):
+    (tmp_path / "broken.json").symlink_to(tmp_path / "no" / "x.json")
+    (tmp_path / "circle.json").symlink_to("circle.json")
+    for flag, words in {"--json": ["predict", str(odd_run), str(odd_run)], "--out": ["report", str(odd_run)]}.items():
+        (said,) = refusal(capsys, *words, flag, str(tmp_path / "broken.json"))
+        assert said == f"{flag} must be a file in a folder that is there, not {tmp_path / 'broken.json'}"
+    (said,) = refusal(capsys, "export", str(odd_run), "--to", "safetensors", "--out", str(tmp_path / "broken.json"))
+    assert said.startswith(f"{tmp_path / 'broken.json'} exists and is not empty; name another folder")
+    picture = tmp_path / "photo.png"
+    draw_picture(picture, 0, 0)
+    assert main(["predict", str(odd_run), str(picture), "--json", str(tmp_path / "circle.json")]) == 0
+    assert not (tmp_path / "circle.json").is_symlink()
+
+
+def test_a_link_to_something_else_does_not_replace_it(odd_run, tmp_path, capsys):
+    before = (odd_run / "metrics.json").read_bytes()
+    (tmp_path / "mine.json").symlink_to(odd_run / "metrics.json")
+    (said,) = refusal(capsys, "predict", str(odd_run), str(odd_run), "--json", str(tmp_path / "mine.json"))
+    assert said == f"--json would replace {tmp_path / 'mine.json'}, which is something else; name another file"
+    assert (odd_run / "metrics.json").read_bytes() == before
+
+
 @pytest.mark.parametrize("name", ["best.pt", "recipe.toml", "metrics.json", "observed.npz", "photo.png"])
 def test_what_something_else_is_in_is_not_replaced(name, odd_run, tmp_path, capsys):
     run = tmp_path / "run"

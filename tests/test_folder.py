@@ -19,6 +19,7 @@ from conftest import draw_folder
 from benchmarks.crash import crash
 from equipoise import UserError, load_recipe, train, training
 from equipoise import folder as folder_module
+from equipoise.backbones import create_encoder
 from equipoise.checkpoint import load_checkpoint
 from equipoise.cli import main
 from equipoise.distributed import World
@@ -445,6 +446,14 @@ def test_a_record_that_was_changed_is_written_anew(content, finished, tmp_path):
     assert json.loads((run / "run.json").read_text())["resumed"]["after_epoch"] == 2
 
 
+def test_a_run_goes_on_without_the_weights_that_it_started_from(tmp_path):
+    weights = tmp_path / "weights.pth"
+    torch.save(create_encoder("resnet8", 16)[0].state_dict(), weights)
+    run = train(replace(RECIPE, model=replace(RECIPE.model, weights=str(weights))), tmp_path / "run", progress=False)
+    weights.unlink()
+    assert train(load_recipe(run.path, epochs=3), progress=False, resume=run.path).metrics["last"]["epoch"] == 3
+
+
 def test_another_method_cannot_go_on(finished, tmp_path):
     with pytest.raises(UserError, match=r"do not fit method bcl with a resnet8; it was trained with ce$"):
         train(load_recipe("digits-lt", epochs=3), tmp_path / "run", progress=False, resume=finished)
@@ -550,10 +559,14 @@ def test_a_disk_that_is_full_before_the_first_checkpoint(small_disk, monkeypatch
 
 
 @pytest.mark.slow
-def test_a_read_only_disk(small_disk):
+def test_a_read_only_disk(small_disk, finished, capsys):
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(UserError, match=r"run cannot be made \(read-only file system\); name another with --out"):
         train(RECIPE, small_disk / "run", progress=False)
+    assert main(["evaluate", str(finished), "--split", "test", "--out", str(small_disk / "x.json")]) == 2
+    said = capsys.readouterr()
+    assert said.err == f"equipoise: --out must be a file in a folder that may be written, not {small_disk}/x.json\n"
+    assert said.out == "", "it is refused before the work"
 
 
 @pytest.mark.slow

@@ -71,12 +71,16 @@ def test_the_check_sees_other_exceptions_and_memory(tmp_path):
             np.ones(30_000_000).sum()
         if file.read_bytes() == b"user":
             raise UserError("user")
+        if file.read_bytes() == b"inside":
+            raise UserError(f"{file} cannot be read ({object()})")
 
     reader = Reader("x", list, read)
     assert examine(reader, b"good", tmp_path)[0]
     assert not examine(reader, b"user", tmp_path)[0]
     with pytest.raises(KeyError):
         examine(reader, b"bug", tmp_path)
+    with pytest.raises(ValueError, match="a message with the inside of a library"):
+        examine(reader, b"inside", tmp_path)
     if Path("/proc/self/clear_refs").exists():  # Linux; elsewhere memory is not measured
         with pytest.raises(MemoryError, match="bytes for an input of 6"):
             examine(reader, b"memory", tmp_path)

@@ -84,6 +84,10 @@ def test_a_byte_order_mark_is_no_part_of_a_path(tmp_path, blank):
 def test_unreadable(tmp_path):
     with pytest.raises(UserError, match=r"the list .*none.txt cannot be read \(no such file or directory\)"):
         read_list(tmp_path / "none.txt")
+    with (tmp_path / "huge.txt").open("wb") as file:
+        file.truncate(2**33)
+    with pytest.raises(UserError, match=r"the list .*huge.txt has 8,589,934,592 bytes, more than any list of images"):
+        read_list(tmp_path / "huge.txt")
 
 
 @settings(max_examples=300)

@@ -1,6 +1,8 @@
 """The log of a run: each step and each validation has one line, whatever interrupted it."""
 
 import json
+import os
+import tracemalloc
 
 import pytest
 
@@ -30,6 +32,21 @@ def test_what_will_be_done_again_is_dropped(epoch, step, kept, tmp_path):
         pass
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["kind"], line["step"], line["epoch"]) for line in lines] == LINES[:kept]
+
+
+def test_a_log_that_is_one_long_line_does_not_fill_the_memory(tmp_path):
+    """As a disk may leave it that was full or lost power: a hole of zeros."""
+    with RunLog(tmp_path, 0, 0) as log:
+        log.write("train", 1, 0, {"loss": 1.0})
+    length = (tmp_path / "metrics.jsonl").stat().st_size
+    os.truncate(tmp_path / "metrics.jsonl", 2**28)
+    tracemalloc.start()
+    with RunLog(tmp_path, 0, 1):
+        pass
+    taken = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert taken < 2**24
+    assert (tmp_path / "metrics.jsonl").stat().st_size == length
 
 
 def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):

@@ -8,11 +8,12 @@ import sys
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import cv2
 import numpy as np
 import pytest
-from conftest import draw_folder
+from conftest import draw_folder, pipe
 from PIL import Image
 
 from equipoise import UserError, pixels
@@ -232,10 +233,10 @@ def test_a_bomb_of_the_kind_that_opencv_reads(photo):
     ("make", "reason"),
     [
         (lambda path: path.mkdir(), "it is a folder"),
-        (os.mkfifo, "it is no file"),
+        (pipe, "it is no file"),
         (lambda path: path.symlink_to("nowhere"), "no such file or directory"),
         (lambda path: path.symlink_to(path.name), "too many levels of symbolic links"),
-        (lambda path: path.symlink_to("/dev/zero"), "it is no file"),
+        (lambda path: path.symlink_to("/dev/null"), "it is no file"),
         pytest.param(
             lambda path: path.touch(mode=0),
             "permission denied",
@@ -246,13 +247,19 @@ def test_a_bomb_of_the_kind_that_opencv_reads(photo):
 def test_what_is_no_file_is_named_and_not_waited_for(make, reason, pictures):
     path = pictures / "ant" / "5.png"
     path.unlink()
-    make(path)
-    images = find_parts(Source(str(pictures), allow_outside=True)).parts["train"]
-    assert len(images) == 21, "it is on the list, so that it is not passed over in silence"
-    for decoded in (False, True):
-        assert [str(error) for error in bad_images(images, decoded) if error] == [
-            f"{path} cannot be read ({reason}); repair or remove it, or pass over such images with --on-bad-image skip"
-        ]
+    with make(path) or nullcontext():
+        images = find_parts(Source(str(pictures), allow_outside=True)).parts["train"]
+        assert len(images) == 21, "it is on the list, so that it is not passed over in silence"
+        found = [[str(error) for error in bad_images(images, decoded) if error] for decoded in (False, True)]
+    said = f"{path} cannot be read ({reason}); repair or remove it, or pass over such images with --on-bad-image skip"
+    assert found == [[said], [said]]
+
+
+def test_a_file_larger_than_any_image_is_not_read(pictures):
+    path = pictures / "ant" / "0.png"
+    os.truncate(path, 2**31)
+    with pytest.raises(UserError, match=r"0.png cannot be read \(it has 2,147,483,648 bytes, more than any image of"):
+        decode(find_parts(str(pictures)).parts["train"], 0)
 
 
 def test_a_file_whose_system_fails_is_named(pictures, monkeypatch):

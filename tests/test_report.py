@@ -177,7 +177,7 @@ def test_perfect_runs_and_two_classes(tmp_path):
         ),
         (
             lambda run: (run / "observed.npz").write_bytes(b"PK"),
-            "observed.npz is damaged (File is not a zip file); write it anew: equipoise eval",
+            "observed.npz is damaged (its content makes no sense); write it anew: equipoise eval",
         ),
     ],
 )

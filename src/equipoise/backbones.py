@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from equipoise.errors import UserError
+from equipoise.errors import UserError, reason
 from equipoise.files import regular_file
 from equipoise.tensors import load_tensors
 
@@ -46,8 +46,8 @@ def create_encoder(name: str, size: int, pretrained: bool = False, weights: str 
         with torch.inference_mode():
             features = encoder.eval()(torch.zeros(1, 3, size, size))
     except (AssertionError, RuntimeError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{name} does not take images of {size} pixels ({reason}); change --size or --arch") from None
+        why = reason(error, library=True, otherwise="its layers do not fit them")
+        raise UserError(f"{name} does not take images of {size} pixels ({why}); change --size or --arch") from None
     if features.ndim != 2:
         raise UserError(f"{name} gives features of shape {list(features.shape)[1:]}, not one vector; change --arch")
     return encoder.train(), features.shape[1]
@@ -89,11 +89,11 @@ def _timm_encoder(name: str, size: int, pretrained: bool) -> nn.Module:
             options["zero_init_last"] = False  # as the authors' code starts them
         return timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
     except (OSError, RuntimeError, TypeError) as error:
-        reason = str(error).splitlines()[0]
+        why = reason(error, library=True, otherwise="timm does not say why")
         if not pretrained:
-            raise UserError(f"timm cannot build {name} at {size} pixels ({reason}); change --size or --arch") from None
+            raise UserError(f"timm cannot build {name} at {size} pixels ({why}); change --size or --arch") from None
         raise UserError(
-            f"the pretrained weights of {name} could not be had ({reason}); connect to the network, name a file of "
+            f"the pretrained weights of {name} could not be had ({why}); connect to the network, name a file of "
             "them with --weights FILE, or set --pretrained false"
         ) from None
 
@@ -140,9 +140,10 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise UserError(f"there is no file of weights at {file}") from None
     except Exception as error:  # it raises what it likes for a damaged file; there is nothing in one to execute
-        known = isinstance(error, OSError) and error.strerror
-        reason = known.lower() if known else (str(error).splitlines() or [type(error).__name__])[0][:100]
-        raise UserError(f"{file} is no file of weights that can be read ({reason})") from None
+        why = reason(error, library=True)
+        raise UserError(
+            f"{file} is no file of weights that can be read ({why}); take another, or copy it anew"
+        ) from None
 
 
 def _as_timm_has_them(state: dict[str, Tensor], encoder: nn.Module) -> dict[str, Tensor]:

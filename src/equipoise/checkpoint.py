@@ -100,9 +100,9 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     if is_authors_table(table):
         return _from_authors(table, path)
     if not isinstance(table, dict) or table.get("format") != FORMAT:
-        raise UserError(f"{path} is not a checkpoint of this version of equipoise")
+        raise UserError(f"{path} is not a checkpoint of this version of equipoise; take another")
     if not _is_whole(table):
-        raise UserError(f"{path} is damaged: its checksum does not fit")
+        raise UserError(f"{path} is damaged: its checksum does not fit; use another one of the run")
     return _from_table(table, table, path)
 
 

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from equipoise.errors import UserError
+from equipoise.errors import UnreadableError, UserError, reason
 from equipoise.files import regular_file
 from equipoise.lists import ImageList, Indices, PixelArrays
 
@@ -165,9 +165,10 @@ def _read(archive: CifarArchive, wanted: Sequence[str]) -> dict[str, bytes]:
                         file = tar.extractfile(member)
                         assert file is not None, "it is a file"
                         content[name] = file.read()
+    except UserError:
+        raise
     except (tarfile.TarError, EOFError, OSError, ValueError, RecursionError, zlib.error) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{archive.path} is damaged ({reason}); take the archive anew") from None
+        raise UserError(f"{archive.path} is damaged ({reason(error)}); take the archive anew") from None
     return content
 
 
@@ -182,7 +183,7 @@ class _Limited(io.RawIOBase):
         content = self._file.read(min(size, self._left + 1) if size >= 0 else self._left + 1)
         self._left -= len(content)
         if self._left < 0:
-            raise ValueError("it unpacks to far more than the published archives do")
+            raise UnreadableError("it unpacks to far more than the published archives do")
         return content
 
 
@@ -235,20 +236,20 @@ class _Array:
 
     def __setstate__(self, state: object) -> None:
         if not isinstance(state, tuple) or len(state) != 5:
-            raise ValueError("an array's state has five parts")
+            raise UnreadableError("an array's state has five parts")
         _, shape, kind, fortran, content = state
         if not isinstance(kind, _Kind) or kind.name not in ("u1", "|u1"):
-            raise ValueError("its array does not hold bytes")
+            raise UnreadableError("its array does not hold bytes")
         if not (isinstance(shape, tuple) and shape and all(type(side) is int and side >= 0 for side in shape)):
-            raise ValueError("its array has no shape")
+            raise UnreadableError("its array has no shape")
         # Python 3 writes bytes at the old protocols as text to be encoded: see `_encode`.
         if not isinstance(content, bytes) or fortran:
-            raise ValueError("its array is no plain row of bytes")
+            raise UnreadableError("its array is no plain row of bytes")
         size = 1
         for side in shape:
             size *= side
         if size != len(content):
-            raise ValueError(f"its array claims {size} bytes and has {len(content)}")
+            raise UnreadableError(f"its array claims {size} bytes and has {len(content)}")
         self.value = np.frombuffer(content, np.uint8).reshape(shape)
 
 
@@ -281,7 +282,7 @@ def _of_buffer(content: object, kind: object, shape: object, order: object) -> _
 def _encode(text: object, encoding: object = "latin1") -> bytes:
     """As Python 3 writes bytes at protocols below 3."""
     if not isinstance(text, str) or encoding != "latin1":
-        raise ValueError("its bytes are not encoded as Python encodes them")
+        raise UnreadableError("its bytes are not encoded as Python encodes them")
     return text.encode("latin1")
 
 
@@ -322,13 +323,13 @@ class _Unpickler(pickle._Unpickler):  # pyright: ignore[reportPrivateUsage]
 
 
 def _refuse_program(content: bytes) -> None:
-    """Raise ValueError for a pickle of more instructions, or more tuples, than an archive's: one byte can make an
+    """Raise UnreadableError for a pickle of more instructions, or more tuples, than an archive's: one byte can make an
     object of 64, and a tuple in a tuple in a tuple, as a key, overflows the stack from 80,000 on."""
     tuples = 0
     for number, (instruction, _, _) in enumerate(pickletools.genops(content)):
         tuples += "TUPLE" in instruction.name
         if number > _MOST_INSTRUCTIONS or tuples > _MOST_TUPLES:
-            raise ValueError("it is a longer program than the published files are")
+            raise UnreadableError("it is a longer program than the published files are")
 
 
 def _unpickle(content: bytes, where: str) -> object:
@@ -341,5 +342,4 @@ def _unpickle(content: bytes, where: str) -> object:
             f"{where} asks for '{asked}', which the published archive does not; nothing of it was run"
         ) from None
     except Exception as error:  # a damaged pickle may raise anything; nothing but the stand-ins above was called
-        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
-        raise UserError(f"{where} is damaged ({reason}); take the archive anew") from None
+        raise UserError(f"{where} is damaged ({reason(error)}); take the archive anew") from None

@@ -229,7 +229,8 @@ def _train_in(world: "World", options: argparse.Namespace, recipe: Recipe, remar
     root_log = options.root_log or (LOG if authors_style else None)
     out = options.out or (authors_folder(root_log, recipe) if root_log else None)
 
-    from equipoise.plan import prepare
+    from equipoise.files import real_path
+    from equipoise.plan import Plan, prepare
     from equipoise.run import AUTHORS_NAMES
     from equipoise.tables import print_figures, print_plan, print_post_hoc, print_unreadable
     from equipoise.training import fit
@@ -238,17 +239,20 @@ def _train_in(world: "World", options: argparse.Namespace, recipe: Recipe, remar
     if beside:
         folder = plans[0].folder
         other = replace(recipe, method=beside)
-        plans.append(prepare(other, Path(f"{folder.resolve()}-{beside}") if out else None, None, world))
-    if remark:
-        print(remark)
-    stale = [file for name in AUTHORS_NAMES.values() if (file := plans[0].folder / name).exists()]
-    if world.is_first:
-        for file in stale:  # of the run as it was; written anew when it ends
-            file.unlink()
-    runs: list[Any] = []
-    for plan in plans:
+        plans.append(prepare(other, Path(f"{real_path(folder)}-{beside}") if out else None, None, world))
+    stale: list[Path] = []
+
+    def begins(plan: Plan) -> None:
+        if remark and plan.recipe is plans[0].recipe:
+            print(remark)
         print_plan(plan.describe())
-        runs.append(fit(plan))
+        if world.is_first:
+            for name in AUTHORS_NAMES.values():  # of the run as it was; written anew when it ends
+                if (plan.folder / name).exists():
+                    (plan.folder / name).unlink()
+                    stale.append(plan.folder / name)
+
+    runs: list[Any] = [fit(plan, begins=begins) for plan in plans]
     if not world.is_first:  # the files are rank 0's
         return
     part = "test" if runs[0].metrics["test"] else "validation"

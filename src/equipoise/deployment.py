@@ -1,12 +1,14 @@
 """Words of `equipoise predict` and `equipoise export` become calls."""
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
 from equipoise.errors import UserError, one_line, several
+from equipoise.files import real_path
 
 _FORMS = {
     "authors": "the layout of the BCL authors' code",
@@ -146,8 +148,12 @@ _OF_OTHERS = ("run.json", "metrics.json", "bad-images.json", "observed.npz", "co
 def refuse_unwritable(files: Mapping[str, str | None]) -> None:
     """Raise UserError for a flag whose file could not be written, or is in use: better now than after the work."""
     for flag, file in files.items():
-        path = Path(file or "").absolute()
-        if file is not None and (not path.parent.is_dir() or (path.exists() and not path.is_file())):
+        if file is None:
+            continue
+        path = real_path(Path(file))
+        if not path.parent.is_dir() or (path.exists() and not path.is_file()):
             raise UserError(f"{flag} must be a file in a folder that is there, not {file}")
+        if not os.access(path.parent, os.W_OK):
+            raise UserError(f"{flag} must be a file in a folder that may be written, not {file}")
         if path.is_file() and (path.suffix not in _REPLACED or path.name in _OF_OTHERS):
             raise UserError(f"{flag} would replace {file}, which is something else; name another file")

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from equipoise.errors import SharedError, Stopped, UserError, in_words
+from equipoise.errors import SharedError, Stopped, UserError, in_words, reason
 
 Made = TypeVar("Made")
 
@@ -235,8 +235,8 @@ def join() -> Generator[World]:
         world.watch()
     except (dist.DistError, RuntimeError, ValueError) as error:
         place = f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
-        reason = str(error).splitlines()[0][:200]
-        raise UserError(f"rank {world.rank} could not join the other {size - 1} ranks at {place} ({reason})") from None
+        why = reason(error, library=True, otherwise="torch does not say why")
+        raise UserError(f"rank {world.rank} could not join the other {size - 1} ranks at {place} ({why})") from None
     try:
         yield world
         dist.barrier()  # nobody leaves before all are done: a rank that ends early would be taken for lost

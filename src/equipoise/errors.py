@@ -1,5 +1,6 @@
 """The exceptions for what a user can cause, and how what a file holds is put into a line."""
 
+import re
 import reprlib
 
 
@@ -9,6 +10,10 @@ class UserError(ValueError):
     The text is one line that says what was wrong, where, and what to do. The command line prints it and exits
     with code 2; any other exception is a bug of ours and shows its traceback.
     """
+
+
+class UnreadableError(ValueError):
+    """Why a file cannot be read, in words of ours. See `reason`."""
 
 
 class SharedError(UserError):
@@ -46,6 +51,24 @@ def in_words(error: Exception) -> str:
         return str(error)
     where = f": {error.filename}" if error.filename else ""
     return (error.strerror or str(error)).lower() + where
+
+
+# What is for the programmers of a library: addresses, classes, places in its source.
+_INSIDE = re.compile(r"0x[0-9a-f]{5,}|<[\w.]+ |<class|\w(Error|Exception)\b|\w::\w|\.(cc|cpp|rs|py):\d")
+_OF_PROGRAMMERS = (LookupError, TypeError, AttributeError, AssertionError, UnicodeError, ArithmeticError)
+
+
+def reason(error: Exception, library: bool = False, otherwise: str = "its content makes no sense") -> str:
+    """Why a file cannot be read, whatever was raised for it, in a few words on one line: those of the system or ours;
+    with `library`, also the first line of a library's, where a user can make anything of it."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    if isinstance(error, MemoryError):
+        return "there is not enough memory for it"
+    said = str(error).partition("\n")[0].strip()
+    ours = isinstance(error, UnreadableError)
+    spoken = library and said and not isinstance(error, _OF_PROGRAMMERS) and not _INSIDE.search(said)
+    return one_line(said[:150]) if ours or spoken else otherwise
 
 
 def one_line(text: str) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from equipoise.errors import UserError
+from equipoise.errors import UserError, reason
 from equipoise.files import atomic_file
 from equipoise.lists import ImageList
 from equipoise.pixels import BadImageError, decode
@@ -66,10 +66,10 @@ def export_onnx(classifier: Classifier, out: Path, pictures: Sequence[Path]) -> 
             dynamic_shapes=({0: torch.export.Dim("batch")},),
         )
     except torch.onnx.OnnxExporterError as error:
-        reason = str(error).splitlines()[0]
+        why = reason(error, library=True, otherwise="its exporter does not say why")
         encoder = classifier.checkpoint.recipe.model.encoder
         raise UserError(
-            f"torch cannot write {encoder} as ONNX ({reason}); take --to torch-export or safetensors"
+            f"torch cannot write {encoder} as ONNX ({why}); take --to torch-export or safetensors"
         ) from None
     assert program is not None
     model = program.model_proto

@@ -11,16 +11,21 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import IO, Any
 
-from equipoise.errors import UserError
+from equipoise.errors import UserError, reason
 
 
 def regular_file(path: Path) -> Path:
     """The path, if a file is there. Raises OSError: to open a pipe would wait for ever, and a device has no end."""
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode):
-        reason = "it is a folder" if stat.S_ISDIR(mode) else "it is no file"
-        raise OSError(errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL, reason, str(path))
+        what = "it is a folder" if stat.S_ISDIR(mode) else "it is no file"
+        raise OSError(errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL, what, str(path))
     return path
+
+
+def real_path(path: Path) -> Path:
+    """The path without links. `Path.resolve` raises RuntimeError for links in a circle, before Python 3.13."""
+    return Path(os.path.realpath(path))
 
 
 def parsed_json(content: bytes, **hooks: Any) -> Any:
@@ -37,6 +42,8 @@ def parsed_json(content: bytes, **hooks: Any) -> Any:
         return json.loads(content, **hooks)
     except RecursionError:
         raise ValueError("it goes too deep") from None
+    except UnicodeDecodeError:
+        raise ValueError("it is no UTF-8 text") from None
 
 
 def read_json(path: Path, most_bytes: int, kind: Any, advice: str) -> Any:
@@ -51,9 +58,9 @@ def read_json(path: Path, most_bytes: int, kind: Any, advice: str) -> Any:
         if place is not None:
             raise ValueError(f"{place.removeprefix('.') or 'all of it'} is missing, or is not what belongs there")
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({(error.strerror or str(error)).lower()}); {advice}") from None
+        raise UserError(f"{path} cannot be read ({reason(error)}); {advice}") from None
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({str(error)[:100]}); {advice}") from None
+        raise UserError(f"{path} is damaged ({reason(error, library=True)}); {advice}") from None
     return value
 
 
@@ -64,7 +71,7 @@ UNFINISHED = ".equipoise-part"  # how the name ends of a file that is being writ
 def atomic_file(path: Path) -> Generator[IO[bytes]]:
     """A file to write that takes its name only when it is complete and on the disk; of a link, what it leads to. Raises
     OSError where that is there and no file: a pipe or a device must not be replaced."""
-    path = path.resolve()
+    path = real_path(path)
     if path.exists():
         regular_file(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=UNFINISHED)

@@ -67,7 +67,8 @@ class RunFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._leave(isinstance(error, UserError | OSError | KeyboardInterrupt))
+        # SystemExit: by rich, where nobody reads what it prints.
+        self._leave(isinstance(error, UserError | OSError | KeyboardInterrupt | SystemExit))
 
     def _leave(self, by_the_user: bool = True) -> None:
         if self._lock is None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from equipoise.errors import UserError
+from equipoise.errors import UserError, reason
 from equipoise.lists import PART_NAMES, Found, ImageFiles, ImageList, Paths, refuse_outside
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
@@ -22,7 +22,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         with os.scandir(folder) as entries:
             return [entry for entry in entries if not entry.name.startswith(".")]
     except OSError as error:
-        raise UserError(f"the folder {folder} cannot be read ({(error.strerror or str(error)).lower()})") from None
+        raise UserError(f"the folder {folder} cannot be read ({reason(error)})") from None
 
 
 def open_class_folders(root: Path, allow_outside: bool = False) -> Found:

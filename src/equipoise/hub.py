@@ -16,7 +16,7 @@ import torch
 
 from equipoise.backbones import timm_arguments
 from equipoise.checkpoint import Checkpoint
-from equipoise.errors import UserError, in_words, several
+from equipoise.errors import UserError, in_words, reason, several
 from equipoise.files import is_count, is_filled, is_positive, is_text, new_file_mode, read_json, regular_file
 from equipoise.lists import imbalance_factor
 from equipoise.metrics import shot_group
@@ -66,7 +66,7 @@ def write_hub_folder(
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+    if folder.is_symlink() or folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not empty; name another folder with --out")
     config = _config(checkpoint, temperature)
     weights = {name: value.clone() for name, value in checkpoint.weights.items()}  # no two may share memory
@@ -120,9 +120,10 @@ def read_hub_folder(folder: Path) -> tuple[Checkpoint, float | None]:
     except UserError:
         raise
     except (OSError, ValueError, SafetensorError) as error:
-        reason = (in_words(error).splitlines() or [type(error).__name__])[0][:100]
+        why = in_words(error) if isinstance(error, OSError) and error.strerror else reason(error, library=True)
         raise UserError(
-            f"{folder} is not a folder that equipoise export --to safetensors wrote, or is incomplete ({reason})"
+            f"{folder} is not a folder that equipoise export --to safetensors wrote, or is incomplete ({why}); export "
+            "the model anew"
         ) from None
     return checkpoint, table["temperature"]
 

@@ -18,12 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from equipoise.errors import UserError
+from equipoise.errors import UserError, reason
 from equipoise.files import parsed_json, regular_file
 from equipoise.lists import ImageFiles, ImageList, Indices, Paths
 
 # There are not as many paths of two letters as a list longer than _LONG bytes would have lines shorter than this.
 _LONG, _SHORTEST_LINE = 2**23, 7
+_LARGEST_LIST = 2**32  # bytes
 _MOST_NAMED = 100_000  # classes; of more nobody reads the names
 _MOST_CLASSES = 1_000_000  # a larger label is a mistake: a year, an image id
 
@@ -132,10 +133,12 @@ def read_list(file: Path, allow_outside: bool = False) -> ListFile:
     UserError naming the file and the line, for a path that leaves the data folder too, unless `allow_outside`.
     """
     try:
-        content = regular_file(file).read_bytes()
+        size = regular_file(file).stat().st_size
+        if size > _LARGEST_LIST:
+            raise UserError(f"the list {file} has {size:,} bytes, more than any list of images; name another")
+        content = file.read_bytes()
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise UserError(f"the list {file} cannot be read ({reason})") from None
+        raise UserError(f"the list {file} cannot be read ({reason(error)}); name another, or mend that") from None
     if file.suffix == ".json":
         content = _from_annotations(content, file)
     text = content.removeprefix(codecs.BOM_UTF8)
@@ -225,7 +228,9 @@ def _from_annotations(content: bytes, file: Path) -> bytes:
         categories = dict(table["annotations"])
         return "".join(f"{name} {categories[image]}\n" for image, name in table["images"]).encode()
     except ValueError as error:
-        raise UserError(f"{file} is not valid JSON ({str(error)[:100]}); take the official file anew") from None
+        raise UserError(
+            f"{file} is not valid JSON ({reason(error, library=True)}); take the official file anew"
+        ) from None
     except (KeyError, TypeError) as error:
         missing = f": {error} is missing; the test part has no labels" if isinstance(error, KeyError) else ""
         raise UserError(

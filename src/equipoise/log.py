@@ -18,6 +18,7 @@ from equipoise.files import parsed_json, regular_file
 
 T = TypeVar("T")
 
+LONGEST_LINE = 2**16  # bytes, of metrics.jsonl
 _SECONDS_BETWEEN_PLAIN_LINES = 10.0
 
 
@@ -105,7 +106,7 @@ def _length_of_done(file: Path, epoch: int, step: int) -> int:
     whole when it is validated: its last step may be done without."""
     length = 0
     with regular_file(file).open("rb") as lines:
-        for line in lines:
+        for line in iter(lambda: lines.readline(LONGEST_LINE), b""):
             try:
                 said = parsed_json(line)
                 later = said["step"] > step or (said["kind"] == "validation" and said["epoch"] >= epoch)

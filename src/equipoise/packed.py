@@ -14,7 +14,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from equipoise.errors import UserError
+from equipoise.errors import UserError, reason
 from equipoise.files import fits, is_count, is_text, parsed_json, regular_file
 from equipoise.lists import Found, ImageList, MappedFile, PackedImages, Paths
 
@@ -75,7 +75,7 @@ def _open(path: Path) -> tuple[MappedFile, dict[str, Any], int, bytes]:
     try:
         size = regular_file(path).stat().st_size
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({(error.strerror or str(error)).lower()})") from None
+        raise UserError(f"{path} cannot be read ({reason(error)})") from None
     mapped = MappedFile(path) if size > len(_MARK) + _TAIL.size else None
     if mapped is None or mapped.content[: len(_MARK)].tobytes() != _MARK:
         raise UserError(f"{path} is not a file of packed images that this version of equipoise can read")

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from equipoise.errors import UserError
+from equipoise.errors import UserError, reason
 from equipoise.files import parsed_json, regular_file
 from equipoise.lists import PART_NAMES, EncodedImages, Found, ImageList, Indices
 
@@ -93,9 +93,8 @@ def _read_parquet(files: list[Path], image_column: str, label_column: str) -> tu
     except UserError:
         raise
     except Exception as error:  # a damaged file may raise anything
-        known = isinstance(error, OSError) and error.strerror
-        reason = known.lower() if known else (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(f"{files[0]} cannot be read as Parquet: {reason}") from None
+        why = reason(error, library=True)
+        raise UserError(f"{files[0]} cannot be read as Parquet ({why}); take the file anew") from None
     if table.num_rows == 0:
         raise UserError(f"{files[0]} has no rows")
     images = table.column(image_column)

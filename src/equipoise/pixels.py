@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from equipoise.errors import UserError
+from equipoise.errors import UserError, reason
 from equipoise.files import regular_file
 from equipoise.lists import EncodedImages, ImageFiles, ImageList, PackedImages, PixelArrays
 
@@ -25,6 +25,7 @@ T = TypeVar("T")
 _KINDS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
 # Pillow's own limit. Decoding takes up to 8 bytes a pixel, however small the file is.
 MOST_PIXELS = 89_478_485
+_MOST_BYTES = 16 * MOST_PIXELS
 _BAND = 2**22  # pixels
 _BLOCK = 4096  # images looked at between two reports
 
@@ -213,7 +214,11 @@ def content_of(images: ImageList, index: int) -> bytes:
     """The image's file, as bytes. Raises OSError or ValueError where it cannot be had."""
     source = images.images
     if isinstance(source, ImageFiles):
-        return regular_file(source.root / source.paths[index]).read_bytes()
+        file = regular_file(source.root / source.paths[index])
+        size = file.stat().st_size
+        if size > _MOST_BYTES:
+            raise ValueError(f"it has {size:,} bytes, more than any image of {MOST_PIXELS:,} pixels")
+        return file.read_bytes()
     assert isinstance(source, EncodedImages | PackedImages)
     content = source.content(index)
     if content is None:
@@ -226,13 +231,12 @@ def _named(images: ImageList, index: int, read: Callable[[], T]) -> T:
     try:
         return read()
     except UnidentifiedImageError:
-        reason = "it is no image: not JPEG, PNG, GIF, BMP, TIFF, WebP or PPM"
+        why = "it is no image: not JPEG, PNG, GIF, BMP, TIFF, WebP or PPM"
     except Image.DecompressionBombError:  # Pillow names twice the limit that is ours
-        reason = f"it claims more than {Image.MAX_IMAGE_PIXELS:,} pixels: a decompression bomb?"
+        why = f"it claims more than {Image.MAX_IMAGE_PIXELS:,} pixels: a decompression bomb?"
     except Exception as error:  # decoders raise what they like: anything but a bad file would be a bug of theirs
-        known = isinstance(error, OSError) and error.strerror
-        reason = known.lower() if known else (str(error).splitlines() or [type(error).__name__])[0][:200]
-    raise BadImageError(images.images.name(index), reason)
+        why = reason(error, library=True)
+    raise BadImageError(images.images.name(index), why)
 
 
 class _Quiet:

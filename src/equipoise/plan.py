@@ -18,7 +18,7 @@ from equipoise.checkpoint import BEST, LAST, PREVIOUS, Checkpoint, load_checkpoi
 from equipoise.device import choose_device, choose_precision
 from equipoise.distributed import ALONE, World
 from equipoise.errors import SharedError, UserError, several
-from equipoise.files import UNFINISHED
+from equipoise.files import UNFINISHED, real_path
 from equipoise.listfiles import BENCHMARKS, find_list
 from equipoise.lists import DIGITS, ImageList, Parts, imbalance_factor
 from equipoise.loader import steps_per_epoch
@@ -162,7 +162,7 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
     directory become lists of the recipe."""
 
     def absolute(path: str) -> str:
-        return path if path in (DIGITS, "") else str(Path(os.path.expanduser(path)).resolve())
+        return path if path in (DIGITS, "") else str(real_path(Path(os.path.expanduser(path))))
 
     data = recipe.data
     files = {name: absolute(getattr(data, name)) for name in _PLACES}
@@ -178,7 +178,7 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
 
 def _prepare(recipe: Recipe, place: Place, world: World) -> Plan:
     _refuse_batches(recipe, world)
-    if recipe.data.path not in (DIGITS, "") and place.folder.resolve().is_relative_to(recipe.data.path):
+    if recipe.data.path not in (DIGITS, "") and real_path(place.folder).is_relative_to(recipe.data.path):
         raise UserError(f"the run folder {place.folder} would lie inside the data; name one outside with --out")
     folder = str(place.folder)
     if folder.encode(errors="replace").decode() != folder:  # torch maps no file of such a name
@@ -325,7 +325,7 @@ def _open_resumed(path: Path, out: Path | None) -> tuple[Resumed | None, Path | 
     """The checkpoint to go on from (None: the run has none yet), and the run folder to do it in (None: another one)."""
     run = path if path.is_dir() else path.parent
     own = (run / RECORD).is_file() and (path.is_dir() or path.name in (LAST, PREVIOUS))
-    in_place = own and (out is None or out.resolve() == run.resolve())
+    in_place = own and (out is None or real_path(out) == real_path(run))
     if not path.is_dir():
         path = find_checkpoint(path)
         resumed = Resumed(path, load_checkpoint(path), in_place)

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from equipoise.checkpoint import Checkpoint, load_checkpoint
 from equipoise.device import choose_device
-from equipoise.errors import UserError, shown
+from equipoise.errors import UserError, reason, shown
 from equipoise.files import atomic_file, parsed_json, regular_file
 from equipoise.folders import SUFFIXES
 from equipoise.hub import is_hub_folder, read_hub_folder
@@ -277,7 +277,7 @@ def _json_pairs(text: str, file: Path) -> list[tuple[str, Any]]:
         # Not a dict: that would hide a class named twice.
         pairs = parsed_json(text.encode(), object_pairs_hook=list[tuple[str, Any]])
     except ValueError as error:
-        raise UserError(f"{file} is not valid JSON ({error})") from None
+        raise UserError(f"{file} is not valid JSON ({reason(error, library=True)}); correct it") from None
     if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
         raise UserError(f'{file} must hold one object, {{"class name": weight, ...}}')
     return pairs
@@ -288,7 +288,7 @@ def _csv_pairs(text: str, file: Path) -> list[tuple[str, Any]]:
     try:
         rows = [row for row in csv.reader(io.StringIO(text)) if row]
     except csv.Error as error:
-        raise UserError(f"{file} is no CSV file ({error})") from None
+        raise UserError(f"{file} is no CSV file ({reason(error, library=True)}); correct it") from None
     for number, row in enumerate(rows):
         if len(row) != 2:
             raise UserError(

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from equipoise.errors import UserError, shown
+from equipoise.errors import UserError, reason, shown
 
 _LARGEST_FILE = 2**18  # bytes; a complete recipe has 2,000
 
@@ -411,13 +411,15 @@ def load_recipe(name: str | Path, /, **overrides: Any) -> Recipe:
             raise UserError(f"{path} is no recipe: it has more than {_LARGEST_FILE:,} bytes")
         table = tomllib.loads(content.decode("utf-8-sig"))
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({(error.strerror or str(error)).lower()})") from None
+        raise UserError(f"{path} cannot be read ({reason(error)})") from None
     except RecursionError:
         raise UserError(f"{path} is no recipe: its values go too deep") from None
-    except ValueError as error:  # no TOML, no UTF-8, a number of thousands of digits, a date that is none
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not valid TOML (it is no UTF-8 text); correct it") from None
+    except ValueError as error:  # no TOML, a number of thousands of digits, a date that is none
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path} is not valid TOML: {shown(str(error))[1:-1]}") from None
+        raise UserError(f"{path} is not valid TOML ({reason(error, library=True)}); correct it") from None
     recipe = recipe_from_table(table, str(path))
     for key, value in overrides.items():
         recipe = override(recipe, find_field(key), value)

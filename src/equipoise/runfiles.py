@@ -15,9 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from equipoise.charts import Name
-from equipoise.errors import UserError
+from equipoise.errors import UnreadableError, UserError, reason
 from equipoise.figures import shortened
 from equipoise.files import ABSENT, fits, is_count, is_number, is_text, parsed_json
+from equipoise.log import LONGEST_LINE
 from equipoise.metrics import GROUPS
 from equipoise.observe import COSINE_BINS
 from equipoise.recipe import Recipe, load_recipe
@@ -26,7 +27,6 @@ from equipoise.run import METRICS, OBSERVED, RECIPE, RECORD, chosen
 
 LOG = "metrics.jsonl"
 CURVES = ("loss", "classification", "contrastive", "lr", "mean_per_class", "few")  # what is drawn of it
-_LONGEST_LINE = 2**16  # bytes, of the log
 _MOST_OBSERVED = 2**26  # bytes; of 8,142 classes it has 20 million at most
 _ENTRY, _MOST_ENTRIES = b"PK\x01\x02", 100  # what an array begins with in the directory, and how many there are
 
@@ -118,13 +118,13 @@ def _read_observed(file: Path, part: str, classes: int) -> dict[str, Array]:
     try:
         size = file.stat().st_size
         if size > _MOST_OBSERVED:
-            raise ValueError("too large")
+            raise UnreadableError("too large")
         content = file.read_bytes()
         if content.count(_ENTRY) > _MOST_ENTRIES:
-            raise ValueError("too many arrays")
+            raise UnreadableError("too many arrays")
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > 8 * size + 2**25:
-                raise ValueError("it unpacks to far more than it is")
+                raise UnreadableError("it unpacks to far more than it is")
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             mine = [key for key in arrays.files if key.startswith(f"{part}/")]
             observed: dict[str, Array] = {key.removeprefix(f"{part}/"): arrays[key] for key in mine}
@@ -132,18 +132,22 @@ def _read_observed(file: Path, part: str, classes: int) -> dict[str, Array]:
             return {}
         _check_observed(observed, classes)
     except Exception as error:  # a damaged file may raise anything; nothing in it is executed
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
-        raise UserError(f"{file} is damaged ({reason}); write it anew: equipoise evaluate {file.parent}") from None
+        raise UserError(
+            f"{file} is damaged ({reason(error)}); write it anew: equipoise evaluate {file.parent}"
+        ) from None
     return observed
 
 
 def _check_observed(observed: dict[str, Array], classes: int) -> None:
-    """Raise ValueError or KeyError where an array is not of its shape, or holds what it cannot. Arrays of whole numbers
-    become int64."""
+    """Raise UnreadableError where an array is missing, is not of its shape, or holds what it cannot. Arrays of whole
+    numbers become int64."""
+    for key in ("labels_N", "predicted_N", "map_MF", "map_rows_M"):
+        if key not in observed:
+            raise UnreadableError(f"{key} is missing")
     images = observed["labels_N"].size
     mapped, *width = observed["map_MF"].shape
     if images < 1 or len(width) != 1 or (mapped and width[0] < 2):
-        raise ValueError("arrays of no images")
+        raise UnreadableError("arrays of no images")
     # By the end of the name: the shape, and between what the numbers lie.
     kinds = {
         "labels_N": ((images,), 0, classes - 1),
@@ -155,16 +159,14 @@ def _check_observed(observed: dict[str, Array], classes: int) -> None:
         "_spread_C": ((classes,), -0.001, 2.001),
         "_cosines_GK": ((len(GROUPS), COSINE_BINS), 0, 2**40),
     }
-    for key in ("labels_N", "predicted_N", "map_rows_M"):
-        observed[key]
     for key, values in observed.items():
         shape, low, high = next((kind for end, kind in kinds.items() if key.endswith(end)), ((), 0, 0))
         whole = isinstance(high, int)
         known = values[~np.isnan(values)] if key.endswith("_spread_C") else values  # NaN: fewer than two images
         if values.shape != shape or values.dtype.kind not in ("iu" if whole else "f"):
-            raise ValueError(f"{key[:40]} is not of its kind")
+            raise UnreadableError(f"{key[:40]} is not of its kind")
         if known.size and not (low <= known.min() and known.max() <= high):
-            raise ValueError(f"{key[:40]} holds what it cannot")
+            raise UnreadableError(f"{key[:40]} holds what it cannot")
         if whole:
             observed[key] = values.astype(np.int64)
 
@@ -182,11 +184,11 @@ def _read_log(file: Path) -> list[dict[str, Any]]:
     another line that is none of a log."""
     lines: list[dict[str, Any]] = []
     with file.open("rb") as opened:
-        for number, line in enumerate(iter(lambda: opened.readline(_LONGEST_LINE), b""), 1):
+        for number, line in enumerate(iter(lambda: opened.readline(LONGEST_LINE), b""), 1):
             try:
                 said = parsed_json(line, object_pairs_hook=_logged)
                 if not fits(said, _LOGGED):
-                    raise ValueError("no line of a log")
+                    raise UnreadableError("no line of a log")
                 lines.append(said)
             except ValueError:
                 if not line.endswith(b"\n") and not opened.read(1):

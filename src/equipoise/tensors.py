@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from equipoise.errors import UserError
+from equipoise.errors import UnreadableError, UserError, reason
 from equipoise.files import regular_file
 
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
@@ -44,7 +44,7 @@ def load_tensors(path: Path, what: str) -> object:
             start = file.read(4)
             zipped = start == _ZIP
             if not zipped and start[:1] != _PICKLE:
-                raise ValueError("no file of torch's")
+                raise UnreadableError("no file of torch's")
             file.seek(0)
             _look_through_zip(file, size) if zipped else _look_through(file, _PICKLES_OF_OLD_FILES, size)
         with warnings.catch_warnings(), _numbers_of_numpy():
@@ -56,14 +56,9 @@ def load_tensors(path: Path, what: str) -> object:
         raise UserError(f"there is no {what} at {path}") from None
     except Exception as error:  # a damaged file may make torch raise anything
         asked = _ASKED.search(str(error))
-        if asked:
-            reason = f"it asks for '{asked[1][:80]}', which no {what} needs; nothing of it was run"
-        elif isinstance(error, OSError) and error.strerror:
-            reason = error.strerror.lower()
-        else:
-            said = str(error).rpartition("WeightsUnpickler error: ")[2]
-            reason = (said.strip().splitlines() or [type(error).__name__])[0][:100]
-        raise UserError(f"{path} is no {what} that can be read ({reason})") from None
+        needless = asked and f"it asks for '{asked[1][:80]}', which no {what} needs; nothing of it was run"
+        why = needless or reason(error)
+        raise UserError(f"{path} is no {what} that can be read ({why}); take another, or copy it anew") from None
 
 
 # ---------------------------------------------------------------------------------------------- before it is read
@@ -73,13 +68,13 @@ def _look_through_zip(file: Any, size: int) -> None:
     with zipfile.ZipFile(file) as archive:
         # torch would read another directory than Python does, with another program in it.
         if archive.comment or not _has_one_directory(file, archive.start_dir, size):
-            raise ValueError("it has two directories")
+            raise UnreadableError("it has two directories")
         entries = archive.infolist()
         # torch packs nothing. Entries that lie upon each other would add up to more than the file.
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-            raise ValueError("packed")
+            raise UnreadableError("it is packed")
         if sum(entry.file_size for entry in entries) > size:
-            raise ValueError("it claims more than it has")
+            raise UnreadableError("it claims more than it has")
         for entry in entries:
             if entry.orig_filename.lower().endswith(".pkl"):  # torch does not mind the case
                 with archive.open(entry) as program:
@@ -98,15 +93,15 @@ def _has_one_directory(file: Any, start: int, size: int) -> bool:
 
 
 def _look_through(file: Any, pickles: int, size: int) -> None:
-    """Raise ValueError for pickles that would make more objects than a file of that size may have: an instruction is
-    one byte, an object 64 and more."""
+    """Raise UnreadableError for pickles that would make more objects than a file of that size may have: an instruction
+    is one byte, an object 64 and more."""
     instructions, tuples = _FEW_INSTRUCTIONS + size // 8, _MOST_TUPLES
     for _ in range(pickles):
         for instruction, _, _ in pickletools.genops(file):
             instructions -= 1
             tuples -= "TUPLE" in instruction.name
             if instructions < 0 or tuples < 0:
-                raise ValueError("it makes more objects than a network has")
+                raise UnreadableError("it makes more objects than a network has")
 
 
 # ---------------------------------------------------------------------------------------------- while it is read
@@ -126,10 +121,10 @@ def _number(kind: object, content: object) -> float:
     """What a pickled NumPy number becomes. Old files have its bytes as text."""
     name = kind.name if isinstance(kind, _Kind) else None
     if name not in ("f2", "f4", "f8"):
-        raise ValueError("a number of an unknown kind")
+        raise UnreadableError("a number of an unknown kind")
     content = content.encode("latin1") if isinstance(content, str) else content
     if not isinstance(content, bytes) or len(content) != int(name[1]):
-        raise ValueError("a number without its bytes")
+        raise UnreadableError("a number without its bytes")
     return float(np.frombuffer(content, f"<{name}")[0])
 
 
@@ -158,11 +153,11 @@ class _Copier:
         self._copies: dict[int, Any] = {}
 
     def copy(self, value: Any, depth: int = 0) -> Any:
-        """Raises ValueError where it goes too deep (in a circle, too) or is larger than its file."""
+        """Raises UnreadableError where it goes too deep (in a circle, too) or is larger than its file."""
         if not isinstance(value, Tensor | Mapping | list | tuple):
             return value
         if depth == _DEPTH:
-            raise ValueError("its tables go too deep")
+            raise UnreadableError("its tables go too deep")
         if id(value) not in self._copies:
             # The original is kept too: another object would else get its id.
             self._copies[id(value)] = self._new(value, depth + 1), value
@@ -179,8 +174,8 @@ class _Copier:
     def _tensor(self, tensor: Tensor) -> Tensor:
         odd = tensor.is_nested or tensor.dtype not in _DTYPES
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or odd:
-            raise ValueError("a tensor of a kind that no network has")
+            raise UnreadableError("a tensor of a kind that no network has")
         self._left -= tensor.numel() * tensor.element_size()
         if self._left < 0:
-            raise ValueError("its tensors are larger than it is")
+            raise UnreadableError("its tensors are larger than it is")
         return tensor.detach().clone()

@@ -4,6 +4,7 @@ import math
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from shutil import which
@@ -48,10 +49,12 @@ def train(
         return fit(prepare(recipe, out, resume, world), progress)
 
 
-def fit(plan: Plan, progress: bool = True) -> Run:
-    """Carry out `plan`. See `train`."""
+def fit(plan: Plan, progress: bool = True, begins: Callable[[Plan], None] = lambda _: None) -> Run:
+    """Carry out `plan`. See `train`. `begins` is called with the plan, in the folder that was got, once all that can be
+    refused has been: weights that do not fit or cannot be had, images, a folder that cannot be made."""
     world = plan.world
     if plan.place.done:
+        begins(plan)
         return Run(plan.folder)
     if plan.device.type == "cpu":
         keep_freed_memory()
@@ -60,6 +63,7 @@ def fit(plan: Plan, progress: bool = True) -> Run:
     with Requests() as requests, RunFolder(plan) as folder:
         try:
             plan = plan.at(world.first_makes(folder.take))
+            begins(plan)
             try:
                 _loop(plan, network.to(plan.device), batches, validation, requests, progress and world.is_first)
             finally:
@@ -71,7 +75,7 @@ def fit(plan: Plan, progress: bool = True) -> Run:
             folder.keep()
             raise NonFiniteLossError(f"{error}. The log is in {plan.folder}{_way_on(plan)}") from None
         except OSError as error:  # the disk is full
-            if not world.is_first:  # which writes nothing
+            if not world.is_first or isinstance(error, BrokenPipeError):  # which writes nothing; nobody reads the plan
                 raise
             raise _no_room(plan, f"{plan.folder} could not be written ({in_words(error)})") from None
         except RuntimeError as error:
@@ -110,7 +114,8 @@ def _open(plan: Plan) -> tuple[TwoBranchNetwork, Batches, Batches | None]:
     torch.manual_seed(recipe.seed)
     # MKL takes fewer threads where the machine is busy, unless their number was set: and sums in another order.
     torch.set_num_threads(torch.get_num_threads())
-    network = create_network(recipe, classes, start=True)
+    # What a run that goes on once started from may be gone, or out of reach.
+    network = create_network(recipe, classes, start=plan.resumed is None)
     if plan.resumed is not None:
         network.load_state_dict(plan.resumed.checkpoint.weights)
         _refuse_momentum(plan.resumed, network)

@@ -1,0 +1,62 @@
+"""What messages say of what libraries raise."""
+
+import io
+import json
+
+import pytest
+from PIL import Image, UnidentifiedImageError
+
+from equipoise.errors import UnreadableError, reason
+
+ODD = "its content makes no sense"
+
+
+def raised(call) -> Exception:
+    with pytest.raises(Exception) as error:  # noqa: PT011 of any kind
+        call()
+    return error.value
+
+
+@pytest.mark.parametrize(
+    ("error", "ours", "with_the_library"),
+    [
+        (PermissionError(13, "Permission denied", "x"), "permission denied", "permission denied"),
+        (UnreadableError("it is packed"), "it is packed", "it is packed"),
+        (UnreadableError("\x1b[31mred"), r"\x1b[31mred", r"\x1b[31mred"),
+        (MemoryError(), "there is not enough memory for it", "there is not enough memory for it"),
+        (
+            raised(lambda: json.loads("{")),
+            ODD,
+            "Expecting property name enclosed in double quotes: line 1 column 2 (char 1)",
+        ),
+        (
+            OSError("image file is truncated (9 bytes not processed)"),
+            ODD,
+            "image file is truncated (9 bytes not processed)",
+        ),
+        (RuntimeError("first line\nsecond line"), ODD, "first line"),
+        (ValueError("x" * 1000), ODD, "x" * 150),
+        (ValueError("a\rb\x1b[31m"), ODD, r"a\rb\x1b[31m"),
+        (ValueError(""), ODD, ODD),
+        (ValueError("\nsecond line"), ODD, ODD),
+        (raised(lambda: Image.open(io.BytesIO(b"x"))), ODD, ODD),
+        (KeyError(1946569571), ODD, ODD),
+        (raised(lambda: b"\xff".decode()), ODD, ODD),
+        (raised(lambda: int.x), ODD, ODD),  # pyright: ignore
+        (ValueError("Can only append to lists, but got <class 'dict'>"), ODD, ODD),
+        (OSError("Couldn't deserialize thrift: TProtocolException: Invalid data"), ODD, ODD),
+        (
+            RuntimeError("[enforce fail at inline_container.cc:340] . file in archive is not in a subdirectory"),
+            ODD,
+            ODD,
+        ),
+    ],
+)
+def test_reasons(error, ours, with_the_library):
+    assert reason(error) == ours
+    assert reason(error, library=True) == with_the_library
+
+
+def test_another_word_for_what_no_library_says():
+    assert isinstance(raised(lambda: Image.open(io.BytesIO(b"x"))), UnidentifiedImageError)
+    assert reason(ValueError(), library=True, otherwise="timm does not say why") == "timm does not say why"
