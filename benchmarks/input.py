@@ -29,9 +29,11 @@ PHOTOS = Path(__file__).resolve().parents[2] / "shared" / "data" / "photos"
 
 def read_photos(folder: Path, most: int) -> list[bytes]:
     """Up to `most` JPEG files of a folder, spread over it. Ends the benchmark where there are none."""
+    if not folder.is_dir():
+        raise SystemExit(f"there is no folder at {folder}; name a folder of photographs")
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
     if not files:
-        raise SystemExit(f"{folder} holds no JPEG files; name a folder of photographs")
+        raise SystemExit(f"{folder} holds no JPEG files (.jpg, .jpeg); name a folder of photographs")
     return [path.read_bytes() for path in files[:: -(-len(files) // most)]]
 
 
@@ -75,7 +77,7 @@ def child(name: str, contents: list[bytes], decode: Callable[[int], np.ndarray])
         PLAIN_BYTES: lambda: plain(contents, "bytes"),
         DECODING: lambda: lambda: [decode(index) for index in range(len(contents))],
     }
-    answer(subjects[name](), rounds=max(3, 640 // len(contents)))
+    answer(subjects[name](), rounds=min(20, max(3, 640 // len(contents))))
 
 
 def report(benchmark: str, words: list[str], images: int) -> None:

@@ -101,7 +101,10 @@ def test_predict_writes_csv_and_json(odd_run, part_folder, tmp_path, capsys):
 def test_without_a_temperature_it_is_said(odd_run, part_folder, tmp_path, capsys):
     shutil.copy(odd_run / "best.pt", tmp_path / "best.pt")
     assert main(["predict", str(tmp_path), str(part_folder)]) == 0
-    assert "not calibrated: plain softmax, since no validation part fitted a temperature" in capsys.readouterr().out
+    assert (
+        "not calibrated: plain softmax, since there is no validation part, or it fits no temperature"
+        in capsys.readouterr().out
+    )
 
 
 def refusal(capsys, *words: str) -> list[str]:
@@ -192,7 +195,9 @@ def test_priors_of_any_scale(weights, odd_run, tmp_path):
     words = ["--prior", str(tmp_path / "prior.json"), "--json", str(tmp_path / "out.json")]
     assert main(["predict", str(odd_run), str(tmp_path / "photo.png"), *words]) == 0
     (image,) = json.loads((tmp_path / "out.json").read_text())["predictions"]
-    assert sum(found["probability"] for found in image["classes"]) == pytest.approx(1)
+    assert sum(found["probability"] for found in image["classes"]) == pytest.approx(
+        1, abs=1e-5
+    )  # each has six decimals
 
 
 @pytest.mark.parametrize("form", ["onnx", "torch-export", "safetensors"])

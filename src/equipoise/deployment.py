@@ -84,7 +84,7 @@ def predict(options: argparse.Namespace) -> None:
     calibrated = (
         f"calibrated (temperature {classifier.temperature:.3g})"
         if classifier.temperature
-        else "not calibrated: plain softmax, since no validation part fitted a temperature"
+        else "not calibrated: plain softmax, since there is no validation part, or it fits no temperature"
     )
     print(f"{classifier.origin}, epoch {classifier.checkpoint.epoch}; class prior: {options.prior}; {calibrated}")
     passed_over = f", {len(predicted.errors):,} passed over" if predicted.errors else ""

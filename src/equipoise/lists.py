@@ -344,7 +344,8 @@ def long_tailed(full: ImageList, imbalance_factor: float, shape: str) -> ImageLi
     if min(counts) < 1:
         raise UserError(
             f"imbalance factor {imbalance_factor:g} leaves class '{full.class_names[-1]}' without images; "
-            f"with {counts[0]} in the largest class it can be {counts[0]} at most"
+            f"the subset's largest class has as many as the smallest of all here, {counts[0]}, so it can be "
+            f"{counts[0]} at most"
         )
     generator = np.random.RandomState(0)
     kept: list[Indices] = []
