@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -250,4 +251,4 @@ def test_the_command_is_one_that_the_shell_finds(tmp_path):
     running.terminate()
     _, said = running.communicate()
     assert running.returncode == 143
-    assert said.decode().splitlines()[-1] == f"{program} train --resume {tmp_path / 'run'}"
+    assert said.decode().splitlines()[-1] == shlex.join([str(program), "train", "--resume", str(tmp_path / "run")])
