@@ -107,7 +107,6 @@ def main() -> None:
     say_where()
     precision = choose_precision("auto", CPU)
     print(f"ResNet-50, {3 * options.images} views of 224 pixels, {CLASSES} classes; ours in {precision}, channels last")
-    times = {OURS: Times(), PLAIN: Times()}
     words = ["--images", str(options.images), "--threads", str(options.threads)]
     times = apart("benchmarks.step", words, (OURS, PLAIN))
     say_times(times, 3 * options.images)
