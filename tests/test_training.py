@@ -379,3 +379,34 @@ def test_the_plan_says_what_will_happen(pictures, tmp_path):
     assert said["device"] == "cpu, fp32"
     assert said["run folder"] == str(tmp_path / "run")
     assert plan.recipe.data.path == str(pictures.resolve())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit is Linux's")
+@pytest.mark.parametrize(
+    ("mebibytes", "said"),
+    [
+        (100, "equipoise: there is not enough memory for this; free some, or try another --device\n"),
+        (
+            600,
+            "equipoise: the memory of this machine is too small for 64 images in 3 views of 224 pixels at a time through "
+            "a resnet50: --micro-batch 32 computes the same batch in parts of 32 images; or set a smaller --batch-size, "
+            "--size or --arch\n",
+        ),
+    ],
+)
+def test_too_little_memory_is_one_line(mebibytes, said, tmp_path):
+    """In a real process that may take no more: the first when the network is made, the second in a step."""
+    words = "train digits-lt --arch resnet50 --size 224 -b 64 --workers 0 --device cpu".split()
+    program = f"""
+import re, resource, sys
+import timm, torch
+import equipoise.training
+from equipoise.cli import main
+used = int(re.search(r"VmData:\\s+(\\d+)", open("/proc/self/status").read())[1]) << 10
+resource.setrlimit(resource.RLIMIT_DATA, (used + ({mebibytes} << 20),) * 2)
+sys.exit(main({[*words, "--out", str(tmp_path / "out")]}))
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stderr) == (2, said)
+    assert not (tmp_path / "out").exists()

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from equipoise.errors import UserError, reason
+from equipoise.errors import UserError, out_of_memory, reason
 from equipoise.files import regular_file
 from equipoise.tensors import load_tensors
 
@@ -46,6 +46,8 @@ def create_encoder(name: str, size: int, pretrained: bool = False, weights: str 
         with torch.inference_mode():
             features = encoder.eval()(torch.zeros(1, 3, size, size))
     except (AssertionError, RuntimeError, ValueError) as error:
+        if out_of_memory(error):
+            raise
         why = reason(error, library=True, otherwise="its layers do not fit them")
         raise UserError(f"{name} does not take images of {size} pixels ({why}); change --size or --arch") from None
     if features.ndim != 2:

@@ -22,7 +22,7 @@ from equipoise.authors_flags import (
     truth,
 )
 from equipoise.deployment import add_export_words, add_predict_words, export, predict
-from equipoise.errors import SharedError, Stopped, UserError, in_words, one_line
+from equipoise.errors import SharedError, Stopped, UserError, in_words, one_line, out_of_memory
 from equipoise.flags import (
     DEMO,
     OWN_FOLDER,
@@ -85,6 +85,11 @@ def main(words: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("equipoise: interrupted", file=sys.stderr)
         return 130
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        print("equipoise: there is not enough memory for this; free some, or try another --device", file=sys.stderr)
+        return 2
 
 
 def _wait_for_run_to_save() -> None:

@@ -53,6 +53,13 @@ def in_words(error: Exception) -> str:
     return (error.strerror or str(error)).lower() + where
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether the memory, of the machine or of a GPU, was too small for what was asked of it. torch has a class for it on
+    a GPU alone, and imports of it cost a second: so by name."""
+    spoken = "can't allocate memory" in str(error) or "out of memory" in str(error)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and spoken)
+
+
 # What is for the programmers of a library: addresses, classes, places in its source.
 _INSIDE = re.compile(r"0x[0-9a-f]{5,}|<[\w.]+ |<class|\w(Error|Exception)\b|\w::\w|\.(cc|cpp|rs|py):\d")
 _OF_PROGRAMMERS = (LookupError, TypeError, AttributeError, AssertionError, UnicodeError, ArithmeticError)

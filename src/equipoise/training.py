@@ -1,5 +1,6 @@
 """A plan becomes a run folder. Here is the training loop, and the only `optimizer.step()`."""
 
+import errno
 import math
 import shlex
 import sys
@@ -15,7 +16,7 @@ from equipoise.batchnorm import batch_norms
 from equipoise.checkpoint import BEST, LAST, Checkpoint, create_network, load_checkpoint, state_on_cpu
 from equipoise.device import keep_freed_memory
 from equipoise.distributed import join
-from equipoise.errors import SharedError, Stopped, UserError, in_words
+from equipoise.errors import SharedError, Stopped, UserError, in_words, out_of_memory, several
 from equipoise.evaluate import predict
 from equipoise.folder import RunFolder
 from equipoise.loader import Batches, open_batches, worker_count
@@ -75,10 +76,13 @@ def fit(plan: Plan, progress: bool = True, begins: Callable[[Plan], None] = lamb
             folder.keep()
             raise NonFiniteLossError(f"{error}. The log is in {plan.folder}{_way_on(plan)}") from None
         except OSError as error:  # the disk is full
-            if not world.is_first or isinstance(error, BrokenPipeError):  # which writes nothing; nobody reads the plan
+            # A broken pipe writes nothing (nobody reads the plan), nor does a process that cannot be started.
+            if not world.is_first or isinstance(error, BrokenPipeError) or error.errno == errno.ENOMEM:
                 raise
             raise _no_room(plan, f"{plan.folder} could not be written ({in_words(error)})") from None
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
+            if out_of_memory(error):
+                raise _too_large(plan) from None
             world.await_end(error)
             raise
     return Run(plan.folder)
@@ -334,6 +338,25 @@ def _no_room(plan: Plan, what: str, kept: bool = False) -> UserError:
     goes_on = kept or plan.place.taken or (plan.folder / LAST).exists()
     way = f", then: {_resume_command(plan)}" if goes_on else " and start again: the folder was taken back"
     return UserError(f"{what}. Make room there{way}")
+
+
+def _too_large(plan: Plan) -> UserError:
+    """The error of a step that the memory cannot hold: what makes it smaller."""
+    recipe, size = plan.recipe, plan.world.size
+    images = recipe.micro_batch or recipe.batch_size // size
+    views = len(view_settings(recipe).kinds)
+    way = "set a smaller --batch-size, --size or --arch"
+    if images > 2:
+        part = 2 ** math.floor(math.log2(images / 2))
+        way = f"--micro-batch {part} computes the same batch in parts of {part} images; or {way}"
+    whose = "this machine" if plan.device.type == "cpu" else str(plan.device)
+    kept = ""
+    if plan.world.is_first and (plan.folder / LAST).exists():
+        kept = f". The last checkpoint is whole; once there is more memory: {_resume_command(plan)}"
+    return UserError(
+        f"the memory of {whose} is too small for {images} images in {several(views, 'view')} of {recipe.views.size} "
+        f"pixels at a time through a {recipe.model.encoder}: {way}{kept}"
+    )
 
 
 def _way_on(plan: Plan) -> str:
