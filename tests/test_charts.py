@@ -131,6 +131,14 @@ def test_the_chosen_tau_has_a_ring():
     assert circles(svg, "run1 ring") == []
 
 
+@pytest.mark.parametrize(("accuracy", "ticks"), [(0.0, (0, 1)), (0.5, (49, 51)), (1.0, (99, 100))])
+def test_one_accuracy_alone_has_an_axis_within_0_to_100(accuracy, ticks):
+    rows = [{"tau": tau, "few": accuracy} for tau in (0.0, 1.0, 2.0)]
+    svg = charts.prior_sweep([(BCL, rows, 1.0)], "few")
+    told = [float(text) for text in re.findall(r'text-anchor="end">([\d.]+)<', svg)]
+    assert (min(told), max(told)) == ticks
+
+
 def test_cosines_show_the_simplex_and_the_groups_that_are_there():
     counts = np.zeros((3, 200), int)
     counts[2, 120] = 7

@@ -4,9 +4,10 @@ import io
 import json
 
 import pytest
+import torch
 from PIL import Image, UnidentifiedImageError
 
-from equipoise.errors import UnreadableError, reason
+from equipoise.errors import UnreadableError, UserError, out_of_memory, reason
 
 ODD = "its content makes no sense"
 
@@ -60,3 +61,21 @@ def test_reasons(error, ours, with_the_library):
 def test_another_word_for_what_no_library_says():
     assert isinstance(raised(lambda: Image.open(io.BytesIO(b"x"))), UnidentifiedImageError)
     assert reason(ValueError(), library=True, otherwise="timm does not say why") == "timm does not say why"
+
+
+def test_an_error_of_the_user_is_one_line_whatever_is_in_it():
+    assert str(UserError("no field is called 'com\n\x1bile'")) == r"no field is called 'com\n\x1bile'"
+
+
+@pytest.mark.parametrize(
+    ("error", "is_it"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB."), True),
+        (raised(lambda: torch.empty(2**60)), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_what_is_too_little_memory(error, is_it):
+    assert out_of_memory(error) is is_it

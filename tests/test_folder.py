@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import draw_folder
 
+import equipoise
 from benchmarks.crash import crash
 from equipoise import UserError, load_recipe, train, training
 from equipoise import folder as folder_module
@@ -23,7 +24,7 @@ from equipoise.backbones import create_encoder
 from equipoise.checkpoint import load_checkpoint
 from equipoise.cli import main
 from equipoise.distributed import World
-from equipoise.folder import RunFolder
+from equipoise.folder import RunFolder, _git_state
 from equipoise.log import RunLog
 from equipoise.plan import Plan, _find_place, prepare
 
@@ -139,6 +140,23 @@ def test_the_start_is_said_in_universal_time(tmp_path, monkeypatch):
     assert before <= datetime.fromisoformat(started) <= datetime.now(UTC)
 
 
+def test_the_commit_is_that_of_the_code(tmp_path, monkeypatch):
+    def git(*words: str, folder: Path) -> str:
+        return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
+    source = Path(equipoise.__file__).parent
+    monkeypatch.chdir(tmp_path)
+    git("init", folder=tmp_path)
+    git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "--allow-empty", "-m", "theirs", folder=tmp_path)
+    assert _git_state()["commit"] == git("rev-parse", "HEAD", folder=source)
+    # As it would be in an environment within that repository.
+    installed = tmp_path / "lib" / "folder.py"
+    installed.parent.mkdir()
+    installed.touch()
+    monkeypatch.setattr("equipoise.folder.__file__", str(installed))
+    assert _git_state() is None
+
+
 # ---- auto
 
 
@@ -157,6 +175,9 @@ def test_auto_is_the_newest_unfinished_run_of_the_same_recipe(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     find = lambda recipe=RECIPE, out=None: _find_place(recipe, out, "auto", World())  # noqa: E731
     assert not find().taken, "there is none: a new one"
+    assert prepare(RECIPE, resume="auto").describe()["goes on"] == (
+        "with none: a new run begins, since no unfinished one has this recipe"
+    )
     for name, content in {"list": "[]", "deep": "[" * 100_000, "null": "null"}.items():
         (Path("runs") / name).mkdir(parents=True)
         (Path("runs") / name / "run.json").write_text(content)
@@ -559,13 +580,24 @@ def test_a_disk_that_is_full_before_the_first_checkpoint(small_disk, monkeypatch
 
 
 @pytest.mark.slow
-def test_a_read_only_disk(small_disk, finished, capsys):
+@pytest.mark.parametrize("words", [[], ["--split", "test"]])
+def test_a_read_only_disk(words, small_disk, finished, capsys):
+    (small_disk / "copy").mkdir()
+    for name in ("recipe.toml", "run.json"):
+        shutil.copy(finished / name, small_disk / "copy")
+    (small_disk / "copy" / "last.pt").symlink_to(finished / "last.pt")
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(UserError, match=r"run cannot be made \(read-only file system\); name another with --out"):
         train(RECIPE, small_disk / "run", progress=False)
     assert main(["evaluate", str(finished), "--split", "test", "--out", str(small_disk / "x.json")]) == 2
     said = capsys.readouterr()
     assert said.err == f"equipoise: --out must be a file in a folder that may be written, not {small_disk}/x.json\n"
+    assert main(["evaluate", str(small_disk / "copy"), *words]) == 2
+    said = capsys.readouterr()
+    assert said.err == (
+        f"equipoise: the figures cannot be written into {small_disk}/copy; name a file elsewhere with --out FILE\n"
+    )
+    assert not said.out
     assert said.out == "", "it is refused before the work"
 
 

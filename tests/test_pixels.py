@@ -189,13 +189,13 @@ def _jpeg_bomb(photo: Image.Image) -> bytes:
     return bytes(content)
 
 
-def _bomb(side: int = 100_000) -> bytes:
-    """A PNG of a few bytes that claims `side` x `side` pixels."""
+def _bomb(side: int = 100_000, height: int = 0) -> bytes:
+    """A PNG of a few bytes that claims `side` x `side` pixels, or another height."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", side, height or side, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
@@ -210,6 +210,7 @@ def _bomb(side: int = 100_000) -> bytes:
         (lambda content: _bomb(), "decompression bomb"),
         (lambda content: _bomb(10_000), "claims 10,000 x 10,000 pixels: a decompression bomb?"),
         (lambda content: _bomb(8_000), "truncated"),
+        (lambda content: _bomb(1, 2**20 + 1), "claims 1 x 1,048,577 pixels: a decompression bomb?"),
     ],
 )
 def test_broken_files_are_named(damage, reason, photo, pictures):

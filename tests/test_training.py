@@ -376,6 +376,8 @@ def test_the_plan_says_what_will_happen(pictures, tmp_path):
     assert said["images"] == "17 to train on, 4 for validation"
     assert said["classes"] == "3, from 10 images (ant) to 2 (cat): imbalance factor 5"
     assert said["steps"] == "2 epochs of 4: 8 steps of 4 images"
+    in_parts = prepare(small_pictures_recipe(pictures, micro_batch=2), tmp_path / "run").describe()["steps"]
+    assert in_parts.endswith("of 4 images, 2 at a time, which BatchNorm is over")
     assert said["device"] == "cpu, fp32"
     assert said["run folder"] == str(tmp_path / "run")
     assert plan.recipe.data.path == str(pictures.resolve())
@@ -389,15 +391,15 @@ def test_the_plan_says_what_will_happen(pictures, tmp_path):
         (100, "equipoise: there is not enough memory for this; free some, or try another --device\n"),
         (
             600,
-            "equipoise: the memory of this machine is too small for 64 images in 3 views of 224 pixels at a time through "
-            "a resnet50: --micro-batch 32 computes the same batch in parts of 32 images; or set a smaller --batch-size, "
-            "--size or --arch\n",
+            "equipoise: the memory of this machine is too small for 64 images in 3 views of 224 pixels at a time "
+            "through a resnet50: --micro-batch 32 computes the same batch in parts of 32 images; or set a smaller "
+            "--batch-size, --size or --arch\n",
         ),
     ],
 )
 def test_too_little_memory_is_one_line(mebibytes, said, tmp_path):
     """In a real process that may take no more: the first when the network is made, the second in a step."""
-    words = "train digits-lt --arch resnet50 --size 224 -b 64 --workers 0 --device cpu".split()
+    words = ["train", "digits-lt", "--arch=resnet50", "--size=224", "--batch-size=64", "--workers=0", "--device=cpu"]
     program = f"""
 import re, resource, sys
 import timm, torch

@@ -219,14 +219,18 @@ def reliability(name: Name, right_N: Array, confidences: Mapping[str, Array]) ->
     return figure.svg(f"accuracy against confidence, {name.label}")
 
 
+def _percent_axis(values: Sequence[float], ticks: int = 5) -> Axis:
+    """Of accuracies, with a point of room: so that a difference of a tenth does not fill the figure, and one value
+    alone has an axis within 0 to 100."""
+    return linear_axis("accuracy, percent", [max(0.0, min(values) - 1), min(100.0, max(values) + 1)], None, ticks)
+
+
 def prior_sweep(runs: Sequence[tuple[Name, Sequence[Mapping[str, Any]], float | None]], figure_name: str) -> Markup:
     """A figure over the strength of the post-hoc prior; a ring where validation chose it."""
     # A little room at the left: a ring at 0 would cover the figures of the axis.
     taus = Axis("tau", -0.1, 2, tuple((tau, f"{tau:g}") for tau in (0, 0.5, 1, 1.5, 2)))
     shares = [100 * row[figure_name] for _, rows, _ in runs for row in rows]
-    figure = Figure(
-        taus, 150, linear_axis("accuracy, percent", shares, None, 4), (26, _beside([run[0] for run in runs]), 40, 34)
-    )
+    figure = Figure(taus, 150, _percent_axis(shares, 4), (26, _beside([run[0] for run in runs]), 40, 34))
     for name, rows, chosen in runs:
         figure.line([(row["tau"], figure.y(100 * row[figure_name])) for row in rows], name.look)
         for row in rows:
@@ -367,7 +371,7 @@ def over_seeds(rows: Mapping[str, Sequence[tuple[Name, Mapping[str, Any]]]]) -> 
         figure.dot(100 * told["mean"], y, name.look, 5.5)
         return f"{100 * told['mean']:.1f}" + ("" if told["sd"] is None else f" ± {100 * told['sd']:.1f}")
 
-    return _by_method(rows, linear_axis("accuracy, percent", values), draw).svg("accuracy over the seeds, percent")
+    return _by_method(rows, _percent_axis(values), draw).svg("accuracy over the seeds, percent")
 
 
 def differences(rows: Mapping[str, Sequence[tuple[Name, Mapping[str, Any]]]]) -> Markup:

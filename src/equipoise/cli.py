@@ -70,7 +70,7 @@ def main(words: Sequence[str] | None = None) -> int:
         return _run(list(sys.argv[1:] if words is None else words))
     except UserError as error:
         if not isinstance(error, SharedError) or os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"equipoise: {one_line(str(error))}", file=sys.stderr)
+            print(f"equipoise: {error}", file=sys.stderr)
         return 2
     except Stopped as stopped:
         if os.environ.get("RANK", "0") == "0":

@@ -11,6 +11,9 @@ class UserError(ValueError):
     with code 2; any other exception is a bug of ours and shows its traceback.
     """
 
+    def __str__(self) -> str:
+        return one_line(super().__str__())  # what a file says of itself may have line ends
+
 
 class UnreadableError(ValueError):
     """Why a file cannot be read, in words of ours. See `reason`."""
@@ -54,8 +57,8 @@ def in_words(error: Exception) -> str:
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether the memory, of the machine or of a GPU, was too small for what was asked of it. torch has a class for it on
-    a GPU alone, and imports of it cost a second: so by name."""
+    """Whether the memory, of the machine or of a GPU, was too small for what was asked of it. torch has a class for it
+    on a GPU alone: so by its words."""
     spoken = "can't allocate memory" in str(error) or "out of memory" in str(error)
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and spoken)
 

@@ -172,12 +172,17 @@ def _write_record(plan: Plan, folder: Path) -> None:
 
 
 def _git_state() -> dict[str, Any] | None:
-    """Commit of the working directory and whether it has changes; None outside a repository or without git."""
+    """Commit of the code that trains and whether it has changes; None where the package is installed, so that its
+    version says it all, or without git."""
+    here = Path(__file__)
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", *words], cwd=here.parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", here.name)  # an environment may lie within another project's repository
         return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))}
     except (OSError, subprocess.CalledProcessError):
         return None

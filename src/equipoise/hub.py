@@ -241,7 +241,7 @@ def _tail(checkpoint: Checkpoint, figures: Mapping[str, Any] | None) -> list[str
         worst = sorted((index for index in range(len(names)) if scored[index] is not None), key=lambda i: scored[i])
         lines += [
             "",
-            f"The {min(_SHOWN, len(worst))} classes of lowest accuracy on {part}:",
+            f"Lowest accuracy on {part}, at most {_SHOWN} classes:",
             "",
             _row(["class", "training images", "accuracy, percent"]),
             _row(["---", "---:", "---:"]),

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from equipoise.errors import UserError, reason
+from equipoise.errors import UserError, one_line, reason
 from equipoise.files import regular_file
 from equipoise.lists import EncodedImages, ImageFiles, ImageList, PackedImages, PixelArrays
 
@@ -26,6 +26,7 @@ _KINDS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
 # Pillow's own limit. Decoding takes up to 8 bytes a pixel, however small the file is.
 MOST_PIXELS = 89_478_485
 _MOST_BYTES = 16 * MOST_PIXELS
+_MOST_ROWS = 2**20  # Pillow takes 22 bytes for each, however narrow
 _BAND = 2**22  # pixels
 _BLOCK = 4096  # images looked at between two reports
 
@@ -49,7 +50,7 @@ class BadImageError(UserError):
         return f"{self.name} cannot be read ({self.reason})"
 
     def __str__(self) -> str:
-        return f"{self.fault}; repair or remove it, or pass over such images with --on-bad-image skip"
+        return one_line(f"{self.fault}; repair or remove it, or pass over such images with --on-bad-image skip")
 
 
 def decode(images: ImageList, index: int) -> Pixels:
@@ -129,7 +130,7 @@ def resized(pixels: Pixels, size: int) -> Pixels:
 
 def _refuse_what_no_header_may_say(image: Image.Image) -> None:
     width, height = image.size
-    if width * height > MOST_PIXELS:
+    if width * height > MOST_PIXELS or height > _MOST_ROWS:
         raise ValueError(f"its header claims {width:,} x {height:,} pixels: a decompression bomb?")
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers of no known range: convert it to 8 or 16 bits")

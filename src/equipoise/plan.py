@@ -55,13 +55,14 @@ class Resumed:
 class Place:
     """Where a run is to be written. `named`: by the user; else another name will do if it is taken meanwhile. `taken`:
     a run's own folder, in which it goes on, or begins again if it had no checkpoint yet. `done`: that run is finished;
-    torchrun has started the processes anew for what comes after it."""
+    torchrun has started the processes anew for what comes after it. `sought`: 'auto' has found no run to go on with."""
 
     folder: Path
     named: bool
     taken: bool
     resumed: Resumed | None
     done: bool = False
+    sought: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,14 +113,23 @@ class Plan:
                 else ""
             ),
             "steps": f"{several(self.recipe.epochs, 'epoch')} of {self.steps_per_epoch:,}: "
-            f"{several(self.recipe.epochs * self.steps_per_epoch, 'step')} of {self.recipe.batch_size} images",
-            **({"goes on": self._resumed_from()} if self.place.taken or self.resumed else {}),
+            f"{several(self.recipe.epochs * self.steps_per_epoch, 'step')} of {self.recipe.batch_size} images"
+            + self._parts_of_batch(),
+            **({"goes on": self._resumed_from()} if self.place.taken or self.resumed or self.place.sought else {}),
             "run folder": str(self.folder),
         }
+
+    def _parts_of_batch(self) -> str:
+        if not self.recipe.micro_batch:
+            return ""
+        batch_norm = "" if self.recipe.model.batch_norm == "frozen" else ", which BatchNorm is over"
+        return f", {self.recipe.micro_batch} at a time{batch_norm}"
 
     def _resumed_from(self) -> str:
         if self.place.done:
             return "no further: it is finished"
+        if self.place.sought:
+            return "with none: a new run begins, since no unfinished one has this recipe"
         if self.resumed is None:
             return "from its beginning: it had no checkpoint yet"
         checkpoint, remark = self.resumed.checkpoint, self.resumed.remark
@@ -280,7 +290,8 @@ def _refuse_different_ranks(plan: Plan) -> None:
 def _find_place(recipe: Recipe, out: str | Path | None, resume: str | Path | None, world: World) -> Place:
     folder = Path(os.path.expanduser(out)) if out else None
     launch = world.launch if world.restarted or world.launch != "none" else ""
-    if resume == AUTO:
+    sought = resume == AUTO
+    if sought:
         resume = next(_runs_of(recipe, folder), None)
     elif not resume and launch:
         resume = next(_runs_of(recipe, folder, launch, also_finished=world.restarted), None)
@@ -297,7 +308,7 @@ def _find_place(recipe: Recipe, out: str | Path | None, resume: str | Path | Non
         raise UserError(
             f"{folder} exists and is not empty; go on with it by --resume {folder}, or name another folder with --out"
         )
-    return Place(folder or default_folder(recipe), folder is not None, False, resumed)
+    return Place(folder or default_folder(recipe), folder is not None, False, resumed, sought=sought and not resumed)
 
 
 def _is_used(folder: Path) -> bool:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from equipoise.checkpoint import Checkpoint, load_checkpoint
 from equipoise.device import choose_device
-from equipoise.errors import UserError, reason, shown
+from equipoise.errors import UserError, one_line, reason, shown
 from equipoise.files import atomic_file, parsed_json, regular_file
 from equipoise.folders import SUFFIXES
 from equipoise.hub import is_hub_folder, read_hub_folder
@@ -57,7 +57,7 @@ class NoFileError(UserError):
     """Of what has an image's name in a folder and is no file; `args` are its path."""
 
     def __str__(self) -> str:
-        return f"{self.args[0]} is a pipe, a socket, a device or a link to nothing; remove it"
+        return one_line(f"{self.args[0]} is a pipe, a socket, a device or a link to nothing; remove it")
 
 
 class CalibratedNetwork(nn.Module):

@@ -40,6 +40,8 @@ def evaluate(options: argparse.Namespace) -> None:
         score_checkpoint(target, options.data, options.split, overrides, options.out, options.logits)
         return
 
+    _refuse_read_only(target)
+
     from equipoise.distributed import join
     from equipoise.run import METRICS, evaluate_run
     from equipoise.tables import print_figures, print_post_hoc, print_unreadable
@@ -60,6 +62,12 @@ def evaluate(options: argparse.Namespace) -> None:
     print(f"written: {target / METRICS}")
 
 
+def _refuse_read_only(folder: Path) -> None:
+    """Raise UserError where figures would be written into a folder that takes none: better now than after the work."""
+    if folder.is_dir() and not os.access(folder, os.W_OK):
+        raise UserError(f"the figures cannot be written into {folder}; name a file elsewhere with --out FILE")
+
+
 def score_checkpoint(
     target: Path,
     data: str | None,
@@ -75,6 +83,8 @@ def score_checkpoint(
 
     checkpoint = target / LAST if target.is_dir() else find_checkpoint(target)
     refuse_unwritable({"--out": out, "--logits": logits})
+    if out is None:
+        _refuse_read_only(checkpoint.parent)
     with join() as world:
         metrics, predictions = evaluate_checkpoint(
             checkpoint, data, part, overrides, keep_logits=logits is not None, world=world
