@@ -588,7 +588,7 @@ def main() -> int:
     failed = [name for name, code, _ in results if code]
     print(
         f"{inputs:,} inputs to {len(results)} readers in {time.monotonic() - started:,.0f} s: {valid:,} gave a result, "
-        f"{inputs - valid:,} a UserError; failed: {', '.join(failed) or 'none, nor did one take more memory than it may'}"
+        f"{inputs - valid:,} a UserError; failed: {', '.join(failed) or 'none, and none took more memory than it may'}"
     )
     return 1 if failed else 0
 

@@ -298,7 +298,9 @@ def _csv_pairs(text: str, file: Path) -> list[tuple[str, Any]]:
             pairs.append((row[0], float(row[1])))
         except ValueError:
             if number:  # the first row may be a heading
-                raise UserError(f"{file}: the weight of {shown(row[0])} must be a number, not {shown(row[1])}") from None
+                raise UserError(
+                    f"{file}: the weight of {shown(row[0])} must be a number, not {shown(row[1])}"
+                ) from None
     return pairs
 
 
