@@ -13,7 +13,7 @@ help:
 	@echo "make check    ruff, pyright, import contracts"
 	@echo "make results  the table of docs/results.md for Digits-LT (20 runs; what is there already is kept)"
 	@echo "make rehearsal [PHOTOS=folder]  the BCL authors' commands on miniature ImageNet-LT and iNaturalist 2018"
-	@echo "make bench    speed against the obvious way, and against what was measured last (6 minutes)"
+	@echo "make bench    speed against the obvious way, and against what was measured last (8 minutes)"
 	@echo "make crash-test  a run that is killed 60 times ends where one ends that is left alone (about half an hour)"
 	@echo "make long-run  memory, open files, processes and logs over 200 epochs (5 minutes, on Linux)"
 	@echo "make fuzz [INPUTS=1000000]  damaged files for every reader (about 15 minutes on two cores)"
