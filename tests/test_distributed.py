@@ -486,7 +486,8 @@ def test_bad_images_of_all_ranks_are_replaced_and_counted(tmp_path):
 @pytest.mark.parametrize(("event", "expected"), [
     ("os.kill(os.getpid(), signal.SIGSTOP)", r"rank 1 \(on .*\) is lost: no sign of life for 12 s; all ranks stop"),
     ("raise OSError(5, 'Input/output error', '/data/x.jpg')", "rank 1: input/output error: /data/x.jpg"),
-    ("raise MemoryError('no more')", "rank 1: MemoryError: no more; all ranks stop"),
+    ("raise MemoryError", "rank 1: there is not enough memory for this; free some, or try another --device"),
+    ("raise KeyError('no more')", "rank 1: KeyError: 'no more'; all ranks stop"),
 ])  # fmt: skip
 def test_what_comes_over_a_rank_outside_training_ends_all(event, expected, tmp_path):
     """While the data is opened, or in `evaluate`: the others wait for it in an exchange."""
@@ -513,6 +514,35 @@ def test_what_comes_over_a_rank_outside_training_ends_all(event, expected, tmp_p
     lines = [line for line in said.splitlines() if line.startswith("equipoise: ")]
     assert len(lines) == 1
     assert re.fullmatch(f"equipoise: {expected}", lines[0])
+
+
+@pytest.mark.slow
+def test_too_little_memory_of_every_rank_is_said_once(tmp_path):
+    """As on several GPUs, which come to their end in the same step. What is advised is what a run takes."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import re, resource, sys\n"
+        "import timm, torch\n"
+        "import equipoise.training\n"
+        "from equipoise.cli import main\n"
+        'used = int(re.search(r"VmData:\\s+(\\d+)", open("/proc/self/status").read())[1]) << 10\n'
+        "resource.setrlimit(resource.RLIMIT_DATA, (used + (1500 << 20),) * 2)\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    words = ["train", "digits-lt", "--arch=resnet50", "--size=224", "-b64", "-j0", "--device=cpu"]
+    way = "set a smaller --batch-size, --size or --arch"
+    for batch_norm, advice in {
+        "per-rank": f"--micro-batch 16 computes the same batch in parts of 16 images; or {way}",
+        "synchronised": way,
+    }.items():
+        done = torchrun(
+            2, str(script), *words, "--set", f"model.batch_norm={batch_norm}", "--out", str(tmp_path / "out")
+        )
+        assert done.returncode != 0
+        (line,) = [line for line in done.stderr.splitlines() if line.startswith("equipoise: ")]
+        what = "the memory of this machine is too small for 32 images in 3 views of 224 pixels at a time through a"
+        assert re.fullmatch(rf"equipoise: rank [01]: {what} resnet50: {advice}", line)
+        assert not (tmp_path / "out").exists()
 
 
 # ---- hosts

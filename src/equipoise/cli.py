@@ -88,7 +88,7 @@ def main(words: Sequence[str] | None = None) -> int:
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        print("equipoise: there is not enough memory for this; free some, or try another --device", file=sys.stderr)
+        print(f"equipoise: {in_words(error)}", file=sys.stderr)
         return 2
 
 

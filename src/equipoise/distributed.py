@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from equipoise.errors import SharedError, Stopped, UserError, in_words, reason
+from equipoise.errors import SharedError, Stopped, UserError, in_words, out_of_memory, reason
 
 Made = TypeVar("Made")
 
@@ -174,10 +174,10 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def fail(self, message: str, says_it: bool) -> None:
-        """Tell the other ranks why this one ends, and whether it says so itself in a line."""
-        for watch in self._watch:
-            watch.tell(f"rank {self.rank}: {message}", says_it)
+    def fail(self, message: str, says_it: bool) -> bool:
+        """Tell the other ranks why this one ends, and whether it says so itself in a line: which it should where this
+        is True, and not where another rank of this host has spoken."""
+        return all(watch.tell(f"rank {self.rank}: {message}", says_it) for watch in self._watch)
 
     def when_told_to_end(self, leave: Callable[[], None]) -> None:
         """What this process has to do before it ends because another rank had an error of the user's."""
@@ -244,10 +244,11 @@ def join() -> Generator[World]:
     except (SharedError, Stopped):  # of all ranks: none has anything to tell the others
         dist.destroy_process_group()  # else its threads may abort the process when Python ends
         raise
-    except (UserError, OSError) as error:
-        world.fail(in_words(error), says_it=True)
-        raise UserError(f"rank {world.rank}: {in_words(error)}") from None
     except Exception as error:
+        if isinstance(error, (UserError, OSError)) or out_of_memory(error):
+            if not world.fail(in_words(error), says_it=True):
+                raise SystemExit(LOST) from None  # the memory of several GPUs ends in the same step
+            raise UserError(f"rank {world.rank}: {in_words(error)}") from None
         world.await_end(error)
         world.fail(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}", says_it=False)
         raise
@@ -312,14 +313,16 @@ class _Watch:
         if self._beating is not threading.current_thread():
             self._beating.join(3 * _BEAT)
 
-    def tell(self, message: str, said: bool) -> None:
-        """Tell all ranks why they must end. `said`: nobody on this host needs to say it."""
+    def tell(self, message: str, said: bool) -> bool:
+        """Tell all ranks why they must end. `said`: nobody else on this host needs to say it. Returns whether nobody
+        had."""
         self.stop()
         try:
-            self._store.add(f"said on {self._host}", int(said))
+            first = self._store.add(f"said on {self._host}", int(said)) <= 1
             self._store.set("end", f"told {message}")
         except RuntimeError:
-            return  # no connection: they will find out by the silence
+            return True  # no connection: they will find out by the silence
+        return first
 
     def _beat(self) -> None:
         beats, last = 0, b""

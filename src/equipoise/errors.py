@@ -50,17 +50,23 @@ def shown(value: object) -> str:
 
 def in_words(error: Exception) -> str:
     """An error of the user's or of the system's, as a message says it."""
+    if out_of_memory(error):
+        return "there is not enough memory for this; free some, or try another --device"
     if not isinstance(error, OSError):
         return str(error)
     where = f": {error.filename}" if error.filename else ""
     return (error.strerror or str(error)).lower() + where
 
 
+# Of the machine, of a GPU (CUDA, MPS), of its libraries, of C++. torch has a class of its own for the second alone.
+_OUT_OF_MEMORY = re.compile(r"DefaultCPUAllocator|out of memory|_ALLOC_FAILED|std::bad_alloc")
+
+
 def out_of_memory(error: Exception) -> bool:
-    """Whether the memory, of the machine or of a GPU, was too small for what was asked of it. torch has a class for it
-    on a GPU alone: so by its words."""
-    spoken = "can't allocate memory" in str(error) or "out of memory" in str(error)
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and spoken)
+    """Whether the memory, of the machine or of a GPU, was too small for what was asked of it."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
+    )
 
 
 # What is for the programmers of a library: addresses, classes, places in its source.

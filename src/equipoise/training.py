@@ -343,15 +343,16 @@ def _no_room(plan: Plan, what: str, kept: bool = False) -> UserError:
 def _too_large(plan: Plan) -> UserError:
     """The error of a step that the memory cannot hold: what makes it smaller."""
     recipe, size = plan.recipe, plan.world.size
-    images = recipe.micro_batch or recipe.batch_size // size
+    share = recipe.batch_size // size
+    images = min(recipe.micro_batch or share, share)
     views = len(view_settings(recipe).kinds)
     way = "set a smaller --batch-size, --size or --arch"
-    if images > 2:
+    if images > 3 and not (size > 1 and recipe.model.batch_norm == "synchronised"):
         part = 2 ** math.floor(math.log2(images / 2))
         way = f"--micro-batch {part} computes the same batch in parts of {part} images; or {way}"
     whose = "this machine" if plan.device.type == "cpu" else str(plan.device)
     kept = ""
-    if plan.world.is_first and (plan.folder / LAST).exists():
+    if (plan.folder / LAST).exists():
         kept = f". The last checkpoint is whole; once there is more memory: {_resume_command(plan)}"
     return UserError(
         f"the memory of {whose} is too small for {images} images in {several(views, 'view')} of {recipe.views.size} "
