@@ -330,7 +330,7 @@ def test_data_of_a_folder_with_problems(capsys, tmp_path):
         "problems (3)",
         "class 'cow' has no training images",
         "3.png cannot be read (it is no image: not JPEG",
-        "1 files that are not images",
+        "1 file passed over, no images by their ending (.txt)",
     ):
         assert said in text, said
     bars = {line.split()[0]: line.count("█") for line in text.splitlines() if re.match(r"^(ant|\[bold\]bee) ", line)}
@@ -541,6 +541,27 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     assert load_checkpoint(whole / "last.pt").epoch == 5
 
 
+@pytest.mark.slow
+def test_a_run_goes_on_where_its_data_have_moved(tmp_path, capsys):
+    data, moved, run_folder = tmp_path / "data", tmp_path / "moved", tmp_path / "run"
+    draw_folder(data, {"ant": 9, "bee": 6})
+    words = ["train", "--data", str(data), "--arch=resnet8", "--method=ce", "--size=16", "-b6", "-j0", "--device=cpu"]
+    assert main([*words, "--epochs=1", "--out", str(run_folder)]) == 0
+    data.rename(moved)
+    on = ["train", "--resume", str(run_folder), "--epochs=2"]
+    assert f"there is no file or folder at {data}; correct the path, or of data" in refusal(capsys, *on)
+    assert main([*on, "--data", str(moved)]) == 0
+    assert load_checkpoint(run_folder / "last.pt").epoch == 2
+    assert load_recipe(run_folder).data.path == str(moved)
+    assert main(["evaluate", str(run_folder)]) == 0
+    draw_folder(moved, {"cow": 2})
+    assert "moved has 3" in refusal(capsys, "train", "--resume", str(run_folder), "--epochs=3", "--data", str(moved))
+    shutil.rmtree(moved / "cow")
+    (moved / "ant" / "0.png").unlink()
+    said = refusal(capsys, "train", "--resume", str(run_folder), "--epochs=3", "--data", str(moved))
+    assert f"the train part of {moved} is not what {run_folder}/last.pt was trained with" in said
+
+
 @pytest.fixture
 def stripped(imagenet_run, tmp_path):
     """A checkpoint as the authors' code writes it: without what is ours in it."""
@@ -562,7 +583,7 @@ def test_the_authors_files_of_a_run_that_goes_on(imagenet_run, tmp_path, capsys)
         assert main(["export", str(run_folder / ours), "--to", "authors"]) == 0
         assert theirs.is_file()
     (run_folder / "run.lock").mkdir()  # so that it is refused before it begins
-    assert "cannot be made" in refusal(capsys, *words)
+    assert "cannot be written into" in refusal(capsys, *words)
     (run_folder / "run.lock").rmdir()
     assert all(theirs.is_file() for theirs in files.values()), "they are of the run as it is"
     image = next((imagenet_run[1] / "train").rglob("*.JPEG"))

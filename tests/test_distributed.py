@@ -486,7 +486,7 @@ def test_bad_images_of_all_ranks_are_replaced_and_counted(tmp_path):
 @pytest.mark.parametrize(("event", "expected"), [
     ("os.kill(os.getpid(), signal.SIGSTOP)", r"rank 1 \(on .*\) is lost: no sign of life for 12 s; all ranks stop"),
     ("raise OSError(5, 'Input/output error', '/data/x.jpg')", "rank 1: input/output error: /data/x.jpg"),
-    ("raise MemoryError", "rank 1: there is not enough memory for this; free some, or try another --device"),
+    ("raise MemoryError", "rank 1: there is not enough memory for this on this device; free some, or try another"),
     ("raise KeyError('no more')", "rank 1: KeyError: 'no more'; all ranks stop"),
 ])  # fmt: skip
 def test_what_comes_over_a_rank_outside_training_ends_all(event, expected, tmp_path):

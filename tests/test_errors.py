@@ -3,6 +3,8 @@
 import io
 import json
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -73,6 +75,10 @@ def test_an_error_of_the_user_is_one_line_whatever_is_in_it():
         (MemoryError(), True),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB."), True),
         (raised(lambda: torch.empty(2**60)), True),
+        (OSError("out of memory error when reading image file"), True),  # Pillow's
+        (OSError(12, "Cannot allocate memory"), True),
+        (OSError(2, "No such file or directory", "out of memory"), False),
+        (raised(lambda: cv2.resize(np.zeros((9, 9), np.uint8), (2**20, 2**30))), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (ValueError("out of memory"), False),
     ],

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -217,7 +218,8 @@ def test_missing_packages(package, odd_run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError) as refused:
         export_onnx(load(odd_run, "cpu"), tmp_path / "model.onnx", [])
-    expected = f"the package {package} is missing; run: pip install onnx onnxscript onnxruntime (the extra 'export')"
+    pip = f"{shlex.quote(sys.executable)} -m pip"
+    expected = f"the package {package} is missing; run: {pip} install onnx onnxscript onnxruntime (the extra 'export')"
     assert str(refused.value) == expected
     assert list(tmp_path.iterdir()) == []
 

@@ -597,8 +597,11 @@ def test_a_read_only_disk(words, small_disk, finished, capsys):
     assert said.err == (
         f"equipoise: the figures cannot be written into {small_disk}/copy; name a file elsewhere with --out FILE\n"
     )
-    assert not said.out
     assert said.out == "", "it is refused before the work"
+    assert main(["report", str(small_disk / "copy")]) == 2
+    assert capsys.readouterr().err == (
+        f"equipoise: the report cannot be written into {small_disk}/copy; name a file elsewhere with --out FILE\n"
+    )
 
 
 @pytest.mark.slow

@@ -39,7 +39,7 @@ def test_nested_hidden_and_other_files(pictures):
     (pictures / "bee" / "notes.txt").write_text("no picture")
     found = find_parts(str(pictures))
     assert found.parts["train"].class_counts == (13, 6, 3)
-    assert found.notes == (f"{pictures}: 1 files that are not images by their ending were passed over",)
+    assert found.notes == (f"{pictures}: 1 file passed over, no images by their ending (.txt)",)
 
 
 @pytest.mark.parametrize(
@@ -149,6 +149,19 @@ def test_links_out_of_the_folder_are_refused_unless_allowed(link, pictures, else
     assert str(error.value).startswith(f"{place} leads over a link out of the data folder {pictures}, to {elsewhere}")
     assert str(error.value).endswith("if that is meant, allow it with --allow-outside")
     assert len(open_parts(Source(str(pictures), allow_outside=True)).train) > before
+
+
+def test_a_link_to_nothing_outside_is_named(pictures):
+    (pictures / "bee" / "x.png").symlink_to("/nowhere/x.png")
+    with pytest.raises(UserError) as error:
+        open_parts(str(pictures))
+    assert str(error.value) == f"{pictures}/bee/x.png is a link to nothing (to /nowhere/x.png); remove it"
+
+
+def test_images_beside_the_classes_are_told(pictures):
+    for name in ("one.jpg", "two.PNG", ".hidden.jpg", "notes.txt"):
+        (pictures / name).write_bytes(b"")
+    assert find_parts(str(pictures)).notes == (f"{pictures}: 2 images beside the folders of the classes: passed over",)
 
 
 def test_a_part_that_is_a_link_is_refused_unless_allowed(tmp_path):

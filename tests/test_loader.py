@@ -1,6 +1,7 @@
 """Batches: order, short ends, and that workers and batches change no number."""
 
 import os
+import re
 import signal
 import threading
 import time
@@ -202,3 +203,34 @@ def test_a_worker_that_dies_while_the_network_computes_interrupts_nothing(images
 def test_worker_count():
     assert worker_count(3) == 3
     assert worker_count(-1) >= 1
+
+
+@pytest.mark.slow
+def test_too_little_memory_in_a_worker_blames_no_image(images, monkeypatch):
+    def decode(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("equipoise.loader.decode", decode)
+    said = "there is not enough memory for the loader processes; take fewer of them (--workers) or smaller images"
+    for skip in (False, True):
+        loader = Photographs(images, PHOTOS, CPU, workers=1, skip=skip)
+        with pytest.raises(UserError, match=f"^{re.escape(said)}$"):
+            epoch(loader)
+        loader.close()
+    with pytest.raises(MemoryError):  # there is no loader process: whoever computes says what would make it less
+        epoch(Photographs(images, PHOTOS, CPU, workers=0))
+
+
+@pytest.mark.slow
+def test_closing_ends_workers_that_answer_to_nothing(images):
+    loader = Photographs(images, PHOTOS, CPU, workers=2)
+    batches = loader.evaluation(2)
+    next(batches)
+    workers = loader._loader._iterator._workers
+    os.kill(workers[1].pid, signal.SIGSTOP)
+    started = time.monotonic()
+    loader.close()
+    for worker in workers:
+        worker.join(1)
+        assert not worker.is_alive()
+    assert time.monotonic() - started < 20

@@ -96,7 +96,9 @@ def test_ten_thousand_classes_of_two_images(tmp_path):
 
 def test_classes_too_small_to_hold_anything_out(tmp_path):
     many_classes(tmp_path / "data", 50)
-    with pytest.raises(UserError, match=r"no class has three images, so none can be held out; set data.holdout to 0"):
+    with pytest.raises(
+        UserError, match=r"no class has three images, so none can be held out; give it more, or set --holdout 0"
+    ):
         train(tiny(tmp_path / "data", holdout=0.1, batch_size=10), tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
 

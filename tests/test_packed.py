@@ -1,14 +1,18 @@
 """Packed files: shared, not copied; damaged ones are told from whole ones."""
 
 import pickle
+import shlex
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from conftest import draw_folder
+from test_cli import refusal
 
 from benchmarks.fuzz import _around_index
 from equipoise import UserError
+from equipoise.cli import main
 from equipoise.pack import pack
 from equipoise.packed import read_about
 from equipoise.pixels import content_of, decode
@@ -100,3 +104,21 @@ def test_class_names_that_are_no_text(out):
     (out / "train.pack").write_bytes(_around_index(content.replace(b'"ant"', b'"\\ud800"')))
     with pytest.raises(UserError, match="its index contradicts itself"):
         find_parts(str(out))
+
+
+def test_what_pack_says(tmp_path, capsys, monkeypatch):
+    data, out = tmp_path / "my pictures", tmp_path / "it's packed"
+    draw_folder(data / "train", {"ant": 2, "bee": 1})
+    words = ["pack", str(data), "--out", str(out), "--workers", "0"]
+    said = refusal(capsys, *words, "--set", "data.on_bad_image=skip")
+    assert said == "pack passes over no bad image: equipoise data DATA --check lists them; repair or remove them"
+    assert main(words) == 0
+    command = capsys.readouterr().out.splitlines()[-1].removeprefix("train on it: ")
+    assert shlex.split(command)[1:] == ["train", "--data", str(out)]
+    draw_folder(data / "test", {"ant": 2, "bee": 1})
+    monkeypatch.setattr("equipoise.pack.write_packed", Mock(side_effect=OSError(28, "No space left on device")))
+    assert refusal(capsys, *words) == (
+        f"{out}/test.pack could not be written (no space left on device); make room there and start again: parts that "
+        "are complete are kept"
+    )
+    assert [path.name for path in out.iterdir()] == ["train.pack"]

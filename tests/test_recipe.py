@@ -131,6 +131,7 @@ def test_overrides_take_text_and_values():
         ("data", "\udcff", "data.path must be text that can be written down (UTF-8, no zero bytes), not '\\udcff'"),
         ("name", "../x", "name must be a name of up to 100 characters without /, not '../x'"),
         ("hidden_dim", 10**9, "model.hidden_dim must be at most 65536, not 1000000000"),
+        ("epochs", 10**9, "epochs must be at most 1000000, not 1000000000"),
         ("workers", 10**9, "workers must be at most 512, not 1000000000"),
         ("lr", [[[[[[]]]]]], "optim.lr must be a number, not [[[[...]]]]"),
         ("method", ["bcl"], "method must be one of bcl, ce, logit-adjusted, supcon+la, not ['bcl']"),

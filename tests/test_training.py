@@ -388,7 +388,7 @@ def test_the_plan_says_what_will_happen(pictures, tmp_path):
 @pytest.mark.parametrize(
     ("mebibytes", "said"),
     [
-        (100, "equipoise: there is not enough memory for this; free some, or try another --device\n"),
+        (100, "equipoise: there is not enough memory for this on this device; free some, or try another\n"),
         (
             600,
             "equipoise: the memory of this machine is too small for 64 images in 3 views of 224 pixels at a time "

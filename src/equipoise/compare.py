@@ -23,6 +23,7 @@ from equipoise.run import METRICS, RECIPE, RECORD, Run, chosen, write_json
 from equipoise.training import fit
 
 FIGURES = {"top1": "overall", "many": "many", "medium": "medium", "few": "few"}
+_MOST_SEEDS = 1000
 # They change where and how often, not what is trained.
 _FREE = {"name", "summary", "device", "workers", "log_every", "checkpoint_minutes"}
 
@@ -64,8 +65,8 @@ def compare(recipe: Recipe, methods: Sequence[str], seeds: int, out: Path) -> di
         raise UserError(
             f"--methods needs two or more different methods, separated by commas, not '{','.join(methods)}'"
         )
-    if seeds < 1:
-        raise UserError(f"--seeds must be at least 1, not {seeds}")
+    if not 1 <= seeds <= _MOST_SEEDS:
+        raise UserError(f"--seeds must be 1 to {_MOST_SEEDS:,}, not {seeds}")
     cells = [(method, recipe.seed + number) for number in range(seeds) for method in methods]
     # Every refusal comes before the first hour of training.
     plan = prepare(replace(recipe, method=cells[0][0], seed=cells[0][1]))  # pyright: ignore[reportArgumentType] checked

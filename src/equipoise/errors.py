@@ -1,7 +1,12 @@
 """The exceptions for what a user can cause, and how what a file holds is put into a line."""
 
+import errno
 import re
 import reprlib
+import shlex
+import sys
+from pathlib import Path
+from shutil import which
 
 
 class UserError(ValueError):
@@ -51,22 +56,24 @@ def shown(value: object) -> str:
 def in_words(error: Exception) -> str:
     """An error of the user's or of the system's, as a message says it."""
     if out_of_memory(error):
-        return "there is not enough memory for this; free some, or try another --device"
+        return "there is not enough memory for this on this device; free some, or try another"
     if not isinstance(error, OSError):
         return str(error)
     where = f": {error.filename}" if error.filename else ""
     return (error.strerror or str(error)).lower() + where
 
 
-# Of the machine, of a GPU (CUDA, MPS), of its libraries, of C++. torch has a class of its own for the second alone.
-_OUT_OF_MEMORY = re.compile(r"DefaultCPUAllocator|out of memory|_ALLOC_FAILED|std::bad_alloc")
+# Of the machine, of a GPU (CUDA, MPS), of its libraries, of C++, of OpenCV. torch has a class of its own for the second
+# alone; Pillow raises OSError without a number.
+_OUT_OF_MEMORY = re.compile(r"DefaultCPUAllocator|out of memory|_ALLOC_FAILED|std::bad_alloc|Insufficient memory")
 
 
 def out_of_memory(error: Exception) -> bool:
     """Whether the memory, of the machine or of a GPU, was too small for what was asked of it."""
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
-    )
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno == errno.ENOMEM
+    spoken = isinstance(error, (RuntimeError, OSError)) or type(error).__module__ == "cv2"
+    return isinstance(error, MemoryError) or (spoken and _OUT_OF_MEMORY.search(str(error)) is not None)
 
 
 # What is for the programmers of a library: addresses, classes, places in its source.
@@ -90,6 +97,12 @@ def reason(error: Exception, library: bool = False, otherwise: str = "its conten
 def one_line(text: str) -> str:
     """A text on one line of a terminal: a file may be called anything, escape sequences too."""
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
+def own_command() -> str:
+    """How a shell would find this program: by its name, or where an environment is not activated, as it was called."""
+    called = Path(sys.argv[0])
+    return shlex.quote(str(called)) if called.name == "equipoise" and which("equipoise") is None else "equipoise"
 
 
 def several(number: int, noun: str) -> str:

@@ -9,6 +9,8 @@ Shapes: N images, C classes, S side of the view.
 
 import io
 import json
+import shlex
+import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -46,7 +48,8 @@ def export_onnx(classifier: Classifier, out: Path, pictures: Sequence[Path]) -> 
         import onnxscript  # noqa: F401  # pyright: ignore[reportUnusedImport] torch's exporter needs it
     except ImportError as error:
         raise UserError(
-            f"the package {error.name} is missing; run: pip install onnx onnxscript onnxruntime (the extra 'export')"
+            f"the package {error.name} is missing; run: {shlex.quote(sys.executable)} -m pip install onnx onnxscript "
+            "onnxruntime (the extra 'export')"
         ) from None
     size = sum(tensor.nbytes for tensor in classifier.calibrated.state_dict().values())
     if size > _LARGEST_ONNX:

@@ -154,9 +154,12 @@ def chosen_recipe(options: argparse.Namespace) -> tuple[Recipe, str]:
 
 
 def resumed_recipe(options: argparse.Namespace) -> Recipe | None:
-    """With `--resume` and neither a recipe nor data named, the recipe is the run's own."""
+    """With `--resume` and neither a recipe nor data named, the recipe is the run's own. So it is with data, where the
+    run goes on in its folder: then they have moved."""
     overrides = overrides_of(options)
-    named = options.recipe or options.dataset or "data.path" in {field.key for field, _ in overrides}
+    moved = not options.out and Path(options.resume or "", "recipe.toml").is_file()
+    of_data = "data.path" in {field.key for field, _ in overrides}
+    named = options.recipe or options.dataset or (of_data and not moved)
     if not options.resume or options.resume == "auto" or named:
         return None
 

@@ -97,7 +97,8 @@ class RunFolder:
             self._lock = lock
         except OSError as error:
             reason = (error.strerror or str(error)).lower()
-            raise UserError(f"the run folder {folder} cannot be made ({reason}); name another with --out") from None
+            cannot = "written into" if self._plan.place.taken else "made"
+            raise UserError(f"the run folder {folder} cannot be {cannot} ({reason}); name another with --out") from None
         return lock is not None
 
 

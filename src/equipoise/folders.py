@@ -2,14 +2,16 @@
 
 import os
 import posixpath
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
-from equipoise.errors import UserError, reason
+from equipoise.errors import UserError, reason, several
 from equipoise.lists import PART_NAMES, Found, ImageFiles, ImageList, Paths, refuse_outside
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
+_ENDINGS_SHOWN = 5
 
 
 def subfolders(folder: Path) -> list[Path]:
@@ -70,7 +72,7 @@ def _class_folders(root: Path, names: tuple[str, ...], notes: list[str], bounds:
         raise UserError(f"{root / unknown[0]} is no class of the training part ({len(names)} classes); remove it")
     paths: list[str] = []
     labels: list[int] = []
-    others = 0
+    others: Counter[str] = Counter()
     for label, name in enumerate(names):
         if not (root / name).is_dir():
             continue
@@ -78,11 +80,15 @@ def _class_folders(root: Path, names: tuple[str, ...], notes: list[str], bounds:
         if bounds is not None:
             refuse_outside(bounds, [root / link for link in [name, *links]])
         images = [file for file in files if _is_image(file)]
-        others += len(files) - len(images)
+        others.update(posixpath.splitext(file)[1].lower() for file in set(files).difference(images))
         paths += images
         labels += [label] * len(images)
+    loose = sum(_is_image(entry.name) and not os.path.isdir(entry.path) for entry in _entries(root))
+    if loose:
+        notes.append(f"{root}: {several(loose, 'image')} beside the folders of the classes: passed over")
     if others:
-        notes.append(f"{root}: {others} files that are not images by their ending were passed over")
+        endings = ", ".join(f"{ending or 'none'}" for ending, _ in others.most_common(_ENDINGS_SHOWN))
+        notes.append(f"{root}: {several(others.total(), 'file')} passed over, no images by their ending ({endings})")
     if not paths:
         raise UserError(f"{root} holds no images in its class folders (known endings: {' '.join(sorted(SUFFIXES))})")
     return ImageList(str(root), ImageFiles(root, Paths.of(paths)), np.array(labels, dtype=np.int64), names)

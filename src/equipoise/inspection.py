@@ -2,10 +2,11 @@
 
 import argparse
 import os
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
-from equipoise.errors import UserError
+from equipoise.errors import UserError, own_command
 from equipoise.flags import add_field, add_list_flags, add_set, overrides_of
 from equipoise.recipe import Recipe, find_field, override
 
@@ -76,6 +77,8 @@ def pack(options: argparse.Namespace) -> None:
     recipe = Recipe()
     for field, value in overrides_of(options):
         recipe = override(recipe, field, value)
+    if recipe.data.on_bad_image == "skip":
+        raise UserError("pack passes over no bad image: equipoise data DATA --check lists them; repair or remove them")
 
     from equipoise.loader import worker_count
     from equipoise.pack import pack as write_packed_parts
@@ -87,4 +90,4 @@ def pack(options: argparse.Namespace) -> None:
     told = write_packed_parts(
         find_parts(source), source.benchmark, out, options.short_side, worker_count(options.workers)
     )
-    print("\n".join([*told, f"train on it: equipoise train --data {out}"]))
+    print("\n".join([*told, f"train on it: {own_command()} train --data {shlex.quote(str(out))}"]))

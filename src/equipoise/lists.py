@@ -294,6 +294,8 @@ def refuse_outside(root: Path, paths: Iterable[Path]) -> None:
     for path in paths:
         real = Path(os.path.realpath(path))
         if not real.is_relative_to(real_root):
+            if not os.path.lexists(real):
+                raise UserError(f"{path} is a link to nothing (to {real}); remove it")
             raise UserError(
                 f"{path} leads over a link out of the data folder {root}, to {real}; if that is meant, allow it with "
                 "--allow-outside"
@@ -368,7 +370,9 @@ def hold_out(full: ImageList, share: float) -> tuple[ImageList, ImageList]:
         held.append(shuffled[: max(1, round(share * count)) if count >= 3 else 0])
     chosen = np.sort(np.concatenate(held))
     if len(chosen) == 0:
-        raise UserError(f"{full.origin}: no class has three images, so none can be held out; set data.holdout to 0")
+        raise UserError(
+            f"{full.origin}: no class has three images, so none can be held out; give it more, or set --holdout 0"
+        )
     return full.take(np.setdiff1d(np.arange(len(full)), chosen)), full.take(chosen)
 
 

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from equipoise.distributed import ALONE, World
 from equipoise.draws import permutation
-from equipoise.errors import UserError
+from equipoise.errors import UserError, out_of_memory
 from equipoise.lists import ImageList
 from equipoise.pixels import (
     BadImageError,
@@ -43,6 +43,7 @@ Indices = npt.NDArray[np.int64]
 
 _SECONDS_AFTER_SIGTERM = 60
 _NOTHING = -1  # the index that no image has
+_LESS_MEMORY = "take fewer of them (--workers) or smaller images"
 
 
 @dataclass(frozen=True)
@@ -281,13 +282,21 @@ class Photographs:
                 how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended with code {code}"
                 last = self._images.images.name(reading) if reading != _NOTHING else "none yet"
                 return UserError(
-                    f"a loader process {how}; the image it read or was reading last: {last}; if memory ran out, take "
-                    "fewer of them (--workers) or smaller images"
+                    f"a loader process {how}; the image it read or was reading last: {last}; if memory ran out, "
+                    f"{_LESS_MEMORY}"
                 )
         return None
 
     def close(self) -> None:
-        self._loader = None  # its end is the workers' end
+        iterator = self._loader._iterator if self._loader else None  # pyright: ignore[reportPrivateUsage]
+        self._loader = None
+        if iterator is None:
+            return
+        try:
+            iterator._shutdown_workers()  # pyright: ignore
+        finally:  # where memory is short, they may not even hear of it
+            for worker in getattr(iterator, "_workers", []):
+                worker.kill()
 
 
 class _Refillable:
@@ -311,11 +320,18 @@ class _BatchMaker(Dataset["Batch | UserError"]):
         self._reading_W = reading_W
 
     def __getitem__(self, task: _Task) -> "Batch | UserError":  # pyright: ignore[reportIncompatibleMethodOverride]
-        bad: dict[int, BadImageError] = {}
         try:
-            photos = [self._photo(index, task, bad) for index in task.indices_B.tolist()]
+            return self._batch(task)
         except UserError as error:
             return error
+        except Exception as error:
+            if get_worker_info() is None or not out_of_memory(error):
+                raise
+            return UserError(f"there is not enough memory for the loader processes; {_LESS_MEMORY}")
+
+    def _batch(self, task: _Task) -> Batch:
+        bad: dict[int, BadImageError] = {}
+        photos = [self._photo(index, task, bad) for index in task.indices_B.tolist()]
         read = [photo for photo in photos if photo is not None]
         if task.seed_and_epoch is not None:  # then every photograph has something that stands in for it
             views_VB3SS = photo_views(read, self._settings, *task.seed_and_epoch, task.indices_B)

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from rich.progress import track
 
-from equipoise.errors import UserError
+from equipoise.errors import UserError, out_of_memory, reason
 from equipoise.files import UNFINISHED, atomic_file
 from equipoise.lists import EncodedImages, Found, ImageFiles, ImageList, Paths
 from equipoise.packed import SUFFIX, read_about, write_packed
@@ -59,9 +59,17 @@ def pack(found: Found, benchmark: str, out: Path, short_side: int, workers: int)
                 raise UserError(f"{file} is there already, of other images or another size; remove it")
             told.append(f"there already: {file}")
             continue
-        with atomic_file(file) as opened, closing(_encoded(images, short_side, workers)) as contents:
-            shown = track(contents, f"packing {name}", total=len(images), transient=True)
-            write_packed(opened, shown, _names(images), images.labels_N, about)
+        try:
+            with atomic_file(file) as opened, closing(_encoded(images, short_side, workers)) as contents:
+                shown = track(contents, f"packing {name}", total=len(images), transient=True)
+                write_packed(opened, shown, _names(images), images.labels_N, about)
+        except OSError as error:
+            if out_of_memory(error):
+                raise
+            raise UserError(
+                f"{file} could not be written ({reason(error)}); make room there and start again: parts that are "
+                "complete are kept"
+            ) from None
         told.append(f"written: {file} ({len(images):,} images, {file.stat().st_size / 1e6:,.1f} MB)")
     return told
 
@@ -96,7 +104,7 @@ def _encoded(images: ImageList, short_side: int, workers: int) -> Generator[tupl
 
 
 def _unpackable(error: BadImageError) -> UserError:
-    return UserError(f"{error.fault}; repair or remove it")
+    return UserError(f"{error.fault}; repair or remove it (equipoise data DATA --check lists all such images)")
 
 
 _work: tuple[ImageList, int]  # of this process

@@ -1,5 +1,7 @@
 """Parquet files as the `datasets` library publishes them become image lists."""
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +61,9 @@ def _read_parquet(files: list[Path], image_column: str, label_column: str) -> tu
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
-        raise UserError(f"reading {files[0]} needs pyarrow: pip install 'equipoise[parquet]'") from None
+        raise UserError(
+            f"reading {files[0]} needs pyarrow: {shlex.quote(sys.executable)} -m pip install pyarrow"
+        ) from None
     try:
         for file in files:
             regular_file(file)

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from equipoise.errors import UserError, one_line, reason
+from equipoise.errors import UserError, one_line, out_of_memory, reason
 from equipoise.files import regular_file
 from equipoise.lists import EncodedImages, ImageFiles, ImageList, PackedImages, PixelArrays
 
@@ -228,7 +228,8 @@ def content_of(images: ImageList, index: int) -> bytes:
 
 
 def _named(images: ImageList, index: int, read: Callable[[], T]) -> T:
-    """What `read` returns; or, whatever a decoder raises for a damaged file, the error that names it."""
+    """What `read` returns; or, whatever a decoder raises for a damaged file, the error that names it. Raises
+    MemoryError where it is not the file's fault."""
     try:
         return read()
     except UnidentifiedImageError:
@@ -236,6 +237,8 @@ def _named(images: ImageList, index: int, read: Callable[[], T]) -> T:
     except Image.DecompressionBombError:  # Pillow names twice the limit that is ours
         why = f"it claims more than {Image.MAX_IMAGE_PIXELS:,} pixels: a decompression bomb?"
     except Exception as error:  # decoders raise what they like: anything but a bad file would be a bug of theirs
+        if out_of_memory(error):
+            raise MemoryError from None
         why = reason(error, library=True)
     raise BadImageError(images.images.name(index), why)
 

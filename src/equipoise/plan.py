@@ -33,8 +33,9 @@ _FREE = {
     *("name", "summary", "device", "precision", "compile", "workers", "log_every", "checkpoint_minutes"),
     *("data.on_bad_image", "data.allow_outside"),
 }
-_FREE_IN_RESUME = {*_FREE, "epochs", "model.pretrained", "model.weights"}  # how long, and what it started from
 _PLACES = ("path", "train_list", "val_list", "test_list")
+# How long, what it started from, and where the data lie: that they are the same is seen from their fingerprints.
+_FREE_IN_RESUME = {*_FREE, "epochs", "model.pretrained", "model.weights", *(f"data.{name}" for name in _PLACES)}
 
 
 @dataclass(frozen=True)

@@ -164,7 +164,7 @@ class Recipe:
     summary: Annotated[str, Setting("one line for `equipoise recipes`")] = ""
     method: Annotated[Method, Setting("what is trained: bcl, or a baseline under the same recipe")] = "bcl"
     seed: Annotated[int, Setting("everything random follows from it", at_least=0, at_most=2**31 - 1)] = 0
-    epochs: Annotated[int, Setting("passes over the training images", at_least=1)] = 90
+    epochs: Annotated[int, Setting("passes over the training images", at_least=1, at_most=1_000_000)] = 90
     batch_size: Annotated[
         int, Setting("images a step (each gives three views), over all processes", flags=("b",), at_least=2)
     ] = 256

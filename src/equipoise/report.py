@@ -226,7 +226,7 @@ def _images(run: RunRead) -> tuple[ImageList | None, str]:
     try:
         images = open_data(run.recipe).named().get(run.part)
     except UserError as error:
-        return None, f"No example pictures: {error}."
+        return None, f"No example pictures: {str(error).partition(';')[0]}."  # what to do is of other commands
     if images is None or images.fingerprint() != run.record["data"]["fingerprints"].get(run.part):
         return None, f"No example pictures: the data at {run.recipe.data.path} has changed since the run."
     if len(images) != len(run.observed["labels_N"]):

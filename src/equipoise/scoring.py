@@ -62,10 +62,10 @@ def evaluate(options: argparse.Namespace) -> None:
     print(f"written: {target / METRICS}")
 
 
-def _refuse_read_only(folder: Path) -> None:
-    """Raise UserError where figures would be written into a folder that takes none: better now than after the work."""
+def _refuse_read_only(folder: Path, what: str = "the figures") -> None:
+    """Raise UserError where `what` would be written into a folder that takes none: better now than after the work."""
     if folder.is_dir() and not os.access(folder, os.W_OK):
-        raise UserError(f"the figures cannot be written into {folder}; name a file elsewhere with --out FILE")
+        raise UserError(f"{what} cannot be written into {folder}; name a file elsewhere with --out FILE")
 
 
 def score_checkpoint(
@@ -92,7 +92,7 @@ def score_checkpoint(
     if not world.is_first:
         return
     scored: str = metrics["split"]
-    print_figures([(scored, metrics[scored])], f"{metrics['method']}: accuracy, percent", metrics)
+    print_figures([(scored, metrics[scored])], f"{metrics['method']}, {checkpoint.name}: accuracy, percent", metrics)
     print_unreadable(metrics)
     if logits is not None:
         write_logits(Path(logits), predictions, metrics["class_names"])
@@ -155,4 +155,6 @@ def report(options: argparse.Namespace) -> None:
 
     refuse_unwritable({"--out": options.out})
     runs = [Path(run) for run in options.runs]
+    if not options.out:
+        _refuse_read_only(runs[0], "the report")
     print(f"report: {write_report(runs, Path(options.out) if options.out else runs[0] / 'report.html')}")

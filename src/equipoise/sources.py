@@ -100,7 +100,9 @@ def _existing(path: str) -> Path:
     try:
         root.stat()
     except (OSError, ValueError):  # not there, no permission, too long, a zero byte in it
-        raise UserError(f"there is no file or folder at {root}") from None
+        raise UserError(
+            f"there is no file or folder at {root}; correct the path, or of data that have moved, name it with --data"
+        ) from None
     return root
 
 

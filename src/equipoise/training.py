@@ -3,12 +3,10 @@
 import errno
 import math
 import shlex
-import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from shutil import which
 
 import torch
 
@@ -16,7 +14,7 @@ from equipoise.batchnorm import batch_norms
 from equipoise.checkpoint import BEST, LAST, Checkpoint, create_network, load_checkpoint, state_on_cpu
 from equipoise.device import keep_freed_memory
 from equipoise.distributed import join
-from equipoise.errors import SharedError, Stopped, UserError, in_words, out_of_memory, several
+from equipoise.errors import SharedError, Stopped, UserError, in_words, out_of_memory, own_command, several
 from equipoise.evaluate import predict
 from equipoise.folder import RunFolder
 from equipoise.loader import Batches, open_batches, worker_count
@@ -347,16 +345,15 @@ def _too_large(plan: Plan) -> UserError:
     images = min(recipe.micro_batch or share, share)
     views = len(view_settings(recipe).kinds)
     way = "set a smaller --batch-size, --size or --arch"
-    if images > 3 and not (size > 1 and recipe.model.batch_norm == "synchronised"):
+    if (plan.folder / LAST).exists():  # it goes on under its own recipe
+        way = f"the last checkpoint is whole; once there is more memory: {_resume_command(plan)}"
+    elif images > 3 and not (size > 1 and recipe.model.batch_norm == "synchronised"):
         part = 2 ** math.floor(math.log2(images / 2))
         way = f"--micro-batch {part} computes the same batch in parts of {part} images; or {way}"
     whose = "this machine" if plan.device.type == "cpu" else str(plan.device)
-    kept = ""
-    if (plan.folder / LAST).exists():
-        kept = f". The last checkpoint is whole; once there is more memory: {_resume_command(plan)}"
     return UserError(
         f"the memory of {whose} is too small for {images} images in {several(views, 'view')} of {recipe.views.size} "
-        f"pixels at a time through a {recipe.model.encoder}: {way}{kept}"
+        f"pixels at a time through a {recipe.model.encoder}: {way}"
     )
 
 
@@ -377,8 +374,4 @@ def _resume_command(plan: Plan) -> str:
         )
     elif world.size > 1:
         launcher = f"torchrun --standalone --nproc-per-node {world.size} -m "
-    # As it was called, where the shell would not find it by its name: an environment that is not activated.
-    called = Path(sys.argv[0])
-    by_path = not launcher and called.name == "equipoise" and which("equipoise") is None
-    program = shlex.quote(str(called)) if by_path else "equipoise"
-    return f"{launcher}{program} train --resume {shlex.quote(str(plan.folder))}"
+    return f"{launcher}{'equipoise' if launcher else own_command()} train --resume {shlex.quote(str(plan.folder))}"
