@@ -16,7 +16,7 @@ help:
 	@echo "make bench    speed against the obvious way, and against what was measured last (8 minutes)"
 	@echo "make crash-test  a run that is killed 60 times ends where one ends that is left alone (about half an hour)"
 	@echo "make long-run  memory, open files, processes and logs over 200 epochs (5 minutes, on Linux)"
-	@echo "make fuzz [INPUTS=1000000]  damaged files for every reader (about 15 minutes on two cores)"
+	@echo "make fuzz [INPUTS=1000000]  damaged files for every reader (about 25 minutes on two cores)"
 	@echo "make audit    known vulnerabilities of what is installed, and an SBOM in build/"
 	@echo "make clean    remove .venv and caches; runs/ stays"
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from equipoise.errors import UnreadableError, UserError, out_of_memory, reason
+from equipoise.errors import UnreadableError, UserError, lacks_memory, one_line, out_of_memory, reason
 
 ODD = "its content makes no sense"
 
@@ -79,9 +79,27 @@ def test_an_error_of_the_user_is_one_line_whatever_is_in_it():
         (OSError(12, "Cannot allocate memory"), True),
         (OSError(2, "No such file or directory", "out of memory"), False),
         (raised(lambda: cv2.resize(np.zeros((9, 9), np.uint8), (2**20, 2**30))), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 1.00 GB)"), True),
+        (RuntimeError("std::bad_alloc"), True),
+        (RuntimeError("unable to mmap 94273440 bytes from file: Cannot allocate memory (12)"), True),
+        (RuntimeError("Error opening '/data/out of memory/a.pt'"), False),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (ValueError("out of memory"), False),
     ],
 )
 def test_what_is_too_little_memory(error, is_it):
     assert out_of_memory(error) is is_it
+
+
+def test_a_file_that_claims_too_much_is_not_the_machines_fault(monkeypatch):
+    assert not lacks_memory(MemoryError(), 10**6)
+    assert not lacks_memory(ValueError(), 2**60)
+    assert lacks_memory(MemoryError(), 2**60)
+
+
+def test_names_in_any_script_stay_as_they_are():
+    for name in ("C:\\new\\a 日本\u3000語.jpg", "screenshot 9.00\u202fAM.png", "👩\u200d👩", "Schüssel"):
+        assert one_line(name) == name
+    assert one_line("a\x1b[2Jb\u2028c\u202ed\udcff\x9b") == r"a\x1b[2Jb\u2028c\u202ed\udcff\x9b"

@@ -148,7 +148,11 @@ def test_the_commit_is_that_of_the_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     git("init", folder=tmp_path)
     git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "--allow-empty", "-m", "theirs", folder=tmp_path)
-    assert _git_state()["commit"] == git("rev-parse", "HEAD", folder=source)
+    ours = git("rev-parse", "HEAD", folder=source)
+    assert _git_state()["commit"] == ours
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))  # as in a hook
+    assert _git_state()["commit"] == ours
+    monkeypatch.delenv("GIT_DIR")
     # As it would be in an environment within that repository.
     installed = tmp_path / "lib" / "folder.py"
     installed.parent.mkdir()
@@ -176,7 +180,7 @@ def test_auto_is_the_newest_unfinished_run_of_the_same_recipe(tmp_path, monkeypa
     find = lambda recipe=RECIPE, out=None: _find_place(recipe, out, "auto", World())  # noqa: E731
     assert not find().taken, "there is none: a new one"
     assert prepare(RECIPE, resume="auto").describe()["goes on"] == (
-        "with none: a new run begins, since no unfinished one has this recipe"
+        "with none: a new run begins, since runs holds no unfinished one of this recipe"
     )
     for name, content in {"list": "[]", "deep": "[" * 100_000, "null": "null"}.items():
         (Path("runs") / name).mkdir(parents=True)
@@ -598,6 +602,13 @@ def test_a_read_only_disk(words, small_disk, finished, capsys):
         f"equipoise: the figures cannot be written into {small_disk}/copy; name a file elsewhere with --out FILE\n"
     )
     assert said.out == "", "it is refused before the work"
+    assert main(["evaluate", str(small_disk / "copy"), *words, "--out", str(finished / "x.json")]) == 0
+    assert (finished / "x.json").is_file()
+    capsys.readouterr()
+    assert main(["train", "--reload", "True", "--resume", str(small_disk / "copy" / "last.pt")]) == 0
+    said = capsys.readouterr().out
+    assert "top-1" in said
+    assert said.endswith(f"not written: {small_disk}/copy takes no files\n")
     assert main(["report", str(small_disk / "copy")]) == 2
     assert capsys.readouterr().err == (
         f"equipoise: the report cannot be written into {small_disk}/copy; name a file elsewhere with --out FILE\n"

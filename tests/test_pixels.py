@@ -210,7 +210,12 @@ def _bomb(side: int = 100_000, height: int = 0) -> bytes:
         (lambda content: _bomb(), "decompression bomb"),
         (lambda content: _bomb(10_000), "claims 10,000 x 10,000 pixels: a decompression bomb?"),
         (lambda content: _bomb(8_000), "truncated"),
-        (lambda content: _bomb(1, 2**20 + 1), "claims 1 x 1,048,577 pixels: a decompression bomb?"),
+        (
+            lambda content: _bomb(1, 2**20 + 1),
+            "claims 1 x 1,048,577 pixels, and 1,048,576 is the most of either: a decompression bomb?",
+        ),
+        (lambda content: _bomb(2**20 + 1, 1), "claims 1,048,577 x 1 pixels, and 1,048,576 is the most of either"),
+        (lambda content: _bomb(1, 2**20), "truncated"),
     ],
 )
 def test_broken_files_are_named(damage, reason, photo, pictures):

@@ -5,6 +5,8 @@ import os
 import pickle
 import re
 import struct
+import subprocess
+import sys
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -12,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from equipoise import UserError
 from equipoise.tensors import load_tensors
@@ -246,3 +249,30 @@ def test_numbers_that_no_network_has(dtype, tmp_path):
     file = io.BytesIO()
     torch.save({"a": torch.zeros(2).to(dtype)}, file)
     assert "a tensor of a kind that no network has" in refused(tmp_path / "x.pt", file.getvalue())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit is Linux's")
+@pytest.mark.parametrize("name", ["x.pt", "x.safetensors"])
+def test_too_little_memory_makes_no_file_a_damaged_one(name, tmp_path):
+    """In a real process that may take no more."""
+    weights = {"a": torch.zeros(40 << 20, dtype=torch.uint8)}
+    torch.save(weights, tmp_path / name) if name == "x.pt" else save_file(weights, tmp_path / name)
+    program = f"""
+import pathlib, re, resource
+import numpy, safetensors.torch, timm, torch
+from equipoise.backbones import _read_safetensors
+from equipoise.tensors import load_tensors
+file = pathlib.Path({str(tmp_path / name)!r})
+read = _read_safetensors if file.suffix == ".safetensors" else lambda file: load_tensors(file, "checkpoint")
+assert len(read(file)) == 1
+used = int(re.search(r"VmData:\\s+(\\d+)", open("/proc/self/status").read())[1]) << 10
+resource.setrlimit(resource.RLIMIT_DATA, (used + (20 << 20),) * 2)
+try:
+    read(file)
+except MemoryError:
+    print("no memory")
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
+    assert ended.stderr == ""
+    assert ended.stdout == "no memory\n"

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from importlib import metadata
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -18,12 +19,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import equipoise
 from equipoise import UserError, load_recipe, step, training
 from equipoise.checkpoint import load_checkpoint
+from equipoise.distributed import ALONE, World
 from equipoise.losses import log_prior, logit_adjusted_cross_entropy, supervised_contrastive_loss
 from equipoise.model import Outputs
 from equipoise.plan import prepare
 from equipoise.sources import open_parts
 from equipoise.step import loss_terms
-from equipoise.training import NonFiniteLossError, train
+from equipoise.training import NonFiniteLossError, _too_large, fit, train
 
 QUICK = {"epochs": 2, "warmup_epochs": 0, "log_every": 4, "device": "cpu"}
 
@@ -377,7 +379,7 @@ def test_the_plan_says_what_will_happen(pictures, tmp_path):
     assert said["classes"] == "3, from 10 images (ant) to 2 (cat): imbalance factor 5"
     assert said["steps"] == "2 epochs of 4: 8 steps of 4 images"
     in_parts = prepare(small_pictures_recipe(pictures, micro_batch=2), tmp_path / "run").describe()["steps"]
-    assert in_parts.endswith("of 4 images, 2 at a time, which BatchNorm is over")
+    assert in_parts.endswith("of 4 images, 2 at a time, which BatchNorm, if any, is over")
     assert said["device"] == "cpu, fp32"
     assert said["run folder"] == str(tmp_path / "run")
     assert plan.recipe.data.path == str(pictures.resolve())
@@ -392,8 +394,8 @@ def test_the_plan_says_what_will_happen(pictures, tmp_path):
         (
             600,
             "equipoise: the memory of this machine is too small for 64 images in 3 views of 224 pixels at a time "
-            "through a resnet50: --micro-batch 32 computes the same batch in parts of 32 images; or set a smaller "
-            "--batch-size, --size or --arch\n",
+            "through a resnet50: --micro-batch 32 computes the same batch in parts (BatchNorm is then over a part); or "
+            "set a smaller --batch-size, --size or --arch\n",
         ),
     ],
 )
@@ -412,3 +414,68 @@ sys.exit(main({[*words, "--out", str(tmp_path / "out")]}))
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert (ended.returncode, ended.stderr) == (2, said)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_makes_a_step_smaller(tmp_path):
+    def said(world=ALONE, **fields):
+        plan = prepare(load_recipe("digits-lt", device="cpu", **fields), tmp_path / "run")
+        return str(_too_large(replace(plan, world=world)))
+
+    other = "set a smaller --batch-size, --size or --arch"
+    for share, half in ((5, 3), (33, 17), (64, 32)):
+        assert said(batch_size=share).endswith(
+            f" {share} images in 3 views of 16 pixels at a time through a resnet8: --micro-batch {half} computes the "
+            f"same batch in parts (BatchNorm is then over a part); or {other}"
+        )
+    assert " 8 images in 1 view " in said(batch_size=64, micro_batch=8, method="ce")
+    assert "--micro-batch 4 computes" in said(batch_size=64, micro_batch=8)
+    assert "--micro-batch 32 computes" in said(batch_size=64, micro_batch=100)
+    assert "in parts; or" in said(batch_size=64, batch_norm="frozen")
+    assert "--micro-batch 16 computes" in said(World(size=2), batch_size=64)
+    assert said(batch_size=4).endswith(f"through a resnet8; {other}")
+    assert said(World(size=2), batch_size=64, batch_norm="synchronised").endswith(f"through a resnet8; {other}")
+    plan = prepare(load_recipe("digits-lt", device="cpu"), tmp_path / "run")
+    assert "the memory of this machine" in str(_too_large(plan))
+    assert "the memory of cuda:1 is too small" in str(_too_large(replace(plan, device=torch.device("cuda:1"))))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "last.pt").touch()
+    assert str(_too_large(plan)).endswith(
+        f"resnet8; the last checkpoint is whole, and once there is more memory: equipoise train --resume {tmp_path}/run"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        ("create_sgd", "there is not enough memory for this on this device; free some, or try another"),
+        (
+            "predict",
+            "there is not enough memory for this on this device; free some, or try another; the last checkpoint is "
+            "whole, and once there is more memory: equipoise train --resume {run}",
+        ),
+        (
+            "evaluate_run",
+            "there is not enough memory for this on this device; free some, or try another. Training is done and kept; "
+            "then: equipoise evaluate {run}",
+        ),
+    ],
+)
+def test_too_little_memory_beside_the_steps(where, said, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(f"equipoise.training.{where}", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory.")))
+    run = tmp_path / "run"
+    with pytest.raises(UserError) as error:
+        fit(prepare(small_pictures_recipe(pictures, holdout=0.2), run), progress=False)
+    assert str(error.value) == said.format(run=run)
+    assert run.exists() is (where != "create_sgd")
+
+
+def test_parts_of_a_single_image_are_refused_where_batch_norm_cannot_be(pictures, tmp_path):
+    """In one view; of three it is over three."""
+    for batch_size, micro_batch in ((5, 2), (4, 1), (5, 1)):
+        recipe = small_pictures_recipe(pictures, method="ce", batch_size=batch_size, micro_batch=micro_batch)
+        with pytest.raises(UserError, match=rf"^micro_batch \({micro_batch}\) would leave BatchNorm a single image; "):
+            prepare(recipe, tmp_path / "run")
+        prepare(replace(recipe, method="bcl"), tmp_path / "run")
+        prepare(replace(recipe, model=replace(recipe.model, batch_norm="frozen")), tmp_path / "run")
+    prepare(small_pictures_recipe(pictures, method="ce", batch_size=5, micro_batch=3), tmp_path / "run")

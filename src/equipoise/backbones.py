@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from equipoise.errors import UserError, out_of_memory, reason
+from equipoise.errors import UserError, lacks_memory, out_of_memory, reason
 from equipoise.files import regular_file
 from equipoise.tensors import load_tensors
 
@@ -142,6 +142,8 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise UserError(f"there is no file of weights at {file}") from None
     except Exception as error:  # it raises what it likes for a damaged file; there is nothing in one to execute
+        if lacks_memory(error, 4 * file.stat().st_size + 2**20):
+            raise MemoryError from None
         why = reason(error, library=True)
         raise UserError(
             f"{file} is no file of weights that can be read ({why}); take another, or copy it anew"

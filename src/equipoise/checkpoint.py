@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from equipoise.authors import from_authors, is_authors_table, parameter_names, to_authors
 from equipoise.backbones import pretrained_normalisation
-from equipoise.errors import UserError
+from equipoise.errors import UserError, out_of_memory
 from equipoise.files import atomic_file, is_count, is_filled
 from equipoise.losses import log_prior
 from equipoise.model import TwoBranchNetwork
@@ -249,7 +249,9 @@ def _is_whole(table: dict[str, Any]) -> bool:
     """Whether a checkpoint has the digest that it says."""
     try:
         return _digest(table) == table.get("digest")
-    except (ValueError, TypeError, RuntimeError):  # of a number of thousands of digits, or a tensor without bytes
+    except (ValueError, TypeError, RuntimeError) as error:  # a number of thousands of digits, a tensor without bytes
+        if out_of_memory(error):
+            raise
         return False
 
 

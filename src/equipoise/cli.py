@@ -22,7 +22,7 @@ from equipoise.authors_flags import (
     truth,
 )
 from equipoise.deployment import add_export_words, add_predict_words, export, predict
-from equipoise.errors import SharedError, Stopped, UserError, in_words, one_line, out_of_memory
+from equipoise.errors import SaidError, SharedError, Stopped, UserError, in_words, one_line, out_of_memory
 from equipoise.flags import (
     DEMO,
     OWN_FOLDER,
@@ -69,7 +69,8 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         return _run(list(sys.argv[1:] if words is None else words))
     except UserError as error:
-        if not isinstance(error, SharedError) or os.environ.get("LOCAL_RANK", "0") == "0":
+        once = isinstance(error, SharedError) and os.environ.get("LOCAL_RANK", "0") != "0"
+        if not once and not isinstance(error, SaidError):
             print(f"equipoise: {error}", file=sys.stderr)
         return 2
     except Stopped as stopped:
@@ -308,7 +309,7 @@ def _score_resumed(options: argparse.Namespace, part: str) -> None:
     data = {field.key: value for field, value in overrides}.get("data.path")
     if data or options.recipe or options.dataset:
         _refuse_other_data(Path(options.resume), data, chosen_recipe(options)[0])
-    score_checkpoint(Path(options.resume), data, part, overrides, None)
+    score_checkpoint(Path(options.resume), data, part, overrides, None, shows=True)
 
 
 def _refuse_other_data(checkpoint: Path, data: str | None, named: Recipe) -> None:

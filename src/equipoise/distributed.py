@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from equipoise.errors import SharedError, Stopped, UserError, in_words, out_of_memory, reason
+from equipoise.errors import SaidError, SharedError, Stopped, UserError, in_words, out_of_memory, reason
 
 Made = TypeVar("Made")
 
@@ -246,9 +246,9 @@ def join() -> Generator[World]:
         raise
     except Exception as error:
         if isinstance(error, (UserError, OSError)) or out_of_memory(error):
-            if not world.fail(in_words(error), says_it=True):
-                raise SystemExit(LOST) from None  # the memory of several GPUs ends in the same step
-            raise UserError(f"rank {world.rank}: {in_words(error)}") from None
+            # The memory of several GPUs ends in the same step.
+            kind = UserError if world.fail(in_words(error), says_it=True) else SaidError
+            raise kind(f"rank {world.rank}: {in_words(error)}") from None
         world.await_end(error)
         world.fail(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}", says_it=False)
         raise

@@ -7,6 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 from shutil import which
+from unicodedata import category
 
 
 class UserError(ValueError):
@@ -26,6 +27,10 @@ class UnreadableError(ValueError):
 
 class SharedError(UserError):
     """One that every process of a training raises. The command line prints it once on each host."""
+
+
+class SaidError(UserError):
+    """One that another process of this host has told the user already."""
 
 
 class Stopped(Exception):  # noqa: N818 it is no error
@@ -63,9 +68,11 @@ def in_words(error: Exception) -> str:
     return (error.strerror or str(error)).lower() + where
 
 
-# Of the machine, of a GPU (CUDA, MPS), of its libraries, of C++, of OpenCV. torch has a class of its own for the second
-# alone; Pillow raises OSError without a number.
-_OUT_OF_MEMORY = re.compile(r"DefaultCPUAllocator|out of memory|_ALLOC_FAILED|std::bad_alloc|Insufficient memory")
+# Of the machine, of GPUs and their libraries, of C++, OpenCV and Pillow. torch has a class of its own for one of them.
+_OUT_OF_MEMORY = re.compile(
+    r"DefaultCPUAllocator|(CUDA|HIP|MPS|XPU).{0,20} out of memory|_ALLOC(ATION)?_FAILED|std::bad_alloc|"
+    r"[Cc]annot allocate memory|unable to allocate shared memory|Insufficient memory|^out of memory error"
+)
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -74,6 +81,20 @@ def out_of_memory(error: Exception) -> bool:
         return error.errno == errno.ENOMEM
     spoken = isinstance(error, (RuntimeError, OSError)) or type(error).__module__ == "cv2"
     return isinstance(error, MemoryError) or (spoken and _OUT_OF_MEMORY.search(str(error)) is not None)
+
+
+def lacks_memory(error: Exception, most: int) -> bool:
+    """Whether a file could not be read because the machine has less than the `most` bytes that a sound one takes, and
+    not because it claims to hold more."""
+    if not out_of_memory(error):
+        return False
+    import numpy as np
+
+    try:
+        np.empty(most, np.uint8)
+    except MemoryError:
+        return True
+    return False
 
 
 # What is for the programmers of a library: addresses, classes, places in its source.
@@ -94,9 +115,19 @@ def reason(error: Exception, library: bool = False, otherwise: str = "its conten
     return one_line(said[:150]) if ours or spoken else otherwise
 
 
+# Control characters, halves of surrogates, ends of lines and paragraphs; and what turns the direction of writing.
+_CONTROLS = {"Cc", "Cs", "Zl", "Zp"}
+_TURNS = set("\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
 def one_line(text: str) -> str:
     """A text on one line of a terminal: a file may be called anything, escape sequences too."""
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+    if text.isprintable():
+        return text
+    return "".join(
+        letter.encode("unicode_escape").decode() if category(letter) in _CONTROLS or letter in _TURNS else letter
+        for letter in text
+    )
 
 
 def own_command() -> str:

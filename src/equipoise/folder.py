@@ -173,13 +173,15 @@ def _write_record(plan: Plan, folder: Path) -> None:
 
 
 def _git_state() -> dict[str, Any] | None:
-    """Commit of the code that trains and whether it has changes; None where the package is installed, so that its
-    version says it all, or without git."""
+    """Commit of the code that trains and whether it has changes; None where git does not know: the package is
+    installed, so that its version says it all, or there is no git, or the repository is another user's."""
     here = Path(__file__)
+    # In a git hook, they name another repository.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
 
     def git(*words: str) -> str:
         return subprocess.run(
-            ["git", *words], cwd=here.parent, capture_output=True, text=True, check=True
+            ["git", *words], cwd=here.parent, env=environment, capture_output=True, text=True, check=True
         ).stdout.strip()
 
     try:

@@ -81,15 +81,15 @@ class TwoBranchNetwork(nn.Module):
         """What the losses need of a training batch of uint8 images: view 0 is the classifier's, the others (V of the
         outputs) are those of the contrastive branch.
 
-        All views pass the encoder and its BatchNorm together, as in the authors' code: at once, or `micro_batch` images
-        after the other. Then only the encoder's output is kept, and the backward pass computes each micro-batch anew,
-        so that the memory is that of one: the feature cache of GradCache (Gao et al., 2021, arXiv:2101.06983). The
-        losses, and so the gradients, are still those of the whole batch; BatchNorm's statistics in the encoder are
-        those of a micro-batch.
+        All views pass the encoder and its BatchNorm together, as in the authors' code: at once, or in parts of up to
+        `micro_batch` images and of about one size, one after the other. Then only the encoder's output is kept, and the
+        backward pass computes each part anew, so that the memory is that of one: the feature cache of GradCache (Gao et
+        al., 2021, arXiv:2101.06983). The losses, and so the gradients, are still those of the whole batch; BatchNorm's
+        statistics in the encoder are those of a part.
         """
         views, batch = images_VB3HW.shape[:2]
         if micro_batch and micro_batch < batch:
-            parts = [self._encode_twice(part) for part in images_VB3HW.split(micro_batch, dim=1)]
+            parts = [self._encode_twice(part) for part in images_VB3HW.tensor_split(-(-batch // micro_batch), dim=1)]
             hidden_NF = torch.cat(parts, dim=1).flatten(0, 1)
         else:
             hidden_NF = self._encode(images_VB3HW.flatten(0, 1))

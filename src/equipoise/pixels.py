@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from equipoise.errors import UserError, one_line, out_of_memory, reason
+from equipoise.errors import UserError, lacks_memory, one_line, reason
 from equipoise.files import regular_file
 from equipoise.lists import EncodedImages, ImageFiles, ImageList, PackedImages, PixelArrays
 
@@ -26,7 +26,7 @@ _KINDS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
 # Pillow's own limit. Decoding takes up to 8 bytes a pixel, however small the file is.
 MOST_PIXELS = 89_478_485
 _MOST_BYTES = 16 * MOST_PIXELS
-_MOST_ROWS = 2**20  # Pillow takes 22 bytes for each, however narrow
+_LONGEST_SIDE = 2**20  # pixels. Of rows, Pillow takes 22 bytes for each, however narrow
 _BAND = 2**22  # pixels
 _BLOCK = 4096  # images looked at between two reports
 
@@ -130,7 +130,12 @@ def resized(pixels: Pixels, size: int) -> Pixels:
 
 def _refuse_what_no_header_may_say(image: Image.Image) -> None:
     width, height = image.size
-    if width * height > MOST_PIXELS or height > _MOST_ROWS:
+    if max(width, height) > _LONGEST_SIDE:
+        raise ValueError(
+            f"its header claims {width:,} x {height:,} pixels, and {_LONGEST_SIDE:,} is the most of either: a "
+            "decompression bomb?"
+        )
+    if width * height > MOST_PIXELS:
         raise ValueError(f"its header claims {width:,} x {height:,} pixels: a decompression bomb?")
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers of no known range: convert it to 8 or 16 bits")
@@ -237,7 +242,7 @@ def _named(images: ImageList, index: int, read: Callable[[], T]) -> T:
     except Image.DecompressionBombError:  # Pillow names twice the limit that is ours
         why = f"it claims more than {Image.MAX_IMAGE_PIXELS:,} pixels: a decompression bomb?"
     except Exception as error:  # decoders raise what they like: anything but a bad file would be a bug of theirs
-        if out_of_memory(error):
+        if lacks_memory(error, 8 * MOST_PIXELS):
             raise MemoryError from None
         why = reason(error, library=True)
     raise BadImageError(images.images.name(index), why)

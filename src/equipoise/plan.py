@@ -25,7 +25,18 @@ from equipoise.loader import steps_per_epoch
 from equipoise.pixels import bad_images, no_image_left
 from equipoise.recipe import Recipe, field_value, load_recipe, recipe_fields
 from equipoise.records import read_record
-from equipoise.run import LISTS, LOCK, METRICS, RECIPE, RECORD, changed_part, find_checkpoint, open_data, source_of
+from equipoise.run import (
+    LISTS,
+    LOCK,
+    METRICS,
+    RECIPE,
+    RECORD,
+    changed_part,
+    find_checkpoint,
+    open_data,
+    source_of,
+    view_settings,
+)
 
 AUTO = "auto"  # --resume auto: find out which run
 # Fields that say where and how is computed, not what: they may differ where a run goes on, and between ranks.
@@ -121,16 +132,17 @@ class Plan:
         }
 
     def _parts_of_batch(self) -> str:
-        if not self.recipe.micro_batch:
+        if not 0 < self.recipe.micro_batch < self.recipe.batch_size // self.world.size:
             return ""
-        batch_norm = "" if self.recipe.model.batch_norm == "frozen" else ", which BatchNorm is over"
+        batch_norm = "" if self.recipe.model.batch_norm == "frozen" else ", which BatchNorm, if any, is over"
         return f", {self.recipe.micro_batch} at a time{batch_norm}"
 
     def _resumed_from(self) -> str:
         if self.place.done:
             return "no further: it is finished"
         if self.place.sought:
-            return "with none: a new run begins, since no unfinished one has this recipe"
+            where = self.folder if self.place.named else "runs"
+            return f"with none: a new run begins, since {where} holds no unfinished one of this recipe"
         if self.resumed is None:
             return "from its beginning: it had no checkpoint yet"
         checkpoint, remark = self.resumed.checkpoint, self.resumed.remark
@@ -206,6 +218,7 @@ def _prepare(recipe: Recipe, place: Place, world: World) -> Plan:
             f"the last batch of an epoch has {last_batch} images, but with model.batch_norm = synchronised each of "
             f"{world.size} processes needs two; change --batch-size, or set model.batch_norm to per-rank"
         )
+    _refuse_single_images(recipe, last_batch, world)
     if place.resumed is not None:
         _refuse_unfitting(place, recipe, parts)
     if world.local_size > 1 and recipe.device.startswith("cuda:"):
@@ -239,6 +252,21 @@ def _refuse_batches(recipe: Recipe, world: World) -> None:
             f"batch_size ({recipe.batch_size}) gives each of {world.size} processes one image; BatchNorm needs two: "
             f"set --batch-size {2 * world.size} or {3 * world.size}"
         )
+
+
+def _refuse_single_images(recipe: Recipe, last_batch: int, world: World) -> None:
+    """Raise UserError where BatchNorm would be over one view of one image."""
+    part = recipe.micro_batch
+    if not part or recipe.model.batch_norm == "frozen" or len(view_settings(recipe).kinds) > 1:
+        return
+    for rows in {recipe.batch_size, last_batch}:
+        share = world.share(rows)
+        images = share.stop - share.start
+        if images > part and images // -(-images // part) == 1:
+            raise UserError(
+                f"micro_batch ({part}) would leave BatchNorm a single image; set --micro-batch 3 or more, or "
+                "model.batch_norm to frozen"
+            )
 
 
 def _refuse_bad_images(images: ImageList, plan: Plan) -> None:

@@ -357,7 +357,7 @@ def _origin(run: RunRead, first: RunRead) -> dict[str, Any]:
         + f", {record['precision']}",
         "code": f"commit {git['commit'][:12]}{', with changes' if git['changed'] else ''}"
         if git
-        else "an installed package",
+        else "its version alone is known",
         "folder": str(run.path),
     }
     return {"name": run.name, "rows": rows, "recipe": (run.path / RECIPE).read_text(encoding="utf-8")}

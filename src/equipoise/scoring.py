@@ -40,13 +40,12 @@ def evaluate(options: argparse.Namespace) -> None:
         score_checkpoint(target, options.data, options.split, overrides, options.out, options.logits)
         return
 
-    _refuse_read_only(target)
-
     from equipoise.distributed import join
     from equipoise.run import METRICS, evaluate_run
     from equipoise.tables import print_figures, print_post_hoc, print_unreadable
 
     with join() as world:
+        world.first_makes(lambda: _refuse_read_only(target))
         metrics = evaluate_run(target, device=options.device, world=world, overrides=overrides)
     if not world.is_first:
         return
@@ -75,17 +74,19 @@ def score_checkpoint(
     overrides: Sequence[tuple[Field, Any]],
     out: str | None,
     logits: str | None = None,
+    shows: bool = False,
 ) -> None:
-    """Score one checkpoint (of a run: the last), show and write its figures."""
+    """Score one checkpoint (of a run: the last), show and write its figures. `shows`: they are not written where its
+    folder takes no files."""
     from equipoise.distributed import join
     from equipoise.run import LAST, evaluate_checkpoint, find_checkpoint, write_json, write_logits
     from equipoise.tables import print_figures, print_unreadable
 
     checkpoint = target / LAST if target.is_dir() else find_checkpoint(target)
     refuse_unwritable({"--out": out, "--logits": logits})
-    if out is None:
-        _refuse_read_only(checkpoint.parent)
     with join() as world:
+        if out is None and not shows:
+            world.first_makes(lambda: _refuse_read_only(checkpoint.parent))
         metrics, predictions = evaluate_checkpoint(
             checkpoint, data, part, overrides, keep_logits=logits is not None, world=world
         )
@@ -100,6 +101,9 @@ def score_checkpoint(
     of_data = f"-{Path(data).resolve().name}" if data else ""
     stem = checkpoint.name.partition(".pt")[0]
     written = Path(out or checkpoint.with_name(f"metrics-{stem}{of_data}-{scored}.json"))
+    if shows and not os.access(written.parent, os.W_OK):
+        print(f"not written: {written.parent} takes no files")
+        return
     write_json(written, metrics)
     print(f"written: {written}")
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from equipoise.errors import UnreadableError, UserError, reason
+from equipoise.errors import UnreadableError, UserError, lacks_memory, reason
 from equipoise.files import regular_file
 
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
@@ -55,6 +55,8 @@ def load_tensors(path: Path, what: str) -> object:
     except FileNotFoundError:
         raise UserError(f"there is no {what} at {path}") from None
     except Exception as error:  # a damaged file may make torch raise anything
+        if lacks_memory(error, 4 * path.stat().st_size + 2**20):
+            raise MemoryError from None
         asked = _ASKED.search(str(error))
         needless = asked and f"it asks for '{asked[1][:80]}', which no {what} needs; nothing of it was run"
         why = needless or reason(error)

@@ -4,8 +4,8 @@ import errno
 import math
 import shlex
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Generator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
@@ -80,7 +80,7 @@ def fit(plan: Plan, progress: bool = True, begins: Callable[[Plan], None] = lamb
             raise _no_room(plan, f"{plan.folder} could not be written ({in_words(error)})") from None
         except (RuntimeError, MemoryError) as error:
             if out_of_memory(error):
-                raise _too_large(plan) from None
+                raise UserError(f"{in_words(error)}{_once_there_is_more(plan)}") from None
             world.await_end(error)
             raise
     return Run(plan.folder)
@@ -93,8 +93,13 @@ def _score(plan: Plan, requests: Requests) -> None:
     requests.stop_at_once(done, _resume_command(plan))
     try:
         evaluate_run(plan.folder, plan.parts, str(plan.device), plan.world)
-    except UserError as error:
-        raise UserError(f"{error}. Training is done and kept; then: equipoise evaluate {plan.folder}") from None
+    except (UserError, RuntimeError, MemoryError) as error:
+        if not isinstance(error, UserError) and not out_of_memory(error):
+            raise
+        raise UserError(
+            f"{in_words(error)}. Training is done and kept; then: {own_command()} evaluate "
+            f"{shlex.quote(str(plan.folder))}"
+        ) from None
 
 
 def _open(plan: Plan) -> tuple[TwoBranchNetwork, Batches, Batches | None]:
@@ -168,10 +173,11 @@ def _loop(
             ):
                 # What a network may draw in its forward pass (dropout, stochastic depth) follows from step and rank.
                 torch.manual_seed(_step_seed(recipe.seed, step, world.rank))
-                optimizer.zero_grad()
-                values, votes = take_step(batch, requests.votes(save=save.due()))
-                _refuse_non_finite(values, step, epoch, rate)
-                optimizer.step()
+                with _memory_of_a_step(plan):
+                    optimizer.zero_grad()
+                    values, votes = take_step(batch, requests.votes(save=save.due()))
+                    _refuse_non_finite(values, step, epoch, rate)
+                    optimizer.step()
                 step += 1
                 images_seen += len(batch.labels_G)
                 speed = images_seen / (time.perf_counter() - since)
@@ -338,23 +344,41 @@ def _no_room(plan: Plan, what: str, kept: bool = False) -> UserError:
     return UserError(f"{what}. Make room there{way}")
 
 
+@contextmanager
+def _memory_of_a_step(plan: Plan) -> Generator[None]:
+    """Where the memory cannot hold a step, the error says what makes it smaller."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise _too_large(plan) from None
+
+
 def _too_large(plan: Plan) -> UserError:
-    """The error of a step that the memory cannot hold: what makes it smaller."""
     recipe, size = plan.recipe, plan.world.size
     share = recipe.batch_size // size
     images = min(recipe.micro_batch or share, share)
     views = len(view_settings(recipe).kinds)
-    way = "set a smaller --batch-size, --size or --arch"
-    if (plan.folder / LAST).exists():  # it goes on under its own recipe
-        way = f"the last checkpoint is whole; once there is more memory: {_resume_command(plan)}"
-    elif images > 3 and not (size > 1 and recipe.model.batch_norm == "synchronised"):
-        part = 2 ** math.floor(math.log2(images / 2))
-        way = f"--micro-batch {part} computes the same batch in parts of {part} images; or {way}"
+    way = _once_there_is_more(plan)  # such a run goes on under its own recipe
+    if not way:
+        way = "; set a smaller --batch-size, --size or --arch"
+        synchronised = size > 1 and recipe.model.batch_norm == "synchronised"
+        if images > 4 and not synchronised:  # of three, no part has a single one, whatever the batch
+            half = -(-images // 2)
+            batch_norm = "" if recipe.model.batch_norm == "frozen" else " (BatchNorm is then over a part)"
+            way = f": --micro-batch {half} computes the same batch in parts{batch_norm}; or{way[1:]}"
     whose = "this machine" if plan.device.type == "cpu" else str(plan.device)
     return UserError(
         f"the memory of {whose} is too small for {images} images in {several(views, 'view')} of {recipe.views.size} "
-        f"pixels at a time through a {recipe.model.encoder}: {way}"
+        f"pixels at a time through a {recipe.model.encoder}{way}"
     )
+
+
+def _once_there_is_more(plan: Plan) -> str:
+    if not (plan.folder / LAST).exists():
+        return ""
+    return f"; the last checkpoint is whole, and once there is more memory: {_resume_command(plan)}"
 
 
 def _way_on(plan: Plan) -> str:
