@@ -180,7 +180,7 @@ class Recipe:
         ),
     ] = "auto"
     precision: Annotated[Precision, Setting("auto takes bf16 where the device is built for it")] = "auto"
-    compile: Annotated[bool, Setting("let torch compile the encoder first: minutes once, and steps that may be faster")] = False
+    compile: Annotated[bool, Setting("let torch compile the encoder first: minutes once; steps may be faster")] = False
     workers: Annotated[
         int, Setting("loader processes (-1: one a core; photographs only)", flags=("j",), at_least=-1, at_most=512)
     ] = -1
