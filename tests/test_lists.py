@@ -99,5 +99,5 @@ def test_hold_out():
     assert validation.class_counts == (10, 1, 1, 0, 0)
     assert train.class_counts == (90, 11, 2, 2, 1)
     assert hold_out(full, 0.1)[1].fingerprint() == validation.fingerprint()
-    with pytest.raises(UserError, match=r"no class has three images, .* set data.holdout to 0"):
+    with pytest.raises(UserError, match=r"no class has three images, .* set --holdout 0"):
         hold_out(image_list([2, 2]), 0.5)

@@ -163,9 +163,10 @@ def test_interrupted_it_leaves_no_file(tmp_path):
     generator = np.random.default_rng(0)
     for name in ("ant", "bee"):
         (tmp_path / "data" / name).mkdir(parents=True)
-        noise = Image.fromarray(generator.integers(0, 256, (800, 800, 3), dtype=np.uint8))
-        for number in range(100):
-            noise.save(tmp_path / "data" / name / f"{number}.jpg")
+        noise = io.BytesIO()
+        Image.fromarray(generator.integers(0, 256, (800, 800, 3), dtype=np.uint8)).save(noise, "JPEG")
+        for number in range(400):  # more than a machine that is busy packs before it is interrupted
+            (tmp_path / "data" / name / f"{number}.jpg").write_bytes(noise.getvalue())
     command = [sys.executable, "-m", "equipoise", "pack", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
     process = subprocess.Popen([*command, "--workers", "1"], stderr=subprocess.PIPE, text=True, start_new_session=True)
     while not (tmp_path / "out").is_dir() or not any(path.stat().st_size for path in (tmp_path / "out").iterdir()):

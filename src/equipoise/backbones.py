@@ -142,7 +142,7 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise UserError(f"there is no file of weights at {file}") from None
     except Exception as error:  # it raises what it likes for a damaged file; there is nothing in one to execute
-        if lacks_memory(error, 4 * file.stat().st_size + 2**20):
+        if out_of_memory(error) and lacks_memory(error, 4 * file.stat().st_size + 2**20):
             raise MemoryError from None
         why = reason(error, library=True)
         raise UserError(

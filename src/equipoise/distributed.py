@@ -311,7 +311,7 @@ class _Watch:
         """Python's end must not find the first thread in an exchange with the store: the process would be aborted."""
         self._stopped.set()
         if self._beating is not threading.current_thread():
-            self._beating.join(3 * _BEAT)
+            self._beating.join(_SILENCE)
 
     def tell(self, message: str, said: bool) -> bool:
         """Tell all ranks why they must end. `said`: nobody else on this host needs to say it. Returns whether nobody

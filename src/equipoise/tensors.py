@@ -38,6 +38,7 @@ def load_tensors(path: Path, what: str) -> object:
 
     Raises UserError for a file that cannot be read, is no such file, or asks for anything to be run.
     """
+    size = 0
     try:
         with regular_file(path).open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -55,7 +56,7 @@ def load_tensors(path: Path, what: str) -> object:
     except FileNotFoundError:
         raise UserError(f"there is no {what} at {path}") from None
     except Exception as error:  # a damaged file may make torch raise anything
-        if lacks_memory(error, 4 * path.stat().st_size + 2**20):
+        if lacks_memory(error, 4 * size + 2**20):
             raise MemoryError from None
         asked = _ASKED.search(str(error))
         needless = asked and f"it asks for '{asked[1][:80]}', which no {what} needs; nothing of it was run"
