@@ -168,7 +168,13 @@ def test_interrupted_it_leaves_no_file(tmp_path):
         for number in range(400):  # more than a machine that is busy packs before it is interrupted
             (tmp_path / "data" / name / f"{number}.jpg").write_bytes(noise.getvalue())
     command = [sys.executable, "-m", "equipoise", "pack", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
-    process = subprocess.Popen([*command, "--workers", "1"], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        [*command, "--workers", "1"],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a job in the background ignores
+    )
     while not (tmp_path / "out").is_dir() or not any(path.stat().st_size for path in (tmp_path / "out").iterdir()):
         assert process.poll() is None
         time.sleep(0.02)
