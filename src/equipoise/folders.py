@@ -87,7 +87,7 @@ def _class_folders(root: Path, names: tuple[str, ...], notes: list[str], bounds:
     if loose:
         notes.append(f"{root}: {several(loose, 'image')} beside the folders of the classes: passed over")
     if others:
-        endings = ", ".join(f"{ending or 'none'}" for ending, _ in others.most_common(_ENDINGS_SHOWN))
+        endings = ", ".join(ending or "none" for ending, _ in others.most_common(_ENDINGS_SHOWN))
         notes.append(f"{root}: {several(others.total(), 'file')} passed over, no images by their ending ({endings})")
     if not paths:
         raise UserError(f"{root} holds no images in its class folders (known endings: {' '.join(sorted(SUFFIXES))})")
