@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test check results rehearsal bench crash-test long-run fuzz audit clean
+.PHONY: help setup demo test check results rehearsal bench gpu gpu-kit crash-test long-run fuzz audit clean
 
 help:
 	@echo "make demo     train on the built-in digits: BCL, and plain cross-entropy beside it; write the report"
@@ -14,6 +14,8 @@ help:
 	@echo "make results  the table of docs/results.md for Digits-LT (20 runs; what is there already is kept)"
 	@echo "make rehearsal [PHOTOS=folder]  the BCL authors' commands on miniature ImageNet-LT and iNaturalist 2018"
 	@echo "make bench    speed against the obvious way, and against what was measured last (8 minutes)"
+	@echo "make gpu [CIFAR=folder] [PHOTOS=folder]      does training work on this machine's GPU, and how fast (9 minutes)"
+	@echo "make gpu-kit [CIFAR=folder] [PHOTOS=folder]  what a bare machine with a GPU lacks, into .gpu-kit"
 	@echo "make crash-test  a run that is killed 60 times ends where one ends that is left alone (about half an hour)"
 	@echo "make long-run  memory, open files, processes and logs over 200 epochs (5 minutes, on Linux)"
 	@echo "make fuzz [INPUTS=1000000]  damaged files for every reader (about 25 minutes on two cores)"
@@ -42,6 +44,12 @@ rehearsal: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks $(BENCHMARKS)
+
+gpu: .venv/.test
+	$(BIN)/python -m benchmarks.gpu $(if $(CIFAR),--data "$(CIFAR)") $(if $(PHOTOS),--photos "$(PHOTOS)")
+
+gpu-kit: .venv/bin/python
+	$(BIN)/python -m benchmarks.gpu.kit "$(or $(CIFAR),../shared/data/cifar10)" "$(or $(PHOTOS),../shared/data/photos)"
 
 crash-test: setup
 	$(BIN)/python -m benchmarks.crash

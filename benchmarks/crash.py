@@ -17,14 +17,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-WORDS = (
-    "digits-lt --precision fp32 --epochs {epochs} --checkpoint-minutes 0.005 --set data.holdout=0.2 --log-every 1"
-    " --set optim.lr=0.02"
-)
+WORDS = "--checkpoint-minutes 0.005 --set data.holdout=0.2 --log-every 1 --set optim.lr=0.02"
 
 
-def start(place: Path, out: str, epochs: int, *words: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "equipoise", "train", *WORDS.format(epochs=epochs).split(), "--out", out, *words]
+def start(place: Path, out: str, *words: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "equipoise", "train", *words, *WORDS.split(), "--out", out]
     with (place / f"{out}.log").open("ab") as log:
         return subprocess.Popen(command, cwd=place, stdout=log, stderr=log)
 
@@ -71,17 +68,17 @@ def state_of(run: Path) -> dict[str, Any]:
     return state
 
 
-def crash(place: Path, kills: int, epochs: int, seed: int) -> dict[str, int]:
-    """Train once undisturbed and once killed `kills` times; how often it was killed when. Ends the test where the two
-    differ."""
+def crash(place: Path, kills: int, seed: int, *words: str) -> dict[str, int]:
+    """Run `equipoise train WORDS` once undisturbed and once killed `kills` times; how often it was killed when. Ends
+    the test where the two differ."""
     moments = random.Random(seed)
     begun = time.monotonic()
-    finish(start(place, "whole", epochs), place, "whole")
+    finish(start(place, "whole", *words), place, "whole")
     whole_takes, lines = time.monotonic() - begun, lines_of(place / "whole")
     count: dict[str, int] = {}
     run = place / "killed"
     while sum(count.values()) < kills:
-        process = start(place, "killed", epochs, "--resume", "auto")
+        process = start(place, "killed", *words, "--resume", "auto")
         # Most of the time goes into starting; a kill there is as good a test as any, but should not be all.
         wanted = moments.uniform(0.3, 1.0) * min(whole_takes, 12)
         # What is left is shared by the kills that are left: the run must not end before.
@@ -94,7 +91,7 @@ def crash(place: Path, kills: int, epochs: int, seed: int) -> dict[str, int]:
         process.wait()
         count[when] = count.get(when, 0) + 1
     if process.returncode != 0:
-        process = start(place, "killed", epochs, "--resume", "auto")
+        process = start(place, "killed", *words, "--resume", "auto")
     finish(process, place, "killed")
     whole, killed = state_of(place / "whole"), state_of(run)
     for name, value in whole.items():
@@ -116,7 +113,8 @@ def main() -> None:
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
     begun = time.monotonic()
-    count = crash(place, options.kills, options.epochs, options.seed)
+    words = f"digits-lt --precision fp32 --epochs {options.epochs}".split()
+    count = crash(place, options.kills, options.seed, *words)
     minutes = (time.monotonic() - begun) / 60
     print(
         f"the crash test passed: {sum(count.values())} kills in {minutes:.0f} minutes, the end the same to the last bit"

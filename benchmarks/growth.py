@@ -64,14 +64,15 @@ def list_seconds(lines: int, folder: Path) -> tuple[float, float]:
 
 def images_a_second(workers: int, data: Path) -> float:
     """Photographs a second, three views of 224 pixels each, as they reach the training loop."""
-    from equipoise.loader import Photographs
+    from equipoise.loader import open_batches, steps_per_epoch
     from equipoise.sources import open_parts
     from equipoise.views import ViewSettings
 
     images = open_parts(str(data)).train
-    batches = Photographs(images, ViewSettings("photos", ("cls", "sim", "sim"), 224), torch.device("cpu"), workers)
-    epochs = itertools.count()
-    seconds = median_seconds(lambda: [None for _ in batches.training(0, next(epochs), 32)])
+    batches = open_batches(images, ViewSettings("photos", ("cls", "sim", "sim"), 224), torch.device("cpu"), workers)
+    per_epoch = steps_per_epoch(len(images), 32)
+    epochs = (range(first, first + per_epoch) for first in itertools.count(0, per_epoch))
+    seconds = median_seconds(lambda: [None for _ in batches.training(0, 32, next(epochs))])
     batches.close()
     return len(images) // 32 * 32 / seconds
 

@@ -29,9 +29,9 @@ def mask_form(features_BVD: Tensor, labels_B: Tensor, prototypes_CD: Tensor) -> 
     """Masks of positives and of the anchors themselves over the full matrix, as a textbook has it."""
     anchors_ND, labels_N = features_BVD.flatten(0, 1), labels_B.repeat_interleave(features_BVD.shape[1])
     columns_MD = torch.cat([anchors_ND, prototypes_CD])
-    labels_M = torch.cat([labels_N, torch.arange(len(prototypes_CD))])
+    labels_M = torch.cat([labels_N, torch.arange(len(prototypes_CD), device=labels_N.device)])
     similarity_NM = anchors_ND @ columns_MD.T / TEMPERATURE
-    others_NM = 1 - torch.eye(len(anchors_ND), len(columns_MD))
+    others_NM = 1 - torch.eye(len(anchors_ND), len(columns_MD), device=anchors_ND.device)
     positives_NM = (labels_N[:, None] == labels_M).float() * others_NM
     columns_M = torch.bincount(labels_M)[labels_M].float()
     similarity_NM = similarity_NM - similarity_NM.amax(1, keepdim=True).detach()
@@ -44,12 +44,13 @@ def ours(features_BVD: Tensor, labels_B: Tensor, prototypes_CD: Tensor) -> Tenso
     return balanced_contrastive_loss(features_BVD, labels_B, prototypes_CD, TEMPERATURE)
 
 
-def inputs(batch: int, width: int, classes: int) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(batch: int, width: int, classes: int, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
     """Features of two views, labels with a long tail, prototypes."""
     random = torch.Generator().manual_seed(0)
     features_BVD = F.normalize(torch.randn(batch, 2, width, generator=random), dim=-1)
     labels_B = (classes ** torch.rand(batch, generator=random)).long() - 1
-    return features_BVD, labels_B, F.normalize(torch.randn(classes, width, generator=random), dim=-1)
+    prototypes_CD = F.normalize(torch.randn(classes, width, generator=random), dim=-1)
+    return features_BVD.to(device), labels_B.to(device), prototypes_CD.to(device)
 
 
 def step(loss: Loss, features_BVD: Tensor, labels_B: Tensor, prototypes_CD: Tensor) -> tuple[Tensor, Tensor, Tensor]:

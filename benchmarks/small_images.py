@@ -19,7 +19,7 @@ from benchmarks.timing import answer, apart, finish, ratio, say_times, say_where
 from equipoise.device import choose_device, keep_freed_memory
 from equipoise.errors import UserError
 from equipoise.lists import ImageList
-from equipoise.loader import SmallImages
+from equipoise.loader import open_batches, steps_per_epoch
 from equipoise.sources import open_parts
 from equipoise.views import ViewSettings
 
@@ -33,10 +33,11 @@ OURS, PLAIN, PLAIN_BYTES = "ours", "obvious way, normalised", "obvious way, byte
 
 def child(name: str, images: ImageList) -> None:
     torch.set_num_threads(1)
-    batches, epochs = SmallImages(images, SETTINGS, choose_device("cpu")), itertools.count()
+    batches, per_epoch = open_batches(images, SETTINGS, choose_device("cpu")), steps_per_epoch(len(images), BATCH)
+    epochs = (range(first, first + per_epoch) for first in itertools.count(0, per_epoch))
     if name == OURS:
         keep_freed_memory()  # as a run does
-        answer(lambda: [None for _ in batches.training(0, next(epochs), BATCH)], rounds=7)
+        answer(lambda: [None for _ in batches.training(0, BATCH, next(epochs))], rounds=7)
         return
     pixels_NSS3 = np.concatenate([batch.images_VB3SS[0].permute(0, 2, 3, 1) for batch in batches.evaluation(BATCH)])
     views = plain_views.cifar_views("normalised" if name == PLAIN else "bytes")

@@ -32,12 +32,13 @@ CPU = torch.device("cpu")
 class PlainBCL(nn.Module):
     """The network of BCL, as one writes it down."""
 
-    def __init__(self) -> None:
+    def __init__(self, encoder: str) -> None:
         super().__init__()
-        self.encoder = timm.create_model("resnet50", num_classes=0)
-        self.weight = nn.Parameter(torch.randn(CLASSES, 2048))
+        self.encoder = timm.create_model(encoder, num_classes=0)
+        width: int = self.encoder.num_features
+        self.weight = nn.Parameter(torch.randn(CLASSES, width))
         self.projection, self.prototypes = (
-            nn.Sequential(nn.Linear(2048, 2048), nn.BatchNorm1d(2048), nn.ReLU(), nn.Linear(2048, 1024))
+            nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, 1024))
             for _ in range(2)
         )
 
@@ -48,9 +49,10 @@ class PlainBCL(nn.Module):
         return logits, features, F.normalize(self.prototypes(self.weight))
 
 
-def plain_step(images: Tensor, labels: Tensor) -> Callable[[], None]:
+def plain_step(images: Tensor, labels: Tensor, encoder: str = "resnet50") -> Callable[[], None]:
     """Normalised float images, view-major."""
-    network, prior = PlainBCL().train(), torch.log_softmax(torch.linspace(0, -5, CLASSES), 0)
+    network = PlainBCL(encoder).to(images.device).train()
+    prior = torch.log_softmax(torch.linspace(0, -5, CLASSES, device=images.device), 0)
     optimizer = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
 
     def step() -> None:
@@ -63,11 +65,13 @@ def plain_step(images: Tensor, labels: Tensor) -> Callable[[], None]:
     return step
 
 
-def our_step(images: Tensor, labels: Tensor, precision: str) -> Callable[[], None]:
+def our_step(
+    images: Tensor, labels: Tensor, precision: str, compiled: bool = False, encoder: str = "resnet50"
+) -> Callable[[], None]:
     """Images as bytes, view-major."""
-    recipe = load_recipe("imagenet-lt", arch="resnet50")
-    network = create_network(recipe, CLASSES, start=True).to(memory_format=torch.channels_last).train()
-    take_step = Step(recipe, network, tuple(range(CLASSES, 0, -1)), CPU, precision, ALONE)
+    recipe = load_recipe("imagenet-lt", arch=encoder, compile=compiled, size=images.shape[-1])
+    network = create_network(recipe, CLASSES, start=True).to(images.device, memory_format=torch.channels_last).train()
+    take_step = Step(recipe, network, tuple(range(CLASSES, 0, -1)), images.device, precision, ALONE)
     optimizer = create_sgd(network.parameters(), 0.1, 0.9, 5e-4)
     batch = Batch(images.unflatten(0, (3, -1)), labels, slice(0, len(labels)))
 

@@ -43,7 +43,9 @@ def main() -> None:
     plan = prepare(equipoise.load_recipe("cifar10-lt", data=options.folder), "runs/not-written")
     recipe = plan.recipe
     _, take_step, optimizer = training(plan)
-    batches = open_batches(plan.parts.train, view_settings(recipe), plan.device).training(0, 0, recipe.batch_size)
+    batches = open_batches(plan.parts.train, view_settings(recipe), plan.device).training(
+        0, recipe.batch_size, range(steps)
+    )
     waiting, whole = [], []
     for _ in range(steps):
         start = time.perf_counter()

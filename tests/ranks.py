@@ -51,19 +51,20 @@ def train(world: World, case: dict[str, Any]) -> dict[str, Any]:
     take_step = Step(recipe, network, images.class_counts, CPU, "fp32", world)
     optimizer = create_sgd(network.parameters(), 0.02, 0.9, 5e-4)
     saved: dict[str, Any] = {"terms": [], "rows": [], "classes": [], "gradients": {}}
-    for epoch in range(math.ceil(STEPS / steps_per_epoch(len(images), recipe.batch_size))):
-        for batch in batches.training(0, epoch, recipe.batch_size):
-            optimizer.zero_grad()
-            values, votes = take_step(batch, (1, 2))
-            assert votes == [world.size, 2 * world.size]
-            saved["terms"].append(values)
-            saved["rows"].append(world.gather_objects((batch.rows.start, batch.rows.stop)))
-            saved["classes"].append(world.gather_objects(batch.labels_G[batch.rows].unique().tolist()))
-            # After the first step, and after the first short batch.
-            if not saved["gradients"] or len(batch.labels_G) < recipe.batch_size:
-                key = len(batch.labels_G)
-                saved["gradients"].setdefault(key, {n: p.grad.clone() for n, p in network.named_parameters()})
-            optimizer.step()
+    epochs = math.ceil(STEPS / steps_per_epoch(len(images), recipe.batch_size))
+    steps = range(epochs * steps_per_epoch(len(images), recipe.batch_size))
+    for batch in batches.training(0, recipe.batch_size, steps):
+        optimizer.zero_grad()
+        values, votes = take_step(batch, (1, 2))
+        assert votes == [world.size, 2 * world.size]
+        saved["terms"].append(values)
+        saved["rows"].append(world.gather_objects((batch.rows.start, batch.rows.stop)))
+        saved["classes"].append(world.gather_objects(batch.labels_G[batch.rows].unique().tolist()))
+        # After the first step, and after the first short batch.
+        if not saved["gradients"] or len(batch.labels_G) < recipe.batch_size:
+            key = len(batch.labels_G)
+            saved["gradients"].setdefault(key, {n: p.grad.clone() for n, p in network.named_parameters()})
+        optimizer.step()
     world.first_buffers(network)
     return {**saved, "state": network.state_dict()}
 

@@ -13,7 +13,7 @@ from conftest import draw_folder
 from PIL import Image
 
 from equipoise import UserError
-from equipoise.loader import Photographs, SmallImages, open_batches, steps_per_epoch, worker_count
+from equipoise.loader import open_batches, steps_per_epoch, worker_count
 from equipoise.pixels import decode
 from equipoise.sources import find_parts
 from equipoise.views import ViewSettings, evaluation_view
@@ -29,7 +29,8 @@ def images(pictures):
 
 
 def epoch(batches, number=0, batch_size=8):
-    return list(batches.training(seed=7, epoch=number, batch_size=batch_size))
+    steps = steps_per_epoch(len(batches), batch_size)
+    return list(batches.training(7, batch_size, range(number * steps, (number + 1) * steps)))
 
 
 def test_steps_leave_out_a_single_last_image():
@@ -55,7 +56,7 @@ def test_epochs_differ_and_repeat(images, settings):
 
 @pytest.mark.slow
 def test_workers_change_no_number(images):
-    none, two = (Photographs(images, PHOTOS, CPU, workers) for workers in (0, 2))
+    none, two = (open_batches(images, PHOTOS, CPU, workers) for workers in (0, 2))
     for number in (0, 1):
         for ours, theirs in zip(epoch(none, number), epoch(two, number), strict=True):
             assert torch.equal(ours.images_VB3SS, theirs.images_VB3SS)
@@ -66,13 +67,13 @@ def test_workers_change_no_number(images):
 
 def test_batch_size_changes_no_view(images):
     """Image by image, the same pixels whatever the batches: matched by their order in the epoch."""
-    batches = SmallImages(images, SMALL, CPU)
+    batches = open_batches(images, SMALL, CPU)
     large, small = (torch.cat([batch.images_VB3SS for batch in epoch(batches, 0, size)], dim=1) for size in (7, 3))
     assert (large.int() - small.int()).abs().max() <= 1
 
 
 def test_evaluation_is_in_order_and_whole(images):
-    batches = list(Photographs(images, PHOTOS, CPU, workers=0).evaluation(8))
+    batches = list(open_batches(images, PHOTOS, CPU, workers=0).evaluation(8))
     assert torch.cat([batch.labels_G for batch in batches]).tolist() == images.labels_N.tolist()
     view = batches[1].images_VB3SS[0, 2].permute(1, 2, 0).numpy()
     assert (view == evaluation_view(decode(images, 10), 24)).all()
@@ -163,12 +164,12 @@ def test_the_death_of_a_worker_is_one_line_with_the_files_name(how, images, pict
     Image.new("RGB", (6000, 6000)).save(large)  # takes a while to decode
     index = 13
     assert images.images.name(index) == str(large)
-    loader = Photographs(images, PHOTOS, CPU, workers=2)
+    loader = open_batches(images, PHOTOS, CPU, workers=2)
 
     def kill() -> None:
-        while index not in loader._reading_W:
+        while index not in loader._maker.reading_W:
             time.sleep(0.001)
-        worker = loader._reading_W.tolist().index(index)
+        worker = loader._maker.reading_W.tolist().index(index)
         os.kill(loader._loader._iterator._workers[worker].pid, how)
 
     batches = loader.evaluation(1)
@@ -189,7 +190,7 @@ def test_the_death_of_a_worker_is_one_line_with_the_files_name(how, images, pict
 @pytest.mark.slow
 def test_a_worker_that_dies_while_the_network_computes_interrupts_nothing(images):
     """torch's own way is to raise an error there, in whatever line it is."""
-    loader = Photographs(images, PHOTOS, CPU, workers=2)
+    loader = open_batches(images, PHOTOS, CPU, workers=2)
     batches = loader.evaluation(2)
     next(batches)
     os.kill(loader._loader._iterator._workers[1].pid, signal.SIGKILL)
@@ -213,17 +214,17 @@ def test_too_little_memory_in_a_worker_blames_no_image(images, monkeypatch):
     monkeypatch.setattr("equipoise.loader.decode", decode)
     said = "there is not enough memory for the loader processes; take fewer of them (--workers) or smaller images"
     for skip in (False, True):
-        loader = Photographs(images, PHOTOS, CPU, workers=1, skip=skip)
+        loader = open_batches(images, PHOTOS, CPU, workers=1, skip=skip)
         with pytest.raises(UserError, match=f"^{re.escape(said)}$"):
             epoch(loader)
         loader.close()
     with pytest.raises(MemoryError):  # there is no loader process: whoever computes says what would make it less
-        epoch(Photographs(images, PHOTOS, CPU, workers=0))
+        epoch(open_batches(images, PHOTOS, CPU, workers=0))
 
 
 @pytest.mark.slow
 def test_closing_ends_workers_that_answer_to_nothing(images):
-    loader = Photographs(images, PHOTOS, CPU, workers=2)
+    loader = open_batches(images, PHOTOS, CPU, workers=2)
     batches = loader.evaluation(2)
     next(batches)
     workers = loader._loader._iterator._workers

@@ -84,7 +84,7 @@ def test_ten_thousand_classes_of_two_images(tmp_path):
     plan = prepare(tiny(tmp_path / "data", method="bcl", batch_size=100))
     network = create_network(plan.recipe, 10_000, start=True).train()
     optimizer = create_sgd(network.parameters(), 0.01, 0.9, 5e-4)
-    batches = open_batches(plan.parts.train, view_settings(plan.recipe), plan.device).training(0, 0, 100)
+    batches = open_batches(plan.parts.train, view_settings(plan.recipe), plan.device).training(0, 100, range(100))
     step = Step(plan.recipe, network, plan.parts.train.class_counts, plan.device, plan.precision, plan.world)
     for _ in range(2):
         optimizer.zero_grad()

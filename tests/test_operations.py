@@ -455,6 +455,7 @@ def test_every_operation_is_listed():
     assert public - helpers == {name.split()[0] for name in EVERY_OPERATION}
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", EVERY_OPERATION)
 def test_the_gpu_gives_the_same_without_waiting(name):

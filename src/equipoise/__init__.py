@@ -6,6 +6,8 @@ Names are imported when they are first used, so that `equipoise --help` does not
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+__version__ = "0.1.0"  # pyproject.toml takes it from here
+
 if TYPE_CHECKING:
     from equipoise.checkpoint import load_checkpoint
     from equipoise.errors import UserError

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
+from equipoise import __version__
 from equipoise.authors_flags import (
     LOG,
     add_authors_flags,
@@ -136,7 +137,7 @@ def _parser(words: list[str]) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"equipoise {_version()}")
+    parser.add_argument("--version", action="version", version=f"equipoise {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_train(commands, words)
     trained = _add_command(commands, "compare", "train several methods under one recipe and several seeds", compare)
@@ -149,12 +150,6 @@ def _parser(words: list[str]) -> argparse.ArgumentParser:
     add_predict_words(_add_command(commands, "predict", "name the classes of images", predict))
     add_export_words(_add_command(commands, "export", "write a run in another layout", export))
     return parser
-
-
-def _version() -> str:
-    from importlib.metadata import version
-
-    return version("equipoise")
 
 
 def _add_command(

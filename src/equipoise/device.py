@@ -1,11 +1,14 @@
 """Words become a device and a precision; the machine becomes a description."""
 
 import ctypes
+import os
 import platform
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from equipoise.errors import UserError
 
@@ -49,6 +52,39 @@ def keep_freed_memory() -> None:
         return
     mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for a large piece
     mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is given back
+
+
+def start_reading(*tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+    """Send tensors to the host now; the function returned waits for them alone and gives them. So a GPU goes on with
+    what is queued meanwhile."""
+    if tensors[0].device.type != "cuda":
+        return lambda: tuple(tensor.cpu() for tensor in tensors)
+    on_host = tuple(torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors)
+    for there, tensor in zip(on_host, tensors, strict=True):
+        there.copy_(tensor, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record(torch.cuda.current_stream(tensors[0].device))
+
+    def read() -> tuple[Tensor, ...]:
+        arrived.synchronize()
+        return on_host
+
+    return read
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Generator[None]:
+    """In this context, if `wanted`, a GPU computes the same bits every time."""
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def choose_precision(name: str, device: torch.device) -> str:

@@ -200,7 +200,8 @@ ALONE = World()
 def join() -> Generator[World]:
     """The world of this process, joined to its other ranks for the time of the context.
 
-    nccl moves what is on GPUs, gloo the rest. Raises UserError where the others cannot be reached.
+    nccl moves what is on GPUs, gloo the rest, and all of it where there are more ranks than GPUs. Raises UserError
+    where the others cannot be reached.
     """
     if dist.is_initialized():
         if dist.get_world_size() > 1:
@@ -230,7 +231,8 @@ def join() -> Generator[World]:
     try:
         store, rank, _ = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(world.session(store), store)
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        # nccl refuses ranks that share a GPU.
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.device_count() >= world.local_size else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
         world.watch()
     except (dist.DistError, RuntimeError, ValueError) as error:

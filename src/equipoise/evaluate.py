@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from equipoise.device import start_reading
 from equipoise.distributed import ALONE, World
 from equipoise.errors import SharedError, UserError
 from equipoise.loader import Batches
@@ -64,26 +65,38 @@ def _predict_share(
     network.eval()
     rows: list[tuple[npt.NDArray[np.generic], ...]] = []
     prior_TC: Tensor | None = None
+    pending: Callable[[], tuple[Tensor, ...]] | None = None
     try:
         for batch in batches.evaluation(_BATCH):
             logits_BC: Tensor = network(batch.images_VB3SS[0]).float()
-            if not bool(logits_BC.isfinite().all()):
-                raise UserError(
-                    "the network's logits are not finite numbers: no figure is to be had; use an earlier one"
-                )
             if observe is not None:
                 observe(batch.labels_G, logits_BC)
             # Of equal logits the first class comes first, here and in argmax.
             ranked_BC = logits_BC.sort(dim=1, descending=True, stable=True).indices
             confidence_B = logits_BC.softmax(1).amax(1)
-            found = [batch.labels_G, ranked_BC[:, :_RANKED], confidence_B]
+            found = [logits_BC.isfinite().all(), batch.labels_G, ranked_BC[:, :_RANKED], confidence_B]
             if log_prior_C is not None:
                 if prior_TC is None:
                     prior_TC = torch.tensor(TAUS, device=logits_BC.device)[:, None] * log_prior_C.to(logits_BC)
                 found.append(torch.stack([(logits_BC - prior_C).argmax(1) for prior_C in prior_TC], dim=1))
             if keep_logits:
                 found.append(logits_BC)
-            rows.append(tuple(tensor.cpu().numpy() for tensor in found))
+            # The batch before is waited for while a GPU computes this one.
+            rows.extend(_read(pending))
+            pending = start_reading(*found)
+        rows.extend(_read(pending))
     finally:
         network.train(training)
     return rows
+
+
+def _read(
+    pending: Callable[[], tuple[Tensor, ...]] | None,
+) -> list[tuple[npt.NDArray[np.generic], ...]]:
+    """The arrays of a batch, where there is one. Raises UserError where its logits are not finite."""
+    if pending is None:
+        return []
+    finite, *found = pending()
+    if not finite:
+        raise UserError("the network's logits are not finite numbers: no figure is to be had; use an earlier one")
+    return [tuple(tensor.numpy() for tensor in found)]

@@ -12,7 +12,6 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from equipoise import __version__
 from equipoise.errors import UserError, reason
 from equipoise.files import atomic_file
 from equipoise.lists import ImageList
@@ -184,7 +184,7 @@ def _notes(classifier: Classifier) -> dict[str, Any]:
         "method": checkpoint.recipe.method,
         "encoder": checkpoint.recipe.model.encoder,
         "epoch": checkpoint.epoch,
-        "written_by": f"equipoise {version('equipoise')}",
+        "written_by": f"equipoise {__version__}",
     }
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from equipoise import __version__
 from equipoise.checkpoint import BEST, LAST, PREVIOUS
 from equipoise.device import describe_machine
 from equipoise.errors import UserError
@@ -148,7 +149,8 @@ def _write_record(plan: Plan, folder: Path) -> None:
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "versions": {
             "python": platform.python_version(),
-            **{name: metadata.version(name) for name in ("equipoise", "torch", "torchvision", "timm", "numpy")},
+            "equipoise": __version__,
+            **{name: metadata.version(name) for name in ("torch", "torchvision", "timm", "numpy")},
         },
         "machine": describe_machine(plan.device),
         "processes": plan.world.size,

@@ -1,8 +1,8 @@
 """A list and its views become batches, in an order that depends on (seed, epoch) alone.
 
-`SmallImages` keeps the decoded images in memory and makes the views of a whole batch at once, on the device that
-trains. `Photographs` decodes files in worker processes. Both give the same numbers for any number of workers,
-because every random number comes from (seed, epoch, index).
+Worker processes make the batches ahead of the step, so that a GPU does not wait for them: photographs are decoded
+there, small images lie in memory. Any number of workers gives the same numbers, because every random number comes from
+(seed, epoch, index).
 
 With `skip`, an image that cannot be read is no error: in training another of its class stands in for it
 (`pixels.stand_ins`), in evaluation it is left out, and `bad` says which they were.
@@ -10,12 +10,11 @@ With `skip`, an image that cannot be read is no error: in training another of it
 
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +42,7 @@ Indices = npt.NDArray[np.int64]
 
 _SECONDS_AFTER_SIGTERM = 60
 _NOTHING = -1  # the index that no image has
+_SMALL_WORKERS = 2  # processes that make views of small images: as fast as a GPU takes them (docs/performance.md)
 _LESS_MEMORY = "take fewer of them (--workers) or smaller images"
 
 
@@ -60,24 +60,6 @@ class Batch:
     def pin_memory(self) -> "Batch":
         """In memory from which a GPU can copy while other work goes on: torch's DataLoader calls this."""
         return replace(self, images_VB3SS=self.images_VB3SS.pin_memory(), labels_G=self.labels_G.pin_memory())
-
-
-class Batches(Protocol):
-    """What training and evaluation read from. `bad`: by index, the images that this rank could not read so far."""
-
-    bad: dict[int, BadImageError]
-
-    def training(self, seed: int, epoch: int, batch_size: int, first_step: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from its step `first_step` on, of each this rank's share."""
-        ...
-
-    def evaluation(self, batch_size: int) -> Iterator[Batch]:
-        """All images in order, in batches; of several ranks, rank r has the batches r, r + size, ..."""
-        ...
-
-    def close(self) -> None:
-        """End the worker processes."""
-        ...
 
 
 def steps_per_epoch(images: int, batch_size: int) -> int:
@@ -102,19 +84,17 @@ def open_batches(
     world: World = ALONE,
     skip: bool = False,
 ) -> "Batches":
-    """The loader that fits the policy: images of `digits` and `cifar` are decoded now and stay in memory.
+    """Batches of `images`, made by `workers` processes (0: this one). Images of `digits` and `cifar` are decoded now
+    and stay in memory.
 
     Raises UserError naming an image that cannot be read, or with `skip` a class of which none can: here, or, of
     photographs, when their turn comes.
     """
     if settings.policy == "photos":
-        return Photographs(images, settings, device, workers, world, skip)
-    return SmallImages(images, settings, device, world, skip)
-
-
-def _epoch_batches(images: int, seed: int, epoch: int, batch_size: int) -> list[Indices]:
-    order = permutation(seed, epoch, images)
-    return [order[step * batch_size : (step + 1) * batch_size] for step in range(steps_per_epoch(images, batch_size))]
+        return Batches(_PhotoMaker(images, settings, skip, workers), device, workers, world)
+    # The digits' views are made by torch, in less time than a process takes to start.
+    workers = 0 if settings.policy == "digits" else min(workers, _SMALL_WORKERS)
+    return Batches(_SmallMaker(images, settings, skip), device, workers, world)
 
 
 def _in_order(images: int, batch_size: int, world: World) -> list[Indices]:
@@ -129,65 +109,9 @@ def _share(indices_G: Indices, world: World) -> tuple[Indices, slice]:
     return indices_G[rows] if rows.stop > rows.start else indices_G[:2], rows
 
 
-class SmallImages:
-    """Images of one size, in the memory of the device, where their views are made batch by batch."""
-
-    def __init__(
-        self,
-        images: ImageList,
-        settings: ViewSettings,
-        device: torch.device,
-        world: World = ALONE,
-        skip: bool = False,
-    ) -> None:
-        pixels_NSS3, self.bad = decode_all(images, settings.size, skip)
-        self._images = images
-        self._settings = settings
-        self._device = device
-        self._world = world
-        # The operations need float64 here and there, which Apple's devices do not have.
-        self._view_device = torch.device("cpu") if device.type == "mps" else device
-        self._pixels_NSS3 = torch.from_numpy(pixels_NSS3).to(self._view_device)
-        self._labels_N = torch.from_numpy(images.labels_N).to(device)
-
-    @cached_property
-    def _shown(self) -> Indices:
-        """Which image is shown in the place of each: itself, or what stands in for it."""
-        shown_N = np.arange(len(self._images))
-        for index in self.bad:
-            others = [other for other in stand_ins(self._images, index) if other not in self.bad]
-            if not others:
-                raise no_image_left(self._images, int(self._images.labels_N[index]))
-            shown_N[index] = others[0]
-        return shown_N
-
-    def _gather(self, indices_B: Indices) -> Tensor:
-        chosen_B = torch.from_numpy(indices_B).to(self._view_device, non_blocking=True)
-        return self._pixels_NSS3.index_select(0, chosen_B).permute(0, 3, 1, 2)
-
-    def _labels(self, indices: Indices) -> Tensor:
-        return self._labels_N[torch.from_numpy(indices).to(self._device, non_blocking=True)]
-
-    def training(self, seed: int, epoch: int, batch_size: int, first_step: int = 0) -> Iterator[Batch]:
-        for indices_G in _epoch_batches(len(self._labels_N), seed, epoch, batch_size)[first_step:]:
-            indices_B, rows = _share(indices_G, self._world)
-            views = small_views(self._gather(self._shown[indices_B]), self._settings, seed, epoch, indices_B)
-            yield Batch(views.to(self._device), self._labels(indices_G), rows)
-
-    def evaluation(self, batch_size: int) -> Iterator[Batch]:
-        readable_N = np.setdiff1d(np.arange(len(self._labels_N)), list(self.bad))
-        for rows in _in_order(len(readable_N), batch_size, self._world):
-            indices_B = readable_N[rows]
-            images_1B3SS = self._gather(indices_B)[None].to(self._device)
-            yield Batch(images_1B3SS, self._labels(indices_B), slice(0, len(indices_B)))
-
-    def close(self) -> None:
-        """There are no processes to end."""
-
-
 @dataclass(frozen=True)
 class _Task:
-    """One batch for a worker: `seed_and_epoch` None asks for the evaluation view. The other two are `Batch`'s."""
+    """One batch to be made: `seed_and_epoch` None asks for the evaluation view. The other two are `Batch`'s."""
 
     indices_B: Indices
     seed_and_epoch: tuple[int, int] | None
@@ -195,28 +119,18 @@ class _Task:
     rows: slice
 
 
-class Photographs:
-    """Image files of any size, decoded and made into views by `workers` processes (0: this one)."""
+class Batches:
+    """What training and evaluation read from. `bad`: by index, the images that this rank could not read so far."""
 
-    def __init__(
-        self,
-        images: ImageList,
-        settings: ViewSettings,
-        device: torch.device,
-        workers: int,
-        world: World = ALONE,
-        skip: bool = False,
-    ) -> None:
-        self.bad: dict[int, BadImageError] = {}
-        self._images = images
+    def __init__(self, maker: "_Maker", device: torch.device, workers: int, world: World = ALONE) -> None:
+        self.bad = dict(maker.bad)
+        self._maker = maker
         self._device = device
         self._world = world
-        self._tasks: list[_Task] = []
-        # What each worker reads, in memory that all of them see: a dead one cannot say it any more.
-        self._reading_W = torch.full((max(workers, 1),), _NOTHING).share_memory_()
-        # The sampler is the list that `_run` refills, so that one set of worker processes serves all epochs.
+        self._tasks: list[Iterable[_Task]] = []
+        # The sampler is the list that `_ahead` refills, so that one set of worker processes serves all epochs.
         self._loader: DataLoader[Batch | UserError] | None = DataLoader(
-            _BatchMaker(images, settings, skip, self._reading_W),
+            maker,
             batch_size=None,
             sampler=_Refillable(self._tasks),
             num_workers=workers,
@@ -226,17 +140,39 @@ class Photographs:
             worker_init_fn=_start_worker,
         )
 
-    def training(self, seed: int, epoch: int, batch_size: int, first_step: int = 0) -> Iterator[Batch]:
-        batches = _epoch_batches(len(self._images), seed, epoch, batch_size)[first_step:]
-        shares = [(*_share(indices_G, self._world), indices_G) for indices_G in batches]
-        return self._run([_Task(indices_B, (seed, epoch), indices_G, rows) for indices_B, rows, indices_G in shares])
+    def __len__(self) -> int:
+        """Images of the list."""
+        return len(self._maker)
+
+    def training(self, seed: int, batch_size: int, steps: range) -> Iterator[Batch]:
+        """This rank's share of the batches of these steps, which are counted from the run's first. The workers go on
+        into the next epoch without a pause."""
+        return self._ahead(self._training_tasks(seed, batch_size, steps))
 
     def evaluation(self, batch_size: int) -> Iterator[Batch]:
-        batches = _in_order(len(self._images), batch_size, self._world)
-        return self._run([_Task(indices_B, None, indices_B, slice(0, len(indices_B))) for indices_B in batches])
+        """All images in order, in batches; of several ranks, rank r has the batches r, r + size, ..."""
+        readable_N = self._maker.evaluated()
+        tasks = [
+            _Task(readable_N[rows], None, readable_N[rows], slice(0, len(rows)))
+            for rows in _in_order(len(readable_N), batch_size, self._world)
+        ]
+        # Small images only have to be copied: a process would cost more.
+        return self._ahead(tasks) if self._maker.decodes else map(self._arrived, map(self._maker.__getitem__, tasks))
 
-    def _run(self, tasks: Sequence[_Task]) -> Iterator[Batch]:
-        self._tasks[:] = tasks
+    def _training_tasks(self, seed: int, batch_size: int, steps: range) -> Iterator[_Task]:
+        images, per_epoch = len(self._maker), steps_per_epoch(len(self._maker), batch_size)
+        epoch, order = -1, np.empty(0, np.int64)
+        for step in steps:
+            if step // per_epoch != epoch:
+                epoch = step // per_epoch
+                order = permutation(seed, epoch, images)
+            first = step % per_epoch * batch_size
+            indices_G = order[first : first + batch_size]
+            indices_B, rows = _share(indices_G, self._world)
+            yield _Task(indices_B, (seed, epoch), indices_G, rows)
+
+    def _ahead(self, tasks: Iterable[_Task]) -> Iterator[Batch]:
+        self._tasks[:] = [tasks]
         batches = self._start()
         while True:
             try:
@@ -249,14 +185,18 @@ class Photographs:
                 if death is None:
                     raise
                 raise death from None
-            if isinstance(batch, UserError):
-                raise batch
-            self.bad.update(batch.bad)
-            yield replace(
-                batch,
-                images_VB3SS=batch.images_VB3SS.to(self._device, non_blocking=True),
-                labels_G=batch.labels_G.to(self._device, non_blocking=True),
-            )
+            yield self._arrived(batch)
+
+    def _arrived(self, batch: "Batch | UserError") -> Batch:
+        """The batch on its device."""
+        if isinstance(batch, UserError):
+            raise batch
+        self.bad.update(batch.bad)
+        return replace(
+            batch,
+            images_VB3SS=batch.images_VB3SS.to(self._device, non_blocking=True),
+            labels_G=batch.labels_G.to(self._device, non_blocking=True),
+        )
 
     def _start(self) -> Iterator["Batch | UserError"]:
         """The loader's batches. torch would let the death of a worker raise an error in whatever line this process is
@@ -272,15 +212,15 @@ class Photographs:
 
     def _death(self, wait_for: float) -> UserError | None:
         """What to say of a worker that is dead, or dies within so many seconds; None where all live."""
-        iterator = self._loader._iterator if self._loader else None  # pyright: ignore[reportPrivateUsage]
+        iterator = self._loader._iterator if self._loader is not None else None  # pyright: ignore[reportPrivateUsage]
         workers: list[BaseProcess] = getattr(iterator, "_workers", [])
         dying = wait([worker.sentinel for worker in workers], wait_for if workers else 0)
-        for worker, reading in zip(workers, self._reading_W.tolist(), strict=False):
+        for worker, reading in zip(workers, self._maker.reading_W.tolist(), strict=False):
             worker.join(5 if worker.sentinel in dying else 0)  # its files are closed before it has ended
             code = worker.exitcode
             if code is not None:
                 how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended with code {code}"
-                last = self._images.images.name(reading) if reading != _NOTHING else "none yet"
+                last = self._maker.name(reading)
                 return UserError(
                     f"a loader process {how}; the image it read or was reading last: {last}; if memory ran out, "
                     f"{_LESS_MEMORY}"
@@ -288,7 +228,7 @@ class Photographs:
         return None
 
     def close(self) -> None:
-        iterator = self._loader._iterator if self._loader else None  # pyright: ignore[reportPrivateUsage]
+        iterator = self._loader._iterator if self._loader is not None else None  # pyright: ignore[reportPrivateUsage]
         self._loader = None
         if iterator is None:
             return
@@ -300,24 +240,29 @@ class Photographs:
 
 
 class _Refillable:
-    def __init__(self, tasks: list[_Task]) -> None:
+    def __init__(self, tasks: list[Iterable[_Task]]) -> None:
         self._tasks = tasks
 
     def __iter__(self) -> Iterator[_Task]:
-        return iter(self._tasks)
-
-    def __len__(self) -> int:
-        return len(self._tasks)
+        return iter(self._tasks[0])
 
 
-class _BatchMaker(Dataset["Batch | UserError"]):
-    """Runs in the workers. An error is returned, not raised: torch would wrap it in a traceback of the worker."""
+class _Maker(Dataset["Batch | UserError"]):
+    """Makes the batches, in the workers. An error is returned, not raised: torch would wrap it in a traceback of the
+    worker."""
 
-    def __init__(self, images: ImageList, settings: ViewSettings, skip: bool, reading_W: Tensor) -> None:
+    decodes: bool  # whether each batch is read from files
+
+    def __init__(self, images: ImageList, settings: ViewSettings, skip: bool, workers: int = 0) -> None:
+        self.bad: dict[int, BadImageError] = {}
         self._images = images
         self._settings = settings
         self._skip = skip
-        self._reading_W = reading_W
+        # What each worker reads, in memory that all of them see: a dead one cannot say it any more.
+        self.reading_W = torch.full((max(workers, 1),), _NOTHING).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self._images)
 
     def __getitem__(self, task: _Task) -> "Batch | UserError":  # pyright: ignore[reportIncompatibleMethodOverride]
         try:
@@ -328,6 +273,57 @@ class _BatchMaker(Dataset["Batch | UserError"]):
             if get_worker_info() is None or not out_of_memory(error):
                 raise
             return UserError(f"there is not enough memory for the loader processes; {_LESS_MEMORY}")
+
+    def name(self, index: int) -> str:
+        """The name of an image, for people."""
+        return self._images.images.name(index) if index != _NOTHING else "none yet"
+
+    def evaluated(self) -> Indices:
+        """The images that evaluation asks for."""
+        return np.arange(len(self._images))
+
+    def _batch(self, task: _Task) -> Batch:
+        raise NotImplementedError
+
+
+class _SmallMaker(_Maker):
+    """Images of one size, in memory."""
+
+    decodes = False
+
+    def __init__(self, images: ImageList, settings: ViewSettings, skip: bool) -> None:
+        super().__init__(images, settings, skip)
+        self._pixels_NSS3, self.bad = decode_all(images, settings.size, skip)
+
+    @cached_property
+    def _shown(self) -> Indices:
+        """Which image is shown in the place of each: itself, or what stands in for it."""
+        shown_N = np.arange(len(self))
+        for index in self.bad:
+            others = [other for other in stand_ins(self._images, index) if other not in self.bad]
+            if not others:
+                raise no_image_left(self._images, int(self._images.labels_N[index]))
+            shown_N[index] = others[0]
+        return shown_N
+
+    def evaluated(self) -> Indices:
+        return np.setdiff1d(np.arange(len(self._images)), list(self.bad))
+
+    def _batch(self, task: _Task) -> Batch:
+        labels_G = torch.from_numpy(self._images.labels_N[task.indices_G])
+        if task.seed_and_epoch is None:
+            return Batch(self._gather(task.indices_B)[None], labels_G, task.rows)
+        small_B3SS = self._gather(self._shown[task.indices_B])
+        return Batch(small_views(small_B3SS, self._settings, *task.seed_and_epoch, task.indices_B), labels_G, task.rows)
+
+    def _gather(self, indices_B: Indices) -> Tensor:
+        return torch.from_numpy(self._pixels_NSS3[indices_B]).permute(0, 3, 1, 2)
+
+
+class _PhotoMaker(_Maker):
+    """Image files of any size."""
+
+    decodes = True
 
     def _batch(self, task: _Task) -> Batch:
         bad: dict[int, BadImageError] = {}
@@ -346,7 +342,7 @@ class _BatchMaker(Dataset["Batch | UserError"]):
     def _photo(self, index: int, task: _Task, bad: dict[int, BadImageError]) -> Pixels | None:
         """The image, or what stands in for it; None for one that evaluation leaves out."""
         worker = get_worker_info()
-        self._reading_W[worker.id if worker else 0] = index
+        self.reading_W[worker.id if worker else 0] = index
         try:
             return decode(self._images, index)
         except BadImageError as error:

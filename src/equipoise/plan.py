@@ -7,13 +7,13 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from equipoise import __version__
 from equipoise.checkpoint import BEST, LAST, PREVIOUS, Checkpoint, load_checkpoint
 from equipoise.device import choose_device, choose_precision
 from equipoise.distributed import ALONE, World
@@ -41,7 +41,8 @@ from equipoise.run import (
 AUTO = "auto"  # --resume auto: find out which run
 # Fields that say where and how is computed, not what: they may differ where a run goes on, and between ranks.
 _FREE = {
-    *("name", "summary", "device", "precision", "compile", "workers", "log_every", "checkpoint_minutes"),
+    *("name", "summary", "device", "precision", "compile", "deterministic"),
+    *("workers", "log_every", "checkpoint_minutes"),
     *("data.on_bad_image", "data.allow_outside"),
 }
 _PLACES = ("path", "train_list", "val_list", "test_list")
@@ -221,7 +222,7 @@ def _prepare(recipe: Recipe, place: Place, world: World) -> Plan:
     _refuse_single_images(recipe, last_batch, world)
     if place.resumed is not None:
         _refuse_unfitting(place, recipe, parts)
-    if world.local_size > 1 and recipe.device.startswith("cuda:"):
+    if 1 < world.local_size <= torch.cuda.device_count() and recipe.device.startswith("cuda:"):
         raise UserError(f"{world.local_size} processes on this host cannot all take {recipe.device}; set --device cuda")
     device = choose_device(recipe.device, world.local_rank)
     return Plan(
@@ -301,7 +302,7 @@ def _refuse_different_ranks(plan: Plan) -> None:
     said |= {f"the {name} images": part.fingerprint() for name, part in plan.parts.named().items()}
     said |= {"the number of steps": plan.steps_per_epoch, "the precision": plan.precision}
     said |= {"the kind of device": plan.device.type}
-    said |= {f"the version of {name}": metadata.version(name) for name in ("equipoise", "torch")}
+    said |= {"the version of equipoise": __version__, "the version of torch": torch.__version__}
     all_said = plan.world.gather_objects(said)
     for rank, other in enumerate(all_said):
         for name in {**all_said[0], **other}:

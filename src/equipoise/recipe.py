@@ -181,8 +181,12 @@ class Recipe:
     ] = "auto"
     precision: Annotated[Precision, Setting("auto takes bf16 where the device is built for it")] = "auto"
     compile: Annotated[bool, Setting("let torch compile the encoder first: minutes once; steps may be faster")] = False
+    deterministic: Annotated[bool, Setting("the same bits in every run on a GPU too, which is slower there")] = False
     workers: Annotated[
-        int, Setting("loader processes (-1: one a core; photographs only)", flags=("j",), at_least=-1, at_most=512)
+        int,
+        Setting(
+            "loader processes (-1: one a core; for small images two at most)", flags=("j",), at_least=-1, at_most=512
+        ),
     ] = -1
     log_every: Annotated[
         int, Setting("steps between two lines of metrics.jsonl", flags=("p", "print-freq"), at_least=1)

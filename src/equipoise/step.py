@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from equipoise.device import autocast
+from equipoise.device import autocast, start_reading
 from equipoise.distributed import World
 from equipoise.loader import Batch
 from equipoise.losses import (
@@ -121,27 +121,14 @@ def loss_terms(
 def _start_reading(
     terms: Terms, votes: Sequence[int], world: World
 ) -> Callable[[], tuple[dict[str, float], list[float]]]:
-    """Add up the terms and votes of all ranks and send them to the host now, before the backward pass is queued; the
-    function returned waits for them alone.
-
-    So a GPU goes on with the backward pass while its loss is looked at.
-    """
+    """Add up the terms and votes of all ranks and send them to the host now, before the backward pass is queued: a GPU
+    goes on with that while its loss is looked at."""
     stacked = torch.stack([*terms.values()])
-    on_gpu = stacked.device.type == "cuda"
-    votes_on_host = torch.tensor(votes, dtype=stacked.dtype, pin_memory=on_gpu)
-    values = world.sum(torch.cat([stacked, votes_on_host.to(stacked.device, non_blocking=True)]))
-    if on_gpu:
-        on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-        on_host.copy_(values, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record(torch.cuda.current_stream(values.device))
-    else:
-        on_host, arrived = values, None
+    votes_on_host = torch.tensor(votes, dtype=stacked.dtype, pin_memory=stacked.device.type == "cuda")
+    read = start_reading(world.sum(torch.cat([stacked, votes_on_host.to(stacked.device, non_blocking=True)])))
 
-    def read() -> tuple[dict[str, float], list[float]]:
-        if arrived is not None:
-            arrived.synchronize()
-        numbers = on_host.tolist()
+    def values() -> tuple[dict[str, float], list[float]]:
+        numbers: list[float] = read()[0].tolist()
         return dict(zip(terms, numbers, strict=False)), numbers[len(terms) :]
 
-    return read
+    return values

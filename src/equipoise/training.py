@@ -12,7 +12,7 @@ import torch
 
 from equipoise.batchnorm import batch_norms
 from equipoise.checkpoint import BEST, LAST, Checkpoint, create_network, load_checkpoint, state_on_cpu
-from equipoise.device import keep_freed_memory
+from equipoise.device import deterministic, keep_freed_memory
 from equipoise.distributed import join
 from equipoise.errors import SharedError, Stopped, UserError, in_words, out_of_memory, own_command, several
 from equipoise.evaluate import predict
@@ -59,7 +59,7 @@ def fit(plan: Plan, progress: bool = True, begins: Callable[[Plan], None] = lamb
         keep_freed_memory()
     # All that can fail for a reason of the user's comes before the folder is made.
     network, batches, validation = world.each_makes(lambda: _open(plan))
-    with Requests() as requests, RunFolder(plan) as folder:
+    with deterministic(plan.recipe.deterministic), Requests() as requests, RunFolder(plan) as folder:
         try:
             plan = plan.at(world.first_makes(folder.take))
             begins(plan)
@@ -164,16 +164,18 @@ def _loop(
             record_bad_images(plan.folder, world, train=batches, validation=validation)
             save(epoch, step, best)
 
+        # One stream over all epochs: its workers make the next epoch's first batches while this one is validated.
+        steps = range(step, recipe.epochs * plan.steps_per_epoch)
+        stream = batches.training(recipe.seed, recipe.batch_size, steps)
         for epoch in range(first_epoch, recipe.epochs):
             set_training(network, recipe)
             rate = _set_learning_rate(optimizer, recipe, epoch)
             images_seen, since = 0, time.perf_counter()
-            for batch in batches.training(
-                recipe.seed, epoch, recipe.batch_size, first_step=step - epoch * plan.steps_per_epoch
-            ):
+            while step < (epoch + 1) * plan.steps_per_epoch:
                 # What a network may draw in its forward pass (dropout, stochastic depth) follows from step and rank.
                 torch.manual_seed(_step_seed(recipe.seed, step, world.rank))
                 with _memory_of_a_step(plan):
+                    batch = next(stream)
                     optimizer.zero_grad()
                     values, votes = take_step(batch, requests.votes(save=save.due()))
                     _refuse_non_finite(values, step, epoch, rate)

@@ -1,0 +1,54 @@
+"""Fill `.gpu-kit` with what a bare machine with a GPU lacks, and print the command to run there: `make gpu-kit`.
+
+The machine is expected to have the Python 3.12, torch, timm, opencv, pyarrow and scikit-learn of a CUDA image, and no
+network. What travels is the working tree with `.gpu-kit` in it.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+KIT = Path(".gpu-kit")
+PYTHON = "3.12"
+PACKAGES = ("tomli-w", "beartype")  # pure Python, without needs of their own
+PHOTOS = 40
+MOST = 60 * 2**20  # bytes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="CIFAR-10: Parquet or the archive")
+    parser.add_argument("photos", type=Path, help="folder of JPEG photographs")
+    options = parser.parse_args()
+    for folder in (options.data, options.photos):
+        if not folder.is_dir():
+            parser.error(f"there is no folder at {folder}")
+    shutil.rmtree(KIT, ignore_errors=True)
+    copy([path for path in options.data.iterdir() if path.is_file()], KIT / "cifar10")
+    photos = sorted(path for path in options.photos.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
+    copy(photos[:: -(-len(photos) // PHOTOS) or 1], KIT / "photos")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--only-binary=:all:", "--no-compile"]
+    subprocess.run([*pip, f"--python-version={PYTHON}", f"--target={KIT / 'site'}", *PACKAGES], check=True)
+    size = sum(path.stat().st_size for path in KIT.rglob("*") if path.is_file())
+    if size > MOST:
+        raise SystemExit(f"{KIT} has {size / 2**20:.0f} MiB, more than {MOST / 2**20:.0f}; name less data")
+    print(f"{KIT}: {size / 2**20:.0f} MiB. Copy the working tree with it, and run there:\n")
+    print(
+        f"  PYTHONPATH=src:{KIT}/site python3 -m benchmarks.gpu --data {KIT}/cifar10 --photos {KIT}/photos"
+        " --minutes 9 --out gpu-figures"
+    )
+
+
+def copy(files: list[Path], folder: Path) -> None:
+    """Ends the program where there is nothing to copy."""
+    if not files:
+        raise SystemExit(f"nothing to copy into {folder}")
+    folder.mkdir(parents=True)
+    for file in files:
+        (folder / file.name).write_bytes(file.read_bytes())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""The stages of `benchmarks.gpu` that run the product itself: what is there, its tests, its runs."""
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import torch
+
+from benchmarks import crash
+from benchmarks.gpu.figures import Task
+from benchmarks.gpu.speed import seconds_of
+from equipoise.device import describe_machine
+from equipoise.pixels import usable_cores
+from equipoise.recipe import load_recipe
+
+# The most wanted first: where time is short, the last ones are left out.
+CIFAR_RUNS = (("bcl", 0), ("ce", 0), ("logit-adjusted", 0), ("supcon+la", 0), ("bcl", 1), ("bcl", 2))
+TESTS = ("tests/test_gpu.py", "tests/test_operations.py")
+_MINIATURE = "--arch resnet8 --batch-size 32 --imbalance-factor 10"  # of made-up pictures
+
+
+def facts(task: Task) -> None:
+    """Card, driver, versions, cores, memory, and the two rates that bound everything: products and copies."""
+    machine = describe_machine(task.device)
+    task.say("device", machine["device"])
+    if task.device.type == "cuda":
+        properties = torch.cuda.get_device_properties(task.device)
+        task.say("its memory", round(properties.total_memory / 2**30, 1), "GiB")
+        task.say("driver", _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"))
+        task.say("CUDA, cuDNN", f"{torch.version.cuda}, {torch.backends.cudnn.version()}")
+    task.say("python, torch", f"{sys.version.split()[0]}, {torch.__version__}")
+    task.say("processor", machine["processor"])
+    task.say("cores", usable_cores())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    task.say("memory", round(memory / 2**30, 1), "GiB")
+    size = 512 if task.rehearse else 8192
+    one, two = (torch.randn(size, size, device=task.device).bfloat16() for _ in range(2))
+    task.say(f"bf16 product, {size}", 2 * size**3 / seconds_of(lambda: one @ two, task.device) / 1e12, "TFLOP/s")
+    # Read once and written once.
+    source = torch.empty(2**22 if task.rehearse else 2**30, dtype=torch.float32, device=task.device)
+    copy = torch.empty_like(source)
+    task.say("copy", 8 * len(source) / seconds_of(lambda: copy.copy_(source), task.device) / 1e12, "TB/s")
+
+
+def _said(*command: str) -> str:
+    if shutil.which(command[0]) is None:
+        return "unknown"
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def tests(task: Task) -> None:
+    """The tests that need a GPU."""
+    found = task.work / "tests.xml"
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--durations=8", f"--junit-xml={found}", *TESTS]
+    code = subprocess.run(command, check=False).returncode
+    counts = ElementTree.parse(found).getroot()[0].attrib if found.exists() else {}
+    wrong = int(counts.get("failures", 0)) + int(counts.get("errors", 0))
+    task.say("passed", int(counts.get("tests", 0)) - wrong - int(counts.get("skipped", 0)), "tests")
+    task.say("skipped", int(counts.get("skipped", 0)), "tests")
+    if code:
+        raise SystemExit(f"{wrong} tests failed; pytest ended with {code}")
+
+
+# ---------------------------------------------------------------------------------------------- CIFAR-10-LT
+
+
+@dataclass
+class _Running:
+    method: str
+    seed: int
+    folder: Path
+    process: subprocess.Popen[bytes]
+    started: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}, seed {self.seed}"
+
+
+def cifar(task: Task) -> None:
+    """CIFAR-10-LT at its full length: four methods, three seeds of BCL. Several runs share the card: a step of
+    ResNet-32 is hundreds of small kernels, between which the card waits for its host."""
+    cores = usable_cores()
+    at_once = min(len(CIFAR_RUNS), max(1, cores // 2))
+    task.say("runs at once", at_once)
+    changed = time.monotonic()
+    end, waiting, running, finished = changed + task.seconds - 8, [*CIFAR_RUNS], list[_Running](), 0
+    while (waiting or running) and time.monotonic() < end:
+        while waiting and len(running) < at_once:
+            running.append(_start(task, *waiting.pop(0), workers=max(1, cores // at_once - 1)))
+        for run in [run for run in running if run.process.poll() is not None]:
+            running.remove(run)
+            finished += _report(task, run)
+        looked = time.monotonic()
+        if looked - changed > 40 and any(_finishes(run, looked) > end for run in running):
+            _leave_out(task, running.pop())
+            changed = looked
+        time.sleep(0.2)
+    for run in running:
+        _leave_out(task, run)
+    if left_out := len(CIFAR_RUNS) - finished:
+        raise SystemExit(f"{left_out} of {len(CIFAR_RUNS)} runs did not come to their end")
+
+
+def _start(task: Task, method: str, seed: int, workers: int) -> _Running:
+    folder = task.work / "runs" / f"{method}-{seed}"
+    words = ["cifar10-lt", "--data", str(task.data), "--method", method, "--seed", str(seed), "--out", str(folder)]
+    words += ["--workers", str(workers), *(f"{_MINIATURE} --epochs 1".split() if task.rehearse else [])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-m", "equipoise", "train", *words], env=environment)
+    return _Running(method, seed, folder, process, time.monotonic())
+
+
+def _report(task: Task, run: _Running) -> bool:
+    """The figures of a finished run, and its `metrics.json` beside them. Returns whether it has come to its end."""
+    if run.process.returncode:
+        task.say(f"{run.name}, exit code", run.process.returncode)
+        return False
+    shutil.copyfile(
+        run.folder / "metrics.json", task.out / f"cifar10-lt-{run.method.replace('+', '-')}-{run.seed}.json"
+    )
+    metrics = json.loads((run.folder / "metrics.json").read_text(encoding="utf-8"))
+    scored = metrics["last"]["test"]
+    more = {group: scored[group] for group in ("top1", "many", "medium", "few", "calibration_error") if group in scored}
+    figures = {**more, "epochs": metrics["last"]["epoch"], "images_per_second": _speed(run.folder)}
+    task.say(f"{run.name}, top-1", 100 * scored["top1"], "%", **figures)
+    task.say(f"{run.name}, whole run", round(time.monotonic() - run.started, 1), "s")
+    return True
+
+
+def _finishes(run: _Running, now: float) -> float:
+    """When the run will be finished, at the speed that it had so far."""
+    lines = _lines(run.folder)
+    if not lines:
+        return now
+    epochs = load_recipe(str(run.folder / "recipe.toml")).epochs
+    return run.started + (now - run.started) * epochs / (lines[-1]["epoch"] + 1)
+
+
+def _leave_out(task: Task, run: _Running) -> None:
+    run.process.kill()
+    run.process.wait()
+    epochs = len({line["epoch"] for line in _lines(run.folder)})
+    task.say(f"{run.name}, left out after", epochs, "epochs", images_per_second=_speed(run.folder))
+
+
+def _speed(run: Path) -> float:
+    """Images a second, the median of what the run has logged."""
+    speeds = [line["images_per_second"] for line in _lines(run)]
+    return statistics.median(speeds) if speeds else 0.0
+
+
+def _lines(run: Path) -> list[dict[str, Any]]:
+    """What a run has logged of its training."""
+    log = run / "metrics.jsonl"
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
+    return [line for line in lines if line["kind"] == "train"]
+
+
+# ---------------------------------------------------------------------------------------------- resume, ranks
+
+
+def resume(task: Task) -> None:
+    """A run that is killed (kill -9) and goes on ends as one that is left alone, to the last bit."""
+    place = task.work / "resume"
+    place.mkdir()
+    words = f"cifar10-lt --data {task.data.resolve()} --deterministic true --seed 1".split()
+    words += (f"{_MINIATURE} --epochs 2" if task.rehearse else "--epochs 3").split()
+    kills = crash.crash(place, 1 if task.rehearse else 2, 0, *words)
+    task.say("killed and resumed: the same to the last bit", sum(kills.values()), "kills", **kills)
+
+
+def ranks(task: Task) -> None:
+    """Two processes train what one trains, on two cards (nccl) or sharing one (gloo)."""
+    cards = torch.cuda.device_count()
+    device = "cpu" if task.device.type == "cpu" else "cuda" if cards > 1 else "cuda:0"
+    words = f"digits-lt --epochs 2 --log-every 1 --precision fp32 --device {device} --set model.batch_norm=synchronised"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    losses: list[list[float]] = []
+    for name, launcher in (("one", []), ("two", torchrun)):
+        folder = task.work / name
+        command = [sys.executable, *launcher, "-m", "equipoise", "train", *words.split(), "--out", str(folder)]
+        subprocess.run(command, check=True)
+        losses.append([line["loss"] for line in _lines(folder)])
+    apart = max(abs(one - two) / one for one, two in zip(losses[0][:5], losses[1][:5], strict=True))
+    exchange = "nccl" if cards > 1 else "gloo"
+    task.say(f"two ranks ({exchange}): largest relative difference of five losses", apart, "", losses=losses)
+    if apart > 1e-3:
+        raise SystemExit(f"two ranks train something else than one: their losses differ by {apart:.1e}")

@@ -1,0 +1,434 @@
+"""What only a GPU can show: it computes what a CPU computes, is not waited for, and can repeat every bit."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import GOLDEN
+from torch import Tensor
+
+import equipoise
+from equipoise import Run, UserError, load_checkpoint, load_recipe, train
+from equipoise.batchnorm import batch_norms
+from equipoise.checkpoint import create_network
+from equipoise.device import choose_device, choose_precision, describe_machine
+from equipoise.distributed import ALONE
+from equipoise.loader import Batch, open_batches, steps_per_epoch
+from equipoise.losses import (
+    balanced_contrastive_loss,
+    log_prior,
+    logit_adjusted_cross_entropy,
+    supervised_contrastive_loss,
+)
+from equipoise.model import TwoBranchNetwork
+from equipoise.optim import create_sgd
+from equipoise.run import evaluate_run, open_data, view_settings
+from equipoise.sources import find_parts
+from equipoise.step import Step
+from equipoise.training import set_training
+from equipoise.views import ViewSettings
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+DEVICE, CPU = torch.device("cuda"), torch.device("cpu")
+METHODS = ("bcl", "ce", "logit-adjusted", "supcon+la")
+CLASS_COUNTS = (124, 80, 51, 33, 21, 14, 9, 5, 3, 2)  # of digits-lt: six steps an epoch
+
+
+def distance(ours: Tensor, theirs: Tensor) -> float:
+    """Of two tensors, relative to the norm of the second."""
+    ours, theirs = ours.detach().cpu().double(), theirs.detach().cpu().double()
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+def log_lines(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def set_tf32(allowed: bool) -> bool:
+    """Whether convolutions in float32 may round to TF32 on a GPU, as they do by default; returns what was before."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch 2.9 announces another way to say it
+        before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, allowed
+    return before
+
+
+@pytest.fixture
+def no_tf32() -> Iterator[None]:
+    before = set_tf32(False)
+    yield
+    set_tf32(before)
+
+
+# ---- words
+
+
+def test_devices_and_precisions():
+    assert choose_device("cuda") == choose_device("auto") == DEVICE
+    assert choose_device("cuda:0") == torch.device("cuda", 0)
+    count = torch.cuda.device_count()
+    with pytest.raises(UserError) as refused:
+        choose_device("cuda:99")
+    assert str(refused.value) == f"this machine has {count} CUDA devices, numbered from 0, and so no cuda:99"
+    computes_bf16 = torch.cuda.get_device_capability(DEVICE) >= (8, 0)
+    assert choose_precision("auto", DEVICE) == ("bf16" if computes_bf16 else "fp32")
+    assert choose_precision("fp32", DEVICE) == "fp32"
+    assert describe_machine(DEVICE)["device"] == torch.cuda.get_device_name(DEVICE)
+
+
+# ---- losses
+
+
+def golden_values(seed: int, count: int) -> Tensor:
+    """The golden file's pseudo-random inputs, as in test_losses.py, which needs packages that a GPU host may lack."""
+    values, x = np.empty(count), seed
+    for index in range(count):
+        x = (1103515245 * x + 12345) % 2**31
+        values[index] = x / 2**31 - 0.5
+    return torch.from_numpy(values).to(DEVICE)
+
+
+@pytest.mark.parametrize("case", GOLDEN["losses"], ids=lambda case: case["name"])
+def test_bcl_golden(case):
+    batch, width, classes = case["batch"], case["dim"], case["classes"]
+    values = golden_values(case["lcg_seed"], (2 * batch + classes) * width)
+    features = values[: 2 * batch * width].reshape(batch, 2, width).requires_grad_()
+    prototypes = values[2 * batch * width :].reshape(classes, width).requires_grad_()
+    loss = equipoise.BalancedContrastiveLoss(case["temperature"])(
+        F.normalize(features, dim=-1), torch.tensor(case["labels"], device=DEVICE), F.normalize(prototypes, dim=-1)
+    )
+    loss.backward()
+    assert features.grad is not None
+    assert prototypes.grad is not None
+    assert loss.item() == pytest.approx(case["loss"], rel=1e-9)
+    assert features.grad.norm().item() == pytest.approx(case["grad_features_norm"], rel=1e-9)
+    assert prototypes.grad.norm().item() == pytest.approx(case["grad_prototypes_norm"], rel=1e-9)
+    assert features.grad.flatten()[:4].tolist() == pytest.approx(case["grad_features_first"], rel=1e-9)
+    assert prototypes.grad.flatten()[:4].tolist() == pytest.approx(case["grad_prototypes_first"], rel=1e-9)
+
+
+def test_logit_adjusted_golden():
+    case = GOLDEN["logit_adjusted_cross_entropy"]
+    logits = golden_values(case["lcg_seed"], 40).reshape(8, 5) * case["scale"]
+    loss = equipoise.LogitAdjustedCrossEntropy(case["class_counts"], tau=case["tau"]).to(DEVICE)
+    assert loss(logits, torch.tensor(case["labels"], device=DEVICE)).item() == pytest.approx(case["loss"], rel=1e-9)
+
+
+def value_and_gradients(name: str, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """Of a loss, on random inputs of 70 images in two views and of 40 classes."""
+    random = torch.Generator().manual_seed(0)
+    shapes = [(70, 2, 32), (40, 32), (70, 40)]
+    inputs = [torch.randn(shape, generator=random, dtype=torch.float64).to(device, dtype) for shape in shapes]
+    raw, centres, logits = (tensor.requires_grad_() for tensor in inputs)
+    labels = (40 * torch.rand(70, generator=random) ** 3).long().to(device)
+    features, prototypes = F.normalize(raw, dim=-1), F.normalize(centres, dim=-1)
+    if name == "bcl":
+        value = balanced_contrastive_loss(features, labels, prototypes, 0.1)
+    elif name == "supcon":
+        value = supervised_contrastive_loss(features, labels, 0.1)
+    else:
+        prior = log_prior(torch.arange(1, 41)).to(device)
+        value = logit_adjusted_cross_entropy(5 * logits, labels, prior)
+    gradients = torch.autograd.grad(value, inputs, allow_unused=True)
+    return [value, *(gradient for gradient in gradients if gradient is not None)]
+
+
+@pytest.mark.parametrize(("name", "rows"), [("bcl", None), ("bcl", 16), ("supcon", None), ("logit-adjusted", None)])
+def test_losses_in_float32_are_those_of_a_cpu_in_float64(name, rows, monkeypatch):
+    """BCL in one chunk of anchors, and in nine of which the last is short."""
+    expected = value_and_gradients(name, CPU, torch.float64)
+    if rows is not None:
+        monkeypatch.setattr("equipoise.losses._CHUNK_ENTRIES", 1)
+        monkeypatch.setattr("equipoise.losses._CHUNK_ROWS", rows)
+    ours = value_and_gradients(name, DEVICE, torch.float32)
+    assert len(ours) == len(expected) > 1
+    for one, two in zip(ours, expected, strict=True):
+        assert one.device.type == DEVICE.type
+        assert one.dtype == torch.float32
+        assert distance(one, two) < 1e-5
+
+
+# ---- steps
+
+
+def make_step(device: torch.device, **fields) -> tuple[Step, TwoBranchNetwork, Batch]:
+    """A network of digits-lt with averages of BatchNorm that change something, its step, and a batch of noise."""
+    recipe = load_recipe("digits-lt", **fields)
+    torch.manual_seed(0)
+    network = create_network(recipe, len(CLASS_COUNTS), start=True).to(memory_format=torch.channels_last)
+    for module in batch_norms(network):
+        module.running_mean.normal_(0, 0.1)
+        module.running_var.uniform_(0.5, 1.5)
+    set_training(network, recipe)
+    network.to(device)
+    random, views = torch.Generator().manual_seed(1), len(view_settings(recipe).kinds)
+    images = torch.randint(0, 256, (views, 24, 3, 16, 16), dtype=torch.uint8, generator=random)
+    labels = torch.randint(0, len(CLASS_COUNTS), (24,), generator=random)
+    step = Step(recipe, network, CLASS_COUNTS, device, recipe.precision, ALONE)
+    return step, network, Batch(images.to(device), labels.to(device), slice(0, 24))
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """What waits for the GPU raises RuntimeError: all but the waiting for an event, which torch does not look at."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_waiting_would_be_noticed():
+    number = torch.ones((), device=DEVICE)
+    with no_waiting(), pytest.raises(RuntimeError, match="synchronizing"):
+        number.item()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [*({"method": method} for method in METHODS), {"micro_batch": 8}, {"precision": "fp32"}],
+    ids=lambda fields: "-".join(map(str, fields.values())),
+)
+def test_a_step_waits_for_its_loss_terms_alone(fields):
+    """Forward pass, losses, backward pass and the optimizer's step. The loss terms are read by way of an event."""
+    take_step, network, batch = make_step(DEVICE, **{"precision": "bf16", **fields})
+    optimizer = create_sgd(network.parameters(), 0.05, 0.9, 5e-4)
+
+    def train_on_it() -> dict[str, float]:
+        optimizer.zero_grad()
+        values, votes = take_step(batch, (0, 1, 0))
+        assert votes == [0, 1, 0]
+        optimizer.step()
+        return values
+
+    for _ in range(2):  # libraries are loaded, and momentum is made
+        train_on_it()
+    with no_waiting():
+        values = train_on_it()
+    assert values
+    assert all(map(math.isfinite, values.values()))
+
+
+def gradients(device: torch.device, **fields) -> tuple[Tensor, dict[str, float]]:
+    take_step, network, batch = make_step(device, **fields)
+    values, _ = take_step(batch)
+    return torch.cat([parameter.grad.flatten() for parameter in network.parameters()]), values
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *({"method": method} for method in METHODS),
+        {"micro_batch": 8},
+        {"batch_norm": "frozen"},
+        {"micro_batch": 8, "batch_norm": "frozen"},
+    ],
+    ids=lambda fields: "-".join(map(str, fields.values())),
+)
+def test_gradients_are_those_of_a_cpu(fields, no_tf32):
+    ours, our_terms = gradients(DEVICE, precision="fp32", **fields)
+    theirs, their_terms = gradients(CPU, precision="fp32", **fields)
+    assert ours.device.type == DEVICE.type
+    # A ReLU whose input is nearly 0 may open on one of the two alone: that is 1e-4 of the gradient.
+    assert distance(ours, theirs) < 1e-3
+    assert our_terms == pytest.approx(their_terms, rel=1e-5)
+
+
+def test_loss_terms_in_bf16_are_near_those_in_float32():
+    _, in_bf16 = gradients(DEVICE, precision="bf16")
+    _, in_float32 = gradients(CPU, precision="fp32")
+    assert in_bf16 == pytest.approx(in_float32, rel=0.03)
+
+
+# ---- batches
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [ViewSettings("photos", ("cls", "sim", "rand"), 24), ViewSettings("cifar", ("cls", "sim", "sim"), 32)],
+    ids=["photos", "small"],
+)
+def test_batches_of_loader_processes_arrive_as_one_process_makes_them(settings, pictures):
+    """By way of pinned memory, two epochs of them at once, and those of evaluation."""
+    images = find_parts(str(pictures)).parts["train"]
+    steps = range(2 * steps_per_epoch(len(images), 8))
+    with (
+        closing(open_batches(images, settings, DEVICE, workers=2)) as theirs,
+        closing(open_batches(images, settings, CPU, workers=0)) as ours,
+    ):
+        arrived = [*theirs.training(7, 8, steps), *theirs.evaluation(8)]
+        expected = [*ours.training(7, 8, steps), *ours.evaluation(8)]
+    assert len(arrived) == len(expected) == 2 * 3 + 3
+    for batch, made in zip(arrived, expected, strict=True):
+        assert batch.images_VB3SS.device.type == batch.labels_G.device.type == DEVICE.type
+        assert torch.equal(batch.images_VB3SS.cpu(), made.images_VB3SS)
+        assert torch.equal(batch.labels_G.cpu(), made.labels_G)
+        assert batch.rows == made.rows
+
+
+# ---- runs
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Three epochs of digits-lt, in the precision that suits the GPU."""
+    recipe = load_recipe("digits-lt", epochs=3, warmup_epochs=0, log_every=1, device=DEVICE.type)
+    return train(recipe, tmp_path_factory.mktemp("gpu") / "run", progress=False)
+
+
+@pytest.mark.slow
+def test_a_run_learns_and_leaves_its_files(run):
+    assert {path.name for path in run.path.iterdir()} == {
+        "recipe.toml", "run.json", "metrics.jsonl", "tensorboard", "last.pt", "previous.pt", "metrics.json",
+        "observed.npz",
+    }  # fmt: skip
+    record = json.loads((run.path / "run.json").read_text(encoding="utf-8"))
+    assert record["machine"]["device"] == torch.cuda.get_device_name(DEVICE)
+    assert record["precision"] == choose_precision("auto", DEVICE)
+    losses = [line["loss"] for line in log_lines(run.path)]
+    assert len(losses) == 18
+    assert np.isfinite(losses).all()
+    assert sum(losses[12:]) < sum(losses[:6]), "the third epoch's against the first's"
+    assert run.metrics["test"]["images"] == 500
+    assert run.metrics["test"]["top1"] > 0.1, "chance"
+
+
+@pytest.mark.slow
+def test_a_run_of_a_gpu_is_used_and_scored_on_a_cpu(run, no_tf32):
+    checkpoint = load_checkpoint(run.path / "last.pt")
+    momentum = [state["momentum_buffer"] for state in checkpoint.optimizer["state"].values()]
+    assert {tensor.device for tensor in [*checkpoint.weights.values(), *momentum]} == {CPU}
+    assert all(bool(tensor.isfinite().all()) for tensor in [*checkpoint.weights.values(), *momentum])
+
+    test = open_data(run.recipe).test
+    assert test is not None
+    images = next(iter(open_batches(test, view_settings(run.recipe), CPU).evaluation(500))).images_VB3SS[0]
+    with torch.inference_mode():
+        on_cpu = equipoise.load(run.path, "cpu").model(images)
+        on_gpu = equipoise.load(run.path, DEVICE.type).model(images.to(DEVICE))
+        assert torch.equal(checkpoint.build()(images), on_cpu)
+    assert on_gpu.device.type == DEVICE.type
+    assert (on_gpu.cpu() - on_cpu).abs().max() < 1e-3  # of logits up to 30
+
+    anew, of_cpu = run.evaluate(), evaluate_run(run.path, device="cpu")
+    assert anew["test"]["images"] == of_cpu["test"]["images"] == 500
+    assert anew["test"]["top1"] == pytest.approx(of_cpu["test"]["top1"], abs=0.005)
+    assert run.metrics["test"]["top1"] == pytest.approx(of_cpu["test"]["top1"], abs=0.02)  # scored in TF32, if it was
+
+
+def weights_of(run: Path) -> Tensor:
+    weights = load_checkpoint(run / "last.pt").weights
+    return torch.cat([value.flatten() for value in weights.values() if value.is_floating_point()])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "then"), [(DEVICE, CPU), (CPU, DEVICE)], ids=["to the CPU", "to the GPU"])
+def test_a_run_goes_on_on_another_device(first, then, no_tf32, tmp_path):
+    """And ends near where it ends on a CPU alone. Without its momentum it would be ten times as far away."""
+
+    def two_epochs(name: str, *devices: torch.device) -> Path:
+        fields = {"warmup_epochs": 0, "lr": 0.01, "precision": "fp32", "log_every": 1}
+        train(load_recipe("digits-lt", epochs=1, device=devices[0].type, **fields), tmp_path / name, progress=False)
+        more = load_recipe(tmp_path / name, epochs=2, device=devices[1].type)
+        return train(more, progress=False, resume=tmp_path / name).path
+
+    run, expected = two_epochs("run", first, then), two_epochs("cpu", CPU, CPU)
+    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    assert record["resumed"]["after_step"] == 6
+    assert record["machine"]["device"] == describe_machine(then)["device"]
+    assert [line["step"] for line in log_lines(run)] == list(range(1, 13))
+    assert load_checkpoint(run / "last.pt").step == 12
+    assert distance(weights_of(run), weights_of(expected)) < 1e-3
+
+
+# A run of digits-lt into FOLDER. With STEPS, somebody presses Ctrl-C after so many, and it goes on.
+RUN = """
+import os, signal, sys
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from equipoise import load_recipe, train
+from equipoise.errors import Stopped
+
+folder, device, steps = sys.argv[1], sys.argv[2], int(sys.argv[3])
+taken = []
+
+def count(*_):
+    taken.append(1)
+    if len(taken) == steps:
+        os.kill(os.getpid(), signal.SIGINT)
+
+register_optimizer_step_post_hook(count)
+recipe = load_recipe("digits-lt", epochs=3, warmup_epochs=0, log_every=1, device=device, deterministic=True)
+try:
+    train(recipe, folder, progress=False)
+    print("whole")
+except Stopped as stopped:
+    print(stopped)
+    train(load_recipe(folder), progress=False, resume=folder)
+"""
+
+
+@pytest.mark.slow
+def test_deterministic_runs_end_with_the_same_bits_stopped_or_not(tmp_path):
+    """Three processes at once, as a user starts them: what cuBLAS is told has to be told before it is first used."""
+    environment = {name: value for name, value in os.environ.items() if name != "CUBLAS_WORKSPACE_CONFIG"}
+    processes = {
+        name: subprocess.Popen(
+            [sys.executable, "-c", RUN, str(tmp_path / name), DEVICE.type, str(steps)],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for name, steps in {"one": 0, "two": 0, "stopped": 8}.items()
+    }  # fmt: skip
+    said = {name: process.communicate() for name, process in processes.items()}
+    for name, process in processes.items():
+        assert process.returncode == 0, f"{name}: {said[name][1][-3000:]}"
+    assert said["one"][0] == said["two"][0] == "whole\n"
+    assert said["stopped"][0].startswith("interrupted: step ")
+    record = json.loads((tmp_path / "stopped" / "run.json").read_text(encoding="utf-8"))
+    assert 8 <= record["resumed"]["after_step"] < 12, "within the second epoch"
+    one, two, stopped = (load_checkpoint(tmp_path / name / "last.pt") for name in processes)
+    assert one.step == two.step == stopped.step == 18
+    for name, value in one.weights.items():
+        assert torch.equal(two.weights[name], value), name
+        assert torch.equal(stopped.weights[name], value), name
+    figures = [(tmp_path / name / "metrics.json").read_bytes() for name in processes]
+    assert figures[0] == figures[1] == figures[2]
+
+
+# ---- last, since it takes longest
+
+
+@pytest.mark.slow
+def test_a_compiled_encoder_trains_the_same_network(tmp_path):
+    """In three steps of equal batches. In a process of its own: compiling warns of what is not ours, and leaves more
+    processes behind."""
+    if not os.environ.get("CC") and not any(map(shutil.which, ("gcc", "clang"))):
+        pytest.skip("torch.compile needs a C compiler for a GPU, and none is here")
+    fields = {"epochs": 1, "batch_size": 114, "lr": 0.01, "precision": "fp32", "log_every": 1, "device": DEVICE.type}
+    eager = train(load_recipe("digits-lt", **fields), tmp_path / "eager", progress=False).path
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in fields.items()]
+    compiled, cache = tmp_path / "compiled", tmp_path / "cache"
+    done = subprocess.run(
+        [sys.executable, "-m", "equipoise", "train", "digits-lt", *flags, "--compile=true", "--out", str(compiled)],
+        env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert list(cache.rglob("*.py")), "something was compiled"
+    terms = [
+        [(line["loss"], line["classification"], line["contrastive"]) for line in log_lines(run)]
+        for run in (eager, compiled)
+    ]
+    assert np.array(terms[0]).shape == (3, 3)
+    assert np.array(terms[1]) == pytest.approx(np.array(terms[0]), rel=0.02)
+    assert list(load_checkpoint(compiled / "last.pt").weights) == list(load_checkpoint(eager / "last.pt").weights)
