@@ -28,7 +28,7 @@ CIFAR = Path(__file__).resolve().parents[2] / "shared" / "data" / "cifar10"
 def training(plan: Plan) -> tuple[TwoBranchNetwork, Step, torch.optim.Optimizer]:
     """What a run of `plan` trains, and what it trains it with."""
     network = create_network(plan.recipe, len(plan.parts.train.class_names), start=True)
-    network = network.to(memory_format=torch.channels_last).train()
+    network = network.to(plan.device, memory_format=torch.channels_last).train()
     step = Step(plan.recipe, network, plan.parts.train.class_counts, plan.device, plan.precision, plan.world)
     return network, step, create_sgd(network.parameters(), 0.01, 0.9, 5e-4)
 

@@ -456,6 +456,7 @@ def test_every_operation_is_listed():
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", EVERY_OPERATION)
 def test_the_gpu_gives_the_same_without_waiting(name):

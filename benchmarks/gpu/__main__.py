@@ -93,6 +93,12 @@ def run(options: argparse.Namespace) -> int:
     return bool(failed)
 
 
+def environment() -> dict[str, str]:
+    """This process's, with PYTHONPATH as it is to be understood from any folder."""
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(str(Path(path).resolve()) for path in paths if path)}
+
+
 def run_stage(words: list[str], limit: float, log: Path) -> str | None:
     """Run one stage in a process of its own and end it, with all that it has started, at its limit. Returns why it
     failed, or None."""
@@ -100,7 +106,9 @@ def run_stage(words: list[str], limit: float, log: Path) -> str | None:
     with log.open("ab") as output:
         output.write(f"\n==== {' '.join(words[:2])}\n".encode())
         output.flush()
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=environment()
+        )
         try:
             code = process.wait(limit)
         except subprocess.TimeoutExpired:

@@ -76,9 +76,6 @@ def step(task: Task) -> None:
 
     eager = measure(f"{precision}, channels last", ours())
     task.say("that is faster than the next one by", eager / measure("float32, channels first", plain), "times")
-    torch.backends.cudnn.benchmark = True
-    measure("the first, cuDNN choosing by trial", ours())
-    torch.backends.cudnn.benchmark = False
     start = time.perf_counter()
     compiled = measure("the first, compiled", ours(compiled=True))
     task.say("compiling gains", compiled / eager, "times", seconds=time.perf_counter() - start)
@@ -130,14 +127,15 @@ def _products_alone(of_batch: tuple[Tensor, Tensor, Tensor]) -> float:
 
 
 def _measured_loss(subject: Loss, of_batch: tuple[Tensor, Tensor, Tensor]) -> dict[str, float]:
-    """Seconds and, on a GPU, bytes at the peak beyond the inputs."""
+    """Seconds and, on a GPU, bytes at the peak beyond the inputs and their gradients."""
     device = of_batch[0].device
     figures = {"seconds": seconds_of(lambda: loss_step(subject, *of_batch), device, calls=10)}
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        loss_step(subject, *of_batch)
-        figures["bytes"] = torch.cuda.max_memory_allocated(device) - before
+        _, *gradients = loss_step(subject, *of_batch)
+        returned = sum(4 * gradient.numel() for gradient in gradients)
+        figures["bytes"] = torch.cuda.max_memory_allocated(device) - before - returned
     return figures
 
 

@@ -184,11 +184,12 @@ def ranks(task: Task) -> None:
     device = "cpu" if task.device.type == "cpu" else "cuda" if cards > 1 else "cuda:0"
     words = f"digits-lt --epochs 2 --log-every 1 --precision fp32 --device {device} --set model.batch_norm=synchronised"
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "NVIDIA_TF32_OVERRIDE": "0"}  # in TF32 they would differ by its rounding
     losses: list[list[float]] = []
     for name, launcher in (("one", []), ("two", torchrun)):
         folder = task.work / name
         command = [sys.executable, *launcher, "-m", "equipoise", "train", *words.split(), "--out", str(folder)]
-        subprocess.run(command, check=True)
+        subprocess.run(command, check=True, env=environment)
         losses.append([line["loss"] for line in _lines(folder)])
     apart = max(abs(one - two) / one for one, two in zip(losses[0][:5], losses[1][:5], strict=True))
     exchange = "nccl" if cards > 1 else "gloo"

@@ -36,7 +36,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         raise UserError(f"this machine has {torch.cuda.device_count()} CUDA devices, numbered from 0, and so no {name}")
     device = torch.device(name)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)
     return device
 
 

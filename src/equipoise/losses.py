@@ -16,8 +16,9 @@ from torch import Tensor, nn
 ALL = slice(None)
 
 # Entries of the matrix that is there at a time, 18 MB in float32: a batch of 256 with 8,142 classes is one chunk. Below
-# these many anchors the matrix products become slower.
+# these many anchors the matrix products become slower. A GPU needs larger pieces to be busy: 128 MB.
 _CHUNK_ENTRIES = 4_500_000
+_CHUNK_ENTRIES_GPU = 32_000_000
 _CHUNK_ROWS = 128
 
 
@@ -149,7 +150,8 @@ def _value_and_gradients(
     log_columns_M = torch.cat([members_K, members_C]).log1p_()
     grad_features_KD, grad_prototypes_CD = torch.zeros_like(features_KD), torch.zeros_like(prototypes_CD)
     total = features_KD.new_zeros(())
-    rows = max(_CHUNK_ROWS, _CHUNK_ENTRIES // (features + classes))
+    entries = _CHUNK_ENTRIES if features_KD.device.type == "cpu" else _CHUNK_ENTRIES_GPU
+    rows = max(_CHUNK_ROWS, entries // (features + classes))
     memory_RM = features_KD.new_empty(min(rows, end - begin), features + classes)
     for first in range(begin, end, rows):
         chunk_RD = features_KD[first : min(first + rows, end)] / temperature
@@ -172,11 +174,11 @@ def _value_and_gradients(
 
         of_features_RK.diagonal(first).fill_(float("-inf"))
         highest_R1 = scores_RM.amax(1, keepdim=True)
-        sum_R1 = scores_RM.sub_(highest_R1).exp_().sum(1, keepdim=True)
-        total += (sum_R1.log() + highest_R1 - at_positives_R1 - members_R1.log()).sum()
-
-        # From here on the scores are their own gradients: softmax - q.
-        scores_RM /= sum_R1
+        # From here on the scores are their own gradients: softmax - q. The largest softmax is that of the highest
+        # score, and tells the logarithm of the sum.
+        torch.softmax(scores_RM, 1, out=scores_RM)
+        log_sum_R1 = highest_R1 - scores_RM.amax(1, keepdim=True).log_()
+        total += (log_sum_R1 - at_positives_R1 - members_R1.log()).sum()
         of_features_RK -= target_RK
         of_prototypes_RC.scatter_add_(1, own_R1, -target_R1)
         del target_RK  # or it would stay beside the next chunk's
