@@ -28,10 +28,10 @@ STAGES = {
     "tests": (stages.tests, 60, 40),
     CIFAR_RUNS: (stages.cifar, 0, 0),
     "step": (speed.step, 110, 75),
-    "loss": (speed.loss, 40, 15),
-    "input": (speed.input_speed, 60, 35),
-    "resume": (stages.resume, 70, 40),
-    "ranks": (stages.ranks, 60, 30),
+    "loss": (speed.loss, 40, 16),
+    "input": (speed.input_speed, 70, 45),
+    "resume": (stages.resume, 90, 55),
+    "ranks": (stages.ranks, 75, 40),
 }
 
 

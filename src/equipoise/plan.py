@@ -41,7 +41,7 @@ from equipoise.run import (
 AUTO = "auto"  # --resume auto: find out which run
 # Fields that say where and how is computed, not what: they may differ where a run goes on, and between ranks.
 _FREE = {
-    *("name", "summary", "device", "precision", "compile", "deterministic"),
+    *("name", "summary", "device", "precision", "compile", "cuda_graph", "deterministic"),
     *("workers", "log_every", "checkpoint_minutes"),
     *("data.on_bad_image", "data.allow_outside"),
 }

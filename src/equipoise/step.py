@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from equipoise.device import autocast, start_reading
 from equipoise.distributed import World
+from equipoise.graph import StepGraph, Terms
 from equipoise.loader import Batch
 from equipoise.losses import (
     balanced_contrastive_loss,
@@ -22,8 +23,6 @@ from equipoise.losses import (
 )
 from equipoise.model import Outputs, TwoBranchNetwork
 from equipoise.recipe import Recipe
-
-Terms = dict[str, Tensor]
 
 
 class Step:
@@ -44,6 +43,10 @@ class Step:
         if recipe.compile:
             network.encoder.compile()  # in its place: the names of its weights stay
         self._forward: nn.Module = _Forward(network, recipe.micro_batch)
+        # A graph of kernels that are chosen for their bits, and of several ranks, has not been tried.
+        graphed = recipe.cuda_graph and device.type == "cuda" and world.size == 1 and not recipe.deterministic
+        graphed = graphed and not recipe.micro_batch and not recipe.compile
+        self._graph = StepGraph(self._losses, network, recipe.batch_size) if graphed else None
         if world.size > 1:
             # Buffers stay each rank's own while training: see World.first_buffers. torch has a new word for it.
             parallel = nn.parallel.DistributedDataParallel
@@ -55,6 +58,19 @@ class Step:
     def __call__(self, batch: Batch, votes: Sequence[int] = ()) -> tuple[dict[str, float], list[float]]:
         """The loss terms of the whole batch, and the sum over ranks of the votes. The gradients are there, the weights
         have not moved."""
+        if self._graph is not None and self._graph.takes(batch):
+            terms, backward = self._graph.forward(batch), self._graph.backward
+        else:
+            terms, loss = self._losses(batch)
+            # The losses of all ranks add up to the batch's, but DistributedDataParallel takes the mean of their
+            # gradients.
+            backward = (loss * self._world.size).backward
+        read = _start_reading(terms, votes, self._world)
+        backward()
+        return read()
+
+    def _losses(self, batch: Batch) -> tuple[Terms, Tensor]:
+        """The loss terms of a batch, and the loss that the gradients are of."""
         images, own = len(batch.labels_G), batch.rows
         with autocast(self._device, self._precision):
             logits_BC, features_BVD, prototypes_CD = self._forward(batch.images_VB3SS)
@@ -62,11 +78,7 @@ class Step:
         count = own.stop - own.start
         if features_BVD is not None:
             features_BVD = self._world.gather_rows(features_BVD[:count], images)
-        terms, loss = self._terms_of(Outputs(logits_BC[:count], features_BVD, prototypes_CD), batch.labels_G, own)
-        read = _start_reading(terms, votes, self._world)
-        # The losses of all ranks add up to the batch's, but DistributedDataParallel takes the mean of their gradients.
-        (loss * self._world.size).backward()
-        return read()
+        return self._terms_of(Outputs(logits_BC[:count], features_BVD, prototypes_CD), batch.labels_G, own)
 
 
 class _Forward(nn.Module):

@@ -14,7 +14,7 @@ from equipoise.batchnorm import batch_norms
 from equipoise.checkpoint import BEST, LAST, Checkpoint, create_network, load_checkpoint, state_on_cpu
 from equipoise.device import deterministic, keep_freed_memory
 from equipoise.distributed import join
-from equipoise.errors import SharedError, Stopped, UserError, in_words, out_of_memory, own_command, several
+from equipoise.errors import SharedError, Stopped, UserError, in_words, out_of_memory, own_command, reason, several
 from equipoise.evaluate import predict
 from equipoise.folder import RunFolder
 from equipoise.loader import Batches, open_batches, worker_count
@@ -81,6 +81,11 @@ def fit(plan: Plan, progress: bool = True, begins: Callable[[Plan], None] = lamb
         except (RuntimeError, MemoryError) as error:
             if out_of_memory(error):
                 raise UserError(f"{in_words(error)}{_once_there_is_more(plan)}") from None
+            if "deterministic" in str(error):
+                raise UserError(
+                    f"a {plan.recipe.model.encoder} cannot be trained deterministically on a GPU "
+                    f"({reason(error, library=True, otherwise='torch does not say why')}); leave out --deterministic"
+                ) from None
             world.await_end(error)
             raise
     return Run(plan.folder)
@@ -200,8 +205,10 @@ def _loop(
                 score = _validate(network, validation, plan, log, step, epoch, requests, state)
                 if best is None or score > best[0]:
                     best = (score, epoch + 1)
-            keep(epoch + 1)
-            _leave_if_stopped(plan, requests, state)
+            is_best = best is not None and best[1] == epoch + 1
+            if is_best or epoch + 1 == recipe.epochs or world.size > 1 or save.is_cheap():
+                keep(epoch + 1)
+                _leave_if_stopped(plan, requests, state)
 
 
 def _restore(plan: Plan, optimizer: torch.optim.Optimizer) -> tuple[int, int, Best]:
@@ -225,15 +232,19 @@ class _Keeper:
         self._plan, self._network, self._optimizer, self._log = plan, network, optimizer, log
         self._fingerprints = {name: part.fingerprint() for name, part in plan.parts.named().items()}
         of_before = plan.resumed.checkpoint.step if plan.resumed and plan.place.taken else 0
-        self._last, self._kept = time.monotonic(), of_before
+        self._last, self._kept, self._took = time.monotonic(), of_before, 0.0
 
     def due(self) -> bool:
         """Whether the last one is so long ago that it is time for another."""
         return self._plan.world.is_first and time.monotonic() - self._last > 60 * self._plan.recipe.checkpoint_minutes
 
+    def is_cheap(self) -> bool:
+        """Whether saving takes a small part of the time in which it is done: epochs may be shorter than a second."""
+        return time.monotonic() - self._last > 20 * self._took
+
     def __call__(self, epoch: int, step: int, best: Best) -> None:
         """Keep the state after `epoch` whole epochs and `step` steps. Raises UserError where that cannot be written."""
-        plan = self._plan
+        plan, begun = self._plan, time.monotonic()
         if not plan.world.is_first:
             return
         checkpoint = Checkpoint(
@@ -258,7 +269,7 @@ class _Keeper:
             kept = f"that of step {self._kept} is whole" if self._kept else "there is none before it"
             what = f"the checkpoint of step {step} could not be written into {plan.folder} ({reason}); {kept}"
             raise _no_room(plan, what, bool(self._kept)) from None
-        self._last, self._kept = time.monotonic(), step
+        self._last, self._kept, self._took = time.monotonic(), step, time.monotonic() - begun
 
 
 def set_training(network: TwoBranchNetwork, recipe: Recipe) -> None:
