@@ -22,7 +22,7 @@ from equipoise.device import choose_precision, keep_freed_memory
 from equipoise.distributed import ALONE
 from equipoise.loader import Batch
 from equipoise.optim import create_sgd
-from equipoise.recipe import load_recipe
+from equipoise.recipe import Recipe, load_recipe
 from equipoise.step import Step
 
 CLASSES = 1000
@@ -65,15 +65,14 @@ def plain_step(images: Tensor, labels: Tensor, encoder: str = "resnet50") -> Cal
     return step
 
 
-def our_step(
-    images: Tensor, labels: Tensor, precision: str, compiled: bool = False, encoder: str = "resnet50"
-) -> Callable[[], None]:
+def our_step(images: Tensor, labels: Tensor, recipe: Recipe, classes: int = CLASSES) -> Callable[[], None]:
     """Images as bytes, view-major."""
-    recipe = load_recipe("imagenet-lt", arch=encoder, compile=compiled, size=images.shape[-1])
-    network = create_network(recipe, CLASSES, start=True).to(images.device, memory_format=torch.channels_last).train()
-    take_step = Step(recipe, network, tuple(range(CLASSES, 0, -1)), images.device, precision, ALONE)
+    device = images.device
+    network = create_network(recipe, classes, start=True).to(device, memory_format=torch.channels_last).train()
+    precision = choose_precision(recipe.precision, device)
+    take_step = Step(recipe, network, tuple(range(classes, 0, -1)), device, precision, ALONE)
     optimizer = create_sgd(network.parameters(), 0.1, 0.9, 5e-4)
-    batch = Batch(images.unflatten(0, (3, -1)), labels, slice(0, len(labels)))
+    batch = Batch(images.unflatten(0, (-1, len(labels))), labels, slice(0, len(labels)))
 
     def step() -> None:
         optimizer.zero_grad()
@@ -92,7 +91,7 @@ def child(name: str, images: int) -> None:
     labels = torch.randint(0, CLASSES, (images,))
     if name == OURS:
         keep_freed_memory()  # as a run does
-        step = our_step(pixels, labels, choose_precision("auto", CPU))
+        step = our_step(pixels, labels, load_recipe("imagenet-lt", arch="resnet50"))
     else:
         step = plain_step(((pixels.float() - 120) / 58).contiguous(), labels)
     answer(step, rounds=3, warmup=2)

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.__main__ import ALLOWED, EXPECTED, HIGHER_IS_BETTER, fallen
+from benchmarks.gpu.__main__ import STAGES, run_stage
+from benchmarks.gpu.figures import Figures, table
 
 NAMES = sorted(path.stem for path in EXPECTED.parent.glob("*.py") if not path.stem.startswith("__"))
 
@@ -56,3 +58,60 @@ def test_nothing_grows_over_twelve_epochs():
     found = json.loads(done.stdout.splitlines()[-1])
     assert found.keys() == {"digits", "photographs"}
     assert all(figures.keys() == {"memory", "more_files", "more_processes"} for figures in found.values())
+
+
+# ---- what a machine with a GPU is tried with
+
+
+@pytest.mark.slow
+def test_every_stage_of_the_gpu_kit_is_rehearsed(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    log = tmp_path / "log.txt"
+    assert done.returncode == 0, done.stdout + done.stderr + log.read_text(encoding="utf-8")[-3000:]
+    lines = Figures(tmp_path / "figures.jsonl").read()
+    assert list(dict.fromkeys(line["stage"] for line in lines)) == [*STAGES]
+    assert done.stdout.count("seconds of this stage") == len(STAGES)
+    metrics = json.loads((tmp_path / "cifar10-lt-bcl-0.json").read_text(encoding="utf-8"))
+    top1 = next(line for line in lines if line["figure"] == "bcl, seed 0, top-1")
+    assert top1["value"] == pytest.approx(100 * metrics["last"]["test"]["top1"])
+
+
+@pytest.mark.slow
+def test_a_stage_that_fails_says_why_and_the_next_one_runs(tmp_path):
+    """There are no photographs, and the tests of a GPU are no part of it."""
+    (tmp_path / "photos").mkdir()
+    words = [
+        "--photos",
+        str(tmp_path / "photos"),
+        "--only",
+        "loss",
+        "input",
+        "--rehearse",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    done = subprocess.run([sys.executable, "-m", "benchmarks.gpu", *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    failed = {
+        line["stage"]: line["value"]
+        for line in Figures(tmp_path / "out" / "figures.jsonl").read()
+        if line["figure"] == "failed"
+    }
+    assert failed == {
+        "input": f"exit code 1: {tmp_path / 'photos'} holds no JPEG files (.jpg, .jpeg); name a folder of photographs"
+    }
+    assert f"failed: input; see {tmp_path / 'out' / 'log.txt'}" in done.stdout
+
+
+def test_a_stage_is_ended_at_its_limit(tmp_path):
+    words = ["--stage", "facts", "--rehearse", "--out", str(tmp_path), "--seconds", "9"]
+    assert run_stage(words, 0.2, tmp_path / "log.txt") == "it was not done after 0 s"
+
+
+def test_the_table_of_figures(tmp_path):
+    figures = Figures(tmp_path / "figures.jsonl")
+    figures.add("step", "bf16", 1631.4, "images/s", batch=256)
+    figures.add("step", "failed", "no memory")
+    rows = [line.split() for line in table(figures.read()).splitlines()]
+    assert rows == [[], ["step", "bf16", "1,631", "images/s"], ["failed", "no", "memory"]]

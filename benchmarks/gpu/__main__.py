@@ -55,6 +55,7 @@ def main() -> int:
         )
         STAGES[options.stage][0](task)
         return 0
+    options.only = [name for name in STAGES if name in options.only]
     for folder in filter(None, (options.data, options.photos)):
         if not folder.is_dir():
             parser.error(f"there is no folder at {folder}")

@@ -49,22 +49,20 @@ def seconds_of(subject: Callable[[], object], device: torch.device, rounds: int 
 
 
 def step(task: Task) -> None:
-    """ResNet-50, three views of 224 pixels, 1,000 classes: as `imagenet-lt` trains it, and as one writes it down."""
+    """ResNet-50, three views of 224 pixels, 1,000 classes: as `imagenet-lt` trains it, and as one writes it down. Then
+    ResNet-32 as `cifar10-lt` trains it, recorded as CUDA graphs and not."""
     device, precision = task.device, choose_precision("auto", task.device)
     size, mine, theirs = (32, "resnet8", "resnet18") if task.rehearse else (224, "resnet50", "resnet50")
     factor = torch.randn(512 if task.rehearse else 8192, 512 if task.rehearse else 8192, device=device).bfloat16()
     product = 2 * len(factor) ** 3 / seconds_of(lambda: factor @ factor, device)
 
-    def images_of(batch: int) -> tuple[Tensor, Tensor]:
-        pixels = torch.randint(0, 256, (3 * batch, size, size, 3), dtype=torch.uint8, device=device)
-        return pixels.permute(0, 3, 1, 2), torch.randint(0, CLASSES, (batch,), device=device)
-
     def plain(batch: int) -> Callable[[], None]:
-        pixels, labels = images_of(batch)
+        pixels, labels = _noise(batch, size, device)
         return plain_step(((pixels.float() - 120) / 58).contiguous(), labels, theirs)
 
     def ours(compiled: bool = False) -> Callable[[int], Callable[[], None]]:
-        return lambda batch: our_step(*images_of(batch), precision, compiled, mine)
+        recipe = load_recipe("imagenet-lt", arch=mine, size=size, compile=compiled)
+        return lambda batch: our_step(*_noise(batch, size, device), recipe)
 
     def measure(name: str, make: Callable[[int], Callable[[], None]]) -> float:
         batch, seconds, memory = _largest(make, device, [4] if task.rehearse else [256, 192, 128, 64, 32])
@@ -76,9 +74,32 @@ def step(task: Task) -> None:
 
     eager = measure(f"{precision}, channels last", ours())
     task.say("that is faster than the next one by", eager / measure("float32, channels first", plain), "times")
+    _small_step(task)
     start = time.perf_counter()
     compiled = measure("the first, compiled", ours(compiled=True))
     task.say("compiling gains", compiled / eager, "times", seconds=time.perf_counter() - start)
+
+
+def _small_step(task: Task) -> None:
+    encoder, batch = ("resnet8", 16) if task.rehearse else ("resnet32", 256)
+    images, labels = _noise(batch, 32, task.device, classes=10)
+    for name, recorded, by_trial in (
+        ("eager", False, False),
+        ("recorded", True, False),
+        ("recorded, cuDNN choosing by trial", True, True),
+    ):
+        torch.backends.cudnn.benchmark = by_trial
+        take = our_step(images, labels, load_recipe("cifar10-lt", arch=encoder, cuda_graph=recorded), classes=10)
+        for _ in range(4):  # the fourth is recorded
+            take()
+        task.say(f"{encoder}, {batch} images, {name}", 1000 * seconds_of(take, task.device), "ms")
+    torch.backends.cudnn.benchmark = False
+
+
+def _noise(batch: int, size: int, device: torch.device, classes: int = CLASSES) -> tuple[Tensor, Tensor]:
+    """Three views of a batch of images that mean nothing, as bytes, and labels."""
+    pixels = torch.randint(0, 256, (3 * batch, size, size, 3), dtype=torch.uint8, device=device)
+    return pixels.permute(0, 3, 1, 2), torch.randint(0, classes, (batch,), device=device)
 
 
 def _largest(
@@ -161,8 +182,9 @@ def input_speed(task: Task) -> None:
     _finish(device)
     speed = steps * batch / (time.perf_counter() - start)
     task.say(f"photographs, three views of {size} pixels, {worker_count(-1)} processes", speed, "images/s")
-    encoder, precision = "resnet8" if rehearse else "resnet50", choose_precision("auto", device)
-    take = our_step(first[0].images_VB3SS.flatten(0, 1), first[0].labels_G, precision, encoder=encoder)
+    encoder = "resnet8" if rehearse else "resnet50"
+    recipe = load_recipe("imagenet-lt", arch=encoder, size=size)
+    take = our_step(first[0].images_VB3SS.flatten(0, 1), first[0].labels_G, recipe)
     del first
     fixed, loaded = _with_and_without_input(take, arriving, device, 3 if rehearse else 10)
     task.say(f"{encoder} step: its batch there already", 1000 * fixed, "ms")

@@ -73,6 +73,17 @@ def start_reading(*tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
 
 
 @contextmanager
+def exact_float32() -> Generator[None]:
+    """In this context a GPU's convolutions compute in float32, and not in TF32, which torch allows them elsewhere."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+@contextmanager
 def deterministic(wanted: bool) -> Generator[None]:
     """In this context, if `wanted`, a GPU computes the same bits every time."""
     if not wanted:

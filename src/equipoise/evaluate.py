@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from equipoise.device import start_reading
+from equipoise.device import exact_float32, start_reading
 from equipoise.distributed import ALONE, World
 from equipoise.errors import SharedError, UserError
 from equipoise.loader import Batches
@@ -38,7 +38,8 @@ def predict(
     Raises UserError where no image can be read, or the logits are not finite.
     """
     # A bad image, or a network that has gone wrong, is every rank's error: else the others would wait.
-    rows = world.each_makes(lambda: _predict_share(network, batches, log_prior_C, keep_logits, observe))
+    with exact_float32():
+        rows = world.each_makes(lambda: _predict_share(network, batches, log_prior_C, keep_logits, observe))
     in_order = world.gather_in_turn(rows)
     if not sum(len(row[0]) for row in in_order):
         raise SharedError("none of the images to score can be read; repair them")
@@ -99,4 +100,4 @@ def _read(
     finite, *found = pending()
     if not finite:
         raise UserError("the network's logits are not finite numbers: no figure is to be had; use an earlier one")
-    return [tuple(tensor.numpy() for tensor in found)]
+    return [tuple(tensor.numpy().copy() for tensor in found)]  # memory that a GPU can read is scarce

@@ -159,7 +159,11 @@ class Batches:
             for rows in _in_order(len(readable_N), batch_size, self._world)
         ]
         # Small images only have to be copied: a process would cost more.
-        return self._ahead(tasks) if self._maker.decodes else map(self._arrived, map(self._maker.__getitem__, tasks))
+        return self._ahead(tasks) if self._maker.decodes else (self._arrived(self._made(task)) for task in tasks)
+
+    def _made(self, task: _Task) -> "Batch | UserError":
+        batch = self._maker[task]
+        return batch.pin_memory() if self._device.type == "cuda" and isinstance(batch, Batch) else batch
 
     def _training_tasks(self, seed: int, batch_size: int, steps: range) -> Iterator[_Task]:
         images, per_epoch = len(self._maker), steps_per_epoch(len(self._maker), batch_size)

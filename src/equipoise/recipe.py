@@ -179,7 +179,10 @@ class Recipe:
             expected="one of auto, cpu, cuda, cuda:N, mps",
         ),
     ] = "auto"
-    precision: Annotated[Precision, Setting("auto takes bf16 where the device is built for it")] = "auto"
+    precision: Annotated[
+        Precision,
+        Setting("auto takes bf16 where the device is built for it; in fp32, a GPU's convolutions are in TF32"),
+    ] = "auto"
     compile: Annotated[bool, Setting("let torch compile the encoder first: minutes once; steps may be faster")] = False
     cuda_graph: Annotated[
         bool,
