@@ -51,7 +51,7 @@ def wait_to_kill(process: subprocess.Popen[bytes], run: Path, seconds: float, li
 
 def state_of(run: Path) -> dict[str, Any]:
     """All that a run has come to, without what time tells."""
-    from equipoise.checkpoint import load_checkpoint
+    from equipoise.runs.checkpoint import load_checkpoint
 
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     for line in logged:

@@ -55,24 +55,24 @@ def _instrumented() -> contextlib.AbstractContextManager[Any]:
 
 with _instrumented():
     from equipoise import UserError
-    from equipoise.backbones import _read_weights
-    from equipoise.checkpoint import FORMAT, Checkpoint, _digest, load_checkpoint
-    from equipoise.cifar import CifarArchive, open_cifar
-    from equipoise.compare import _summary
-    from equipoise.hub import _card, read_hub_folder
-    from equipoise.listfiles import departures, identity, image_lists, read_list
-    from equipoise.lists import ImageFiles, ImageList, Paths
-    from equipoise.packed import _TAIL, write_packed
-    from equipoise.pixels import decode
-    from equipoise.predict import _in_order, read_weights
-    from equipoise.recipe import Recipe, load_recipe, recipe_table, recipe_toml
-    from equipoise.records import read_bad_images
-    from equipoise.report import _content
-    from equipoise.run import Run, figures_of
-    from equipoise.runfiles import read_runs
-    from equipoise.sources import find_parts
-    from equipoise.tables import print_post_hoc
-    from equipoise.tensors import load_tensors
+    from equipoise.base.tensors import load_tensors
+    from equipoise.cli.tables import print_post_hoc
+    from equipoise.config.recipe import Recipe, load_recipe, recipe_table, recipe_toml
+    from equipoise.data.cifar import CifarArchive, open_cifar
+    from equipoise.data.decode import decode
+    from equipoise.data.images import ImageFiles, ImageList, Paths
+    from equipoise.data.lists import departures, identity, image_lists, read_list
+    from equipoise.data.packed import _TAIL, write_packed
+    from equipoise.data.sources import find_parts
+    from equipoise.deploy.hub import _card, read_hub_folder
+    from equipoise.deploy.predict import _in_order, read_weights
+    from equipoise.evaluation.records import read_bad_images
+    from equipoise.evaluation.run import Run, figures_of
+    from equipoise.method.encoders import _read_weights
+    from equipoise.report.page import _content
+    from equipoise.report.read import read_runs
+    from equipoise.runs.checkpoint import FORMAT, Checkpoint, _digest, load_checkpoint
+    from equipoise.training.compare import _summary
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def _annotations() -> list[bytes]:
 
 
 def _recipes() -> list[bytes]:
-    folder = Path(__file__).parents[1] / "src" / "equipoise" / "recipes"
+    folder = Path(__file__).parents[1] / "src" / "equipoise" / "config" / "recipes"
     return [recipe_toml(Recipe()).encode(), *(file.read_bytes() for file in sorted(folder.glob("*.toml")))]
 
 

@@ -22,13 +22,13 @@ import torch
 from benchmarks.input import PHOTOS, read_photos, write_folder
 from benchmarks.loss import inputs, ours, step
 from benchmarks.timing import say_where
-from equipoise.device import keep_freed_memory
-from equipoise.figures import linear_axis, log_axis
+from equipoise.base.device import keep_freed_memory
+from equipoise.report.svg import linear_axis, log_axis
 
 OPEN = """
 import sys, time
 start = time.perf_counter()
-from equipoise.sources import Source, find_parts
+from equipoise.data.sources import Source, find_parts
 images = find_parts(Source(sys.argv[1], lists={"train": sys.argv[1] + "/list.txt"})).parts["train"]
 peak = next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(time.perf_counter() - start, peak)
@@ -64,9 +64,9 @@ def list_seconds(lines: int, folder: Path) -> tuple[float, float]:
 
 def images_a_second(workers: int, data: Path) -> float:
     """Photographs a second, three views of 224 pixels each, as they reach the training loop."""
-    from equipoise.loader import open_batches, steps_per_epoch
-    from equipoise.sources import open_parts
-    from equipoise.views import ViewSettings
+    from equipoise.data.sources import open_parts
+    from equipoise.views.loader import open_batches, steps_per_epoch
+    from equipoise.views.views import ViewSettings
 
     images = open_parts(str(data)).train
     batches = open_batches(images, ViewSettings("photos", ("cls", "sim", "sim"), 224), torch.device("cpu"), workers)

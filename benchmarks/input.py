@@ -18,9 +18,9 @@ from PIL import Image
 
 from benchmarks import plain_views
 from benchmarks.timing import answer, apart, finish, ratio, say_times, say_where
-from equipoise.device import keep_freed_memory
-from equipoise.pixels import decode_bytes
-from equipoise.views import ViewSettings, photo_views
+from equipoise.base.device import keep_freed_memory
+from equipoise.data.decode import decode_bytes
+from equipoise.views.views import ViewSettings, photo_views
 
 SIZE = 224
 BATCH = 64

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.timing import Times, finish, in_turn, ratio, say_times, say_where, spread
-from equipoise.losses import balanced_contrastive_loss
+from equipoise.method.losses import balanced_contrastive_loss
 
 TEMPERATURE = 0.07
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -23,12 +23,12 @@ def step(encoder: str, size: int, micro_batch: int, file: str) -> None:
     """In the child: seconds of each step, memory in MB; the gradient goes into the file."""
     import resource
 
-    from equipoise.batchnorm import batch_norms
-    from equipoise.checkpoint import create_network
-    from equipoise.distributed import ALONE
-    from equipoise.loader import Batch
-    from equipoise.recipe import load_recipe
-    from equipoise.step import Step
+    from equipoise.base.world import ALONE
+    from equipoise.config.recipe import load_recipe
+    from equipoise.method.batchnorm import batch_norms
+    from equipoise.runs.checkpoint import create_network
+    from equipoise.training.step import Step
+    from equipoise.views.loader import Batch
 
     def memory() -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -14,9 +14,9 @@ import torch
 
 from benchmarks.input import BATCH, NAMES, PHOTOS, SIZE, child, read_photos, report, write_folder
 from benchmarks.timing import say_where
-from equipoise.pack import pack
-from equipoise.pixels import content_of, decode
-from equipoise.sources import find_parts
+from equipoise.data.decode import content_of, decode
+from equipoise.data.pack import pack
+from equipoise.data.sources import find_parts
 
 
 def main() -> None:

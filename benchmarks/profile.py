@@ -17,10 +17,10 @@ import equipoise
 from benchmarks.input import PHOTOS, read_photos, write_folder
 from benchmarks.timing import say_where
 from benchmarks.waiting import CIFAR, training
-from equipoise.loader import Batch, open_batches, worker_count
-from equipoise.plan import prepare
-from equipoise.recipe import Recipe
-from equipoise.run import view_settings
+from equipoise.config.recipe import Recipe
+from equipoise.evaluation.run import view_settings
+from equipoise.training.plan import prepare
+from equipoise.views.loader import Batch, open_batches, worker_count
 
 PARTS = ("waiting for the batch", "forward pass and loss", "backward pass", "optimizer")
 

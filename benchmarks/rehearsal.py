@@ -150,7 +150,7 @@ def rehearse(place: Path, photos: Path | None, size: int, epochs: int, encoders:
     """Build both trees in `place`, run the commands, check what they leave; the number of checks passed."""
     import torch
 
-    from equipoise.recipe import load_recipe
+    from equipoise.config.recipe import load_recipe
 
     imagenet = build_imagenet(place / "imagenet_2012", photos)
     inaturalist = build_inaturalist(place / "inat2018", photos)

@@ -11,12 +11,12 @@ import time
 
 import torch
 
-from equipoise.checkpoint import create_network
-from equipoise.distributed import join
-from equipoise.loader import Batch
-from equipoise.losses import balanced_contrastive_loss
-from equipoise.recipe import load_recipe
-from equipoise.step import Step
+from equipoise.base.world import join
+from equipoise.config.recipe import load_recipe
+from equipoise.method.losses import balanced_contrastive_loss
+from equipoise.runs.checkpoint import create_network
+from equipoise.training.step import Step
+from equipoise.views.loader import Batch
 
 STEPS = 7
 FORWARD_FLOP = 2 * 4.089e9  # of a ResNet-50 on one image of 224 pixels (4.089 billion multiply-adds, torchvision)

@@ -16,12 +16,12 @@ from PIL import Image
 
 from benchmarks import plain_views
 from benchmarks.timing import answer, apart, finish, ratio, say_times, say_where
-from equipoise.device import choose_device, keep_freed_memory
-from equipoise.errors import UserError
-from equipoise.lists import ImageList
-from equipoise.loader import open_batches, steps_per_epoch
-from equipoise.sources import open_parts
-from equipoise.views import ViewSettings
+from equipoise.base.device import choose_device, keep_freed_memory
+from equipoise.base.errors import UserError
+from equipoise.data.images import ImageList
+from equipoise.data.sources import open_parts
+from equipoise.views.loader import open_batches, steps_per_epoch
+from equipoise.views.views import ViewSettings
 
 BATCH, IMAGES = 256, 1024
 SETTINGS = ViewSettings("cifar", ("cls", "sim", "sim"), 32)

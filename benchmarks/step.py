@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from benchmarks.loss import mask_form
 from benchmarks.timing import answer, apart, finish, say_times, say_where
-from equipoise.checkpoint import create_network
-from equipoise.device import choose_precision, keep_freed_memory
-from equipoise.distributed import ALONE
-from equipoise.loader import Batch
-from equipoise.optim import create_sgd
-from equipoise.recipe import Recipe, load_recipe
-from equipoise.step import Step
+from equipoise.base.device import choose_precision, keep_freed_memory
+from equipoise.base.world import ALONE
+from equipoise.config.recipe import Recipe, load_recipe
+from equipoise.runs.checkpoint import create_network
+from equipoise.training.optim import create_sgd
+from equipoise.training.step import Step
+from equipoise.views.loader import Batch
 
 CLASSES = 1000
 CPU = torch.device("cpu")

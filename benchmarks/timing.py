@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from equipoise.device import describe_machine
+from equipoise.base.device import describe_machine
 
 
 @dataclass(frozen=True)

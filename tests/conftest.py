@@ -43,6 +43,17 @@ def write_parquet(path, labels, column="img", label_column="label", metadata=Non
     pq.write_table(table.replace_schema_metadata(metadata), path)
 
 
+def refusal(capsys, *words: str) -> str:
+    """What a refused command says: one line, on stderr, with exit code 2."""
+    from equipoise.cli.main import main
+
+    assert main(words) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("equipoise: ")
+    assert said.err.count("\n") == 1
+    return said.err.removeprefix("equipoise: ").strip()
+
+
 # `open` waits for a reader.
 _LATE_WRITER = """
 import sys, time

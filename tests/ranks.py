@@ -1,4 +1,4 @@
-"""Run by torchrun in tests/test_distributed.py: `ranks.py FOLDER CASES`. Trains in float64 on noise with labels,
+"""Run by torchrun in tests/base/test_world.py: `ranks.py FOLDER CASES`. Trains in float64 on noise with labels,
 and rank 0 saves what came of it: gradients of the first and of a short batch, weights after 20 steps, loss terms."""
 
 import json
@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from equipoise.batchnorm import batch_norms
-from equipoise.checkpoint import create_network
-from equipoise.distributed import World, join
-from equipoise.lists import ImageList, PixelArrays
-from equipoise.loader import open_batches, steps_per_epoch
-from equipoise.optim import create_sgd
-from equipoise.recipe import load_recipe
-from equipoise.run import view_settings
-from equipoise.step import Step
-from equipoise.training import set_training
+from equipoise.base.world import World, join
+from equipoise.config.recipe import load_recipe
+from equipoise.data.images import ImageList, PixelArrays
+from equipoise.evaluation.run import view_settings
+from equipoise.method.batchnorm import batch_norms
+from equipoise.runs.checkpoint import create_network
+from equipoise.training.loop import set_training
+from equipoise.training.optim import create_sgd
+from equipoise.training.step import Step
+from equipoise.views.loader import open_batches, steps_per_epoch
 
 CLASSES, STEPS = 5, 20
 CPU = torch.device("cpu")

@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from equipoise.evaluate import predict
-from equipoise.loader import Batch, steps_per_epoch
-from equipoise.losses import log_prior
-from equipoise.metrics import choose_tau, fit_temperature, score, sweep
-from equipoise.model import CosineClassifier
-from equipoise.observe import Observation, confidence_at
-from equipoise.recipe import load_recipe, recipe_toml
-from equipoise.run import METRICS, OBSERVED, RECIPE, RECORD, write_json
+from equipoise.config.recipe import load_recipe, recipe_toml
+from equipoise.evaluation.metrics import choose_tau, fit_temperature, score, sweep
+from equipoise.evaluation.observe import Observation, confidence_at
+from equipoise.evaluation.predictions import predict
+from equipoise.evaluation.run import METRICS, OBSERVED, RECIPE, RECORD, write_json
+from equipoise.method.losses import log_prior
+from equipoise.method.network import CosineClassifier
+from equipoise.views.loader import Batch, steps_per_epoch
 
 WIDTH = 24
 

@@ -20,24 +20,24 @@ from torch import Tensor
 
 import equipoise
 from equipoise import Run, UserError, load_checkpoint, load_recipe, train
-from equipoise.batchnorm import batch_norms
-from equipoise.checkpoint import create_network
-from equipoise.device import choose_device, choose_precision, describe_machine
-from equipoise.distributed import ALONE
-from equipoise.loader import Batch, open_batches, steps_per_epoch
-from equipoise.losses import (
+from equipoise.base.device import choose_device, choose_precision, describe_machine
+from equipoise.base.world import ALONE
+from equipoise.data.sources import find_parts
+from equipoise.evaluation.run import evaluate_run, open_data, view_settings
+from equipoise.method.batchnorm import batch_norms
+from equipoise.method.losses import (
     balanced_contrastive_loss,
     log_prior,
     logit_adjusted_cross_entropy,
     supervised_contrastive_loss,
 )
-from equipoise.model import TwoBranchNetwork
-from equipoise.optim import create_sgd
-from equipoise.run import evaluate_run, open_data, view_settings
-from equipoise.sources import find_parts
-from equipoise.step import Step
-from equipoise.training import set_training
-from equipoise.views import ViewSettings
+from equipoise.method.network import TwoBranchNetwork
+from equipoise.runs.checkpoint import create_network
+from equipoise.training.loop import set_training
+from equipoise.training.optim import create_sgd
+from equipoise.training.step import Step
+from equipoise.views.loader import Batch, open_batches, steps_per_epoch
+from equipoise.views.views import ViewSettings
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -149,8 +149,8 @@ def test_losses_in_float32_are_those_of_a_cpu_in_float64(name, rows, monkeypatch
     """BCL in one chunk of anchors, and in nine of which the last is short."""
     expected = value_and_gradients(name, CPU, torch.float64)
     if rows is not None:
-        monkeypatch.setattr("equipoise.losses._CHUNK_ENTRIES_GPU", 1)
-        monkeypatch.setattr("equipoise.losses._CHUNK_ROWS", rows)
+        monkeypatch.setattr("equipoise.method.losses._CHUNK_ENTRIES_GPU", 1)
+        monkeypatch.setattr("equipoise.method.losses._CHUNK_ROWS", rows)
     ours = value_and_gradients(name, DEVICE, torch.float32)
     assert len(ours) == len(expected) > 1
     for one, two in zip(ours, expected, strict=True):
@@ -391,7 +391,7 @@ RUN = """
 import os, signal, sys
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from equipoise import load_recipe, train
-from equipoise.errors import Stopped
+from equipoise.base.errors import Stopped
 
 folder, device, steps = sys.argv[1], sys.argv[2], int(sys.argv[3])
 taken = []

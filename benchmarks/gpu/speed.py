@@ -14,13 +14,13 @@ from benchmarks.loss import Loss, inputs, mask_form, ours, products
 from benchmarks.loss import step as loss_step
 from benchmarks.step import CLASSES, our_step, plain_step
 from benchmarks.waiting import training
-from equipoise.device import choose_precision
-from equipoise.loader import Batch, open_batches, worker_count
-from equipoise.plan import Plan, prepare
-from equipoise.recipe import load_recipe
-from equipoise.run import view_settings
-from equipoise.sources import open_parts
-from equipoise.views import ViewSettings, batch_views, small_views
+from equipoise.base.device import choose_precision
+from equipoise.config.recipe import load_recipe
+from equipoise.data.sources import open_parts
+from equipoise.evaluation.run import view_settings
+from equipoise.training.plan import Plan, prepare
+from equipoise.views.loader import Batch, open_batches, worker_count
+from equipoise.views.views import ViewSettings, batch_views, small_views
 
 RESNET50 = 4.089e9  # multiply-adds of one image at 224 pixels
 

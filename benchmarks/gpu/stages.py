@@ -17,13 +17,13 @@ import torch
 from benchmarks import crash
 from benchmarks.gpu.figures import Task
 from benchmarks.gpu.speed import seconds_of
-from equipoise.device import describe_machine
-from equipoise.pixels import usable_cores
-from equipoise.recipe import load_recipe
+from equipoise.base.device import describe_machine
+from equipoise.config.recipe import load_recipe
+from equipoise.data.decode import usable_cores
 
 # The most wanted first: where time is short, the last ones are left out.
 CIFAR_RUNS = (("bcl", 0), ("ce", 0), ("logit-adjusted", 0), ("supcon+la", 0), ("bcl", 1), ("bcl", 2))
-TESTS = ("tests/test_operations.py", "tests/test_gpu.py")
+TESTS = ("tests/views/test_operations.py", "tests/test_gpu.py")
 _MINIATURE = "--arch resnet8 --batch-size 32 --imbalance-factor 10"  # of made-up pictures
 
 

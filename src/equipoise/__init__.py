@@ -9,25 +9,25 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"  # pyproject.toml takes it from here
 
 if TYPE_CHECKING:
-    from equipoise.checkpoint import load_checkpoint
-    from equipoise.errors import UserError
-    from equipoise.losses import BalancedContrastiveLoss, LogitAdjustedCrossEntropy
-    from equipoise.predict import Classifier, load
-    from equipoise.recipe import Recipe, load_recipe
-    from equipoise.run import Run
-    from equipoise.training import train
+    from equipoise.base.errors import UserError
+    from equipoise.config.recipe import Recipe, load_recipe
+    from equipoise.deploy.predict import Classifier, load
+    from equipoise.evaluation.run import Run
+    from equipoise.method.losses import BalancedContrastiveLoss, LogitAdjustedCrossEntropy
+    from equipoise.runs.checkpoint import load_checkpoint
+    from equipoise.training.loop import train
 
 _HOME = {
-    "BalancedContrastiveLoss": "losses",
-    "Classifier": "predict",
-    "LogitAdjustedCrossEntropy": "losses",
-    "Recipe": "recipe",
-    "Run": "run",
-    "UserError": "errors",
-    "load": "predict",
-    "load_checkpoint": "checkpoint",
-    "load_recipe": "recipe",
-    "train": "training",
+    "BalancedContrastiveLoss": "method.losses",
+    "Classifier": "deploy.predict",
+    "LogitAdjustedCrossEntropy": "method.losses",
+    "Recipe": "config.recipe",
+    "Run": "evaluation.run",
+    "UserError": "base.errors",
+    "load": "deploy.predict",
+    "load_checkpoint": "runs.checkpoint",
+    "load_recipe": "config.recipe",
+    "train": "training.loop",
 }
 __all__ = [
     "BalancedContrastiveLoss",

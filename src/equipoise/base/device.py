@@ -1,0 +1,136 @@
+"""Words become a device and a precision; the machine becomes a description."""
+
+import ctypes
+import os
+import platform
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from equipoise.base.errors import UserError
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """'auto' takes cuda, mps, cpu; 'cuda:1' is the second GPU. 'cuda' without a number is, for each process on
+    this host, its own. A GPU becomes the current one, which pinned memory, streams and events are of. Raises UserError
+    for one that is not there, or not known."""
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        name = next(device for device, there in available.items() if there)
+    kind, colon, number = name.partition(":")
+    if kind not in available or (colon and not (kind == "cuda" and number.isdecimal())):
+        raise UserError(f"a device is one of auto, cpu, cuda, cuda:N, mps; not '{name}'")
+    if kind == "cuda" and not number:
+        number = str(local_rank)
+        name = f"cuda:{local_rank}" if local_rank else name
+    if not available[kind]:
+        raise UserError(f"this machine has no {kind} device that torch {torch.__version__} can use; try --device auto")
+    if number and int(number) >= torch.cuda.device_count():
+        raise UserError(f"this machine has {torch.cuda.device_count()} CUDA devices, numbered from 0, and so no {name}")
+    device = torch.device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)
+    return device
+
+
+def keep_freed_memory() -> None:
+    """Let memory that is freed stay with the process, where the C library is glibc.
+
+    It would give every large tensor back to the system and take the next one from there, whose pages cost time when
+    they are touched: a third of a training step (docs/performance.md).
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):  # another C library, Windows
+        return
+    mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for a large piece
+    mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is given back
+
+
+def start_reading(*tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+    """Send tensors to the host now; the function returned waits for them alone and gives them. So a GPU goes on with
+    what is queued meanwhile."""
+    if tensors[0].device.type != "cuda":
+        return lambda: tuple(tensor.cpu() for tensor in tensors)
+    on_host = tuple(torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors)
+    for there, tensor in zip(on_host, tensors, strict=True):
+        there.copy_(tensor, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record(torch.cuda.current_stream(tensors[0].device))
+
+    def read() -> tuple[Tensor, ...]:
+        arrived.synchronize()
+        return on_host
+
+    return read
+
+
+@contextmanager
+def exact_float32() -> Generator[None]:
+    """In this context a GPU's convolutions compute in float32, and not in TF32, which torch allows them elsewhere."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Generator[None]:
+    """In this context, if `wanted`, a GPU computes the same bits every time."""
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """'auto' takes bf16 where the device computes in it: elsewhere it would be emulated, and slower than fp32."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp32"
+    return "bf16" if device.type == "cpu" and _cpu_computes_bf16() else "fp32"
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """The context in which the forward pass runs."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def describe_machine(device: torch.device) -> dict[str, str | int]:
+    """What a figure must be quoted with."""
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _cpu_field("model name") or platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    }
+
+
+def _cpu_computes_bf16() -> bool:
+    flags = _cpu_field("flags").split()
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def _cpu_field(name: str) -> str:
+    """A field of the first processor, as Linux describes it; '' elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")

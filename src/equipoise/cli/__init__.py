@@ -1,0 +1,1 @@
+"""Words to calls, and values to tables in the terminal."""

@@ -1,0 +1,171 @@
+"""Words of a command line become a recipe.
+
+Recipe fields are flags under their own names; their checks, and so the messages, are the recipe's. Where no recipe is
+named, what lies at `--data` decides.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from equipoise.authors.flags import authors_overrides, milestones_of, recipe_of_dataset
+from equipoise.base.errors import UserError
+from equipoise.config.recipe import (
+    Field,
+    Recipe,
+    field_value,
+    find_field,
+    load_recipe,
+    override,
+    recipe_fields,
+    shipped_recipes,
+)
+
+DEMO = "digits-lt"
+OWN_FOLDER = "pictures"
+# What `sources.recognise` finds, the recipe for it, and its name in a sentence.
+_RECOGNISED = {
+    "digits": (DEMO, "the built-in digits"),
+    "imagenet-lt": ("imagenet-lt", "an ImageNet-2012 folder"),
+    "inat2018": ("inat2018", "an iNaturalist 2018 folder"),
+    "places-lt": ("places-lt", "a Places-LT folder"),
+    "cifar10": ("cifar10-lt", "CIFAR-10"),
+    "cifar100": ("cifar100-lt", "CIFAR-100"),
+}
+
+
+def add_set(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.FIELD=VALUE",
+        help="set any field of the recipe",
+    )
+
+
+def add_list_flags(command: argparse.ArgumentParser, parts: Sequence[str]) -> None:
+    """`--train-list FILE` and the like."""
+    for part in parts:
+        command.add_argument(
+            f"--{part}-list", dest=f"data.{part}_list", metavar="FILE", help="a list file of that part"
+        )
+
+
+def add_recipe_flags(command: argparse.ArgumentParser, words: list[str]) -> None:
+    """A flag for every field of a recipe, grouped by section."""
+    # Defaults are shown as the recipe on the command line has them.
+    default = OWN_FOLDER if "--data" in words else DEMO
+    named = next((word for word in words if word in shipped_recipes()), default)
+    shown = load_recipe(named) if {"-h", "--help"} & set(words) else Recipe()
+    groups: dict[str, Any] = {}
+    for field in recipe_fields():
+        if field.key in ("name", "summary"):
+            continue
+        section = field.path[0] if len(field.path) == 2 else "run"
+        if section not in groups:
+            groups[section] = command.add_argument_group(f"{section} (shown: {named})")
+        add_field(groups[section], field, field_value(shown, field))
+
+
+def add_field(group: Any, field: Field, default: Any = None) -> None:
+    """A flag for a field of a recipe; its help shows the default, where there is one."""
+    # One letter works with one dash or two: the authors' README writes `--p`.
+    flags = [flag for name in field.names for flag in ([f"-{name}", f"--{name}"] if len(name) == 1 else [f"--{name}"])]
+    arguments: dict[str, Any] = {"metavar": field.path[-1].upper()}
+    if get_origin(field.type) is Literal:
+        arguments["metavar"] = "|".join(choice for choice in get_args(field.type) if choice)
+        if field.key == "optim.schedule":  # or the authors' milestones, see `milestones_of`
+            arguments["nargs"] = "+"
+    elif field.type is bool:
+        arguments |= {"metavar": "true|false", "nargs": "?", "const": "true"}
+    elif get_origin(field.type) is tuple:
+        arguments["nargs"] = "+"
+        default = " ".join(f"{number:g}" for number in default)
+    text = (field.setting.help + ("" if default is None else f" [{default}]")).replace("%", "%%")
+    group.add_argument(*flags, dest=field.key, default=None, help=text, **arguments)
+
+
+def refuse_swallowed_recipe(options: argparse.Namespace) -> None:
+    """Raise UserError where a flag with an optional value, or several, took the recipe that was written behind it."""
+    if options.recipe is not None:
+        return
+    for flag in options.parser._actions:
+        value = getattr(options, flag.dest, None) if flag.nargs in ("?", "+") else None
+        for word in value if isinstance(value, list) else [value]:
+            if word in shipped_recipes() or str(word).endswith(".toml"):
+                raise UserError(
+                    f"'{word}' was taken as a value of {flag.option_strings[0]}: write the recipe before the flags"
+                )
+
+
+def overrides_of(options: argparse.Namespace) -> list[tuple[Field, Any]]:
+    """Fields set on the command line. Raises UserError where `--set` and a flag say different things of one."""
+    settings: list[tuple[Field, Any]] = []
+    for text in options.set:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"--set takes SECTION.FIELD=VALUE, not '{text}'")
+        settings.append((find_field(key.strip()), value.strip()))
+    flags: list[tuple[Field, Any]] = []
+    for field in recipe_fields():
+        value = getattr(options, field.key, None)
+        if value is not None and field.key != "optim.schedule":
+            flags.append((field, value))
+    if hasattr(options, "use_norm"):
+        flags += [*milestones_of(options), *authors_overrides(options)]
+    for field, value in flags:
+        for other, text in settings:
+            if other == field and override(Recipe(), field, text) != override(Recipe(), field, value):
+                said = " ".join(map(str, value)) if isinstance(value, list) else value
+                raise UserError(f"--set {field.key}={text}, but a flag says {said}; drop one of them")
+    return [*settings, *flags]
+
+
+def chosen_recipe(options: argparse.Namespace) -> tuple[Recipe, str]:
+    """The recipe with its overrides, and a remark where it was not named."""
+    overrides = overrides_of(options)
+    path = {field.key: value for field, value in overrides}.get("data.path")
+    name, remark = options.recipe, ""
+    if options.dataset is not None:
+        of_dataset = recipe_of_dataset(options.dataset)
+        if name not in (None, of_dataset):
+            raise UserError(f"--dataset {options.dataset} means the recipe {of_dataset}, not {name}; drop one of them")
+        name = of_dataset
+
+    from equipoise.data.sources import recognise
+
+    lies_there = recognise(path) if path else ("" if name else "digits")
+    fitting, spoken = _RECOGNISED.get(lies_there, (OWN_FOLDER, ""))
+    published = {recipe for recipe, _ in _RECOGNISED.values() if recipe != DEMO}
+    if name is None:
+        name = fitting
+        there = f"{path} is {spoken}, so " if path and spoken else ""
+        remark = f"no recipe named: {there}taking '{name}' (equipoise recipes lists them all)"
+    elif lies_there and name in published and name != fitting:
+        raise UserError(
+            f"the recipe {name} is not for {path}: that is {spoken}; take {fitting}, or name another folder"
+        )
+    recipe = load_recipe(name)
+    for field, value in overrides:
+        recipe = override(recipe, field, value)
+    return recipe, remark
+
+
+def resumed_recipe(options: argparse.Namespace) -> Recipe | None:
+    """With `--resume` and neither a recipe nor data named, the recipe is the run's own. So it is with data, where the
+    run goes on in its folder: then they have moved."""
+    overrides = overrides_of(options)
+    moved = not options.out and Path(options.resume or "", "recipe.toml").is_file()
+    of_data = "data.path" in {field.key for field, _ in overrides}
+    named = options.recipe or options.dataset or (of_data and not moved)
+    if not options.resume or options.resume == "auto" or named:
+        return None
+
+    from equipoise.evaluation.run import recipe_of
+
+    recipe = recipe_of(Path(options.resume))
+    for field, value in overrides:
+        recipe = override(recipe, field, value)
+    return recipe

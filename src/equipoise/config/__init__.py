@@ -1,0 +1,1 @@
+"""A name or a TOML file to a validated recipe."""

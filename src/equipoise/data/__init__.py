@@ -1,0 +1,1 @@
+"""What is on the disk to an image list and decoded pixels."""

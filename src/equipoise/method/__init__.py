@@ -1,0 +1,1 @@
+"""The paper: its losses, its network."""

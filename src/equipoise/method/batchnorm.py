@@ -1,0 +1,93 @@
+"""What BatchNorm does where a batch is spread over ranks or computed in parts."""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
+
+from equipoise.base.errors import UserError
+
+
+def batch_norms(network: nn.Module) -> list[_BatchNorm]:
+    """All modules of the network that normalise over the batch, of whatever kind."""
+    return [module for module in network.modules() if isinstance(module, _BatchNorm)]
+
+
+@contextmanager
+def resting_averages(network: nn.Module) -> Generator[None]:
+    """In this context a forward pass uses the batch's statistics and leaves the running averages as they are."""
+    before = [(module, module.momentum, module.num_batches_tracked) for module in batch_norms(network)]
+    for module, _, batches in before:
+        module.momentum = 0.0  # the averages keep all of what they are
+        module.num_batches_tracked = None if batches is None else batches.clone()
+    try:
+        yield
+    finally:
+        for module, momentum, batches in before:
+            module.momentum, module.num_batches_tracked = momentum, batches
+
+
+def synchronise(network: nn.Module, device: torch.device) -> nn.Module:
+    """The network with BatchNorm over the images of all ranks: torch's own on a GPU, which it is made for, and the same
+    in plain operations on a CPU. Raises UserError for a kind of BatchNorm that is not known there."""
+    if device.type == "cuda":
+        from timm.layers.norm_act import convert_sync_batchnorm  # knows torch's kinds and timm's own
+
+        return convert_sync_batchnorm(network)
+    for module in batch_norms(network):
+        if type(module) not in (nn.BatchNorm1d, nn.BatchNorm2d):
+            raise UserError(
+                f"on a CPU, {type(module).__name__} cannot be synchronised; set model.batch_norm to per-rank, or "
+                "change --arch"
+            )
+        module.__class__ = _OverRanks  # the same state, another forward pass
+    return network
+
+
+class _OverRanks(_BatchNorm):
+    """BatchNorm whose mean and variance are those of the rows of all ranks, of which each may have another number."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Any number of dimensions will do."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        axes, shape = [0, *range(2, input.ndim)], [1, -1, *[1] * (input.ndim - 2)]
+        x = input if input.dtype == torch.float64 else input.float()  # under autocast, bfloat16 would add up wrongly
+        total = torch.tensor([x.numel() / x.shape[1]], dtype=x.dtype)
+        dist.all_reduce(total)
+        mean: Tensor = _Sum.apply(x.sum(axes)) / total  # pyright: ignore[reportOptionalOperand, reportAssignmentType]
+        centred = x - mean.view(shape)
+        variance: Tensor = _Sum.apply(centred.square().sum(axes)) / total  # pyright: ignore[reportOptionalOperand, reportAssignmentType]
+        if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
+            with torch.no_grad():
+                assert self.num_batches_tracked is not None
+                self.num_batches_tracked.add_(1)
+                momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+                self.running_mean.lerp_(mean, momentum)
+                self.running_var.lerp_(variance * (total / (total - 1)), momentum)
+        normalised = centred * (variance + self.eps).rsqrt().view(shape)
+        return (normalised * self.weight.view(shape) + self.bias.view(shape)).to(input.dtype)
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over ranks; what depends on it on any rank comes back to every rank."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        gradient = gradients[0].clone()
+        dist.all_reduce(gradient)
+        return gradient

@@ -1,0 +1,207 @@
+"""A name becomes an encoder `[N, 3, H, W] -> [N, F]` and its width F.
+
+The CIFAR family of He et al. (CVPR 2016, section 4.2: 16/32/64 channels, parameter-free shortcuts) is built here
+because no library keeps it; everything else is timm's.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from equipoise.base.errors import UserError, lacks_memory, out_of_memory, reason
+from equipoise.base.files import regular_file
+from equipoise.base.tensors import load_tensors
+
+_BLOCKS_PER_STAGE = {"resnet8": 1, "resnet20": 3, "resnet32": 5}
+_AUTHORS_ENCODERS = ("resnet50", "resnext50_32x4d")
+_TIMM_NAMES = {"resnext50": "resnext50_32x4d"}  # the authors' spelling
+
+
+def create_encoder(name: str, size: int, pretrained: bool = False, weights: str | Path = "") -> tuple[nn.Module, int]:
+    """The encoder called `name` for images of `size` pixels, and its width F.
+
+    It starts from random weights, or with `pretrained` from those of timm's hub, or from the file `weights`: in
+    timm's naming or that of torchvision's ResNets, `.safetensors` or what torch saves, with or without a classifier; a
+    checkpoint of a run or of the BCL authors' code too. Nothing in the file is executed.
+
+    Raises UserError for an unknown name, weights that cannot be had or do not fit, or a size the encoder does not take.
+    """
+    if name in _BLOCKS_PER_STAGE:
+        if pretrained:
+            raise UserError(f"there are no pretrained weights for {name}; set model.pretrained to false")
+        encoder: nn.Module = SmallResNet(_BLOCKS_PER_STAGE[name])
+        if weights:
+            _load_weights(encoder, name, Path(weights))
+        return encoder, SmallResNet.width
+    # A file is asked for by name: it stands in for the hub.
+    encoder = _timm_encoder(_TIMM_NAMES.get(name, name), size, pretrained and not weights)
+    if weights:
+        _load_weights(encoder, name, Path(weights))
+    try:
+        # What timm calls num_features is not the width of what every one of its encoders returns: so try.
+        with torch.inference_mode():
+            features = encoder.eval()(torch.zeros(1, 3, size, size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        if out_of_memory(error):
+            raise
+        why = reason(error, library=True, otherwise="its layers do not fit them")
+        raise UserError(f"{name} does not take images of {size} pixels ({why}); change --size or --arch") from None
+    if features.ndim != 2:
+        raise UserError(f"{name} gives features of shape {list(features.shape)[1:]}, not one vector; change --arch")
+    return encoder.train(), features.shape[1]
+
+
+def pretrained_normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and std of the images that an encoder's pretrained weights are of; None where timm has none."""
+    import timm
+
+    try:
+        known = timm.get_pretrained_cfg(_TIMM_NAMES.get(name, name))
+    except RuntimeError:  # no such weights: `create_encoder` says so
+        return None
+    return (known.mean, known.std) if known else None
+
+
+def timm_arguments(name: str, size: int) -> tuple[str, dict[str, Any]] | None:
+    """What timm calls the encoder `name`, and the arguments that make it take `size` pixels; None for one that is not
+    timm's."""
+    if name in _BLOCKS_PER_STAGE:
+        return None
+    import timm
+
+    name = _TIMM_NAMES.get(name, name)
+    fixed = getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False)
+    return name.split(".")[0], {"img_size": size} if fixed else {}
+
+
+def _timm_encoder(name: str, size: int, pretrained: bool) -> nn.Module:
+    import timm  # two seconds, and the small networks need none of it
+
+    if name.split(".")[0] not in timm.list_models():
+        valid = [*_BLOCKS_PER_STAGE, *timm.list_models()]
+        close = difflib.get_close_matches(name, valid, n=3) or ["resnet32", "resnet50", "resnext50_32x4d"]
+        raise UserError(f"no encoder is called '{name}'; did you mean {' or '.join(close)}?")
+    try:
+        _, options = timm_arguments(name, size) or ("", {})
+        if not pretrained and name in _AUTHORS_ENCODERS:
+            options["zero_init_last"] = False  # as the authors' code starts them
+        return timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
+    except (OSError, RuntimeError, TypeError) as error:
+        why = reason(error, library=True, otherwise="timm does not say why")
+        if not pretrained:
+            raise UserError(f"timm cannot build {name} at {size} pixels ({why}); change --size or --arch") from None
+        raise UserError(
+            f"the pretrained weights of {name} could not be had ({why}); connect to the network, name a file of "
+            "them with --weights FILE, or set --pretrained false"
+        ) from None
+
+
+def _load_weights(encoder: nn.Module, name: str, file: Path) -> None:
+    """Put the weights of a file into the encoder, all of them. Raises UserError where any is missing or differs."""
+    state, expected = _read_weights(file), encoder.state_dict()
+    if not any(key.startswith("encoder.") for key in expected):
+        # In a checkpoint of a network with two branches the encoder is a part.
+        state = {key.removeprefix("encoder."): value for key, value in state.items()}
+    if not isinstance(encoder, SmallResNet):
+        state = _as_timm_has_them(state, encoder)
+    # What a classifier above the encoder would be called is not looked at.
+    missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
+    differing = [key for key in expected if key in state and state[key].shape != expected[key].shape]
+    for keys, how in ((missing, "are not in it"), (differing, "have another shape in it")):
+        if keys:
+            raise UserError(
+                f"{file} does not hold the weights of {name}: {len(keys):,} of {len(expected):,} {how} "
+                f"(first: {keys[0]})"
+            )
+    spoilt = [key for key in expected if key in state and not bool(state[key].isfinite().all())]
+    if spoilt:
+        raise UserError(f"{file} holds weights that are not finite numbers (first: {spoilt[0]}); take another")
+    encoder.load_state_dict({key: state.get(key, value) for key, value in expected.items()})
+
+
+def _read_weights(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file by name, without the wrappings that training programs put around them."""
+    table: Any = _read_safetensors(file) if file.suffix == ".safetensors" else load_tensors(file, "file of weights")
+    for wrapping in ("state_dict_ema", "model_ema", "state_dict", "model", "weights"):
+        if isinstance(table, dict) and isinstance(table.get(wrapping), dict):
+            table = table[wrapping]
+    if not isinstance(table, dict) or not all(isinstance(value, Tensor) for value in table.values()):
+        raise UserError(f"{file} does not hold tensors by name, as a file of weights does")
+    return {str(key).removeprefix("module."): value for key, value in table.items()}
+
+
+def _read_safetensors(file: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(regular_file(file))
+    except FileNotFoundError:
+        raise UserError(f"there is no file of weights at {file}") from None
+    except Exception as error:  # it raises what it likes for a damaged file; there is nothing in one to execute
+        if out_of_memory(error) and lacks_memory(error, 4 * file.stat().st_size + 2**20):
+            raise MemoryError from None
+        why = reason(error, library=True)
+        raise UserError(
+            f"{file} is no file of weights that can be read ({why}); take another, or copy it anew"
+        ) from None
+
+
+def _as_timm_has_them(state: dict[str, Tensor], encoder: nn.Module) -> dict[str, Tensor]:
+    """Through timm's own conversion, where there is one: other names, position embeddings of another size."""
+    import importlib
+
+    convert = getattr(importlib.import_module(type(encoder).__module__), "checkpoint_filter_fn", None)
+    if convert is None:
+        return state
+    try:
+        return convert(state, encoder)
+    except Exception:  # it takes what it is given for weights of its own
+        return state  # of another architecture: then its names say so
+
+
+class SmallResNet(nn.Module):
+    """ResNet for small images: a 3x3 stem and three stages of 16, 32 and 64 channels; 6 n + 2 layers."""
+
+    width = 64
+
+    def __init__(self, blocks_per_stage: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(16)
+        blocks: list[nn.Module] = []
+        width_in = 16
+        for width in (16, 32, 64):
+            for position in range(blocks_per_stage):
+                blocks.append(_Block(width_in, width, stride=2 if width > 16 and position == 0 else 1))
+                width_in = width
+        self.blocks = nn.Sequential(*blocks)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)
+
+    def forward(self, images_N3HW: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.stem(images_N3HW)), inplace=True)
+        return self.blocks(x).mean((2, 3))
+
+
+class _Block(nn.Module):
+    def __init__(self, width_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width_in, width, 3, stride=stride, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(width)
+        self.stride = stride
+        self.padding = (width - width_in) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norm1(self.conv1(x)), inplace=True)
+        y = self.norm2(self.conv2(y))
+        if self.stride > 1 or self.padding:
+            # Option A of the paper: every second pixel, new channels zero. It adds no parameters.
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
+        return F.relu(torch.add(x, y), inplace=True)

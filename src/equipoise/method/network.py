@@ -1,0 +1,157 @@
+"""The two-branch network: images become `logits_BC`, `features_BVD` and `prototypes_CD`.
+
+Shapes: B images, V contrastive views, C classes, D width of the contrastive features, F width of the encoder,
+N images that pass the encoder together.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from equipoise.method.batchnorm import resting_averages, synchronise
+from equipoise.method.encoders import create_encoder
+
+COSINE_SCALE = 30.0
+
+
+class Outputs(NamedTuple):
+    """`features_BVD` is None without a contrastive branch, `prototypes_CD` where that has no prototypes."""
+
+    logits_BC: Tensor
+    features_BVD: Tensor | None
+    prototypes_CD: Tensor | None
+
+
+class TwoBranchNetwork(nn.Module):
+    """An encoder with a classifier and, beside it, the contrastive branch of BCL (Zhu et al., CVPR 2022, fig. 3).
+
+    Call it with uint8 images `[N, 3, H, W]` for `logits_NC`: normalisation is inside. Training calls
+    `training_outputs`.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        encoder: str,
+        classes: int,
+        *,
+        size: int,
+        classifier: str = "cosine",
+        contrastive: bool = True,
+        prototypes: bool = True,
+        hidden_dim: int = 0,
+        feature_dim: int = 128,
+        pretrained: bool = False,
+        weights: str = "",
+        mean: Sequence[float] = (0.485, 0.456, 0.406),
+        std: Sequence[float] = (0.229, 0.224, 0.225),
+    ) -> None:
+        """`size`: the side of the images, pixels. `contrastive` adds the projection, `prototypes` the second one.
+
+        Raises UserError for an encoder that is not known, or does not take that size, or whose weights cannot be had.
+        """
+        super().__init__()
+        self.encoder, width = create_encoder(encoder, size, pretrained, weights)
+        self.classifier = CosineClassifier(width, classes) if classifier == "cosine" else nn.Linear(width, classes)
+        hidden = hidden_dim or width
+        self.projection = _projection(width, hidden, feature_dim) if contrastive else None
+        self.prototype_projection = _projection(width, hidden, feature_dim) if contrastive and prototypes else None
+        self.register_buffer("mean", 255 * torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images_N3HW: Tensor) -> Tensor:
+        """`logits_NC` of uint8 images, with no prior added: their argmax is the prediction."""
+        return self._classify(self._encode(images_N3HW))
+
+    def synchronise_batch_norm(self, device: torch.device) -> None:
+        """Let BatchNorm be over the images of all ranks. The rows of the prototypes' projection are the classes, the
+        same on every rank."""
+        self.encoder = synchronise(self.encoder, device)
+        if self.projection is not None:
+            self.projection = cast("nn.Sequential", synchronise(self.projection, device))
+
+    def training_outputs(self, images_VB3HW: Tensor, micro_batch: int = 0) -> Outputs:
+        """What the losses need of a training batch of uint8 images: view 0 is the classifier's, the others (V of the
+        outputs) are those of the contrastive branch.
+
+        All views pass the encoder and its BatchNorm together, as in the authors' code: at once, or in parts of up to
+        `micro_batch` images and of about one size, one after the other. Then only the encoder's output is kept, and the
+        backward pass computes each part anew, so that the memory is that of one: the feature cache of GradCache (Gao et
+        al., 2021, arXiv:2101.06983). The losses, and so the gradients, are still those of the whole batch; BatchNorm's
+        statistics in the encoder are those of a part.
+        """
+        views, batch = images_VB3HW.shape[:2]
+        if micro_batch and micro_batch < batch:
+            parts = [self._encode_twice(part) for part in images_VB3HW.tensor_split(-(-batch // micro_batch), dim=1)]
+            hidden_NF = torch.cat(parts, dim=1).flatten(0, 1)
+        else:
+            hidden_NF = self._encode(images_VB3HW.flatten(0, 1))
+        logits_BC = self._classify(hidden_NF[:batch])
+        if self.projection is None:
+            return Outputs(logits_BC, None, None)
+        # View 0 is projected too, and dropped: the authors' BatchNorm statistics are over all views.
+        features_ND = _direction(self.projection(hidden_NF))
+        prototypes_CD = (
+            _direction(self.prototype_projection(self.classifier.weight))
+            if self.prototype_projection is not None
+            else None
+        )
+        features_BVD = features_ND.unflatten(0, (views, batch))[1:].transpose(0, 1)
+        return Outputs(logits_BC, features_BVD, prototypes_CD)
+
+    def _encode_twice(self, images_VB3HW: Tensor) -> Tensor:
+        """`[V, B, F]` without keeping what the backward pass needs: it will encode them again, with the same random
+        numbers and without moving BatchNorm's averages a second time."""
+        hidden: Tensor = checkpoint(  # pyright: ignore[reportAssignmentType]
+            self._encode,
+            images_VB3HW.flatten(0, 1),
+            use_reentrant=False,
+            context_fn=lambda: (nullcontext(), resting_averages(self.encoder)),
+        )
+        return hidden.unflatten(0, images_VB3HW.shape[:2])
+
+    def _encode(self, images_N3HW: Tensor) -> Tensor:
+        images_N3HW = images_N3HW.contiguous(memory_format=torch.channels_last)
+        hidden_NF: Tensor = self.encoder((images_N3HW - self.mean) / self.std)
+        return _at_least_float32(hidden_NF)
+
+    def _classify(self, hidden_NF: Tensor) -> Tensor:
+        # In float32 under autocast too: at scale 30, bfloat16 would round logits to steps of an eighth.
+        with torch.autocast(hidden_NF.device.type, enabled=False):
+            return self.classifier(hidden_NF)
+
+
+class CosineClassifier(nn.Module):
+    """`30 * cos(h, W)`: each class weight starts as a random direction of length 1."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(F.normalize(torch.empty(classes, width).uniform_(-1, 1), dim=1))
+
+    def forward(self, hidden_NF: Tensor) -> Tensor:
+        return COSINE_SCALE * F.linear(F.normalize(hidden_NF, dim=1), F.normalize(self.weight, dim=1))
+
+
+def _projection(width: int, hidden: int, feature_dim: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(width, hidden),
+        nn.BatchNorm1d(hidden),
+        nn.ReLU(inplace=True),
+        nn.Linear(hidden, feature_dim),
+    )
+
+
+def _direction(projected_ND: Tensor) -> Tensor:
+    """L2-normalised along D, in float32 at least, also under autocast."""
+    return F.normalize(_at_least_float32(projected_ND), dim=1)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,1 @@
+"""A plan to a trained run: the loop, the step, the objective."""

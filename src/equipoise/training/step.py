@@ -1,0 +1,146 @@
+"""A batch becomes gradients: the forward pass, the gather over ranks, the losses, the backward pass.
+
+Shapes: B images of this rank, G images of the whole batch, V contrastive views, C classes, D width of the features.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from equipoise.base.device import autocast, start_reading
+from equipoise.base.world import World
+from equipoise.config.recipe import Recipe
+from equipoise.method.losses import (
+    balanced_contrastive_loss,
+    log_prior,
+    logit_adjusted_cross_entropy,
+    supervised_contrastive_loss,
+)
+from equipoise.method.network import Outputs, TwoBranchNetwork
+from equipoise.training.graph import StepGraph, Terms
+from equipoise.views.loader import Batch
+
+
+class Step:
+    """Computes the gradients of one batch into the network's parameters; with several ranks, those of the batch that
+    they hold together, on every rank."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        network: TwoBranchNetwork,
+        class_counts: Sequence[int],
+        device: torch.device,
+        precision: str,
+        world: World,
+    ) -> None:
+        self._terms_of = loss_terms(recipe, class_counts, device)
+        self._device, self._precision, self._world = device, precision, world
+        if recipe.compile:
+            network.encoder.compile()  # in its place: the names of its weights stay
+        self._forward: nn.Module = _Forward(network, recipe.micro_batch)
+        # A graph of kernels that are chosen for their bits, and of several ranks, has not been tried.
+        graphed = recipe.cuda_graph and device.type == "cuda" and world.size == 1 and not recipe.deterministic
+        graphed = graphed and not recipe.micro_batch and not recipe.compile
+        self._graph = StepGraph(self._losses, network, recipe.batch_size) if graphed else None
+        if world.size > 1:
+            # Buffers stay each rank's own while training: see World.first_buffers. torch has a new word for it.
+            parallel = nn.parallel.DistributedDataParallel
+            words = ("forward_sync_buffers", "broadcast_buffers")
+            word = next(word for word in words if word in inspect.signature(parallel).parameters)
+            options: dict[str, Any] = {word: False}
+            self._forward = parallel(self._forward, gradient_as_bucket_view=True, **options)
+
+    def __call__(self, batch: Batch, votes: Sequence[int] = ()) -> tuple[dict[str, float], list[float]]:
+        """The loss terms of the whole batch, and the sum over ranks of the votes. The gradients are there, the weights
+        have not moved."""
+        if self._graph is not None and self._graph.takes(batch):
+            terms, backward = self._graph.forward(batch), self._graph.backward
+        else:
+            terms, loss = self._losses(batch)
+            # The losses of all ranks add up to the batch's, but DistributedDataParallel takes the mean of their
+            # gradients.
+            backward = (loss * self._world.size).backward
+        read = _start_reading(terms, votes, self._world)
+        backward()
+        return read()
+
+    def _losses(self, batch: Batch) -> tuple[Terms, Tensor]:
+        """The loss terms of a batch, and the loss that the gradients are of."""
+        images, own = len(batch.labels_G), batch.rows
+        with autocast(self._device, self._precision):
+            logits_BC, features_BVD, prototypes_CD = self._forward(batch.images_VB3SS)
+        # A rank without images of its own has computed others, so that every rank does the same: they do not count.
+        count = own.stop - own.start
+        if features_BVD is not None:
+            features_BVD = self._world.gather_rows(features_BVD[:count], images)
+        return self._terms_of(Outputs(logits_BC[:count], features_BVD, prototypes_CD), batch.labels_G, own)
+
+
+class _Forward(nn.Module):
+    """What DistributedDataParallel wraps: it looks after the calls of `forward` alone."""
+
+    def __init__(self, network: TwoBranchNetwork, micro_batch: int) -> None:
+        super().__init__()
+        self.network = network
+        self.micro_batch = micro_batch
+
+    def forward(self, images_VB3SS: Tensor) -> Outputs:
+        return self.network.training_outputs(images_VB3SS, self.micro_batch)
+
+
+def loss_terms(
+    recipe: Recipe, class_counts: Sequence[int], device: torch.device
+) -> Callable[[Outputs, Tensor, slice], tuple[Terms, Tensor]]:
+    """The objective of the recipe's method: outputs, labels of the whole batch and this rank's rows of it, to its named
+    terms (`loss` is the total) and the total. Of several ranks, each has its rows' part; the parts add up.
+
+    `outputs` has the logits of these rows, `[B, C]`, and the features of the whole batch, `[G, V, D]`.
+
+    bcl: alpha * logit-adjusted cross-entropy + beta * balanced contrastive loss. supcon+la: the same with the
+    supervised contrastive loss. The others have one term, with weight 1.
+    """
+    loss, method = recipe.loss, recipe.method
+    log_prior_C = log_prior(torch.tensor(class_counts)).to(device, torch.float32)
+
+    def terms_of(outputs: Outputs, labels_G: Tensor, rows: slice) -> tuple[Terms, Tensor]:
+        logits_BC, labels_B = outputs.logits_BC, labels_G[rows]
+        if method == "ce":
+            total = F.cross_entropy(logits_BC, labels_B, reduction="sum") / len(labels_G)
+            return {"loss": total.detach()}, total
+        adjusted = logit_adjusted_cross_entropy(logits_BC, labels_B, log_prior_C, loss.tau, reduction="sum")
+        classification = adjusted / len(labels_G)
+        if method == "logit-adjusted":
+            return {"loss": classification.detach()}, classification
+        features_GVD, prototypes_CD = outputs.features_BVD, outputs.prototypes_CD
+        assert features_GVD is not None
+        if method == "bcl":
+            assert prototypes_CD is not None
+            contrastive = balanced_contrastive_loss(features_GVD, labels_G, prototypes_CD, loss.temperature, rows)
+        else:
+            contrastive = supervised_contrastive_loss(features_GVD, labels_G, loss.temperature, rows)
+        total = loss.alpha * classification + loss.beta * contrastive
+        terms = {"loss": total, "classification": classification, "contrastive": contrastive}
+        return {name: term.detach() for name, term in terms.items()}, total
+
+    return terms_of
+
+
+def _start_reading(
+    terms: Terms, votes: Sequence[int], world: World
+) -> Callable[[], tuple[dict[str, float], list[float]]]:
+    """Add up the terms and votes of all ranks and send them to the host now, before the backward pass is queued: a GPU
+    goes on with that while its loss is looked at."""
+    stacked = torch.stack([*terms.values()])
+    votes_on_host = torch.tensor(votes, dtype=stacked.dtype, pin_memory=stacked.device.type == "cuda")
+    read = start_reading(world.sum(torch.cat([stacked, votes_on_host.to(stacked.device, non_blocking=True)])))
+
+    def values() -> tuple[dict[str, float], list[float]]:
+        numbers: list[float] = read()[0].tolist()
+        return dict(zip(terms, numbers, strict=False)), numbers[len(terms) :]
+
+    return values

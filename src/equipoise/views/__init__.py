@@ -1,0 +1,1 @@
+"""Decoded images to batches of views."""

@@ -1,0 +1,333 @@
+"""Decoding: real files of the kinds that people have, and broken ones."""
+
+import io
+import os
+import struct
+import subprocess
+import sys
+import warnings
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+
+import cv2
+import numpy as np
+import pytest
+from conftest import draw_folder, pipe
+from PIL import Image
+
+from equipoise import UserError
+from equipoise.data import decode as pixels
+from equipoise.data.decode import bad_images, decode, decode_all, decode_another, decode_bytes, stand_ins
+from equipoise.data.images import ImageFiles, ImageList, Paths
+from equipoise.data.sources import Source, find_parts
+from equipoise.views.views import evaluation_view
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+@pytest.fixture
+def photo() -> Image.Image:
+    """Smooth, so that JPEG keeps it."""
+    y, x = np.mgrid[0:48, 0:64]
+    return Image.fromarray(np.stack([4 * x, 5 * y, 128 + 0 * x], axis=-1).astype(np.uint8))
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> float:
+    assert a.shape == b.shape
+    return float(np.abs(a.astype(int) - b.astype(int)).mean())
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "GIF", "WEBP", "JPEG", "PPM"])
+def test_kinds(kind, photo):
+    content = encoded(photo, kind, **({"quality": 95} if kind in ("JPEG", "WEBP") else {}))
+    assert difference(decode_bytes(content), np.asarray(photo)) < (8 if kind == "GIF" else 2)
+
+
+def test_jpeg_is_what_pillow_decodes(photo):
+    content = encoded(photo, "JPEG", quality=80)
+    with Image.open(io.BytesIO(content)) as image:
+        assert difference(decode_bytes(content), np.asarray(image.convert("RGB"))) < 0.5
+
+
+# What has to be done to the pixels of an image to see it upright (EXIF 2.32, tag 0x0112).
+UPRIGHT = {
+    1: lambda pixels: pixels,
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.transpose(1, 0, 2),
+    6: lambda pixels: pixels.transpose(1, 0, 2)[:, ::-1],
+    7: lambda pixels: pixels.transpose(1, 0, 2)[::-1, ::-1],
+    8: lambda pixels: pixels.transpose(1, 0, 2)[::-1],
+}
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "JPEG by Pillow", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_exif_orientation_is_applied(orientation, kind, photo):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    by_pillow = b"\0" if kind == "JPEG by Pillow" else b""  # what follows its end mark is not OpenCV's to judge
+    content = encoded(photo, kind.split()[0], exif=exif) + by_pillow
+    assert difference(decode_bytes(content), UPRIGHT[orientation](np.asarray(photo))) < 2
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"),
+    [
+        *[(mode, "PNG") for mode in ("L", "P", "1", "RGBA", "LA")],
+        *[(mode, "JPEG") for mode in ("L", "CMYK")],
+        *[(mode, "TIFF") for mode in ("L", "P", "1", "RGBA", "CMYK", "YCbCr", "LAB")],
+        *[(mode, "WEBP") for mode in ("RGBA",)],
+    ],
+)
+def test_modes_become_rgb(mode, kind, photo):
+    image = photo.convert(mode)
+    assert difference(decode_bytes(encoded(image, kind)), np.asarray(image.convert("RGB"))) < 2
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bits_are_scaled(kind, photo):
+    gray = np.asarray(photo.convert("L")).astype(np.uint16)
+    content = encoded(Image.fromarray(gray * 257), kind)
+    assert (decode_bytes(content) == gray[..., None]).all()
+    colour = np.asarray(photo).astype(np.uint16) * 257
+    content = cv2.imencode(f".{kind.lower()}", colour[..., ::-1])[1].tobytes()
+    assert (decode_bytes(content) == np.asarray(photo)).all()
+
+
+def test_pixels_of_no_known_range_are_refused(photo):
+    values = np.asarray(photo.convert("L")).astype(np.float32)
+    for spoilt in (values, np.full_like(values, np.nan), np.full_like(values, np.inf)):
+        with pytest.raises(ValueError, match="floating-point numbers of no known range"):
+            decode_bytes(encoded(Image.fromarray(spoilt), "TIFF"))
+    with pytest.raises(ValueError, match="its pixels have more than 16 bits"):
+        decode_bytes(encoded(Image.fromarray(values.astype(np.int32) * 1000), "TIFF"))
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_an_animation_is_its_first_frame(kind, photo):
+    others = [photo.rotate(90 * turn) for turn in (1, 2)]
+    content = encoded(photo, kind, save_all=True, append_images=others)
+    assert difference(decode_bytes(content), np.asarray(photo)) < (8 if kind == "GIF" else 2)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 10_000), (10_000, 1)])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_any_shape(size, kind):
+    content = encoded(Image.new("RGB", size, (200, 100, 50)), kind)
+    pixels = decode_bytes(content)
+    assert pixels.shape == (size[1], size[0], 3)
+    view = evaluation_view(pixels, 224)
+    assert np.abs(view.astype(int) - (200, 100, 50)).max() <= 3
+
+
+def test_a_long_strip_is_not_resized_whole():
+    """Its long side alone would be 2,560,000 pixels."""
+    code = """
+import resource, sys, numpy as np
+from equipoise.views.views import evaluation_view, photo_views, ViewSettings
+strip = np.zeros((1, 10_000, 3), np.uint8)
+evaluation_view(strip[:, :20], 224)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+evaluation_view(strip, 224), evaluation_view(strip.transpose(1, 0, 2), 224)
+photo_views([strip, strip.transpose(1, 0, 2)], ViewSettings("photos", ("cls",), 224), 0, 0, np.arange(2))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    grown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert int(grown) < 200_000, "kilobytes"
+
+
+def test_what_a_file_is_called_does_not_matter(photo, pictures):
+    path = pictures / "ant" / "0.png"
+    path.write_bytes(encoded(photo, "JPEG", quality=95))
+    assert difference(decode(find_parts(str(pictures)).parts["train"], 0), np.asarray(photo)) < 2
+
+
+@pytest.mark.parametrize("content", [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", b"%PDF-1.4\n", b"<svg/>"])
+def test_what_a_program_would_be_run_for_is_no_image(content, pictures):
+    """Pillow has EPS drawn by Ghostscript."""
+    (pictures / "ant" / "0.png").write_bytes(content)
+    images = find_parts(str(pictures)).parts["train"]
+    for decoded in (False, True):
+        assert "it is no image" in str(next(bad_images(images, decoded)))
+
+
+def test_odd_metadata_is_no_reason_to_refuse_or_to_warn(photo, pictures):
+    spoilt = encoded(photo, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f" + bytes(40))
+    (pictures / "ant" / "0.png").write_bytes(spoilt)
+    assert decode(find_parts(str(pictures)).parts["train"], 0).shape == (48, 64, 3)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "I;16"])
+def test_a_large_image_is_converted_in_bands(mode, photo, monkeypatch):
+    image = photo.convert("L" if mode == "I;16" else mode)
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
+    content = encoded(image, "PNG")
+    whole = decode_bytes(content)
+    monkeypatch.setattr(pixels, "_BAND", 64 * 5)  # 48 rows are nine bands and a rest
+    in_bands = decode_bytes(content)
+    assert (in_bands == whole).all()
+    assert in_bands.flags.writeable
+
+
+def test_palette_with_transparency(photo):
+    content = encoded(photo.convert("P"), "PNG", transparency=3)
+    assert decode_bytes(content).shape == (48, 64, 3)
+
+
+def _jpeg_bomb(photo: Image.Image) -> bytes:
+    """A JPEG that claims 30,000 x 30,000 pixels, of which it has a few."""
+    content = bytearray(encoded(photo, "JPEG"))
+    start = content.index(b"\xff\xc0")
+    content[start + 5 : start + 9] = struct.pack(">HH", 30_000, 30_000)
+    return bytes(content)
+
+
+def _bomb(side: int = 100_000, height: int = 0) -> bytes:
+    """A PNG of a few bytes that claims `side` x `side` pixels, or another height."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", side, height or side, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda content: b"", "it is no image"),
+        (lambda content: b"<html>", "it is no image"),
+        (lambda content: content[: len(content) // 2], "Truncated File Read"),
+        (lambda content: content[:-40], "image file is truncated"),
+        (lambda content: content[:-40] + content[-1:] * 100, "image file is truncated"),
+        (lambda content: _bomb(), "decompression bomb"),
+        (lambda content: _bomb(10_000), "claims 10,000 x 10,000 pixels: a decompression bomb?"),
+        (lambda content: _bomb(8_000), "truncated"),
+        (
+            lambda content: _bomb(1, 2**20 + 1),
+            "claims 1 x 1,048,577 pixels, and 1,048,576 is the most of either: a decompression bomb?",
+        ),
+        (lambda content: _bomb(2**20 + 1, 1), "claims 1,048,577 x 1 pixels, and 1,048,576 is the most of either"),
+        (lambda content: _bomb(1, 2**20), "truncated"),
+    ],
+)
+def test_broken_files_are_named(damage, reason, photo, pictures):
+    path = pictures / "ant" / "0.png"
+    path.write_bytes(damage(encoded(photo, "JPEG")))
+    images = find_parts(str(pictures)).parts["train"]
+    with pytest.raises(UserError) as error:
+        decode(images, 0)
+    assert str(error.value).startswith(f"{path} cannot be read (")
+    assert str(error.value).endswith("; repair or remove it, or pass over such images with --on-bad-image skip")
+    assert reason in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_bomb_of_the_kind_that_opencv_reads(photo):
+    with pytest.raises(Image.DecompressionBombError):
+        decode_bytes(_jpeg_bomb(photo))
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda path: path.mkdir(), "it is a folder"),
+        (pipe, "it is no file"),
+        (lambda path: path.symlink_to("nowhere"), "no such file or directory"),
+        (lambda path: path.symlink_to(path.name), "too many levels of symbolic links"),
+        (lambda path: path.symlink_to("/dev/null"), "it is no file"),
+        pytest.param(
+            lambda path: path.touch(mode=0),
+            "permission denied",
+            marks=pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything"),
+        ),
+    ],
+)
+def test_what_is_no_file_is_named_and_not_waited_for(make, reason, pictures):
+    path = pictures / "ant" / "5.png"
+    path.unlink()
+    with make(path) or nullcontext():
+        images = find_parts(Source(str(pictures), allow_outside=True)).parts["train"]
+        assert len(images) == 21, "it is on the list, so that it is not passed over in silence"
+        found = [[str(error) for error in bad_images(images, decoded) if error] for decoded in (False, True)]
+    said = f"{path} cannot be read ({reason}); repair or remove it, or pass over such images with --on-bad-image skip"
+    assert found == [[said], [said]]
+
+
+def test_a_file_larger_than_any_image_is_not_read(pictures):
+    path = pictures / "ant" / "0.png"
+    os.truncate(path, 2**31)
+    with pytest.raises(UserError, match=r"0.png cannot be read \(it has 2,147,483,648 bytes, more than any image of"):
+        decode(find_parts(str(pictures)).parts["train"], 0)
+
+
+def test_a_file_whose_system_fails_is_named(pictures, monkeypatch):
+    """As a file without permission, for whom that is not tested above: root."""
+
+    def denied(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    images = find_parts(str(pictures)).parts["train"]
+    monkeypatch.setattr("pathlib.Path.read_bytes", denied)
+    with pytest.raises(UserError, match=r"ant/0.png cannot be read \(permission denied\)"):
+        decode(images, 0)
+
+
+def test_vanished_file(pictures):
+    images = find_parts(str(pictures)).parts["train"]
+    (pictures / "ant" / "0.png").unlink()
+    with pytest.raises(UserError, match=r"0.png cannot be read \(no such file or directory\)"):
+        decode(images, 0)
+
+
+def test_headers_are_checked_without_decoding(pictures):
+    (pictures / "bee" / "1.png").write_bytes(b"no image")
+    (pictures / "cat" / "2.png").write_bytes(b"")
+    images = find_parts(str(pictures)).parts["train"]
+    found = {index: error.name for index, error in enumerate(bad_images(images)) if error}
+    assert found == {13: str(pictures / "bee" / "1.png"), 20: str(pictures / "cat" / "2.png")}
+
+
+def test_decode_all_resizes_as_pillow_does(tmp_path):
+    draw_folder(tmp_path, {"a": 2, "b": 1})
+    images = find_parts(str(tmp_path)).parts["train"]
+    small, bad = decode_all(images, 16)
+    assert bad == {}
+    assert small.shape == (3, 16, 16, 3)
+    with Image.open(images.images.name(2)) as image:
+        expected = np.asarray(image.resize((16, 16), Image.Resampling.BILINEAR))
+    assert (small[2] == expected).all()
+
+
+def test_what_stands_in_for_a_bad_image(pictures):
+    """The next of its class in the list, round to the beginning: 12 ants, 6 bees, 3 cats."""
+    images = find_parts(str(pictures)).parts["train"]
+    assert stand_ins(images, 14) == [15, 16, 17, 12, 13]
+    assert stand_ins(images, 20) == [18, 19]
+    for index in (13, 14, 15):
+        (pictures / "bee" / f"{index - 12}.png").write_bytes(b"bad")
+    assert (decode_another(images, 13) == decode(images, 16)).all()
+    (pictures / "bee" / "4.png").unlink()
+    (pictures / "bee" / "5.png").unlink()
+    assert (decode_another(images, 17) == decode(images, 12)).all()
+    (pictures / "bee" / "0.png").unlink()
+    with pytest.raises(UserError, match=r"none of the 6 images of class 'bee' can be read \(first: .*bee/0.png\)"):
+        decode_another(images, 17)
+
+
+def test_threads_that_decode_leave_warnings_as_they_were(tmp_path):
+    """What warnings do is one setting of all threads."""
+    Image.new("RGB", (20, 20)).save(tmp_path / "x.png")
+    images = ImageList("", ImageFiles(tmp_path, Paths.of(["x.png"] * 400)), np.zeros(400, np.int64), ("a",))
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(8) as pool:
+        assert len(list(pool.map(lambda index: decode(images, index), range(400)))) == 400
+    assert warnings.filters == before

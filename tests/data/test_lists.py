@@ -1,0 +1,347 @@
+"""List files: read, named by fingerprint, refused where wrong; iNaturalist's JSON as the list it stands for."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from equipoise import UserError
+from equipoise.data.lists import (
+    BENCHMARKS,
+    PUBLISHED,
+    _all_at_once,
+    _line_by_line,
+    absent_images,
+    absent_list,
+    departures,
+    find_list,
+    git_blob,
+    identity,
+    image_lists,
+    overlap,
+    read_list,
+)
+
+
+def write(path: Path, text: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def test_a_list(tmp_path):
+    file = write(tmp_path / "train.txt", "train/a b/1.jpg 0\r\n\n./train//c/2.jpg\t1\ntrain/c/3.jpg 1")
+    read = read_list(file)
+    assert tuple(read.paths) == ("train/a b/1.jpg", "train/c/2.jpg", "train/c/3.jpg")
+    assert read.labels_N.tolist() == [0, 1, 1]
+    lists, notes = image_lists({"train": read}, tmp_path)
+    assert lists["train"].class_names == ("a b", "c")
+    assert lists["train"].class_counts == (1, 2)
+    assert lists["train"].images.name(1) == str(tmp_path / "train/c/2.jpg")
+    assert notes == []
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("a.jpg 0\nb.jpg\n", "line 2: 'b.jpg' is not 'path label' with a label of 0 or more"),
+        ("a.jpg -1\n", "line 1: 'a.jpg -1' is not 'path label'"),
+        ("a.jpg 1.5\n", "line 1: 'a.jpg 1.5' is not 'path label'"),
+        ("7\n", "line 1: '7' is not 'path label'"),
+        ("a.jpg 99999999999999999999\n", "line 1: label 99999999999999999999 is out of range"),
+        ("a.jpg 1000000\n", "line 1: label 1000000 is out of range"),
+        ("../a.jpg 0\n", "line 1: the path '../a.jpg' leaves the data folder"),
+        ("x/../../a.jpg 0\n", "line 1: the path 'x/../../a.jpg' leaves the data folder"),
+        ("/etc/a.jpg 0\n", "line 1: the path '/etc/a.jpg' leaves the data folder"),
+        ("a\0b.jpg 0\n", "line 1: the path has a zero byte in it"),
+        ("\n \n", "names no images"),
+        ("", "names no images"),
+    ],
+)
+def test_refused_lists(text, sentence, tmp_path):
+    file = write(tmp_path / "list.txt", text)
+    with pytest.raises(UserError) as error:
+        read_list(file)
+    assert sentence in str(error.value)
+    assert str(file) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("blank", [" ", "\t"])  # read all at once, and line by line
+def test_a_byte_order_mark_is_no_part_of_a_path(tmp_path, blank):
+    content = f"\ufefftrain/c/3.jpg{blank}1\n".encode()
+    read = read_list(write(tmp_path / "train.txt", content))
+    assert tuple(read.paths) == ("train/c/3.jpg",)
+    assert read.blob == git_blob(content)
+
+
+def test_unreadable(tmp_path):
+    with pytest.raises(UserError, match=r"the list .*none.txt cannot be read \(no such file or directory\)"):
+        read_list(tmp_path / "none.txt")
+    with (tmp_path / "huge.txt").open("wb") as file:
+        file.truncate(2**33)
+    with pytest.raises(UserError, match=r"the list .*huge.txt has 8,589,934,592 bytes, more than any list of images"):
+        read_list(tmp_path / "huge.txt")
+
+
+@settings(max_examples=300)
+@given(st.binary(max_size=200))
+def test_any_bytes_are_read_or_refused(tmp_path_factory, content):
+    file = write(tmp_path_factory.getbasetemp() / "fuzz.txt", content)
+    try:
+        read = read_list(file)
+    except UserError as error:
+        assert "\n" not in str(error)  # noqa: PT017 it may be either
+    else:
+        assert len(read.paths) == len(read.labels_N) > 0
+        assert not any(path.startswith(("/", "../")) for path in read.paths)
+
+
+NAMES = st.text("ab/. \\\t0é", min_size=1, max_size=6)
+
+
+@settings(max_examples=300)
+@given(
+    st.one_of(
+        st.binary(max_size=60),
+        st.lists(st.tuples(NAMES, st.integers(0, 10**7)), max_size=5).map(
+            lambda lines: "\n".join(f"{name} {label}" for name, label in lines).encode()
+        ),
+    )
+)
+def test_all_at_once_reads_what_line_by_line_reads(content):
+    together = _all_at_once(content)
+    if together is not None:
+        paths, labels_N = _line_by_line(content, Path("list.txt"), False)
+        assert list(together[0]) == list(paths)
+        assert together[1].tolist() == labels_N.tolist()
+
+
+def test_an_ordinary_list_is_read_all_at_once():
+    lines = "".join(f"train/n{label:08}/a_{label} b.jpg {label}\n" for label in [0, 7, 42, 999_999])
+    for content in (lines.encode(), lines.rstrip().encode()):
+        together = _all_at_once(content)
+        assert together is not None
+        assert together[1].tolist() == [0, 7, 42, 999_999]
+        assert together[0][1] == "train/n00000007/a_7 b.jpg"
+
+
+A_MILLION = """
+import os, resource, sys
+from equipoise.data.sources import Source, find_parts
+
+images = find_parts(Source(sys.argv[1], lists={"train": sys.argv[1] + "/list.txt"})).parts["train"]
+used = resource.getrusage(resource.RUSAGE_SELF)
+peak = next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(len(images), len(images.class_names), used.ru_utime + used.ru_stime, peak, flush=True)
+if os.fork() == 0:  # a worker, that looks at every image's name
+    for index in range(len(images)):
+        images.images.name(index)
+    lines = open("/proc/self/smaps_rollup").read().splitlines()
+    print(next(int(line.split()[1]) / 1024 for line in lines if line.startswith("Private_Dirty")), flush=True)
+    os._exit(0)
+os.wait()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="asks Linux for the memory")
+def test_a_million_lines_in_three_seconds_and_300_megabytes(tmp_path):
+    lines = (f"train_val2018/Plantae/{number // 123}/{number:032x}.jpg {number // 123}\n" for number in range(10**6))
+    write(tmp_path / "list.txt", "".join(lines))
+    command = [sys.executable, "-c", A_MILLION, str(tmp_path)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert told[:2] == ["1000000", "8131"]
+    seconds, megabytes, copied = map(float, told[2:])
+    assert seconds < 3, "of the processor, from the start of Python"
+    assert megabytes < 300
+    assert copied < 20, "by a process that shares the list"
+
+
+@pytest.mark.parametrize("text", ["a.jpg 0\n", "", "äö.jpg 3\r\n"])
+def test_the_fingerprint_is_gits(text, tmp_path):
+    file = write(tmp_path / "list.txt", text)
+    told = subprocess.run(["git", "hash-object", "--no-filters", str(file)], capture_output=True, text=True, check=True)
+    assert git_blob(file.read_bytes()) == told.stdout.strip()
+
+
+# ---- labels and names
+
+
+def test_one_set_of_classes(tmp_path):
+    train = read_list(write(tmp_path / "train.txt", "train/ant/1.jpg 0\ntrain/cat/1.jpg 2\ntrain/cat/2.jpg 2\n"))
+    test = read_list(write(tmp_path / "test.txt", "val/bee/1.jpg 1\nval/cat/9.jpg 2\n"))
+    lists, notes = image_lists({"train": train, "test": test}, tmp_path)
+    assert lists["train"].class_names == lists["test"].class_names == ("ant", "bee", "cat")
+    assert lists["test"].class_counts == (0, 1, 1)
+    assert notes == []
+    assert departures(train, 3, of_training=True) == [
+        f"{train.file}: the labels are not contiguous: 1 of 0 to 2 have no image (first: 1)"
+    ]
+    assert departures(test, 3, of_training=False) == []
+
+
+def test_labels_that_do_not_fit(tmp_path):
+    train = read_list(write(tmp_path / "train.txt", "t/a/1.jpg 0\nt/b/1.jpg 1\n"))
+    other = read_list(write(tmp_path / "test.txt", "v/a/1.jpg 2\n"))
+    with pytest.raises(UserError, match=r"test.txt has label 2, but the training list's classes are 0 to 1"):
+        image_lists({"train": train, "test": other}, tmp_path)
+    far = read_list(write(tmp_path / "far.txt", "t/a/1.jpg 0\nt/b/1.jpg 7\n"))
+    with pytest.raises(UserError, match=r"far.txt: label 7 is out of range: there are 2 images only"):
+        image_lists({"train": far}, tmp_path)
+
+
+def test_folders_that_do_not_name_classes(tmp_path):
+    """All images in one folder; one class in two folders; two classes in one folder."""
+    for text in ("1.jpg 0\n2.jpg 1\n", "t/a/1.jpg 0\nt/b/1.jpg 0\nt/c/1.jpg 1\n", "t/a/1.jpg 0\nt/a/2.jpg 1\n"):
+        read = read_list(write(tmp_path / "train.txt", text))
+        assert image_lists({"train": read}, tmp_path)[0]["train"].class_names == ("0", "1")
+
+
+def test_lists_that_disagree_about_a_label_are_noted(tmp_path):
+    train = read_list(write(tmp_path / "train.txt", "train/ant/1.jpg 0\ntrain/bee/1.jpg 1\n"))
+    test = read_list(write(tmp_path / "test.txt", "val/bee/1.jpg 0\nval/ant/1.jpg 1\n"))
+    lists, notes = image_lists({"train": train, "test": test}, tmp_path)
+    assert lists["train"].class_names == ("0", "1")
+    assert notes == [f"{test.file}: label 0 is bee, but ant in another list; do they belong together?"]
+
+
+# ---- what is wrong
+
+
+def test_repeated_absent_and_overlapping_images(tmp_path):
+    text = "t/a/1.jpg 0\nt/b/1.jpg 1\nt/a/1.jpg 0\nt/b/2.jpg 1\nt/b/2.jpg 0\n"
+    train = read_list(write(tmp_path / "train.txt", text))
+    assert departures(train, 2, of_training=True) == [
+        f"{train.file}: 2 images are in it more than once (first: t/a/1.jpg), 1 of them with different labels "
+        "(first: t/b/2.jpg: 0, 1)"
+    ]
+    test = read_list(write(tmp_path / "test.txt", "./t/b/1.jpg 1\nv/b/1.jpg 1\n"))
+    lists, _ = image_lists({"train": train, "test": test}, tmp_path)
+    assert overlap(lists["train"], lists["test"]) == (
+        f"1 images of {test.file} are in {train.file} too (first: t/b/1.jpg): figures on them would be too good"
+    )
+    assert overlap(lists["test"].take(np.array([1])), lists["train"]) is None
+    write(tmp_path / "t/a/1.jpg", "")
+    (tmp_path / "t" / "b").mkdir()
+    assert absent_images(lists["train"]) == [1, 3, 4]
+    assert absent_images(lists["test"]) == [0, 1]
+
+
+# ---- published lists
+
+
+@pytest.mark.parametrize(
+    "name", ["ImageNet_LT_val", "ImageNet_LT_test", "iNaturalist18_val", "Places_LT_train", "Places_LT_test"]
+)
+def test_published_lists_are_known(name, shared_data, tmp_path):
+    read = read_list(shared_data / "lists" / f"{name}.txt")
+    known = PUBLISHED[f"{name}.txt"]
+    assert read.blob == known.blob
+    assert (len(read.paths), len(set(read.labels_N.tolist()))) == (known.images, known.classes)
+    assert identity(read) == f"{read.file}: the published {name}.txt (git blob {known.blob})"
+    lists, notes = image_lists({"test": read}, tmp_path)
+    assert notes == []
+    assert not lists["test"].class_names[0].isdigit(), "folders name the classes"
+    assert departures(read, known.classes, of_training=True) == []
+
+
+def test_a_published_list_that_departs(shared_data, tmp_path):
+    content = (shared_data / "lists" / "ImageNet_LT_val.txt").read_bytes()
+    shorter = read_list(write(tmp_path / "ImageNet_LT_val.txt", b"".join(content.splitlines(keepends=True)[:-20])))
+    known = PUBLISHED["ImageNet_LT_val.txt"].blob
+    assert identity(shorter) == f"{shorter.file}: git blob {shorter.blob}, no published list that is known here"
+    assert departures(shorter, 1000, of_training=False) == [
+        f"{shorter.file} is not the published ImageNet_LT_val.txt (git blob {known}): that has 20,000 images of 1,000 "
+        "classes, this one 19,980 of 999"
+    ]
+    other = read_list(write(tmp_path / "ImageNet_LT_val.txt", content.replace(b"\n", b"\r\n")))
+    assert departures(other, 1000, of_training=False)[0].endswith("it differs in white space alone (line ends)")
+    assert other.blob is other.blob, "computed once: the lists have up to 40 MB"
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_inaturalist_json_is_the_canonical_list(shuffled, shared_data, tmp_path):
+    """The official file, rebuilt from the list: its annotations may come in any order."""
+    lines = (shared_data / "lists" / "iNaturalist18_val.txt").read_text().splitlines()
+    images, annotations = [], []
+    for number, line in enumerate(lines):
+        path, label = line.rsplit(" ", 1)
+        images.append({"id": 500_000 - number, "file_name": path, "height": 600, "width": 800, "license": 3})
+        annotations.append({"id": number, "image_id": 500_000 - number, "category_id": int(label)})
+    if shuffled:
+        random.Random(0).shuffle(annotations)
+    table = {"info": {"year": 2018}, "images": images, "categories": [], "annotations": annotations}
+    read = read_list(write(tmp_path / "val2018.json", json.dumps(table)))
+    assert read.blob == "4c23900857fd0f5adcd4cc0dffef345039eeb05f"
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("{", "is not valid JSON"),
+        ("[" * 100_000, "is not valid JSON"),
+        ("[]", "is not iNaturalist's JSON (images and annotations with image_id and category_id)\n"),
+        ('{"images": [{"id": 1, "file_name": "a"}]}', "'annotations' is missing; the test part has no labels"),
+        ('{"images": [{"id": 1, "file_name": "a"}], "annotations": []}', "1 is missing"),
+        ('{"images": [], "annotations": []}', "names no images"),
+        ('{"images": [{"id": 1, "file_name": 3}], "annotations": []}', "is not valid JSON"),
+        ('{"images": [{"id": 1, "file_name": "a 1\\n../b"}], "annotations": []}', "is not valid JSON"),
+        (
+            '{"images": [{"id": 1, "file_name": "\\ud800"}], "annotations": [{"image_id": 1, "category_id": 2}]}',
+            "is not valid JSON",
+        ),
+        (
+            '{"images": [{"id": 1, "file_name": "../a"}], "annotations": [{"image_id": 1, "category_id": 2}]}',
+            "line 1: the path '../a' leaves the data folder",
+        ),
+        ("[" + "[]," * 1_000_000 + "[]]", "it is nearly all brackets or names"),
+    ],
+)
+def test_refused_json(text, sentence, tmp_path):
+    file = write(tmp_path / "train2018.json", text)
+    with pytest.raises(UserError) as error:
+        read_list(file)
+    assert sentence in f"{error.value}\n"
+    assert str(file) in str(error.value)
+
+
+def test_where_lists_are_looked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root = tmp_path / "imagenet"
+    assert find_list(root, "imagenet-lt", "train") is None
+    places = [
+        Path("dataset/ImageNet_LT/ImageNet_LT_train.txt"),
+        root / "ImageNet_LT" / "ImageNet_LT_train.txt",
+        root / "ImageNet_LT_train.txt",
+    ]
+    for place in places:  # the last one found comes first
+        write(place, "a.jpg 0\n")
+        assert find_list(root, "imagenet-lt", "train") == place
+    official = write(root / "train2018.json", "{}")
+    assert find_list(root, "inat2018", "train") == official
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "part"), [(name, part) for name, known in BENCHMARKS.items() for part in known.lists]
+)
+def test_an_absent_list_is_named_with_its_places_and_fingerprint(benchmark, part, tmp_path):
+    known = BENCHMARKS[benchmark].lists[part]
+    said = str(absent_list(tmp_path, benchmark, part))
+    for word in (
+        known.name,
+        f"{known.images:,} images",
+        known.blob,
+        f"{tmp_path}, ",
+        f"dataset/{BENCHMARKS[benchmark].folder}",
+    ):
+        assert word in said
+    assert f"--{ {'train': 'train', 'validation': 'val', 'test': 'test'}[part] }-list FILE" in said
+    assert ("2018.json" in said) == (benchmark == "inat2018")
+    assert ("train pictures --data" in said) == (part == "train" and benchmark != "inat2018")

@@ -1,0 +1,123 @@
+"""Packed files: shared, not copied; damaged ones are told from whole ones."""
+
+import pickle
+import shlex
+from pathlib import Path
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+from conftest import draw_folder, refusal
+
+from benchmarks.fuzz import _around_index
+from equipoise import UserError
+from equipoise.cli.main import main
+from equipoise.data.decode import content_of, decode
+from equipoise.data.pack import pack
+from equipoise.data.packed import read_about
+from equipoise.data.sources import find_parts, open_part
+
+
+@pytest.fixture
+def out(pictures, tmp_path) -> Path:
+    pack(find_parts(str(pictures)), "", tmp_path / "out", 256, 0)
+    return tmp_path / "out"
+
+
+def test_subsets_and_other_processes_see_the_same(out):
+    images = find_parts(str(out)).parts["train"]
+    some = images.take(np.array([20, 3, 3]))
+    assert [content_of(some, index) for index in range(3)] == [content_of(images, index) for index in (20, 3, 3)]
+    assert some.images.name(0).startswith("cat/2.png in ")
+    assert len({some.fingerprint(), images.fingerprint(), images.take(np.array([3, 20, 3])).fingerprint()}) == 3
+    sent = pickle.dumps(images)
+    assert len(sent) < (out / "train.pack").stat().st_size / 4, "to a process that does not share, the path is sent"
+    assert content_of(pickle.loads(sent), 7) == content_of(images, 7)
+
+
+def test_one_file_is_a_data_set_too(out):
+    assert len(find_parts(str(out / "train.pack")).parts["train"]) == 21
+    assert open_part(str(out), "test", ("ant", "bee", "cat")).class_counts == (12, 6, 3)
+
+
+def damage(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_changed_image_is_named(out):
+    damage(out / "train.pack", 200)
+    images = find_parts(str(out)).parts["train"]
+    with pytest.raises(UserError) as error:
+        decode(images, 0)
+    assert str(error.value) == (
+        f"ant/0.png in {out}/train.pack cannot be read (its bytes have changed since they were packed); "
+        "repair or remove it, or pass over such images with --on-bad-image skip"
+    )
+    decode(images, 1)
+
+
+@pytest.mark.parametrize("place", [-300, -100, -50, -20, -1])
+def test_a_changed_index_is_noticed(out, place):
+    damage(out / "train.pack", place)
+    with pytest.raises(UserError, match=r"train.pack is damaged or was not copied whole"):
+        find_parts(str(out))
+
+
+def test_any_changed_byte_of_the_index_is_noticed(out):
+    whole = (out / "train.pack").read_bytes()
+    images = find_parts(str(out)).parts["train"].images
+    for place in range(int(images.ends_N[-1]), len(whole), 37):
+        damage(out / "train.pack", place)
+        with pytest.raises(UserError):
+            read_about(out / "train.pack")
+        (out / "train.pack").write_bytes(whole)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.9, 0.999])
+def test_a_part_of_a_file_is_no_file(out, share):
+    content = (out / "train.pack").read_bytes()
+    (out / "train.pack").write_bytes(content[: int(share * len(content))])
+    with pytest.raises(UserError, match=r"train.pack is damaged or was not copied whole"):
+        find_parts(str(out))
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", bytes(200)])
+def test_other_files_are_told(out, content):
+    (out / "train.pack").write_bytes(content)
+    with pytest.raises(UserError, match=r"train.pack is not a file of packed images that this version"):
+        find_parts(str(out))
+
+
+def test_files_that_do_not_belong_together(out, tmp_path):
+    other = draw_folder(tmp_path / "other", {"dog": 3, "eel": 3})
+    pack(find_parts(str(other)), "", tmp_path / "second", 256, 0)
+    (tmp_path / "second" / "train.pack").rename(out / "test.pack")
+    with pytest.raises(UserError, match=r"were not packed together; keep them in folders of their own"):
+        find_parts(str(out))
+
+
+def test_class_names_that_are_no_text(out):
+    content = (out / "train.pack").read_bytes()
+    (out / "train.pack").write_bytes(_around_index(content.replace(b'"ant"', b'"\\ud800"')))
+    with pytest.raises(UserError, match="its index contradicts itself"):
+        find_parts(str(out))
+
+
+def test_what_pack_says(tmp_path, capsys, monkeypatch):
+    data, out = tmp_path / "my pictures", tmp_path / "it's packed"
+    draw_folder(data / "train", {"ant": 2, "bee": 1})
+    words = ["pack", str(data), "--out", str(out), "--workers", "0"]
+    said = refusal(capsys, *words, "--set", "data.on_bad_image=skip")
+    assert said == "pack passes over no bad image: equipoise data DATA --check lists them; repair or remove them"
+    assert main(words) == 0
+    command = capsys.readouterr().out.splitlines()[-1].removeprefix("train on it: ")
+    assert shlex.split(command)[1:] == ["train", "--data", str(out)]
+    draw_folder(data / "test", {"ant": 2, "bee": 1})
+    monkeypatch.setattr("equipoise.data.pack.write_packed", Mock(side_effect=OSError(28, "No space left on device")))
+    assert refusal(capsys, *words) == (
+        f"{out}/test.pack could not be written (no space left on device); make room there and start again: parts that "
+        "are complete are kept"
+    )
+    assert [path.name for path in out.iterdir()] == ["train.pack"]

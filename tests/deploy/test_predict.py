@@ -1,0 +1,421 @@
+"""Classes and probabilities: against Bayes' rule, against `evaluate`, and of files that cannot be read."""
+
+import csv
+import json
+import math
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ODD_NAMES, draw_picture
+from PIL import Image
+from torch import nn
+
+import equipoise
+from equipoise import UserError, load, load_recipe
+from equipoise.deploy.hub import write_hub_folder
+from equipoise.deploy.predict import CalibratedNetwork, Classifier, find_images, read_weights, write_csv
+from equipoise.evaluation.run import evaluate_checkpoint, evaluate_run
+from equipoise.method.losses import logit_adjusted_cross_entropy
+from equipoise.runs.checkpoint import Checkpoint, create_network, state_on_cpu
+
+
+def untrained(method="bcl", classes=3, counts=(9, 5, 1), tau=1.0, **fields) -> Checkpoint:
+    """A checkpoint of random weights."""
+    torch.manual_seed(0)
+    recipe = load_recipe("pictures", arch="resnet8", size=24, hidden_dim=16, feature_dim=8, method=method, tau=tau)
+    for name, value in fields.items():
+        recipe = equipoise.config.recipe.override(recipe, equipoise.config.recipe.find_field(name), value)
+    network = create_network(recipe, classes, start=False)
+    names = tuple(f"class {label}" for label in range(classes))
+    return Checkpoint(recipe, names, counts, 1, 1, None, state_on_cpu(network), {"state": {}, "param_groups": []}, {})
+
+
+# ---- what the probabilities mean
+
+MEANS_C3 = torch.tensor([[90.0, 120, 128], [128, 110, 120], [150, 140, 110]])
+SPREAD = 25.0
+COUNTS = (700, 250, 50)
+PRIOR = torch.tensor(COUNTS).double() / sum(COUNTS)
+
+
+def log_densities(x_N3: torch.Tensor) -> torch.Tensor:
+    """`[N, C]` log p(x|y) of three Gaussians in the space of colours, up to a constant."""
+    return -((x_N3.double()[:, None] - MEANS_C3) ** 2).sum(2) / (2 * SPREAD**2)
+
+
+def bayes(x_N3: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
+    joint = log_densities(x_N3).exp() * prior
+    return joint / joint.sum(1, keepdim=True)
+
+
+class PerfectNetwork(nn.Module):
+    """What training with logit adjustment of strength tau on those Gaussians converges to, `heat` times too sure."""
+
+    def __init__(self, tau: float, heat: float) -> None:
+        super().__init__()
+        self.tau, self.heat = tau, heat
+
+    def forward(self, images_B3SS):
+        x_B3 = images_B3SS.double().mean((2, 3))
+        return (self.heat * (log_densities(x_B3) + (1 - self.tau) * PRIOR.log() + x_B3.sum(1, keepdim=True))).float()
+
+
+@pytest.mark.parametrize(("method", "tau"), [("bcl", 1.0), ("ce", 1.0), ("logit-adjusted", 0.5), ("supcon+la", 1.5)])
+@pytest.mark.parametrize("heat", [1.0, 3.0])
+def test_predict_gives_the_posterior_of_bayes_rule(method, tau, heat, tmp_path):
+    """Pictures of one colour each, drawn from Gaussians; every prior, from files to probabilities."""
+    generator = np.random.default_rng(0)
+    colours = generator.normal(MEANS_C3.numpy()[generator.integers(0, 3, 150)], SPREAD).clip(0, 255).astype(np.uint8)
+    for number, colour in enumerate(colours):
+        Image.new("RGB", (30, 20), tuple(colour.tolist())).save(tmp_path / f"{number:03}.png")
+    adjusted = 0.0 if method == "ce" else tau  # plain cross-entropy takes no tau, whatever the recipe says
+    checkpoint = untrained(method, counts=COUNTS, tau=tau)
+    model = PerfectNetwork(adjusted, heat)
+    classifier = Classifier(Path("x"), checkpoint, model, heat, None, torch.device("cpu"))  # type: ignore[arg-type]
+    x_N3 = torch.from_numpy(colours)
+    other = torch.tensor([0.1, 0.0, 0.9])
+    of_other = {"class 2": 9, "class 0": 1, "class 1": 0}
+    for prior, expected in (("uniform", torch.ones(3)), ("train", PRIOR), (of_other, other)):
+        predicted = classifier.predict(tmp_path, prior=prior)
+        found = np.zeros((150, 3))
+        np.put_along_axis(found, predicted.ranked_NK, predicted.probability_NK, axis=1)
+        assert np.abs(found - bayes(x_N3, expected).numpy()).max() < 2e-3, prior  # float32 of logits near 1,000
+        assert (np.diff(predicted.probability_NK, axis=1) <= 0).all()
+
+
+@pytest.mark.parametrize(("method", "tau"), [("ce", 1.0), ("logit-adjusted", 1.0), ("logit-adjusted", 0.5)])
+def test_trained_networks_give_the_posterior_of_bayes_rule(method, tau):
+    """Nothing assumed of the logits: a linear network trained on draws, by the losses that training uses."""
+    torch.manual_seed(0)
+    labels_N = torch.repeat_interleave(torch.arange(3), torch.tensor(COUNTS) * 20)
+    x_N3 = MEANS_C3[labels_N] + SPREAD * torch.randn(len(labels_N), 3)
+    network = nn.Sequential(Scaled(), nn.Linear(3, 3))
+    optimizer = torch.optim.LBFGS(network.parameters(), max_iter=200)
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        strength = 0.0 if method == "ce" else tau
+        value = logit_adjusted_cross_entropy(network(x_N3), labels_N, PRIOR.log(), strength)
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    calibrated = CalibratedNetwork(network, 1.0, untrained(method, counts=COUNTS, tau=tau).log_prior_of_logits())
+    fresh_N3 = MEANS_C3[torch.arange(600) % 3] + SPREAD * torch.randn(600, 3)
+    for prior in (torch.ones(3), PRIOR, torch.tensor([0.1, 0.2, 0.7])):
+        found = (calibrated(fresh_N3).double() + prior.log()).softmax(1)
+        assert (found - bayes(fresh_N3, prior)).abs().max() < 0.08, prior
+    unadjusted = network(fresh_N3).double().softmax(1)
+    if method == "ce":
+        assert (unadjusted - bayes(fresh_N3, torch.ones(3))).abs().max() > 0.3, "the training prior is in there"
+
+
+class Scaled(nn.Module):
+    def forward(self, x_N3):
+        return (x_N3 - 128) / 64
+
+
+def test_the_temperature_is_fitted_under_the_validation_parts_own_prior(tmp_path):
+    """Of a perfect network 3 times too sure, `evaluate` finds 3, though its validation part is nobody's prior."""
+    generator = np.random.default_rng(1)
+    counts = {"train": (40, 20, 10), "val": (100, 300, 200)}
+    for part, of_part in counts.items():
+        for label, count in enumerate(of_part):
+            for number in range(count):
+                colour = generator.normal(MEANS_C3[label].numpy(), SPREAD).clip(0, 255).astype(np.uint8)
+                path = tmp_path / "data" / part / f"class {label}" / f"{number}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (24, 24), tuple(colour.tolist())).save(path)
+    for method in ("ce", "logit-adjusted"):
+        recipe = load_recipe("pictures", data=str(tmp_path / "data"), arch="resnet8", size=24, method=method, workers=0)
+        parts = equipoise.run.open_data(recipe)
+        checkpoint = replace(
+            untrained(method, counts=COUNTS),
+            recipe=recipe,
+            fingerprints={name: part.fingerprint() for name, part in parts.named().items()},
+        )
+        network = PerfectNetwork(0.0 if method == "ce" else 1.0, 3.0)
+        batches = equipoise.run._open(recipe, parts.validation, "cpu")
+        figures, predictions = equipoise.run._score(checkpoint, network, batches, "cpu", keep_logits=True)
+        assert figures["images"] == 600
+        assert equipoise.run._temperature(checkpoint, predictions) == pytest.approx(3, rel=0.15), method
+
+
+# ---- against evaluate
+
+
+def logits_of(run: Path, part: str) -> np.ndarray:
+    predictions = evaluate_checkpoint(run, None, part, keep_logits=True)[1]
+    assert predictions.logits_NC is not None
+    return predictions.logits_NC.astype(np.float64)
+
+
+def softmax(scores_NC: np.ndarray) -> np.ndarray:
+    shares_NC = np.exp(scores_NC - scores_NC.max(1, keepdims=True))
+    return shares_NC / shares_NC.sum(1, keepdims=True)
+
+
+def test_labels_and_probabilities_are_those_of_evaluate(odd_run):
+    """The best checkpoint's, calibrated by its own temperature."""
+    metrics = json.loads((odd_run / "metrics.json").read_text())
+    temperature = metrics["best"]["temperature"]
+    logits_NC = logits_of(odd_run / "best.pt", "test")
+    classifier = load(odd_run)
+    assert classifier.temperature == temperature
+    assert classifier.origin == odd_run / "best.pt"
+    predicted = classifier.predict(odd_run.parent / "data" / "test")
+    assert len(predicted) == len(logits_NC) == 18
+    assert predicted.ranked_NK[:, 0].tolist() == logits_NC.argmax(1).tolist()
+    expected_NC = softmax(logits_NC / (temperature or 1.0))
+    assert predicted.probability_NK == pytest.approx(-np.sort(-expected_NC, axis=1), abs=1e-5)
+    name, share = next(iter(predicted))[1][0]
+    assert name == ODD_NAMES[logits_NC[0].argmax()]
+    assert share == pytest.approx(expected_NC[0].max(), abs=1e-5)
+    assert load(odd_run / "last.pt").temperature == metrics["last"]["temperature"]
+
+
+def test_small_images_are_seen_as_evaluate_sees_them(tmp_path):
+    """Policy `cifar`: resized to the size, whatever the shape; and plain cross-entropy under its training prior."""
+    for label in range(2):
+        for number in range(6):
+            draw_picture(tmp_path / "data" / f"class {label}" / f"{number}.png", label, number, size=(40, 30))
+    checkpoint = untrained(
+        "ce", classes=2, counts=(4, 2), **{"views.policy": "cifar", "data.path": str(tmp_path / "data")}
+    )
+    checkpoint.save(tmp_path / "last.pt")
+    _, predictions = evaluate_checkpoint(tmp_path / "last.pt", str(tmp_path / "data"), "test", keep_logits=True)
+    classifier = load(tmp_path)
+    assert classifier.temperature is None
+    train = classifier.predict(tmp_path / "data", prior="train")
+    assert train.ranked_NK.tolist() == predictions.ranked_NK.tolist()
+    logits_NC = predictions.logits_NC.astype(np.float64)
+    expected_NC = softmax(logits_NC)
+    assert train.probability_NK == pytest.approx(-np.sort(-expected_NC, axis=1), abs=1e-6)
+    uniform = classifier.predict(tmp_path / "data")
+    expected_NC = softmax(logits_NC - np.log([4 / 6, 2 / 6]))
+    assert uniform.probability_NK == pytest.approx(-np.sort(-expected_NC, axis=1), abs=1e-6)
+
+
+def test_evaluate_keeps_a_temperature_only_where_validation_images_are(odd_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(odd_run, run)
+    metrics = evaluate_run(run, device="cpu")
+    logits_NC = logits_of(odd_run / "last.pt", "validation")
+    labels_N = np.repeat(np.arange(3), (9, 6, 5))
+    shift = np.log(np.array([9, 6, 5]) / 20)
+    assert metrics["last"]["temperature"] == equipoise.evaluation.metrics.fit_temperature(logits_NC, labels_N, shift)
+
+    checkpoint = equipoise.load_checkpoint(run / "last.pt")
+    data = tmp_path / "data"
+    shutil.copytree(odd_run.parent / "data", data)
+    shutil.rmtree(data / "val")
+    recipe = load_recipe(run / "recipe.toml", data=str(data), holdout=0)
+    parts = equipoise.run.open_data(recipe)
+    fingerprints = {name: part.fingerprint() for name, part in parts.named().items()}
+    replace(checkpoint, recipe=recipe, fingerprints=fingerprints).save(run / "last.pt")
+    (run / "best.pt").unlink()
+    assert evaluate_run(run, device="cpu")["last"]["temperature"] is None
+    assert load(run).temperature is None
+
+
+def test_figures_of_another_step_are_not_used(odd_run, tmp_path):
+    """As while a resumed run is being trained: its metrics.json is the old one."""
+    shutil.copytree(odd_run, tmp_path / "run")
+    file = tmp_path / "run" / "metrics.json"
+    metrics = json.loads(file.read_text())
+    metrics["last"]["temperature"] = 1.5
+    file.write_text(json.dumps(metrics))
+    assert load(tmp_path / "run" / "last.pt").temperature == 1.5
+    metrics["last"]["step"] -= 1
+    file.write_text(json.dumps(metrics))
+    assert load(tmp_path / "run" / "last.pt").temperature is None
+
+
+# ---- what can be loaded
+
+
+def test_what_can_be_loaded(odd_run, tmp_path):
+    """A run, checkpoints, an exported folder; the same classes, whichever is asked."""
+    expected = load(odd_run).predict(odd_run.parent / "data" / "test")
+    best = equipoise.load_checkpoint(odd_run / "best.pt")
+    write_hub_folder(tmp_path / "hub", best, load(odd_run).temperature, None)
+    for target in (odd_run / "best.pt", tmp_path / "hub"):
+        found = load(target, device="cpu").predict(odd_run.parent / "data" / "test")
+        assert found.class_names == ODD_NAMES
+        assert np.array_equal(found.probability_NK, expected.probability_NK), target
+        assert np.array_equal(found.ranked_NK, expected.ranked_NK)
+    shutil.copytree(odd_run, tmp_path / "run")
+    (tmp_path / "run" / "best.pt").unlink()
+    assert load(tmp_path / "run").origin == tmp_path / "run" / "last.pt"
+
+
+def test_a_checkpoint_of_the_authors(tmp_path):
+    """Without a word of ours in it: classes are numbers, and no training prior is known. Of 8,142 classes, it is of
+    iNaturalist, which has its own mean."""
+    draw_picture(tmp_path / "x.png", 0, 0)
+    theirs = {"encoder": "encoder", "projection": "head", "classifier": "fc", "prototype_projection": "head_fc"}
+    for classes, mean in ((4, (0.485, 0.456, 0.406)), (8142, (0.466, 0.471, 0.380))):
+        state = {}
+        for name, value in untrained(classes=classes, counts=(1,) * classes).weights.items():
+            part, _, rest = name.partition(".")
+            state[f"module.{theirs[part]}.{rest}"] = value.T if part == "classifier" else value
+        torch.save({"arch": "resnet8", "epoch": 3, "state_dict": state}, tmp_path / "theirs.pth.tar")
+        classifier = load(tmp_path / "theirs.pth.tar")
+        assert classifier.checkpoint.recipe.views.mean == mean
+        predicted = classifier.predict(tmp_path / "x.png", top=2)
+        assert all(name.isdecimal() for _, classes in predicted for name, _ in classes)
+        with pytest.raises(UserError, match="so its training prior is not known"):
+            classifier.predict(tmp_path / "x.png", prior="train")
+
+
+def test_what_cannot_be_loaded(tmp_path):
+    with pytest.raises(UserError, match="there is no run folder or checkpoint at"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"is no run folder: it has neither best\.pt nor last\.pt"):
+        load(tmp_path)
+
+
+# ---- files
+
+
+def test_bad_files_are_passed_over_and_the_order_stays(odd_run, tmp_path):
+    """More than three batches, bad ones among them; each file alone gives the same."""
+    for number in range(230):
+        draw_picture(tmp_path / "many" / f"{number:03}.png", number % 3, number, size=(30 + number % 7, 26))
+    for number in (0, 70, 229):
+        (tmp_path / "many" / f"{number:03}.png").write_bytes(b"broken")
+    (tmp_path / "many" / "notes.txt").write_text("no picture")
+    (tmp_path / "many" / ".thumbnails").mkdir()
+    shutil.copy(tmp_path / "many" / "001.png", tmp_path / "many" / ".thumbnails" / "001.png")
+    (tmp_path / "empty").mkdir()
+    classifier = load(odd_run)
+    told = []
+    predicted = classifier.predict(
+        [tmp_path / "many", tmp_path / "absent.jpg", tmp_path / "empty"], progress=lambda *counts: told.append(counts)
+    )
+    good = [f"{number:03}.png" for number in range(230) if number not in (0, 70, 229)]
+    assert [Path(file).name for file in predicted.files] == good
+    assert told == [(64, 231), (128, 231), (192, 231), (231, 231)]
+    assert sorted(str(error).partition(" ")[0] for error in predicted.errors) == sorted(
+        str(tmp_path / name) for name in ("empty", "many/000.png", "many/070.png", "many/229.png", "absent.jpg")
+    )
+    said = "\n".join(map(str, predicted.errors))
+    assert (
+        "000.png cannot be read (it is no image: not JPEG, PNG, GIF, BMP, TIFF, WebP or PPM); repair or remove it"
+        in said
+    )
+    assert "absent.jpg cannot be read (no such file or directory)" in said
+    assert "empty holds no images (known endings: " in said
+    for index in (0, 62, 63, 64, 140, 226):
+        alone = classifier.predict(predicted.files[index])
+        assert alone.ranked_NK[0].tolist() == predicted.ranked_NK[index].tolist()
+        assert alone.probability_NK[0] == pytest.approx(predicted.probability_NK[index], abs=1e-5)
+
+
+def test_a_file_by_name_needs_no_ending(odd_run, tmp_path):
+    draw_picture(tmp_path / "x.png", 0, 0)
+    (tmp_path / "x.png").rename(tmp_path / "x")
+    assert len(load(odd_run).predict(tmp_path / "x")) == 1
+    assert find_images([tmp_path])[0] == []
+
+
+def test_nothing_to_predict(odd_run, tmp_path):
+    predicted = load(odd_run).predict(tmp_path)
+    assert len(predicted) == 0
+    assert list(predicted) == []
+    assert len(predicted.errors) == 1
+
+
+def test_csv_quotes_what_needs_it(odd_run, tmp_path):
+    """Names of classes and files with commas, quotes, lines, mark-up, and bytes that are no text."""
+    folder = tmp_path / 'a, "b"\n<c>'
+    draw_picture(folder / "x.png", 0, 0)
+    odd = os.fsdecode(bytes(folder) + b"/\xff.png")
+    shutil.copy(folder / "x.png", odd)
+    predicted = load(odd_run).predict(folder, top=2)
+    write_csv(tmp_path / "p.csv", predicted)
+    with (tmp_path / "p.csv").open(newline="", encoding="utf-8") as file:
+        heading, *rows = csv.reader(file)
+    assert heading == ["file", "class_1", "probability_1", "class_2", "probability_2"]
+    assert [row[0] for row in rows] == [str(folder / "x.png"), f"{folder}/\\udcff.png"]
+    for row, (_, classes) in zip(rows, predicted, strict=True):
+        assert (row[1], row[3]) == tuple(name for name, _ in classes)
+        assert [float(row[2]), float(row[4])] == pytest.approx([share for _, share in classes], abs=1e-6)
+
+
+# ---- priors
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("p.json", json.dumps({ODD_NAMES[2]: 0, ODD_NAMES[0]: 1, ODD_NAMES[1]: 3.5})),
+        ("p.csv", '\ufeffclass,weight\n"a, ""quoted""",3.5\n\n<b>x & y<,1\n"two\nlines|",0\n'),
+        ("p.CSV", '"a, ""quoted""",3.5\r\n<b>x & y<,1\r\n"two\nlines|",0'),
+    ],
+)
+def test_a_prior_from_a_file(name, content, odd_run, tmp_path):
+    file = tmp_path / name
+    file.write_bytes(content.encode())
+    assert read_weights(file) == {ODD_NAMES[0]: 1, ODD_NAMES[1]: 3.5, ODD_NAMES[2]: 0}
+    test = odd_run.parent / "data" / "test"
+    predicted = load(odd_run).predict(test, prior=file)
+    assert (predicted.ranked_NK[:, 2] == 2).all()
+    assert (predicted.probability_NK[:, 2] == 0).all()
+    uniform = load(odd_run).predict(test)
+    for index in range(len(uniform)):
+        before, after = (
+            dict(zip(made.ranked_NK[index].tolist(), made.probability_NK[index], strict=True))
+            for made in (uniform, predicted)
+        )
+        assert math.log(after[1] / after[0]) == pytest.approx(math.log(before[1] / before[0]) + math.log(3.5), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("absent.csv", None, "cannot be read (no such file or directory)"),
+        ("p.csv", b"\xff\xfe", "cannot be read (it is no UTF-8 text)"),
+        ("p.json", b"{", "is not valid JSON ("),
+        ("p.json", b"[1, 2]", 'must hold one object, {"class name": weight, ...}'),
+        ("p.json", b"3", 'must hold one object, {"class name": weight, ...}'),
+        ("p.json", b'{"a": 1, "a": 2}', "names the class 'a' twice"),
+        (
+            "p.json",
+            b'{"class 0": 1, "class 1": 1, "clas 2": 1}',
+            "names a class 'clas 2' that the model does not know; did",
+        ),
+        ("p.json", b'{"class 0": 1, "class 1": true}', "the weight of 'class 1' must be a number, 0 or more, not True"),
+        ("p.json", b'{"class 0": 1, "class 1": "2"}', "the weight of 'class 1' must be a number, 0 or more, not '2'"),
+        ("p.json", b'{"class 0": NaN}', "the weight of 'class 0' must be a number, 0 or more, not nan"),
+        ("p.csv", b"class 0,1\nclass 1,-1\nclass 2,1", "the weight of 'class 1' must be a number, 0 or more, not -1"),
+        ("p.csv", b"class 0,1\nclass 1,x", "the weight of 'class 1' must be a number, not 'x'"),
+        ("p.json", b'{"class 0": 1' + b"0" * 400 + b"}", "the weight of 'class 0' must be a number, 0 or more, not 1"),
+        ("p.json", b"[" * 200_000, "is not valid JSON ("),
+        ("p.json", b" " * 5_000_000, "is no prior: it has more than 4,194,304 bytes"),
+        ("p.csv", b"class 0," + b"1" * 200_000, "is no CSV file (field larger than field limit (131072))"),
+        ("p.csv", b"class 0,1,2", "line 1: there must be two columns, class name and weight, not 3"),
+        (
+            "p.csv",
+            b"class 1,1",
+            "lacks 2 of the 3 classes (first: 'class 0'); give each class a weight, 0 where it does",
+        ),
+        ("p.csv", b"class 0,0\nclass 1,0\nclass 2,0", "one weight at least must be above 0"),
+    ],
+)
+def test_priors_that_do_not_fit(name, content, sentence, tmp_path):
+    untrained().save(tmp_path / "last.pt")
+    file = tmp_path / name
+    if content is not None:
+        file.write_bytes(content)
+    draw_picture(tmp_path / "x.png", 0, 0)
+    with pytest.raises(UserError) as refused:
+        load(tmp_path).predict(tmp_path / "x.png", prior=file)
+    assert sentence in str(refused.value)
+    assert str(file) in str(refused.value)
+    assert "\n" not in str(refused.value)

@@ -1,0 +1,123 @@
+"""Confidence at a temperature and the geometry of features, against slow loops over all images and pairs."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from equipoise.evaluation.metrics import GROUPS, shot_group
+from equipoise.evaluation.observe import COSINE_BINS, Observation, confidence_at, count_cosines
+from equipoise.method.network import TwoBranchNetwork
+
+COUNTS = (300, 150, 60, 25, 19, 3)
+CLASSES = len(COUNTS)
+TEMPERATURE = 1.7
+
+
+@pytest.fixture
+def network() -> TwoBranchNetwork:
+    torch.manual_seed(0)
+    return TwoBranchNetwork("resnet8", CLASSES, size=16, feature_dim=12).eval()
+
+
+@pytest.fixture
+def observed(network):
+    """(observation, images, labels): 47 images in batches of 20; one class has one image, one has none."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (47, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(0, 3, (47,), generator=generator)
+    labels[::5] = 5
+    labels[1] = 3
+    observation = Observation(CLASSES, TEMPERATURE)
+    with torch.inference_mode(), observation.watch(network) as observe:
+        for part, of_part in zip(images.split(20), labels.split(20), strict=True):
+            observe(of_part, network(part))
+    assert not network.encoder._forward_hooks
+    return observation, images, labels
+
+
+def test_confidence_at_the_temperature(network, observed):
+    observation, images, _ = observed
+    with torch.inference_mode():
+        logits = network(images).double()
+    expected = (logits / TEMPERATURE).softmax(1).amax(1).numpy()
+    assert observation.calibrated()["calibrated_N"] == pytest.approx(expected, abs=1e-5)
+    assert confidence_at(logits.repeat(50, 1), TEMPERATURE).numpy() == pytest.approx(np.tile(expected, 50))
+    assert Observation(CLASSES).calibrated() == {}
+
+
+@pytest.mark.parametrize("centred", [True, False])
+def test_cosines_against_a_loop_over_pairs(centred):
+    vectors = torch.randn(40, 7, generator=torch.Generator().manual_seed(2), dtype=torch.float64) + 0.4
+    groups = torch.arange(40) % 3
+    moved = vectors - vectors.mean(0) if centred else vectors
+    expected = np.zeros((3, COSINE_BINS), int)
+    for one in range(40):
+        for other in range(40):
+            if one != other:
+                cosine = F.cosine_similarity(moved[one], moved[other], dim=0).item()
+                expected[groups[one], min(int((cosine + 1) * COSINE_BINS / 2), COSINE_BINS - 1)] += 1
+    found = count_cosines(vectors, groups, centred)
+    assert found.sum(1).tolist() == expected.sum(1).tolist()
+    # A cosine on the edge of a bin may fall to either side in float32.
+    assert np.abs(found - expected).sum() <= 4
+
+
+def test_many_classes_are_counted_in_pieces():
+    vectors = torch.randn(1500, 5, generator=torch.Generator().manual_seed(3))
+    assert count_cosines(vectors, torch.zeros(1500, dtype=torch.int64), False).sum() == 1500 * 1499
+
+
+def test_a_regular_simplex_has_its_cosine():
+    simplex = torch.eye(CLASSES) - 1 / CLASSES
+    found = count_cosines(simplex, torch.zeros(CLASSES, dtype=torch.int64), False)[0]
+    place = int((1 - 1 / (CLASSES - 1)) * COSINE_BINS / 2)
+    assert found[place - 1 : place + 2].sum() == found.sum() == CLASSES * (CLASSES - 1)
+
+
+def test_geometry_against_the_features_themselves(network, observed):
+    observation, images, labels = observed
+    with torch.inference_mode():
+        hidden = network.encoder((images - network.mean) / network.std)
+        spaces = {"encoder": F.normalize(hidden, dim=1), "contrastive": F.normalize(network.projection(hidden), dim=1)}
+    found = observation.geometry(network, COUNTS)
+    groups = torch.tensor([GROUPS.index(shot_group(count)) for count in COUNTS])
+    seen = torch.tensor([label in labels for label in range(CLASSES)])
+    assert seen.tolist() == [True, True, True, True, False, True]
+    for space, units in spaces.items():
+        means = torch.stack([units[labels == label].mean(0) for label in range(CLASSES) if seen[label]])
+        expected = count_cosines(means, groups[seen], space == "encoder")
+        assert np.abs(found[f"{space}_means_cosines_GK"] - expected).sum() <= 2
+        for label in range(CLASSES):
+            rows = np.flatnonzero(labels.numpy() == label)
+            pairs = [1 - (units[a] @ units[b]).item() for a in rows for b in rows if a != b]
+            spread = found[f"{space}_spread_C"][label]
+            if pairs:
+                assert spread == pytest.approx(np.mean(pairs), abs=1e-5)
+            else:
+                assert np.isnan(spread)
+    rows = found["map_rows_M"]
+    assert rows.tolist() == list(range(47))  # fewer than the map can show
+    assert found["map_MF"] == pytest.approx(spaces["encoder"][rows].numpy(), abs=1e-3)
+    for name in ("classifier", "prototypes"):
+        assert found[f"{name}_cosines_GK"].sum() == CLASSES * (CLASSES - 1)
+
+
+def test_the_map_takes_the_first_images_of_each_class():
+    labels = torch.arange(4).repeat(600)
+    observation = Observation(4)
+    for part in labels.split(700):
+        observation.add(part, torch.zeros(len(part), 4), torch.ones(len(part), 3), None)
+    network = TwoBranchNetwork("resnet8", 4, size=16, contrastive=False)
+    assert observation.geometry(network, (5, 5, 5, 5))["map_rows_M"].tolist() == list(range(600))
+
+
+def test_the_map_of_many_classes_is_evenly_spaced():
+    labels = torch.arange(2500)
+    observation = Observation(2500)
+    observation.add(labels, torch.zeros(2500, 2500), torch.ones(2500, 3), None)
+    network = TwoBranchNetwork("resnet8", 2500, size=16, contrastive=False)
+    rows = observation.geometry(network, [5] * 2500)["map_rows_M"]
+    assert len(np.unique(rows)) == 600
+    assert set(np.diff(rows)) == {4, 5}
+    assert (rows[0], rows[-1]) == (0, 2499)

@@ -1,0 +1,234 @@
+"""Encoders: shapes, sizes of the literature, and names that are not there."""
+
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torchvision.models import resnet18
+
+from equipoise import UserError, load_recipe
+from equipoise.method.encoders import create_encoder, timm_arguments
+from equipoise.runs.checkpoint import Checkpoint, create_network, state_on_cpu
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("resnet8", 75_000), ("resnet20", 269_000), ("resnet32", 461_000)])
+def test_small_resnets(name, parameters):
+    """He et al. give 0.27M and 0.46M for 20 and 32 layers, classifier included (640 weights)."""
+    encoder, width = create_encoder(name, 32)
+    layers = [module for module in encoder.modules() if isinstance(module, torch.nn.Conv2d)]
+    assert len(layers) + 1 == int(name.removeprefix("resnet"))
+    assert sum(p.numel() for p in encoder.parameters()) == pytest.approx(parameters, rel=0.01)
+    assert width == 64
+    assert encoder(torch.zeros(2, 3, 32, 32)).shape == (2, 64)
+
+
+def test_shortcut_passes_every_second_pixel_and_adds_no_parameters():
+    """With all convolutions zero, only the shortcuts are left: the stem's channels, subsampled, between zeros."""
+    encoder, _ = create_encoder("resnet8", 16)
+    encoder.eval()
+    stem = []
+    with torch.no_grad():
+        for block in encoder.blocks:
+            block.conv1.weight.zero_()
+            block.conv2.weight.zero_()
+        encoder.norm.register_forward_hook(lambda _, __, output: stem.append(output.relu()))
+        features = encoder(torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
+    expected = stem[0][:, :, ::4, ::4].mean((2, 3))
+    assert torch.allclose(features[:, 24:40], expected, atol=1e-6)
+    assert features[:, :24].abs().max() == 0
+    assert features[:, 40:].abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [("resnet18", 512), ("resnext50", 2048), ("vit_tiny_patch16_224", 192), ("mobilenetv3_small_050", 1024)],
+)
+def test_timm_encoders(name, width):
+    size = 48 if name.startswith("vit") else 64
+    encoder, found = create_encoder(name, size)
+    assert encoder.training
+    assert found == width
+    assert encoder.eval()(torch.zeros(1, 3, size, size)).shape == (1, width)
+
+
+def test_unknown_and_missing():
+    with pytest.raises(UserError, match=r"no encoder is called 'resnet33'; did you mean .*resnet32"):
+        create_encoder("resnet33", 32)
+    with pytest.raises(UserError, match=r"there are no pretrained weights for resnet32; set model.pretrained to false"):
+        create_encoder("resnet32", 32, pretrained=True)
+
+
+def test_what_an_encoder_does_not_take_is_said():
+    with pytest.raises(UserError, match=r"vit_tiny_patch16_224 .* 8 pixels .*; change --size or --arch"):
+        create_encoder("vit_tiny_patch16_224", 8)
+    with pytest.raises(UserError, match=r"timm cannot build resnet18.nonsense .*nonsense"):
+        create_encoder("resnet18.nonsense", 64)
+
+
+def test_pretrained_weights_out_of_reach(tmp_path):
+    """In a process of its own, since the hub's library reads its environment once, when it is imported."""
+    code = """
+from equipoise import UserError
+from equipoise.method.encoders import create_encoder
+try:
+    create_encoder("resnet18", 64, pretrained=True)
+except UserError as error:
+    print(error)
+"""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert re.fullmatch(
+        r"the pretrained weights of resnet18 could not be had \(.+\); connect to the network, name a file of them "
+        r"with --weights FILE, or set --pretrained false\n",
+        done.stdout,
+    )
+
+
+# ---- weights from a file
+
+
+def saved(encoder, path):
+    """Random weights of an encoder, in a file as torch or safetensors writes it."""
+    torch.manual_seed(1)
+    state = {key: torch.rand_like(value.float()).to(value.dtype) for key, value in encoder.state_dict().items()}
+    if path.suffix == ".safetensors":
+        save_file(state, path)
+    else:
+        torch.save({"epoch": 3, "state_dict": {f"module.{key}": value for key, value in state.items()}}, path)
+    return state
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("reference", ["timm", "torchvision"])
+def test_weights_of_a_file_with_and_without_classifier(reference, suffix, tmp_path):
+    """timm's own naming, and torchvision's with the classifier that an encoder does not have."""
+    full = resnet18(weights=None) if reference == "torchvision" else timm.create_model("resnet18", num_classes=0)
+    state = saved(full, tmp_path / f"weights{suffix}")
+    encoder, width = create_encoder("resnet18", 64, weights=tmp_path / f"weights{suffix}")
+    assert width == 512
+    assert all(torch.equal(value, state[key]) for key, value in encoder.state_dict().items())
+
+
+def test_the_encoder_of_a_checkpoint_of_a_run(tmp_path):
+    recipe = load_recipe("digits-lt")
+    network = create_network(recipe, 2, start=False)
+    Checkpoint(
+        recipe, ("a", "b"), (1, 1), 1, 1, None, state_on_cpu(network), {"state": {}, "param_groups": []}, {}
+    ).save(tmp_path / "last.pt")
+    encoder = create_encoder("resnet8", 32, weights=tmp_path / "last.pt")[0]
+    assert all(torch.equal(value, network.encoder.state_dict()[key]) for key, value in encoder.state_dict().items())
+
+
+def test_the_encoder_of_a_checkpoint_of_the_authors(tmp_path):
+    full = resnet18(weights=None)
+    state = {f"module.encoder.{key}": value for key, value in full.state_dict().items() if not key.startswith("fc")}
+    table = {"state_dict": {**state, "module.head.0.weight": torch.zeros(1)}, "best_acc1": np.float64(57.2)}
+    torch.save(table, tmp_path / "bcl_ckpt.pth.tar")
+    encoder = create_encoder("resnet18", 64, weights=tmp_path / "bcl_ckpt.pth.tar")[0]
+    assert all(torch.equal(value, full.state_dict()[key]) for key, value in encoder.state_dict().items())
+
+
+def test_small_networks_take_a_file_too(tmp_path):
+    state = saved(create_encoder("resnet8", 32)[0], tmp_path / "x.pt")
+    encoder = create_encoder("resnet8", 32, weights=tmp_path / "x.pt")[0]
+    assert all(torch.equal(value, state[key]) for key, value in encoder.state_dict().items())
+
+
+def test_a_vision_transformer_at_another_size(tmp_path):
+    """Position embeddings of 224 pixels, resampled for 64; the same images, the same features where no size changes."""
+    full = timm.create_model("vit_tiny_patch16_224", num_classes=5)
+    torch.save(full.state_dict(), tmp_path / "vit.pth")
+    same, width = create_encoder("vit_tiny_patch16_224", 224, weights=tmp_path / "vit.pth")
+    assert width == 192
+    images = torch.rand(1, 3, 224, 224)
+    with torch.inference_mode():
+        expected = full.eval().forward_head(full.forward_features(images), pre_logits=True)
+        assert torch.allclose(same.eval()(images), expected, atol=1e-5)
+    small = create_encoder("vit_tiny_patch16_224", 64, weights=tmp_path / "vit.pth")[0]
+    assert small.state_dict()["pos_embed"].shape == (1, 17, 192)
+    assert torch.equal(small.state_dict()["patch_embed.proj.weight"], full.state_dict()["patch_embed.proj.weight"])
+
+
+class Payload:
+    def __init__(self, mark) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.mark),))
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (None, "there is no file of weights at"),
+        (b"no weights", "is no file of weights that can be read"),
+        ("payload", "which no file of weights needs; nothing of it was run"),
+        ({"epoch": 3}, "does not hold tensors by name"),
+        ([torch.zeros(1)], "does not hold tensors by name"),
+        ({}, "does not hold the weights of resnet18: 100 of 120 are not in it (first: conv1.weight)"),
+        (
+            "resnet50",
+            "of 120 have another shape in it (first: layer",
+        ),
+        ("resnet8", "does not hold the weights of resnet18: 100 of 120 are not in it (first: conv1.weight)"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_refused_weights(content, sentence, suffix, tmp_path):
+    path = tmp_path / f"weights{suffix}"
+    if content == "payload" and suffix == ".safetensors":
+        sentence = "is no file of weights that can be read"
+    if content == "payload":
+        torch.save({"state_dict": Payload(tmp_path / "executed")}, path)
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    elif isinstance(content, str):
+        saved(create_encoder(content, 64)[0], path)
+    elif content is not None:
+        torch.save(content, path)
+    if suffix == ".safetensors" and not isinstance(content, str | bytes | None):
+        sentence = "is no file of weights that can be read"
+    with pytest.raises(UserError) as error:
+        create_encoder("resnet18", 64, weights=path)
+    assert sentence in str(error.value)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_weights_that_are_not_finite_are_refused(suffix, tmp_path):
+    path = tmp_path / f"weights{suffix}"
+    state = create_encoder("resnet8", 32)[0].state_dict()
+    state["stem.weight"][0] = torch.inf
+    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    with pytest.raises(
+        UserError, match=r"holds weights that are not finite numbers \(first: stem.weight\); take another"
+    ):
+        create_encoder("resnet8", 32, weights=path)
+
+
+def test_the_authors_encoders_start_as_theirs():
+    """Their residual branches do not start at zero, as timm's would."""
+    encoder = create_encoder("resnet50", 64)[0]
+    assert float(encoder.state_dict()["layer1.0.bn3.weight"].min()) == 1.0
+    assert float(create_encoder("resnet18", 64)[0].state_dict()["layer1.0.bn2.weight"].max()) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("resnet32", None),
+        ("resnext50", ("resnext50_32x4d", {})),
+        ("resnet18.a1_in1k", ("resnet18", {})),
+        ("vit_tiny_patch16_224", ("vit_tiny_patch16_224", {"img_size": 48})),
+    ],
+)
+def test_what_timm_calls_an_encoder(name, expected):
+    assert timm_arguments(name, 48) == expected

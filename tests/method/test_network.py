@@ -1,0 +1,117 @@
+"""The network against its formulas."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from equipoise.method.network import TwoBranchNetwork
+
+IMAGES = torch.randint(0, 256, (12, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+def network(**settings) -> TwoBranchNetwork:
+    torch.manual_seed(0)
+    return TwoBranchNetwork("resnet8", 5, **{"size": 16, "hidden_dim": 24, "feature_dim": 8, **settings})
+
+
+def test_cosine_classifier_is_scale_thirty():
+    model = network().eval()
+    hidden = model.encoder((IMAGES / 255 - model.mean / 255) / (model.std / 255))
+    weight = model.classifier.weight
+    assert torch.allclose(weight.norm(dim=1), torch.ones(5))
+    cosine = F.normalize(hidden, dim=1) @ F.normalize(weight, dim=1).T
+    assert torch.allclose(model(IMAGES), 30 * cosine, atol=1e-4)
+
+
+def test_linear_classifier_has_a_bias_and_prototypes():
+    """The authors' code crashes here."""
+    model = network(classifier="linear")
+    outputs = model.training_outputs(IMAGES.unflatten(0, (3, 4)))
+    assert model.classifier.bias.shape == (5,)
+    assert outputs.prototypes_CD.shape == (5, 8)
+
+
+def test_training_outputs():
+    model = network().train()
+    outputs = model.training_outputs(IMAGES.unflatten(0, (3, 4)))
+    assert outputs.logits_BC.shape == (4, 5)
+    assert outputs.features_BVD.shape == (4, 2, 8)
+    for vectors in (outputs.features_BVD, outputs.prototypes_CD):
+        assert torch.allclose(vectors.norm(dim=-1), torch.ones(()), atol=1e-5)
+    # View-major: image b's second view is image 4 + b of the batch. Batch statistics are over all twelve.
+    hidden = model.encoder((IMAGES - model.mean) / model.std)
+    features = F.normalize(model.projection(hidden), dim=1)
+    assert torch.allclose(outputs.features_BVD[1, 0], features[4 + 1], atol=1e-5)
+    assert torch.allclose(outputs.features_BVD[1, 1], features[8 + 1], atol=1e-5)
+    assert torch.allclose(outputs.logits_BC, model.classifier(hidden[:4]), atol=1e-4)
+
+
+def test_without_a_contrastive_branch_there_is_nothing_of_it():
+    model = network(contrastive=False)
+    outputs = model.training_outputs(IMAGES[None])
+    assert outputs.features_BVD is None
+    assert outputs.prototypes_CD is None
+    assert not any("projection" in name for name, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize("prototypes", [True, False])
+def test_every_parameter_gets_a_gradient(prototypes):
+    model = network(prototypes=prototypes)
+    outputs = model.training_outputs(IMAGES.unflatten(0, (3, 4)))
+    assert (outputs.prototypes_CD is None) != prototypes
+    sum(output.sum() for output in outputs if output is not None).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_heads_are_float32_under_autocast():
+    model = network()
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = model.training_outputs(IMAGES.unflatten(0, (3, 4)))
+    assert {value.dtype for value in outputs} == {torch.float32}
+
+
+def test_memory_format_of_the_input_does_not_matter():
+    model = network().eval()
+    last = IMAGES.contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(model(IMAGES), model(last), atol=1e-4)
+
+
+def test_micro_batches_with_live_batchnorm():
+    """Heads over the whole batch, the encoder's statistics over each micro-batch, its averages moved once by each."""
+    whole, parted = network().train(), network().train()
+    outputs = parted.training_outputs(IMAGES.unflatten(0, (3, 4)), micro_batch=2)
+    hidden = torch.cat(
+        [
+            whole.encoder((part.flatten(0, 1) - whole.mean) / whole.std).unflatten(0, (3, 2))
+            for part in IMAGES.unflatten(0, (3, 4)).split(2, dim=1)
+        ],
+        dim=1,
+    ).flatten(0, 1)
+    features = F.normalize(whole.projection(hidden), dim=1)
+    assert torch.allclose(outputs.features_BVD[1, 1], features[8 + 1], atol=1e-6)
+    expected = whole.classifier(hidden[:4])
+    assert torch.allclose(outputs.logits_BC, expected, atol=1e-5)
+    weights = torch.linspace(-1, 1, 20).view(4, 5)
+    (outputs.logits_BC * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for (name, ours), theirs in zip(parted.encoder.named_parameters(), whole.encoder.parameters(), strict=True):
+        assert torch.allclose(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5), name
+    for (name, ours), theirs in zip(parted.encoder.named_buffers(), whole.encoder.buffers(), strict=True):
+        assert torch.allclose(ours.float(), theirs.float(), rtol=1e-5), name
+
+
+@pytest.mark.parametrize(("micro_batch", "sizes"), [(0, [12]), (1, [1] * 12), (3, [3] * 4), (5, [4] * 3), (8, [6] * 2)])
+def test_dropout_is_the_same_when_a_micro_batch_is_computed_again(micro_batch, sizes):
+    """What the second pass computes must be what the first one gave: its gradient says so."""
+    model = network(contrastive=False).eval()
+    model.encoder = torch.nn.Sequential(model.encoder, torch.nn.Dropout(0.5).train())
+    torch.manual_seed(1)
+    outputs = model.training_outputs(IMAGES[None], micro_batch)
+    outputs.logits_BC.square().sum().backward()
+    gradient = {name: p.grad.clone() for name, p in model.named_parameters()}
+    torch.manual_seed(1)
+    hidden = torch.cat([model.encoder((part - model.mean) / model.std) for part in IMAGES.split(sizes)])
+    model.zero_grad()
+    model.classifier(hidden).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(gradient[name], parameter.grad, rtol=1e-3, atol=1e-4), name

@@ -1,0 +1,71 @@
+"""Axes and placed marks, against values worked out by hand."""
+
+import re
+from itertools import pairwise
+
+import pytest
+
+from equipoise.report.svg import Axis, Figure, linear_axis, log_axis, shortened, signed
+
+TENTHS = Axis("x", 0, 10, ((0, "0"), (10, "10")))
+
+
+@pytest.mark.parametrize(
+    ("values", "low", "ticks"),
+    [
+        ([0.3, 9.7], None, ["0", "2", "4", "6", "8", "10"]),
+        ([62.1, 97.8], None, ["60", "70", "80", "90", "100"]),
+        ([-21.6, 3.9], None, ["\u221230", "\u221220", "\u221210", "0", "10"]),
+        ([0.02, 0.051], 0, ["0", "0.02", "0.04", "0.06"]),
+        ([5, 5], None, ["5", "6", "7", "8", "9", "10"]),
+        ([0, 0], 0, ["0", "0.2", "0.4", "0.6", "0.8", "1"]),
+        ([], None, ["0", "0.2", "0.4", "0.6", "0.8", "1"]),
+        ([float("nan"), 1, 2], 0, ["0", "0.5", "1", "1.5", "2"]),
+    ],
+)
+def test_linear_ticks_are_round_and_hold_all_values(values, low, ticks):
+    axis = linear_axis("x", values, low)
+    assert [text for _, text in axis.ticks] == ticks
+    assert all(-1e-9 <= axis.share(value) <= 1 + 1e-9 for value in values if value == value)
+
+
+def test_logarithmic_ticks():
+    assert [text for _, text in log_axis("n", [2, 124]).ticks] == ["2", "5", "10", "20", "50", "100"]
+    assert [text for _, text in log_axis("n", [2, 4980]).ticks] == ["10", "100", "1,000"]
+    axis = log_axis("n", [10, 1000])
+    assert axis.share(100) == pytest.approx(0.5)
+    assert axis.share(10) == pytest.approx(1 - axis.share(1000))
+    assert 0 < axis.share(10) < 0.05
+    assert log_axis("n", [7, 7]).share(7) == pytest.approx(0.5)
+
+
+def test_marks_lie_where_the_axes_put_them():
+    figure = Figure(TENTHS, 200, Axis("y", 0, 4, ()))
+    assert figure.y(1) == 150
+    figure.dot(2.5, figure.y(1), "run0", title="<here & there>")
+    figure.line([(0, 0), (5, 200)], "run1")
+    figure.bar(2, 4, 50, 10, "few")
+    svg = figure.svg('of "marks"')
+    assert (
+        '<circle class="dot run0" cx="25.00%" cy="150.0" r="4"><title>&lt;here &amp; there&gt;</title></circle>' in svg
+    )
+    assert '<path class="line run1" d="M0.0 0.0L500.0 200.0"/>' in svg
+    assert '<rect class="bar few" x="20.00%" width="20.00%" y="45.0" height="10"/>' in svg
+    assert 'aria-label="of &#34;marks&#34;"' in svg
+
+
+def test_labels_at_the_right_do_not_cover_each_other():
+    figure = Figure(Axis("", 0, 1, ()), 100)
+    figure.labels_at_right([(96, "c", "run2"), (10, "a", "run0"), (95, "b", "run1"), (97, "d", "run3")])
+    found = re.findall(r'y="([\d.]+)"[^>]*>([abcd])<', figure.svg(""))
+    heights = [float(y) for y, _ in found]
+    assert [name for _, name in found] == ["a", "b", "c", "d"]
+    assert heights[0] == 14
+    assert all(after - before >= 15 for before, after in pairwise(heights))
+    assert heights[-1] <= 104
+
+
+def test_words():
+    assert shortened("a" * 30) == "a" * 30
+    assert shortened("a long name, too long", 8) == "a long\u2026"
+    assert signed("-0.5 to +1") == "\u22120.5 to +1"

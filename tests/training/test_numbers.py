@@ -1,0 +1,129 @@
+"""Data at the edges of what can be trained on: trained on, or refused in one line."""
+
+import io
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import draw_folder
+from PIL import Image
+
+from equipoise import UserError, load_recipe
+from equipoise.cli.main import main
+from equipoise.config.recipe import Recipe
+from equipoise.evaluation.run import view_settings
+from equipoise.runs.checkpoint import create_network
+from equipoise.training.loop import train
+from equipoise.training.optim import create_sgd
+from equipoise.training.plan import prepare
+from equipoise.training.step import Step
+from equipoise.views.loader import open_batches
+
+METHODS = ("bcl", "ce", "logit-adjusted", "supcon+la")
+TINY = {"policy": "cifar", "size": 8, "encoder": "resnet8", "hidden_dim": 8, "feature_dim": 8, "epochs": 1,
+        "log_every": 1, "device": "cpu", "holdout": 0}  # fmt: skip
+
+
+def tiny(data: object, **overrides) -> Recipe:
+    return load_recipe("pictures", data=str(data), **{**TINY, **overrides})
+
+
+def steps(run) -> list[float]:
+    """The loss of each step that was logged."""
+    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if line["kind"] == "train"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_a_class_with_one_image(method, tmp_path):
+    draw_folder(tmp_path / "data" / "train", {"ant": 9, "bee": 1})
+    draw_folder(tmp_path / "data" / "test", {"ant": 2, "bee": 2})
+    run = train(tiny(tmp_path / "data", method=method, batch_size=5), tmp_path / "run", progress=False)
+    assert np.isfinite(steps(run)).all()
+    assert len(run.metrics["test"]["per_class"]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("policy", "method"), [*(("cifar", method) for method in METHODS), ("photos", "bcl")])
+def test_a_last_batch_of_one_image(policy, method, tmp_path):
+    """It is left out, as BatchNorm has no spread of one: 13 images are two steps of 6. 14 are three."""
+    for count, expected in ((13, 2), (14, 3)):
+        data = draw_folder(tmp_path / f"data{count}", {"ant": count - 4, "bee": 4})
+        recipe = tiny(data, policy=policy, method=method, batch_size=6, workers=0)
+        losses = steps(train(recipe, tmp_path / f"run{count}", progress=False))
+        assert len(losses) == expected
+        assert np.isfinite(losses).all()
+
+
+def test_as_many_images_as_a_batch_less_one(tmp_path):
+    data = draw_folder(tmp_path / "data", {"ant": 4, "bee": 1})
+    with pytest.raises(UserError, match=r"batch_size \(6\) is larger than the training part \(5 images\)"):
+        train(tiny(data, batch_size=6), tmp_path / "run", progress=False)
+
+
+def many_classes(path, classes: int) -> None:
+    """A Parquet file with two images of each class."""
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(file, "PNG")
+    labels = np.repeat(np.arange(classes), 2)
+    path.mkdir()
+    pq.write_table(pa.table({"img": [file.getvalue()] * len(labels), "label": labels}), path / "train.parquet")
+
+
+@pytest.mark.slow
+def test_ten_thousand_classes_of_two_images(tmp_path):
+    many_classes(tmp_path / "data", 10_000)
+    run = train(tiny(tmp_path / "data", method="ce", batch_size=4000), tmp_path / "run", progress=False)
+    assert len(steps(run)) == 5
+    assert np.isfinite(steps(run)).all()
+    assert len(run.metrics["class_names"]) == 10_000
+    # BCL compares every image with every class, which takes ten times as long: two steps of it.
+    plan = prepare(tiny(tmp_path / "data", method="bcl", batch_size=100))
+    network = create_network(plan.recipe, 10_000, start=True).train()
+    optimizer = create_sgd(network.parameters(), 0.01, 0.9, 5e-4)
+    batches = open_batches(plan.parts.train, view_settings(plan.recipe), plan.device).training(0, 100, range(100))
+    step = Step(plan.recipe, network, plan.parts.train.class_counts, plan.device, plan.precision, plan.world)
+    for _ in range(2):
+        optimizer.zero_grad()
+        values, _ = step(next(batches))
+        optimizer.step()
+        assert np.isfinite(list(values.values())).all()
+    assert all(bool(value.isfinite().all()) for value in network.state_dict().values())
+
+
+def test_classes_too_small_to_hold_anything_out(tmp_path):
+    many_classes(tmp_path / "data", 50)
+    with pytest.raises(
+        UserError, match=r"no class has three images, so none can be held out; give it more, or set --holdout 0"
+    ):
+        train(tiny(tmp_path / "data", holdout=0.1, batch_size=10), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("form", ["list", "parquet"])
+def test_labels_with_gaps(form, tmp_path, capsys):
+    if form == "list":
+        data = draw_folder(tmp_path / "data", {"ant": 3, "bee": 3})
+        lines = [f"ant/{n}.png 0" for n in range(3)] + [f"bee/{n}.png 4" for n in range(3)]
+        (tmp_path / "list.txt").write_text("\n".join(lines))
+        words = ["--train-list", str(tmp_path / "list.txt")]
+    else:
+        data = tmp_path / "data"
+        many_classes(data, 5)
+        table = pq.read_table(data / "train.parquet")
+        pq.write_table(table.filter(pa.compute.is_in(table["label"], pa.array([0, 4]))), data / "train.parquet")
+        words = []
+    assert main(["train", "pictures", "--data", str(data), *words, "--out", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert "class '1' has no training images; add some or remove the class" in said or "label 4 is out of range" in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e400"])
+@pytest.mark.parametrize("field", ["lr", "tau", "temperature", "weight-decay"])
+def test_settings_that_are_no_numbers(field, value, capsys, tmp_path):
+    assert main(["train", "digits-lt", f"--{field}={value}", "--out", str(tmp_path / "run")]) == 2
+    assert "must be a number, not" in capsys.readouterr().err

@@ -1,0 +1,256 @@
+"""Signals: what they ask for, and what a real process does when it gets one."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import draw_folder
+
+from equipoise import load_recipe, train
+from equipoise.base.errors import Stopped
+from equipoise.evaluation import predictions as evaluate
+from equipoise.runs.checkpoint import load_checkpoint
+from equipoise.training import loop as training
+from equipoise.training.signals import Requests
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals as POSIX has them")
+
+
+def test_requests_are_counted_once():
+    before = signal.getsignal(signal.SIGTERM)
+    with Requests() as requests:
+        assert requests.votes() == (0, 0, 0)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert requests.votes() == (2, 0, 1)
+        assert requests.votes() == (0, 0, 0)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it looks at the process as Linux shows it")
+def test_a_signal_before_there_is_a_run_does_not_end_it(tmp_path):
+    """As Slurm may send it to a job that has just been started again."""
+    words = ["digits-lt", "--method", "ce", "--epochs", "1", "--out", str(tmp_path / "run")]
+    code = (
+        "import os, signal, sys; import equipoise.cli.main as cli; run = cli._run\n"
+        "def started(words): os.kill(os.getpid(), signal.SIGUSR1); return run(words)\n"
+        "cli._run = started; sys.exit(cli.main(sys.argv[1:]))"
+    )
+    subprocess.run([sys.executable, "-c", code, "train", *words], check=True, capture_output=True)
+    assert (tmp_path / "run" / "metrics.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("votes", "read"),
+    [
+        ([0, 0, 0], (False, None)),
+        ([3, 0, 0], (True, None)),
+        ([0, 1, 0], (True, "interrupted")),
+        ([0, 2, 1], (True, "terminated")),
+    ],
+)
+def test_votes(votes, read):
+    assert Requests.read(votes) == read
+
+
+def test_the_second_interruption_stops_at_once(capsys):
+    with Requests() as requests:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert "once more to stop at once" in capsys.readouterr().err
+        requests.votes()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_under_torchrun_a_second_sigterm_is_the_first_one_again(monkeypatch):
+    """Slurm sends it to the ranks, and torchrun hands it on to them."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    with Requests() as requests:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert requests.read(list(requests.votes())) == (True, "terminated")
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_when_all_is_saved_a_signal_stops_at_once(number, code):
+    with Requests() as requests:
+        requests.stop_at_once("training is done", "equipoise train --resume x")
+        with pytest.raises(Stopped) as stopped:
+            os.kill(os.getpid(), number)
+    assert stopped.value.code == code
+    assert str(stopped.value).splitlines()[-1] == "equipoise train --resume x"
+
+
+def test_outside_the_main_thread_nothing_is_handled():
+    before, seen = signal.getsignal(signal.SIGTERM), []
+
+    def work():
+        with Requests() as requests:
+            seen.append((signal.getsignal(signal.SIGTERM), requests.votes()))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [(before, (0, 0, 0))]
+
+
+@pytest.mark.parametrize("batch", [0, 2, 6])
+def test_a_signal_during_validation_stops_after_the_batch(batch, tmp_path, monkeypatch):
+    """At whatever batch of seven; the end is that of an undisturbed run all the same."""
+    monkeypatch.setattr(evaluate, "_BATCH", 10)
+    recipe = load_recipe("digits-lt", epochs=3, precision="fp32", method="ce", log_every=1, holdout=0.2)
+    whole = train(recipe, tmp_path / "whole", progress=False).path
+    seen: list[int] = []
+    honest = training.predict
+
+    def predict(*words, observe, **more):
+        def observe_and_ask(*arguments) -> None:
+            if len(seen) == 7 + batch:  # in the second epoch
+                os.kill(os.getpid(), signal.SIGTERM)
+            seen.append(1)
+            observe(*arguments)
+
+        return honest(*words, observe=observe_and_ask, **more)
+
+    monkeypatch.setattr(training, "predict", predict)
+    run = tmp_path / "run"
+    with pytest.raises(Stopped) as stopped:
+        train(recipe, run, progress=False)
+    monkeypatch.setattr(training, "predict", honest)
+    steps = load_checkpoint(whole / "last.pt").step // 3
+    assert len(seen) == 7 + batch + 1
+    assert stopped.value.code == 143
+    assert str(stopped.value).splitlines()[0] == f"terminated: step {2 * steps} is done and saved; go on with:"
+    stopped_at = load_checkpoint(run / "last.pt")
+    assert (stopped_at.epoch, stopped_at.step) == (1, 2 * steps)
+    assert [line["step"] for line in lines_of(run) if line["kind"] == "validation"] == [steps]
+    train(load_recipe(run), progress=False, resume=run)
+    same(run, whole)
+
+
+def test_a_signal_after_validation_stops_before_the_next_step(tmp_path, monkeypatch):
+    recipe = load_recipe("digits-lt", epochs=2, precision="fp32", method="ce", log_every=10, holdout=0.2)
+    honest = training.score
+    monkeypatch.setattr(training, "score", lambda *words: (os.kill(os.getpid(), signal.SIGINT), honest(*words))[1])
+    with pytest.raises(Stopped) as stopped:
+        train(recipe, tmp_path / "run", progress=False)
+    last = load_checkpoint(tmp_path / "run" / "last.pt")
+    assert (last.epoch, last.best[1]) == (1, 1), "the validation that was done is not done again"
+    assert f"interrupted: step {last.step} is done and saved" in str(stopped.value)
+    assert [line["step"] for line in lines_of(tmp_path / "run")] == [last.step] * 2, "no step more"
+
+
+# ---- real processes
+
+
+def start(folder: Path, out: Path, *words: str) -> subprocess.Popen[str]:
+    """A training of photographs in two worker processes, in a group of processes of its own, as a terminal has it."""
+    settings = "--epochs 3 -b 8 --arch resnet8 --set views.size=16 --log-every 1 --precision fp32 --set optim.lr=0.01"
+    command = [sys.executable, "-m", "equipoise", "train", "--data", str(folder), "--out", str(out)]
+    return subprocess.Popen(
+        [*command, *settings.split(), *words],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def lines_of(run: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines]
+
+
+def wait_for(what, process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 120
+    while not what():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return draw_folder(tmp_path_factory.mktemp("data") / "pictures", {"ant": 60, "bee": 30, "cat": 12})
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    process = start(data, run, "--workers", "2")
+    _, said = process.communicate(timeout=200)
+    assert process.returncode == 0, said
+    return run
+
+
+def same(run: Path, other: Path) -> None:
+    for name in ("last.pt", "best.pt"):
+        one, two = load_checkpoint(run / name), load_checkpoint(other / name)
+        assert all(torch.equal(one.weights[key], value) for key, value in two.weights.items())
+        assert (one.epoch, one.step, one.best) == (two.epoch, two.step, two.best)
+    assert lines_of(run) == lines_of(other)
+    assert (run / "metrics.json").read_bytes() == (other / "metrics.json").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "code", "workers"), [(signal.SIGINT, 130, "0"), (signal.SIGTERM, 143, "1")], ids=["INT", "TERM"]
+)
+def test_a_stopped_run_goes_on_to_the_same_end(number, code, workers, data, undisturbed, tmp_path):
+    """The signal goes to the workers too, as from a terminal or from Slurm; then another number of workers goes on."""
+    run = tmp_path / "a run"
+    process = start(data, run, "--workers", "2")
+    wait_for(lambda: (run / "metrics.jsonl").exists() and len(lines_of(run)) >= 4, process)
+    os.killpg(process.pid, number)
+    _, said = process.communicate(timeout=100)
+    assert process.returncode == code, said
+    *_, reason, command = said.strip().splitlines()
+    step = load_checkpoint(run / "last.pt").step
+    how = {130: "interrupted", 143: "terminated"}[code]
+    assert reason == f"equipoise: {how}: step {step} is done and saved; go on with:"
+    assert command == f"equipoise train --resume '{run}'"
+    assert 4 <= step < 33
+    assert len(lines_of(run)) >= step, "all that was done was logged"
+    process = start(data, run, "--workers", workers, "--resume", "auto")
+    _, said = process.communicate(timeout=200)
+    assert process.returncode == 0, said
+    same(run, undisturbed)
+
+
+@pytest.mark.slow
+def test_usr1_saves_and_goes_on(data, undisturbed, tmp_path):
+    run = tmp_path / "run"
+    process = start(data, run, "--workers", "1")
+    wait_for(lambda: (run / "metrics.jsonl").exists() and len(lines_of(run)) >= 2, process)
+    assert not (run / "last.pt").exists(), "no epoch has ended"
+    process.send_signal(signal.SIGUSR1)
+    wait_for(lambda: (run / "last.pt").exists(), process)
+    assert 2 <= load_checkpoint(run / "last.pt").step < 11
+    _, said = process.communicate(timeout=200)
+    assert process.returncode == 0, said
+    same(run, undisturbed)
+
+
+def test_the_command_is_one_that_the_shell_finds(tmp_path):
+    """Called by its path, with nothing of it on PATH, as after `make setup`: it is what a user pastes."""
+    program = Path(sys.executable).with_name("equipoise")
+    if not program.exists():
+        pytest.skip("the command is not installed beside this Python")
+    words = ["train", "digits-lt", "--method", "ce", "--epochs", "500", "--out", str(tmp_path / "run")]
+    environment = {**os.environ, "PATH": "/usr/bin:/bin"}
+    running = subprocess.Popen([program, *words], env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    while running.poll() is None and not (tmp_path / "run" / "last.pt").exists():
+        time.sleep(0.05)
+    running.terminate()
+    _, said = running.communicate()
+    assert running.returncode == 143
+    assert said.decode().splitlines()[-1] == shlex.join([str(program), "train", "--resume", str(tmp_path / "run")])

@@ -1,0 +1,43 @@
+"""Random numbers: reproducible wherever they are computed, and uniform."""
+
+import numpy as np
+
+from equipoise.views.draws import permutation, uniforms
+
+
+def test_depend_on_the_image_and_not_on_the_batch():
+    together = uniforms(3, 5, np.arange(100), 1, 8)
+    apart = np.concatenate([uniforms(3, 5, np.array([index]), 1, 8) for index in range(100)])
+    assert (together == apart).all()
+    assert (uniforms(3, 5, np.arange(100)[::-1], 1, 8) == together[::-1]).all()
+    assert (uniforms(3, 5, np.arange(100), 1, 16)[:, :8] == together).all()
+
+
+def test_differ_by_seed_epoch_stream_and_image():
+    base = uniforms(0, 0, np.arange(50), 0, 4)
+    for seed, epoch, stream in [(1, 0, 0), (0, 1, 0), (0, 0, 1), (2**31 - 1, 0, 0)]:
+        other = uniforms(seed, epoch, np.arange(50), stream, 4)
+        assert not (other == base).any()
+    assert len(np.unique(base)) == base.size
+
+
+def test_uniform_and_uncorrelated():
+    """Mean, variance, ten equal bins, and neighbours in every direction; bounds are five standard errors."""
+    numbers = np.stack([uniforms(0, epoch, np.arange(1000), 0, 32) for epoch in range(4)])
+    count = numbers.size
+    assert numbers.min() >= 0
+    assert numbers.max() < 1
+    assert abs(numbers.mean() - 0.5) < 5 * np.sqrt(1 / 12 / count)
+    assert abs(numbers.var() - 1 / 12) < 5 * np.sqrt(1 / 180 / count)
+    bins = np.histogram(numbers, bins=10, range=(0, 1))[0]
+    assert (abs(bins - count / 10) < 5 * np.sqrt(count * 0.09)).all()
+    centred = numbers - 0.5
+    for axis in range(3):
+        ahead = np.roll(centred, 1, axis=axis)
+        assert abs((centred * ahead).mean()) < 5 / 12 / np.sqrt(count)
+
+
+def test_permutation():
+    assert sorted(permutation(0, 0, 100)) == list(range(100))
+    assert (permutation(0, 0, 100) == permutation(0, 0, 100)).all()
+    assert (permutation(0, 1, 100) != permutation(0, 0, 100)).any()

@@ -1,0 +1,222 @@
+"""Operations on photographs against Pillow, timm and torchvision, at the size they are trained at."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+from timm.data import auto_augment as timm_augment
+from torchvision.transforms.v2 import functional as tv
+
+from equipoise.data.decode import decode_bytes
+from equipoise.views import image_operations, policies
+from equipoise.views.views import named_operation
+
+FILL = (124, 116, 104)
+OF_PILLOW = {"nearest": Image.NEAREST, "bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC}
+IN_TIMM = {"TranslateX": "TranslateXRel", "TranslateY": "TranslateYRel"}
+
+
+def drawn(side: int) -> list[np.ndarray]:
+    """A smooth picture with some noise, one of low contrast, one of constant colour."""
+    generator = np.random.default_rng(0)
+    coarse = Image.fromarray(generator.integers(0, 256, (9, 9, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize((side, side), Image.BICUBIC)).astype(int)
+    noisy = (smooth + generator.integers(-8, 9, smooth.shape)).clip(0, 255).astype(np.uint8)
+    return [noisy, noisy // 8 + 100, np.full_like(noisy, (200, 17, 90))]
+
+
+def photographs(shared_data, count: int) -> list[np.ndarray]:
+    files = sorted((shared_data / "photos").glob("*.JPEG"))
+    images = [Image.fromarray(decode_bytes(file.read_bytes())) for file in files[:: len(files) // count][:count]]
+    return [np.asarray(image.resize((224, 224), Image.BILINEAR)) for image in images]
+
+
+def difference(ours: np.ndarray, reference: Image.Image | np.ndarray) -> float:
+    """Mean over pixels and channels of the absolute difference, in steps of 1/255."""
+    assert ours.dtype == np.uint8
+    return float(np.abs(ours.astype(float) - np.asarray(reference)).mean())
+
+
+def of_rand_augment(name: str, side: int):
+    """Ours and timm's at three magnitudes and both signs, bilinear and bicubic."""
+    signed = name in policies.GEOMETRY
+    to_argument = timm_augment.LEVEL_TO_ARG[IN_TIMM.get(name, name)]
+    for level in (2.6, 6.6, 10.0):  # below 2.5 Posterize keeps no bit, which Pillow refuses
+        for sign in (1.0, -1.0) if signed else (1.0,):
+            argument = float(policies.rand_augment_argument(name, np.array([level / 10]), np.array([sign]), side)[0])
+            theirs = to_argument(level, {}) if to_argument else ()
+            theirs = (sign * abs(theirs[0]),) if signed else theirs
+            for resampling in ("bilinear", "bicubic") if signed else ("bilinear",):
+                yield argument, theirs, resampling
+
+
+def done(name: str, image: np.ndarray, argument: float, resampling: str = "nearest") -> np.ndarray:
+    before = image.copy()
+    made = image_operations.operation(name, resampling, FILL)(image[None], np.array([argument]))
+    assert (image == before).all(), "never in place"
+    return made[0]
+
+
+def check_rand_augment(name: str, images: list[np.ndarray]) -> None:
+    reference = timm_augment.NAME_TO_OP[IN_TIMM.get(name, name)]
+    for image in images:
+        for argument, theirs, resampling in of_rand_augment(name, len(image)):
+            ours = done(name, image, argument, resampling)
+            options = {"fillcolor": FILL, "resample": OF_PILLOW[resampling]}
+            assert difference(ours, reference(Image.fromarray(image), *theirs, **options)) < 2, (argument, resampling)
+
+
+@pytest.mark.parametrize("name", policies.RAND_AUGMENT)
+def test_rand_augment_is_timms(name):
+    check_rand_augment(name, drawn(224) + drawn(96))
+
+
+@pytest.mark.parametrize("name", policies.RAND_AUGMENT)
+def test_rand_augment_of_photographs_is_timms(name, shared_data):
+    check_rand_augment(name, photographs(shared_data, 4))
+
+
+def exact_hue(image: Image.Image, shift: float) -> np.ndarray:
+    """Of a tensor: of an image it is in 8 bits, and the shift is truncated."""
+    return tv.adjust_hue(tv.pil_to_tensor(image), shift).permute(1, 2, 0).numpy()
+
+
+JITTER = {
+    "Brightness": (tv.adjust_brightness, (0.6, 1.0, 1.4)),
+    "Contrast": (tv.adjust_contrast, (0.6, 1.0, 1.4)),
+    "Color": (tv.adjust_saturation, (0.6, 1.0, 1.4)),
+    "Hue": (exact_hue, (-0.1, 0.0, 0.03, 0.1, 0.5)),
+    "Grayscale": (lambda image, _: tv.rgb_to_grayscale(image, 3), (0.0,)),
+    "Blur": (lambda image, sigma: tv.gaussian_blur(image, [17, 17], [sigma, sigma]), (0.1, 0.7, 2.0)),
+}
+
+
+def check_jitter(name: str, images: list[np.ndarray]) -> None:
+    reference, arguments = JITTER[name]
+    for image in images:
+        for argument in arguments:
+            ours = done(name, image, argument)
+            # One of 256 hues more or less is a difference of 6 where colours are pure.
+            limit = 2 if name == "Hue" else 1
+            assert difference(ours, reference(Image.fromarray(image), argument)) < limit, argument
+
+
+@pytest.mark.parametrize("name", JITTER)
+def test_jitter_is_torchvisions(name):
+    check_jitter(name, drawn(224))
+
+
+@pytest.mark.parametrize("name", JITTER)
+def test_jitter_of_photographs_is_torchvisions(name, shared_data):
+    check_jitter(name, photographs(shared_data, 6))
+
+
+@pytest.mark.parametrize("resampling", policies.RESAMPLINGS)
+@pytest.mark.parametrize("name", policies.OPERATIONS)
+def test_they_are_the_operations_of_small_images(name, resampling):
+    """Of batches in torch, with an argument that fits them all."""
+    argument = {"Posterize": 3.0, "Solarize": 99.5, "SolarizeAdd": 40.0, "Hue": 0.2, "Rotate": 17.0}.get(name, 0.8)
+    for image in drawn(64):
+        ours = done(name, image, argument, resampling)
+        batch = torch.from_numpy(image).permute(2, 0, 1)[None]
+        theirs = named_operation(batch, torch.tensor([argument]), name, FILL, resampling)
+        assert difference(ours, theirs[0].permute(1, 2, 0).numpy()) < 2
+
+
+@pytest.mark.parametrize("resampling", policies.RESAMPLINGS)
+@pytest.mark.parametrize("name", policies.OPERATIONS)
+def test_an_image_of_a_stack_becomes_what_it_becomes_alone(name, resampling):
+    """Each by its own argument; also one whose rows do not fill a vector of the processor."""
+    least, most = {"Posterize": (0, 8), "Solarize": (0, 256), "SolarizeAdd": (0, 110), "Rotate": (-30, 30)}.get(
+        name, (0.1, 1.9)
+    )
+    for side in (32, 19):
+        stack = np.stack(drawn(side) + [image[::-1] for image in drawn(side)])
+        arguments = np.linspace(least, most, len(stack))
+        alone = [done(name, image, argument, resampling) for image, argument in zip(stack, arguments, strict=True)]
+        assert (image_operations.operation(name, resampling, FILL)(stack, arguments) == np.stack(alone)).all()
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.7, 1.3, 2.0])
+def test_blur_of_noise_is_torchvisions(sigma):
+    """Noise shows the width of the kernel: its tails are worth a level where pictures are smooth."""
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    expected = tv.gaussian_blur(torch.from_numpy(noise).permute(2, 0, 1), [17, 17], [sigma, sigma]).permute(1, 2, 0)
+    assert np.abs(done("Blur", noise, sigma).astype(int) - expected.numpy()).max() <= 1
+
+
+def test_every_range_is_stretched():
+    ramp = np.arange(256, dtype=np.uint8)[None, :, None].repeat(3, 0).repeat(3, 2)
+    stretched = done("AutoContrast", ramp // 4 + 30, 0)
+    assert stretched.min() == 0
+    assert stretched.max() == 255
+
+
+def test_hue_moves_red_to_green_to_blue():
+    red = np.zeros((4, 4, 3), np.uint8)
+    red[..., 0] = 255
+    for shift, colour in ((0.0, (255, 0, 0)), (1 / 3, (0, 255, 0)), (-1 / 3, (0, 0, 255)), (0.5, (0, 255, 255))):
+        assert np.abs(done("Hue", red, shift)[0, 0].astype(int) - colour).max() <= 6  # one of 256 hues
+
+
+LINEAR = ("Brightness", "Contrast", "Color")
+
+
+@pytest.mark.parametrize("between", [(), ("Hue",), ("Invert",)], ids=["alone", "hue", "invert"])
+@pytest.mark.parametrize("factors", [(0.6, 0.9, 0.7), (0.7, 1.4, 0.8), (1.3, 0.6, 1.4), (0.6, 0.6, 1.4)])
+def test_what_is_done_in_one_pass_is_what_is_done_one_after_the_other(factors, between):
+    """Each rounds down to whole numbers, and together they do it once: no difference on average."""
+    image = drawn(96)[0]
+    # Twice saturation: in the jitter, and in RandAugment after it.
+    for order in itertools.permutations([*zip(LINEAR, factors, strict=True), ("Color", 0.7)]):
+        named = [order[0], *((name, 0.1) for name in between), *order[1:]]
+        steps, expected = [], image
+        for name, argument in named:
+            steps.append((name, image_operations.operation(name, "nearest", FILL), np.array([argument])))
+            expected = done(name, expected, argument)
+        before = image.copy()
+        together = image_operations.in_turn(image[None], steps)[0]
+        assert (image == before).all(), "never in place"
+        assert np.abs(together.astype(int) - expected).max() <= (8 if between == ("Hue",) else 3)  # one of 256 hues
+        assert difference(together, expected) < 0.6
+        assert abs(together.astype(float).mean() - expected.mean()) < 0.3
+
+
+def test_what_clips_is_not_passed_over():
+    """Brightened beyond white and darkened again: the highlights stay lost."""
+    image = np.full((1, 8, 8, 3), 200, np.uint8)
+    steps = [
+        (name, image_operations.operation(name, "nearest", FILL), np.array([factor]))
+        for name, factor in (("Brightness", 1.4), ("Brightness", 0.5))
+    ]
+    assert set(image_operations.in_turn(image, steps).flat) == {127}
+    assert set(image_operations.in_turn(image, steps[::-1]).flat) == {139}  # 140, rounded down twice
+
+
+@pytest.mark.parametrize("resampling", policies.RESAMPLINGS)
+@pytest.mark.parametrize("name", ["TranslateX", "TranslateY"])
+def test_translations_are_pillows_also_at_the_border(name, resampling):
+    for side in (33, 5):
+        image = np.random.default_rng(side).integers(0, 256, (side, side, 3), dtype=np.uint8)
+        for pixels in (0, 0.3, -0.3, 0.5, -0.5, 7.9, -11.2, side - 0.7, 0.2 - side, side + 3, -side - 4.5, 3, -3):
+            matrix = (1, 0, pixels, 0, 1, 0) if name == "TranslateX" else (1, 0, 0, 0, 1, pixels)
+            options = {"resample": OF_PILLOW[resampling], "fillcolor": FILL}
+            pillow = Image.fromarray(image).transform((side, side), Image.AFFINE, matrix, **options)
+            ours = done(name, image, pixels, resampling)
+            difference = ours.astype(int) - np.asarray(pillow)
+            assert np.abs(difference).max() <= (0 if resampling == "nearest" else 1)
+            assert abs(difference.mean()) < 0.1, "rounded down, as Pillow does it"
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (5, 3), (1, 1), (224, 224)])
+def test_tables_are_pillows_to_the_last_bit(shape):
+    generator = np.random.default_rng(1)
+    for levels in (256, 40, 2, 1):
+        image = generator.integers(0, levels, (*shape, 3), dtype=np.uint8)
+        pillow = Image.fromarray(image)
+        assert (done("Equalize", image, 0) == np.asarray(ImageOps.equalize(pillow))).all()
+        assert (done("Solarize", image, 99) == np.asarray(ImageOps.solarize(pillow, 99))).all()
+        assert (done("Posterize", image, 3) == np.asarray(ImageOps.posterize(pillow, 3))).all()
+        assert (done("Invert", image, 0) == np.asarray(ImageOps.invert(pillow))).all()

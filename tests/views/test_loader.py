@@ -1,0 +1,237 @@
+"""Batches: order, short ends, and that workers and batches change no number."""
+
+import os
+import re
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import draw_folder
+from PIL import Image
+
+from equipoise import UserError
+from equipoise.data.decode import decode
+from equipoise.data.sources import find_parts
+from equipoise.views.loader import open_batches, steps_per_epoch, worker_count
+from equipoise.views.views import ViewSettings, evaluation_view
+
+CPU = torch.device("cpu")
+PHOTOS = ViewSettings("photos", ("cls", "sim", "rand"), 24)
+SMALL = ViewSettings("cifar", ("cls", "sim", "sim"), 32)
+
+
+@pytest.fixture
+def images(pictures):
+    return find_parts(str(pictures)).parts["train"]
+
+
+def epoch(batches, number=0, batch_size=8):
+    steps = steps_per_epoch(len(batches), batch_size)
+    return list(batches.training(7, batch_size, range(number * steps, (number + 1) * steps)))
+
+
+def test_steps_leave_out_a_single_last_image():
+    assert [steps_per_epoch(n, 4) for n in (4, 5, 6, 8, 9)] == [1, 1, 2, 2, 2]
+
+
+@pytest.mark.parametrize("settings", [PHOTOS, SMALL], ids=["photos", "small"])
+def test_an_epoch_holds_every_image_once(images, settings):
+    batches = epoch(open_batches(images, settings, CPU, workers=0))
+    assert [batch.images_VB3SS.shape[:2] for batch in batches] == [(3, 8), (3, 8), (3, 5)]
+    labels = torch.cat([batch.labels_G for batch in batches])
+    assert torch.bincount(labels).tolist() == [12, 6, 3]
+
+
+@pytest.mark.parametrize("settings", [PHOTOS, SMALL], ids=["photos", "small"])
+def test_epochs_differ_and_repeat(images, settings):
+    batches = open_batches(images, settings, CPU, workers=0)
+    first, second, again = epoch(batches, 0), epoch(batches, 1), epoch(batches, 0)
+    assert torch.equal(first[0].images_VB3SS, again[0].images_VB3SS)
+    assert not torch.equal(first[0].images_VB3SS, second[0].images_VB3SS)
+    assert [batch.labels_G.tolist() for batch in first] != [batch.labels_G.tolist() for batch in second]
+
+
+@pytest.mark.slow
+def test_workers_change_no_number(images):
+    none, two = (open_batches(images, PHOTOS, CPU, workers) for workers in (0, 2))
+    for number in (0, 1):
+        for ours, theirs in zip(epoch(none, number), epoch(two, number), strict=True):
+            assert torch.equal(ours.images_VB3SS, theirs.images_VB3SS)
+            assert torch.equal(ours.labels_G, theirs.labels_G)
+    for ours, theirs in zip(none.evaluation(8), two.evaluation(8), strict=True):
+        assert torch.equal(ours.images_VB3SS, theirs.images_VB3SS)
+
+
+def test_batch_size_changes_no_view(images):
+    """Image by image, the same pixels whatever the batches: matched by their order in the epoch."""
+    batches = open_batches(images, SMALL, CPU)
+    large, small = (torch.cat([batch.images_VB3SS for batch in epoch(batches, 0, size)], dim=1) for size in (7, 3))
+    assert (large.int() - small.int()).abs().max() <= 1
+
+
+def test_evaluation_is_in_order_and_whole(images):
+    batches = list(open_batches(images, PHOTOS, CPU, workers=0).evaluation(8))
+    assert torch.cat([batch.labels_G for batch in batches]).tolist() == images.labels_N.tolist()
+    view = batches[1].images_VB3SS[0, 2].permute(1, 2, 0).numpy()
+    assert (view == evaluation_view(decode(images, 10), 24)).all()
+
+
+def test_small_images_are_checked_at_once(images, pictures):
+    (pictures / "bee" / "3.png").write_bytes(b"broken")
+    with pytest.raises(UserError, match=r"bee/3.png cannot be read"):
+        open_batches(images, SMALL, CPU)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_photograph_is_named_wherever_it_is_read(workers, tmp_path):
+    images = find_parts(str(draw_folder(tmp_path, {"ant": 5, "bee": 5}))).parts["train"]
+    (tmp_path / "bee" / "3.png").write_bytes(b"broken")
+    with pytest.raises(UserError) as error:
+        epoch(open_batches(images, PHOTOS, CPU, workers))
+    assert str(error.value) == (
+        f"{tmp_path}/bee/3.png cannot be read (it is no image: not JPEG, PNG, GIF, BMP, TIFF, WebP or PPM); repair or "
+        "remove it, or pass over such images with --on-bad-image skip"
+    )
+
+
+# ---- with skip
+
+
+@pytest.fixture
+def spoilt(tmp_path):
+    """Ten ants, of which 2 and 3 cannot be read, and five bees without 4, as a list; and the ants' whole list."""
+    images = find_parts(str(draw_folder(tmp_path / "data", {"ant": 10, "bee": 5}))).parts["train"]
+    for name in ("ant/2", "ant/3", "bee/4"):
+        path = tmp_path / "data" / f"{name}.png"
+        path.write_bytes(path.read_bytes()[:200])
+    return images
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [PHOTOS, SMALL], ids=["photos", "small"])
+def test_another_image_of_the_class_stands_in_whatever_the_workers(settings, spoilt, tmp_path):
+    """As if its file had been copied over the bad one."""
+    found = [open_batches(spoilt, settings, CPU, workers, skip=True) for workers in (0, 2)]
+    batches = [epoch(loader, 3, batch_size=4) for loader in found]
+    for name, instead in (("ant/2", "ant/4"), ("ant/3", "ant/4"), ("bee/4", "bee/0")):
+        (tmp_path / "data" / f"{name}.png").write_bytes((tmp_path / "data" / f"{instead}.png").read_bytes())
+    whole = open_batches(spoilt, settings, CPU, 0)
+    for none, two, expected in zip(*batches, epoch(whole, 3, batch_size=4), strict=True):
+        assert torch.equal(none.images_VB3SS, expected.images_VB3SS)
+        assert torch.equal(two.images_VB3SS, expected.images_VB3SS)
+        assert torch.equal(none.labels_G, expected.labels_G)
+    for loader in found:
+        assert {index: error.reason.split(" (")[0] for index, error in loader.bad.items()} == dict.fromkeys(
+            (2, 3, 14), "image file is truncated"
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [PHOTOS, SMALL], ids=["photos", "small"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_leaves_out_what_cannot_be_read(workers, settings, spoilt):
+    loader = open_batches(spoilt, settings, CPU, workers, skip=True)
+    batches = list(loader.evaluation(2))  # the second batch would be the two bad ants alone
+    good = [index for index in range(15) if index not in (2, 3, 14)]
+    assert torch.cat([batch.labels_G for batch in batches]).tolist() == spoilt.labels_N[good].tolist()
+    whole = open_batches(spoilt.take(np.array(good)), settings, CPU).evaluation(20)
+    images = torch.cat([batch.images_VB3SS for batch in batches], dim=1)
+    assert torch.equal(images, next(iter(whole)).images_VB3SS)
+    assert sorted(loader.bad) == [2, 3, 14]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [PHOTOS, SMALL], ids=["photos", "small"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_class_that_cannot_be_read_at_all_is_refused(workers, settings, spoilt, tmp_path):
+    for number in range(5):
+        (tmp_path / "data" / "bee" / f"{number}.png").unlink()
+    with pytest.raises(UserError, match=r"none of the 5 images of class 'bee' can be read \(first: .*bee/0.png\)"):
+        epoch(open_batches(spoilt, settings, CPU, workers, skip=True))
+
+
+# ---- workers that die
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSEGV])
+def test_the_death_of_a_worker_is_one_line_with_the_files_name(how, images, pictures):
+    large = pictures / "bee" / "1.png"
+    Image.new("RGB", (6000, 6000)).save(large)  # takes a while to decode
+    index = 13
+    assert images.images.name(index) == str(large)
+    loader = open_batches(images, PHOTOS, CPU, workers=2)
+
+    def kill() -> None:
+        while index not in loader._maker.reading_W:
+            time.sleep(0.001)
+        worker = loader._maker.reading_W.tolist().index(index)
+        os.kill(loader._loader._iterator._workers[worker].pid, how)
+
+    batches = loader.evaluation(1)
+    next(batches)  # forked while a thread computes, a worker would wait for that thread's locks for ever
+    killer = threading.Thread(target=kill)
+    killer.start()
+    started = time.monotonic()
+    with pytest.raises(UserError) as error:
+        list(batches)
+    killer.join()
+    assert time.monotonic() - started < 30
+    assert str(error.value) == (
+        f"a loader process was killed ({how.name}); the image it read or was reading last: {large}; if memory ran out, "
+        "take fewer of them (--workers) or smaller images"
+    )
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_while_the_network_computes_interrupts_nothing(images):
+    """torch's own way is to raise an error there, in whatever line it is."""
+    loader = open_batches(images, PHOTOS, CPU, workers=2)
+    batches = loader.evaluation(2)
+    next(batches)
+    os.kill(loader._loader._iterator._workers[1].pid, signal.SIGKILL)
+    until = time.monotonic() + 0.5
+    while time.monotonic() < until:
+        torch.ones(10).sum()
+    with pytest.raises(UserError, match=r"a loader process was killed \(SIGKILL\); the image it read .*\.png"):
+        list(batches)
+
+
+def test_worker_count():
+    assert worker_count(3) == 3
+    assert worker_count(-1) >= 1
+
+
+@pytest.mark.slow
+def test_too_little_memory_in_a_worker_blames_no_image(images, monkeypatch):
+    def decode(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("equipoise.views.loader.decode", decode)
+    said = "there is not enough memory for the loader processes; take fewer of them (--workers) or smaller images"
+    for skip in (False, True):
+        loader = open_batches(images, PHOTOS, CPU, workers=1, skip=skip)
+        with pytest.raises(UserError, match=f"^{re.escape(said)}$"):
+            epoch(loader)
+        loader.close()
+    with pytest.raises(MemoryError):  # there is no loader process: whoever computes says what would make it less
+        epoch(open_batches(images, PHOTOS, CPU, workers=0))
+
+
+@pytest.mark.slow
+def test_closing_ends_workers_that_answer_to_nothing(images):
+    loader = open_batches(images, PHOTOS, CPU, workers=2)
+    batches = loader.evaluation(2)
+    next(batches)
+    workers = loader._loader._iterator._workers
+    os.kill(workers[1].pid, signal.SIGSTOP)
+    started = time.monotonic()
+    loader.close()
+    for worker in workers:
+        worker.join(1)
+        assert not worker.is_alive()
+    assert time.monotonic() - started < 20
