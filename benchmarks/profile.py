@@ -18,9 +18,9 @@ from benchmarks.input import PHOTOS, read_photos, write_folder
 from benchmarks.timing import say_where
 from benchmarks.waiting import CIFAR, training
 from equipoise.config.recipe import Recipe
-from equipoise.evaluation.run import view_settings
 from equipoise.training.plan import prepare
 from equipoise.views.loader import Batch, open_batches, worker_count
+from equipoise.views.views import view_settings
 
 PARTS = ("waiting for the batch", "forward pass and loss", "backward pass", "optimizer")
 

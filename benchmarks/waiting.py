@@ -14,13 +14,13 @@ import torch
 
 import equipoise
 from benchmarks.timing import say_where
-from equipoise.evaluation.run import view_settings
 from equipoise.method.network import TwoBranchNetwork
 from equipoise.runs.checkpoint import create_network
 from equipoise.training.optim import create_sgd
 from equipoise.training.plan import Plan, prepare
 from equipoise.training.step import Step
 from equipoise.views.loader import open_batches
+from equipoise.views.views import view_settings
 
 CIFAR = Path(__file__).resolve().parents[2] / "shared" / "data" / "cifar10"
 

@@ -14,9 +14,9 @@ from equipoise.config.recipe import load_recipe, recipe_toml
 from equipoise.evaluation.metrics import choose_tau, fit_temperature, score, sweep
 from equipoise.evaluation.observe import Observation, confidence_at
 from equipoise.evaluation.predictions import predict
-from equipoise.evaluation.run import METRICS, OBSERVED, RECIPE, RECORD, write_json
 from equipoise.method.losses import log_prior
 from equipoise.method.network import CosineClassifier
+from equipoise.runs.folder import METRICS, OBSERVED, RECIPE, RECORD, write_json
 from equipoise.views.loader import Batch, steps_per_epoch
 
 WIDTH = 24

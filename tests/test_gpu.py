@@ -22,8 +22,8 @@ import equipoise
 from equipoise import Run, UserError, load_checkpoint, load_recipe, train
 from equipoise.base.device import choose_device, choose_precision, describe_machine
 from equipoise.base.world import ALONE
-from equipoise.data.sources import find_parts
-from equipoise.evaluation.run import evaluate_run, open_data, view_settings
+from equipoise.data.sources import find_parts, open_data
+from equipoise.evaluation.score import evaluate_run
 from equipoise.method.batchnorm import batch_norms
 from equipoise.method.losses import (
     balanced_contrastive_loss,
@@ -37,7 +37,7 @@ from equipoise.training.loop import set_training
 from equipoise.training.optim import create_sgd
 from equipoise.training.step import Step
 from equipoise.views.loader import Batch, open_batches, steps_per_epoch
-from equipoise.views.views import ViewSettings
+from equipoise.views.views import ViewSettings, view_settings
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 

@@ -17,10 +17,9 @@ from benchmarks.waiting import training
 from equipoise.base.device import choose_precision
 from equipoise.config.recipe import load_recipe
 from equipoise.data.sources import open_parts
-from equipoise.evaluation.run import view_settings
 from equipoise.training.plan import Plan, prepare
 from equipoise.views.loader import Batch, open_batches, worker_count
-from equipoise.views.views import ViewSettings, batch_views, small_views
+from equipoise.views.views import ViewSettings, batch_views, small_views, view_settings
 
 RESNET50 = 4.089e9  # multiply-adds of one image at 224 pixels
 

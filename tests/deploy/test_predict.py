@@ -19,7 +19,7 @@ import equipoise
 from equipoise import UserError, load, load_recipe
 from equipoise.deploy.hub import write_hub_folder
 from equipoise.deploy.predict import CalibratedNetwork, Classifier, find_images, read_weights, write_csv
-from equipoise.evaluation.run import evaluate_checkpoint, evaluate_run
+from equipoise.evaluation.score import evaluate_checkpoint, evaluate_run
 from equipoise.method.losses import logit_adjusted_cross_entropy
 from equipoise.runs.checkpoint import Checkpoint, create_network, state_on_cpu
 

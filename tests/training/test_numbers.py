@@ -13,13 +13,13 @@ from PIL import Image
 from equipoise import UserError, load_recipe
 from equipoise.cli.main import main
 from equipoise.config.recipe import Recipe
-from equipoise.evaluation.run import view_settings
 from equipoise.runs.checkpoint import create_network
 from equipoise.training.loop import train
 from equipoise.training.optim import create_sgd
 from equipoise.training.plan import prepare
 from equipoise.training.step import Step
 from equipoise.views.loader import open_batches
+from equipoise.views.views import view_settings
 
 METHODS = ("bcl", "ce", "logit-adjusted", "supcon+la")
 TINY = {"policy": "cifar", "size": 8, "encoder": "resnet8", "hidden_dim": 8, "feature_dim": 8, "epochs": 1,

@@ -36,8 +36,7 @@ def data(options: argparse.Namespace) -> int:
         recipe = override(recipe, field, value)
 
     from equipoise.cli.tables import print_data
-    from equipoise.data.sources import Source, survey, write_lists
-    from equipoise.evaluation.run import source_of
+    from equipoise.data.sources import Source, source_of, survey, write_lists
 
     path = Path(options.path)
     if path.is_file() and path.suffix in (".txt", ".lst", ".json"):
@@ -81,8 +80,7 @@ def pack(options: argparse.Namespace) -> None:
         raise UserError("pack passes over no bad image: equipoise data DATA --check lists them; repair or remove them")
 
     from equipoise.data.pack import pack as write_packed_parts
-    from equipoise.data.sources import as_it_lies, find_parts
-    from equipoise.evaluation.run import source_of
+    from equipoise.data.sources import as_it_lies, find_parts, source_of
     from equipoise.views.loader import worker_count
 
     source, _ = as_it_lies(source_of(replace(recipe, data=replace(recipe.data, path=options.path))))

@@ -49,7 +49,7 @@ def predict(options: argparse.Namespace) -> None:
 
     from equipoise.cli.tables import print_predictions
     from equipoise.deploy.predict import NoFileError, load, predictions_table, write_csv
-    from equipoise.evaluation.run import write_json
+    from equipoise.runs.folder import write_json
 
     classifier = load(options.target, options.device)
     start = time.monotonic()
@@ -112,7 +112,8 @@ def export(options: argparse.Namespace) -> None:
     if options.images and options.to not in ("onnx", "torch-export"):
         raise UserError(f"--images goes with --to onnx or torch-export, not with {options.to}")
     if options.to == "authors":
-        from equipoise.evaluation.run import AUTHORS_NAMES, LAST, chosen_checkpoint, export_to_authors
+        from equipoise.runs.checkpoint import export_to_authors
+        from equipoise.runs.folder import AUTHORS_NAMES, LAST, chosen_checkpoint
 
         checkpoint = chosen_checkpoint(target)
         out = Path(options.out or checkpoint.with_name(AUTHORS_NAMES.get(checkpoint.name, AUTHORS_NAMES[LAST])))

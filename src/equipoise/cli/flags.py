@@ -163,7 +163,7 @@ def resumed_recipe(options: argparse.Namespace) -> Recipe | None:
     if not options.resume or options.resume == "auto" or named:
         return None
 
-    from equipoise.evaluation.run import recipe_of
+    from equipoise.runs.checkpoint import recipe_of
 
     recipe = recipe_of(Path(options.resume))
     for field, value in overrides:

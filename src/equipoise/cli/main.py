@@ -16,12 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from equipoise import __version__
-from equipoise.authors.flags import (
-    LOG,
-    add_authors_flags,
-    authors_folder,
-    truth,
-)
+from equipoise.authors.flags import LOG, add_authors_flags, authors_folder, truth
 from equipoise.base.errors import SaidError, SharedError, Stopped, UserError, in_words, one_line, out_of_memory
 from equipoise.cli.data import add_data_words, add_pack_words, data, pack
 from equipoise.cli.deploy import add_export_words, add_predict_words, export, predict
@@ -232,7 +227,7 @@ def _train_in(world: "World", options: argparse.Namespace, recipe: Recipe, remar
 
     from equipoise.base.files import real_path
     from equipoise.cli.tables import print_figures, print_plan, print_post_hoc, print_unreadable
-    from equipoise.evaluation.run import AUTHORS_NAMES
+    from equipoise.runs.folder import AUTHORS_NAMES
     from equipoise.training.loop import fit
     from equipoise.training.plan import Plan, prepare
 
@@ -281,7 +276,8 @@ def _train_in(world: "World", options: argparse.Namespace, recipe: Recipe, remar
 
 def _export_for_authors(run: Path) -> None:
     """The run's checkpoints under the authors' names and in their layout, where a run can be written so."""
-    from equipoise.evaluation.run import AUTHORS_NAMES, export_to_authors
+    from equipoise.runs.checkpoint import export_to_authors
+    from equipoise.runs.folder import AUTHORS_NAMES
 
     for ours, theirs in AUTHORS_NAMES.items():
         if (run / ours).is_file():
@@ -310,7 +306,7 @@ def _score_resumed(options: argparse.Namespace, part: str) -> None:
 def _refuse_other_data(checkpoint: Path, data: str | None, named: Recipe) -> None:
     """Raise UserError where a recipe is named without data and the checkpoint, which would be scored on its own, has
     another one."""
-    from equipoise.evaluation.run import recipe_of
+    from equipoise.runs.checkpoint import recipe_of
 
     own = named.name if data else recipe_of(checkpoint).name
     if own != named.name:

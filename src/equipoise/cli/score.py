@@ -42,7 +42,8 @@ def evaluate(options: argparse.Namespace) -> None:
 
     from equipoise.base.world import join
     from equipoise.cli.tables import print_figures, print_post_hoc, print_unreadable
-    from equipoise.evaluation.run import METRICS, evaluate_run
+    from equipoise.evaluation.score import evaluate_run
+    from equipoise.runs.folder import METRICS
 
     with join() as world:
         world.first_makes(lambda: _refuse_read_only(target))
@@ -80,7 +81,8 @@ def score_checkpoint(
     folder takes no files."""
     from equipoise.base.world import join
     from equipoise.cli.tables import print_figures, print_unreadable
-    from equipoise.evaluation.run import LAST, evaluate_checkpoint, find_checkpoint, write_json, write_logits
+    from equipoise.evaluation.score import evaluate_checkpoint, write_logits
+    from equipoise.runs.folder import LAST, find_checkpoint, write_json
 
     checkpoint = target / LAST if target.is_dir() else find_checkpoint(target)
     refuse_unwritable({"--out": out, "--logits": logits})

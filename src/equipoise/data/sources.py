@@ -17,6 +17,7 @@ import numpy as np
 from equipoise.base.errors import UserError
 from equipoise.base.files import atomic_file
 from equipoise.base.log import counted
+from equipoise.config.recipe import Recipe, field_value, find_field
 from equipoise.data.cifar import find_cifar, open_cifar
 from equipoise.data.decode import BadImageError, bad_images
 from equipoise.data.folders import open_class_folders, subfolders
@@ -336,3 +337,25 @@ def _open_digits() -> Found:
     rest = np.setdiff1d(np.arange(len(labels)), test)
     parts = {"train": everything.take(rest), "test": everything.take(np.sort(test))}
     return Found("embedded digits", parts, divided=True)
+
+
+LISTS = {"train": "data.train_list", "validation": "data.val_list", "test": "data.test_list"}  # part -> recipe field
+PARTS = tuple(LISTS)
+
+
+def source_of(recipe: Recipe) -> Source:
+    """Where `recipe` has its data."""
+    data = recipe.data
+    named = {part: file for part, key in LISTS.items() if (file := field_value(recipe, find_field(key)))}
+    return Source(data.path, data.benchmark, named, data.image_column, data.label_column, data.allow_outside)
+
+
+def open_data(recipe: Recipe) -> Parts:
+    """The data that `recipe` trains on. Raises UserError, see `sources.open_parts`."""
+    data = recipe.data
+    return open_parts(
+        source_of(recipe),
+        imbalance=data.imbalance,
+        imbalance_factor=data.imbalance_factor,
+        holdout=data.holdout,
+    )

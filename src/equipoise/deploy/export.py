@@ -24,8 +24,8 @@ from equipoise.base.errors import UserError, reason
 from equipoise.base.files import atomic_file
 from equipoise.data.decode import BadImageError, decode
 from equipoise.data.images import ImageList
+from equipoise.data.sources import open_data
 from equipoise.deploy.predict import Classifier, as_list, find_images
-from equipoise.evaluation.run import open_data
 from equipoise.views.views import short_side
 
 TOLERANCE = 1e-4  # of a logit

@@ -39,10 +39,11 @@ from equipoise.data.folders import SUFFIXES
 from equipoise.data.images import ImageFiles, ImageList, Paths
 from equipoise.data.lists import BENCHMARKS
 from equipoise.deploy.hub import is_hub_folder, read_hub_folder
-from equipoise.evaluation.run import chosen_checkpoint, figures_of
+from equipoise.evaluation.run import figures_of
 from equipoise.method.losses import log_prior
 from equipoise.method.network import TwoBranchNetwork
 from equipoise.runs.checkpoint import Checkpoint, load_checkpoint
+from equipoise.runs.folder import chosen_checkpoint
 from equipoise.views.loader import worker_count
 from equipoise.views.views import evaluation_view
 

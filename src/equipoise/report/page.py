@@ -16,13 +16,14 @@ from equipoise.base.errors import UserError
 from equipoise.base.files import atomic_file
 from equipoise.config.recipe import field_value, recipe_fields
 from equipoise.data.images import ImageList, imbalance_factor
+from equipoise.data.sources import open_data
 from equipoise.evaluation.metrics import FURTHER, GROUPS, calibration_error, shot_group
-from equipoise.evaluation.run import RECIPE, open_data
 from equipoise.report import charts
 from equipoise.report.charts import LIMITS, Name
 from equipoise.report.confusions import confused_pairs, thumbnails
 from equipoise.report.read import RunRead, read_runs
 from equipoise.report.svg import shortened, signed
+from equipoise.runs.folder import RECIPE
 from equipoise.views.loader import steps_per_epoch
 
 MOST_RUNS = 6  # as many as there are colours that can be told apart

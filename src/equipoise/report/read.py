@@ -21,9 +21,10 @@ from equipoise.config.recipe import Recipe, load_recipe
 from equipoise.evaluation.metrics import GROUPS
 from equipoise.evaluation.observe import COSINE_BINS
 from equipoise.evaluation.records import read_metrics, read_record
-from equipoise.evaluation.run import METRICS, OBSERVED, RECIPE, RECORD, chosen
+from equipoise.evaluation.run import chosen
 from equipoise.report.charts import Name
 from equipoise.report.svg import shortened
+from equipoise.runs.folder import METRICS, OBSERVED, RECIPE, RECORD
 
 LOG = "metrics.jsonl"
 CURVES = ("loss", "classification", "contrastive", "lr", "mean_per_class", "few")  # what is drawn of it

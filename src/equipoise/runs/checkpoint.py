@@ -14,13 +14,15 @@ from equipoise.authors.checkpoints import from_authors, is_authors_table, parame
 from equipoise.base.errors import UserError, out_of_memory
 from equipoise.base.files import atomic_file, is_count, is_filled
 from equipoise.base.tensors import load_tensors
-from equipoise.config.recipe import Recipe, Views, recipe_from_table, recipe_table
+from equipoise.config.recipe import Recipe, Views, load_recipe, recipe_from_table, recipe_table
+from equipoise.data.images import Parts
+from equipoise.data.sources import PARTS
 from equipoise.method.encoders import pretrained_normalisation
 from equipoise.method.losses import log_prior
 from equipoise.method.network import TwoBranchNetwork
+from equipoise.runs.folder import LAST, PREVIOUS, RECIPE, find_checkpoint
 
 FORMAT = 2
-LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"  # the checkpoints of a run folder
 AUTHORS = "authors"  # the name of a recipe of which only the model is known
 
 
@@ -310,3 +312,24 @@ def create_network(recipe: Recipe, classes: int, start: bool) -> TwoBranchNetwor
 def state_on_cpu(module: nn.Module) -> dict[str, Tensor]:
     """The module's state on the CPU, contiguous."""
     return {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
+
+
+def recipe_of(path: Path) -> Recipe:
+    """The recipe of a run folder, or of a checkpoint. Raises UserError for one that has none of its own."""
+    if (path / RECIPE).is_file():
+        return load_recipe(path / RECIPE)
+    checkpoint = load_checkpoint(find_checkpoint(path / LAST if path.is_dir() else path))
+    if not checkpoint.class_counts:
+        raise UserError(f"{path} does not say what it was trained on; name the data with --data FOLDER")
+    return checkpoint.recipe
+
+
+def export_to_authors(checkpoint: Path, out: Path) -> None:
+    """Write a checkpoint in the layout of the BCL authors' code. Raises UserError for a model they do not have."""
+    save_for_authors(load_checkpoint(checkpoint), out)
+
+
+def changed_part(parts: Parts, checkpoint: Checkpoint) -> str | None:
+    """The first part that is not what the checkpoint was trained with."""
+    found = {name: images.fingerprint() for name, images in parts.named().items()}
+    return next((name for name in PARTS if found.get(name) != checkpoint.fingerprints.get(name)), None)

@@ -18,7 +18,8 @@ from equipoise.base.errors import UserError
 from equipoise.base.files import atomic_file
 from equipoise.config.recipe import Method, Recipe, field_value, load_recipe, nearest, recipe_fields
 from equipoise.evaluation.records import read_record
-from equipoise.evaluation.run import METRICS, RECIPE, RECORD, Run, chosen, write_json
+from equipoise.evaluation.run import Run, chosen
+from equipoise.runs.folder import METRICS, RECIPE, RECORD, write_json
 from equipoise.training.loop import fit
 from equipoise.training.plan import Plan, prepare
 

@@ -18,8 +18,7 @@ from equipoise.base.device import describe_machine
 from equipoise.base.errors import UserError
 from equipoise.base.files import UNFINISHED, atomic_file
 from equipoise.config.recipe import recipe_toml
-from equipoise.evaluation.run import BAD_IMAGES, LOCK, METRICS, RECIPE, RECORD, write_json
-from equipoise.runs.checkpoint import BEST, LAST, PREVIOUS
+from equipoise.runs.folder import BAD_IMAGES, BEST, LAST, LOCK, METRICS, PREVIOUS, RECIPE, RECORD, write_json
 from equipoise.training.plan import Plan, default_folder
 
 

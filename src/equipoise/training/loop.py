@@ -17,16 +17,19 @@ from equipoise.base.world import join
 from equipoise.config.recipe import Recipe
 from equipoise.evaluation.metrics import score
 from equipoise.evaluation.predictions import predict
-from equipoise.evaluation.run import Run, evaluate_run, record_bad_images, view_settings
+from equipoise.evaluation.run import Run
+from equipoise.evaluation.score import evaluate_run, record_bad_images
 from equipoise.method.batchnorm import batch_norms
 from equipoise.method.network import TwoBranchNetwork
-from equipoise.runs.checkpoint import BEST, LAST, Checkpoint, create_network, load_checkpoint, state_on_cpu
+from equipoise.runs.checkpoint import Checkpoint, create_network, load_checkpoint, state_on_cpu
+from equipoise.runs.folder import BEST, LAST
 from equipoise.training.folder import RunFolder
 from equipoise.training.optim import create_sgd, learning_rate
 from equipoise.training.plan import Plan, Resumed, prepare
 from equipoise.training.signals import Requests
 from equipoise.training.step import Step
 from equipoise.views.loader import Batches, open_batches, worker_count
+from equipoise.views.views import view_settings
 
 Best = tuple[float, int] | None  # the highest score on the validation part, and the epoch it was reached in
 

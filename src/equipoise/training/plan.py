@@ -22,21 +22,12 @@ from equipoise.config.recipe import Recipe, field_value, load_recipe, recipe_fie
 from equipoise.data.decode import bad_images, no_image_left
 from equipoise.data.images import DIGITS, ImageList, Parts, imbalance_factor
 from equipoise.data.lists import BENCHMARKS, find_list
+from equipoise.data.sources import LISTS, open_data, source_of
 from equipoise.evaluation.records import read_record
-from equipoise.evaluation.run import (
-    LISTS,
-    LOCK,
-    METRICS,
-    RECIPE,
-    RECORD,
-    changed_part,
-    find_checkpoint,
-    open_data,
-    source_of,
-    view_settings,
-)
-from equipoise.runs.checkpoint import BEST, LAST, PREVIOUS, Checkpoint, load_checkpoint
+from equipoise.runs.checkpoint import Checkpoint, changed_part, load_checkpoint
+from equipoise.runs.folder import BEST, LAST, LOCK, METRICS, PREVIOUS, RECIPE, RECORD, find_checkpoint
 from equipoise.views.loader import steps_per_epoch
+from equipoise.views.views import view_settings
 
 AUTO = "auto"  # --resume auto: find out which run
 # Fields that say where and how is computed, not what: they may differ where a run goes on, and between ranks.

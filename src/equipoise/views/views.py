@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from equipoise.config.recipe import Recipe
 from equipoise.views import image_operations, policies
 from equipoise.views import operations as op
 from equipoise.views.draws import uniforms
@@ -317,3 +318,18 @@ def named_operation(
         "TranslateY": lambda: op.translation(nothing, argument_B),
     }[name]()
     return op.affine(images, matrix, fill, resample)
+
+
+def view_settings(recipe: Recipe) -> ViewSettings:
+    """The views that `recipe` trains and evaluates with."""
+    views = recipe.views
+    return ViewSettings(
+        policy=views.policy,
+        kinds=view_kinds(views.cl_views, contrastive=recipe.method in ("bcl", "supcon+la")),
+        size=views.size,
+        blur=views.blur,
+        mean=views.mean,
+        randaug=views.randaug,
+        randaug_n=views.randaug_n,
+        randaug_m=views.randaug_m,
+    )
