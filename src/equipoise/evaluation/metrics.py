@@ -15,6 +15,11 @@ import numpy.typing as npt
 MANY_ABOVE = 100  # Liu et al., CVPR 2019: many > 100 training images, few < 20, medium between, both ends inclusive
 FEW_BELOW = 20
 GROUPS = ("many", "medium", "few")
+GROUP_LIMITS = {
+    "many": f"more than {MANY_ABOVE}",
+    "medium": f"{FEW_BELOW} to {MANY_ABOVE}",
+    "few": f"fewer than {FEW_BELOW}",
+}
 FURTHER = {  # what else is shown beside top-1 and the groups: in words, and its field of `Scores`
     "top-5": "top5",
     "mean over classes": "mean_per_class",
@@ -204,3 +209,8 @@ def fit_temperature(
     if not slope(1 / _HOTTEST) < 0 < slope(1 / _COLDEST):
         return None
     return 1 / float(root_scalar(slope, bracket=(1 / _HOTTEST, 1 / _COLDEST), rtol=1e-6).root)
+
+
+def percent(share: float | None, absent: str = "-") -> str:
+    """A share as people read it: '83.1'; `absent` where there is none."""
+    return absent if share is None else f"{100 * share:.1f}"
