@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.__main__ import ALLOWED, EXPECTED, HIGHER_IS_BETTER, fallen
-from benchmarks.gpu.__main__ import STAGES, run_stage
+from benchmarks.gpu.__main__ import STAGES, end_with_all, run_stage
 from benchmarks.gpu.figures import Figures, table
+from benchmarks.gpu.kit import copy
 
 NAMES = sorted(path.stem for path in EXPECTED.parent.glob("*.py") if not path.stem.startswith("__"))
 
@@ -48,7 +50,7 @@ def test_what_is_worse_by_more_than_a_fifth_is_named():
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="it looks into /proc")
 def test_nothing_grows_over_twelve_epochs():
     """The short form of `make long-run`."""
@@ -63,7 +65,7 @@ def test_nothing_grows_over_twelve_epochs():
 # ---- what a machine with a GPU is tried with
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_stage_of_the_gpu_kit_is_rehearsed(tmp_path):
     command = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -77,36 +79,68 @@ def test_every_stage_of_the_gpu_kit_is_rehearsed(tmp_path):
     assert top1["value"] == pytest.approx(100 * metrics["last"]["test"]["top1"])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_stage_that_fails_says_why_and_the_next_one_runs(tmp_path):
-    """There are no photographs, and the tests of a GPU are no part of it."""
+    """There is a folder of photographs, but none is in it; the stage after `input` needs none."""
     (tmp_path / "photos").mkdir()
     words = [
         "--photos",
         str(tmp_path / "photos"),
         "--only",
-        "loss",
         "input",
+        "resume",
         "--rehearse",
         "--out",
         str(tmp_path / "out"),
     ]
     done = subprocess.run([sys.executable, "-m", "benchmarks.gpu", *words], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    failed = {
-        line["stage"]: line["value"]
-        for line in Figures(tmp_path / "out" / "figures.jsonl").read()
-        if line["figure"] == "failed"
+    lines = Figures(tmp_path / "out" / "figures.jsonl").read()
+    said = f"{tmp_path / 'photos'} holds no JPEG files (.jpg, .jpeg); name a folder of photographs"
+    assert {line["stage"]: line["value"] for line in lines if line["figure"] == "failed"} == {
+        "input": f"exit code 1: {said}"
     }
-    assert failed == {
-        "input": f"exit code 1: {tmp_path / 'photos'} holds no JPEG files (.jpg, .jpeg); name a folder of photographs"
-    }
-    assert f"failed: input; see {tmp_path / 'out' / 'log.txt'}" in done.stdout
+    assert any(line["figure"].startswith("killed, resumed from step") for line in lines)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="it looks into /proc")
+def test_what_a_stage_has_started_ends_with_it(tmp_path):
+    """A child in a process group of its own, as torchrun's ranks are."""
+    program = "import subprocess, sys, time; child = subprocess.Popen(['sleep', '600'], start_new_session=True); "
+    program += "print(child.pid, flush=True); time.sleep(600)"
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, start_new_session=True)
+    assert process.stdout is not None
+    child = int(process.stdout.readline())
+    end_with_all(process)
+    assert process.returncode == -9
+    status = Path(f"/proc/{child}/stat")
+    assert not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 def test_a_stage_is_ended_at_its_limit(tmp_path):
     words = ["--stage", "facts", "--rehearse", "--out", str(tmp_path), "--seconds", "9"]
-    assert run_stage(words, 0.2, tmp_path / "log.txt") == "it was not done after 0 s"
+    assert "it was not done after" in (run_stage(words, 0.2, tmp_path / "log.txt") or "")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the GPU that must be missing")
+def test_without_a_gpu_only_a_rehearsal_is_run(tmp_path):
+    words = [sys.executable, "-m", "benchmarks.gpu", "--only", "facts", "--out", str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "torch finds no CUDA GPU here; --rehearse" in done.stderr
+
+
+def test_what_travels_to_a_machine_with_a_gpu(tmp_path):
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / name).write_bytes(name.encode())
+    copy([tmp_path / "a.jpg", tmp_path / "b.jpg"], tmp_path / "kit")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "kit").iterdir()} == {
+        "a.jpg": b"a.jpg",
+        "b.jpg": b"b.jpg",
+    }
+    with pytest.raises(SystemExit, match="nothing to copy"):
+        copy([], tmp_path / "other")
 
 
 def test_the_table_of_figures(tmp_path):

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -253,28 +253,30 @@ def test_loss_terms_in_bf16_are_near_those_in_float32():
     assert in_bf16 == pytest.approx(in_float32, rel=0.03)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_recorded_step_trains_as_one_that_is_not(method, no_tf32):
-    """Eight steps of other batches, of which the sixth is short: three are not recorded yet, nor is the short one."""
+@pytest.mark.parametrize(("method", "precision"), [*((method, "fp32") for method in METHODS), ("bcl", "bf16")])
+def test_a_recorded_step_trains_as_one_that_is_not(method, precision, no_tf32):
+    """Eight steps, each of other images and labels, of which the sixth is short: three are not recorded yet, nor is the
+    short one."""
     terms: dict[bool, list[float]] = {}
     states: dict[bool, Tensor] = {}
     for recorded in (False, True):
-        take_step, network, batch = make_step(
-            DEVICE, method=method, precision="fp32", cuda_graph=recorded, batch_size=24
-        )
-        optimizer = create_sgd(network.parameters(), 0.01, 0.9, 5e-4)
+        fields = {"method": method, "precision": precision, "cuda_graph": recorded, "batch_size": 24}
+        take_step, network, batch = make_step(DEVICE, **fields)
+        optimizer, random = create_sgd(network.parameters(), 0.01, 0.9, 5e-4), torch.Generator().manual_seed(2)
         terms[recorded] = []
         for number in range(8):
-            rows = slice(0, 10) if number == 5 else slice(0, 24)
-            images, labels = batch.images_VB3SS.roll(number, 1)[:, rows], batch.labels_G.roll(number)[rows]
+            count = 10 if number == 5 else 24
+            shape = (len(batch.images_VB3SS), count, 3, 16, 16)
+            images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=random).to(DEVICE)
+            labels = torch.randint(0, len(CLASS_COUNTS), (count,), generator=random).to(DEVICE)
             optimizer.zero_grad()
-            terms[recorded] += take_step(Batch(images, labels, rows))[0].values()
-            optimizer.step()
+            with no_waiting() if number == 7 else nullcontext():
+                terms[recorded] += take_step(Batch(images, labels, slice(0, count)))[0].values()
+                optimizer.step()
         states[recorded] = torch.cat([value.double().flatten() for value in network.state_dict().values()])
-        assert (take_step._graph is not None) == recorded
-        assert not recorded or len(take_step._graph._gradients) == len([*network.parameters()])
-    assert terms[True] == pytest.approx(terms[False], rel=1e-4)
-    assert distance(states[True], states[False]) < 1e-5
+    exact = precision == "fp32"
+    assert terms[True] == pytest.approx(terms[False], rel=1e-4 if exact else 0.03)
+    assert distance(states[True], states[False]) < (1e-5 if exact else 1e-2)
 
 
 # ---- batches

@@ -18,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+
 from benchmarks.gpu import pictures, speed, stages
 from benchmarks.gpu.figures import Figures, Task, table
 
@@ -55,6 +57,8 @@ def main() -> int:
         )
         STAGES[options.stage][0](task)
         return 0
+    if not options.rehearse and not torch.cuda.is_available():
+        parser.error("torch finds no CUDA GPU here; --rehearse shows in miniature, on a CPU, what would be done")
     options.only = [name for name in STAGES if name in options.only]
     for folder in filter(None, (options.data, options.photos)):
         if not folder.is_dir():
@@ -65,6 +69,7 @@ def main() -> int:
 def run(options: argparse.Namespace) -> int:
     """All stages in turn; 1 if one has failed."""
     end = time.monotonic() + 60 * options.minutes
+    signal.signal(signal.SIGTERM, _leave)  # the stage that runs is ended with this process
     options.out.mkdir(parents=True, exist_ok=True)
     figures = Figures(options.out / "figures.jsonl")
     figures.begin()
@@ -94,10 +99,29 @@ def run(options: argparse.Namespace) -> int:
     return bool(failed)
 
 
+def _leave(number: int, _: object) -> None:
+    sys.exit(128 + number)
+
+
 def environment() -> dict[str, str]:
     """This process's, with PYTHONPATH as it is to be understood from any folder."""
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     return {**os.environ, "PYTHONPATH": os.pathsep.join(str(Path(path).resolve()) for path in paths if path)}
+
+
+def end_with_all(process: "subprocess.Popen[bytes]") -> None:
+    """Kill a process and all that it has started, in groups of their own too: torchrun's ranks would keep the card."""
+    parents: dict[int, int] = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            parents[int(status.parent.name)] = int(status.read_text(encoding="utf-8").rpartition(")")[2].split()[1])
+    family = [process.pid]
+    for pid in family:
+        family += [child for child, parent in parents.items() if parent == pid]
+    for pid in family:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
 
 
 def run_stage(words: list[str], limit: float, log: Path) -> str | None:
@@ -115,9 +139,7 @@ def run_stage(words: list[str], limit: float, log: Path) -> str | None:
         except subprocess.TimeoutExpired:
             code = None
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            end_with_all(process)
     if code is None:
         return f"it was not done after {limit:.0f} s"
     lines = log.read_text(encoding="utf-8", errors="replace").split("==== ")[-1].strip().splitlines()

@@ -1,7 +1,7 @@
 """Fill `.gpu-kit` with what a bare machine with a GPU lacks, and print the command to run there: `make gpu-kit`.
 
-The machine is expected to have the Python 3.12, torch, timm, opencv, pyarrow and scikit-learn of a CUDA image, and no
-network. What travels is the working tree with `.gpu-kit` in it.
+The machine is expected to have Python 3.12 with torch, timm, opencv, pyarrow, scikit-learn, pytest and what these need,
+rich and jinja2, and no network. What travels is the working tree with `.gpu-kit` in it.
 """
 
 import argparse
@@ -12,14 +12,14 @@ from pathlib import Path
 
 KIT = Path(".gpu-kit")
 PYTHON = "3.12"
-PACKAGES = ("tomli-w", "beartype")  # pure Python, without needs of their own
+PACKAGES = ("tomli-w", "beartype", "msgspec")  # which need nothing themselves
 PHOTOS = 40
-MOST = 60 * 2**20  # bytes
+MOST = 60 * 2**20  # bytes: lent machines take little more
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help="CIFAR-10: Parquet or the archive")
+    parser.add_argument("data", type=Path, help="folder with CIFAR-10 as Parquet (the archive is too large to travel)")
     parser.add_argument("photos", type=Path, help="folder of JPEG photographs")
     options = parser.parse_args()
     for folder in (options.data, options.photos):
@@ -28,7 +28,7 @@ def main() -> None:
     shutil.rmtree(KIT, ignore_errors=True)
     copy([path for path in options.data.iterdir() if path.is_file()], KIT / "cifar10")
     photos = sorted(path for path in options.photos.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
-    copy(photos[:: -(-len(photos) // PHOTOS) or 1], KIT / "photos")
+    copy(list({path.name: path for path in photos}.values())[:: -(-len(photos) // PHOTOS) or 1], KIT / "photos")
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--only-binary=:all:", "--no-compile"]
     subprocess.run([*pip, f"--python-version={PYTHON}", f"--target={KIT / 'site'}", *PACKAGES], check=True)
     size = sum(path.stat().st_size for path in KIT.rglob("*") if path.is_file())
