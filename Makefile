@@ -3,13 +3,16 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# As pyproject.toml says.
+TORCH := "torch>=2.6,<2.15" "torchvision>=0.21,<0.30"
 
-.PHONY: help setup demo test check results rehearsal bench gpu gpu-kit crash-test long-run fuzz audit clean
+.PHONY: help setup demo test test-all check results rehearsal bench gpu gpu-kit crash-test mutants long-run fuzz audit clean
 
 help:
 	@echo "make demo     train on the built-in digits: BCL, and plain cross-entropy beside it; write the report"
 	@echo "make setup    .venv with the command .venv/bin/equipoise"
-	@echo "make test     all tests"
+	@echo "make test     what a change can break (five minutes on two cores)"
+	@echo "make test-all the long tests too: many processes, kills, damaged files"
 	@echo "make check    ruff, pyright, import contracts"
 	@echo "make results  the table of docs/results.md for Digits-LT (20 runs; what is there already is kept)"
 	@echo "make rehearsal [PHOTOS=folder]  the BCL authors' commands on miniature ImageNet-LT and iNaturalist 2018"
@@ -17,6 +20,7 @@ help:
 	@echo "make gpu [CIFAR=folder] [PHOTOS=folder]      does training work on this machine's GPU, and how fast (9 minutes)"
 	@echo "make gpu-kit [CIFAR=folder] [PHOTOS=folder]  what a bare machine with a GPU lacks, into .gpu-kit"
 	@echo "make crash-test  a run that is killed 60 times ends where one ends that is left alone (about half an hour)"
+	@echo "make mutants  would the tests notice? the package is broken in many places, one at a time (half an hour)"
 	@echo "make long-run  memory, open files, processes and logs over 200 epochs (5 minutes, on Linux)"
 	@echo "make fuzz [INPUTS=1000000]  damaged files for every reader (about 25 minutes on two cores)"
 	@echo "make audit    known vulnerabilities of what is installed, and an SBOM in build/"
@@ -28,7 +32,10 @@ demo: setup
 	$(BIN)/equipoise train
 
 test: .venv/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not long"
+
+test-all: .venv/.test
+	$(BIN)/python -m pytest --durations=20
 
 check: .venv/.check
 	$(BIN)/ruff format --check .
@@ -39,10 +46,10 @@ check: .venv/.check
 results: setup
 	$(BIN)/equipoise compare digits-lt --methods bcl,ce,logit-adjusted,supcon+la --seeds 5
 
-rehearsal: setup
+rehearsal: .venv/.test
 	$(BIN)/python -m benchmarks.rehearsal $(if $(PHOTOS),"$(PHOTOS)")
 
-bench: setup
+bench: .venv/.test
 	$(BIN)/python -m benchmarks $(BENCHMARKS)
 
 gpu: .venv/.test
@@ -53,6 +60,9 @@ gpu-kit: .venv/bin/python
 
 crash-test: setup
 	$(BIN)/python -m benchmarks.crash
+
+mutants: .venv/.test
+	$(BIN)/python -m benchmarks.mutants
 
 long-run: setup
 	$(BIN)/python -m benchmarks.long_run
@@ -70,23 +80,29 @@ audit: .venv/.audit
 	$(PYTHON) -m venv .venv || { $(PYTHON) -m venv --clear --without-pip .venv && $(PYTHON) -m pip --python .venv install pip; }
 
 .venv/.setup: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --editable '.[parquet]'
+	@echo "installing into .venv, once: first torch, the largest part (up to 3 GB; a minute from a near disk) ..."
+	@$(BIN)/python -m pip install --quiet $(TORCH)
+	@echo "... then what is smaller: timm, opencv, scikit-learn and others ..."
+	@$(BIN)/python -m pip install --quiet --editable .
+	@echo "... done"
 	@touch $@
 
 .venv/.test: .venv/.setup
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@echo "installing what the tests need ..."
+	@$(BIN)/python -m pip install --quiet --editable '.[test]'
 	@touch $@
 
 .venv/.check: .venv/.test
-	$(BIN)/python -m pip install --quiet --editable '.[check]'
+	@echo "installing ruff, pyright and import-linter ..."
+	@$(BIN)/python -m pip install --quiet --editable '.[check]'
 	@touch $@
 
 .venv/.fuzz: .venv/.setup
-	$(BIN)/python -m pip install --quiet --editable '.[fuzz]'
+	@$(BIN)/python -m pip install --quiet --editable '.[fuzz]'
 	@touch $@
 
 .venv/.audit: .venv/.setup
-	$(BIN)/python -m pip install --quiet --editable '.[audit]'
+	@$(BIN)/python -m pip install --quiet --editable '.[audit]'
 	@touch $@
 
 clean:
