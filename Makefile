@@ -3,8 +3,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-# As pyproject.toml says.
-TORCH := "torch>=2.6,<2.15" "torchvision>=0.21,<0.30"
+# The requirements of pyproject.toml that begin with torch.
+TORCH := $(shell sed -n 's/^    \("torch[^"]*"\),$$/\1/p' pyproject.toml)
 
 .PHONY: help setup demo test test-all check results rehearsal bench gpu gpu-kit crash-test mutants long-run fuzz audit clean
 
