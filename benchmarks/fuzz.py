@@ -60,7 +60,7 @@ with _instrumented():
     from equipoise.config.recipe import Recipe, load_recipe, recipe_table, recipe_toml
     from equipoise.data.cifar import CifarArchive, open_cifar
     from equipoise.data.decode import decode
-    from equipoise.data.images import ImageFiles, ImageList, Paths
+    from equipoise.data.images import ImageFiles, ImageList
     from equipoise.data.lists import departures, identity, image_lists, read_list
     from equipoise.data.packed import _TAIL, write_packed
     from equipoise.data.sources import find_parts

@@ -20,7 +20,7 @@ from equipoise.base.files import (
     regular_file,
 )
 from equipoise.data.decode import decode
-from equipoise.data.images import ImageFiles, ImageList, Paths
+from equipoise.data.images import ImageFiles, ImageList
 from equipoise.data.lists import read_list
 from equipoise.data.sources import Source, find_parts
 from equipoise.deploy.predict import read_weights
@@ -39,7 +39,7 @@ def hub(path: Path) -> object:
 
 
 def one_image(path: Path) -> ImageList:
-    return ImageList("", ImageFiles(path.parent, Paths.of([path.name])), np.zeros(1, np.int64), ("a",))
+    return ImageList("", ImageFiles.of(path.parent, [path.name]), np.zeros(1, np.int64), ("a",))
 
 
 READERS = {

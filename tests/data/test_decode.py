@@ -19,7 +19,7 @@ from PIL import Image
 from equipoise import UserError
 from equipoise.data import decode as pixels
 from equipoise.data.decode import bad_images, decode, decode_all, decode_another, decode_bytes, stand_ins
-from equipoise.data.images import ImageFiles, ImageList, Paths
+from equipoise.data.images import ImageFiles, ImageList
 from equipoise.data.sources import Source, find_parts
 from equipoise.views.views import evaluation_view
 

@@ -18,7 +18,7 @@ from equipoise import UserError
 from equipoise.cli.main import main
 from equipoise.data.decode import content_of, decode
 from equipoise.data.pack import pack
-from equipoise.data.sources import Source, as_it_lies, find_parts, open_parts, recognise
+from equipoise.data.sources import Source, as_recognised, find_parts, open_parts, recognise
 
 
 def large_pictures(root: Path, size: tuple[int, int] = (90, 130)) -> Path:
@@ -35,7 +35,7 @@ def large_pictures(root: Path, size: tuple[int, int] = (90, 130)) -> Path:
 
 
 def packed(data: Path, out: Path, short_side: int = 48, workers: int = 0) -> list[str]:
-    source, _ = as_it_lies(Source(str(data)))
+    source, _ = as_recognised(Source(str(data)))
     return pack(find_parts(source), source.benchmark, out, short_side, workers)
 
 
