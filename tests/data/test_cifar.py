@@ -1,4 +1,4 @@
-"""CIFAR's archives: every form gives the same list, in the archive's order, and no pickle runs that was not published."""
+"""CIFAR's archives: every form gives the same list, in the archive's order; only published pickles are loaded."""
 
 import hashlib
 import io
@@ -186,7 +186,9 @@ def test_a_planted_payload_is_refused_and_not_run(name, packed, tmp_path):
     payload = Payload()
     files = files_of(10, "python") | {name: pickle.dumps({b"data": payload, b"label_names": payload})}
     said = refused(find_cifar(plant(tmp_path, 10, "python", files, packed)))
-    assert f"{name} is not the published file (its MD5 differs); a pickle is a program, so nothing of it was run" in said
+    assert (
+        f"{name} is not the published file (its MD5 differs); a pickle is a program, so nothing of it was run" in said
+    )
     assert not Payload.mark.exists()
     pickle.loads(files[name])
     assert Payload.mark.exists(), "it would have run"

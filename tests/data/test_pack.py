@@ -159,6 +159,7 @@ def test_refusals(pictures, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_interrupted_it_leaves_no_file(tmp_path):
     generator = np.random.default_rng(0)
     for name in ("ant", "bee"):

@@ -5,10 +5,12 @@ The fingerprint is git's blob id, by which the same file is the same in every re
 """
 
 import codecs
+import contextlib
 import hashlib
+import io
+import itertools
 import os
 import posixpath
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,7 +24,6 @@ from equipoise.base.errors import UserError, reason
 from equipoise.data.images import ImageFiles, ImageList, Indices
 
 _MOST_DIGITS = 6  # of a label: a larger one is a mistake, as a year or the id of an image
-_ODD_STEP = re.compile(rb"^\\|(^|/)\.{0,2}(/|$)")  # in a path: one to be made shorter, or that may lead elsewhere
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def read_list(file: Path, allow_outside: bool = False) -> ListFile:
         raise UserError(f"the list {file} is no text: it has zero bytes in it; name another")
     paths: list[bytes] = []
     labels: list[int] = []
-    for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
+    for number, line in enumerate(io.BytesIO(content.removeprefix(codecs.BOM_UTF8)), 1):
         words = line.strip().rsplit(None, 1)
         if not words:
             continue
@@ -141,8 +142,8 @@ def read_list(file: Path, allow_outside: bool = False) -> ListFile:
         path, label = words
         if len(label) > _MOST_DIGITS:
             raise UserError(f"{file}, line {number}: label {label[:20].decode()} is out of range")
-        if _ODD_STEP.search(path):
-            if not allow_outside and (path[:1] in b"/\\" or b".." in path.split(b"/")):
+        if path[0] in b"./\\" or b"/." in path or b"//" in path:  # to be made shorter, or leads elsewhere
+            if not allow_outside and (path[0] in b"/\\" or b".." in path.split(b"/")):
                 raise UserError(
                     f"{file}, line {number}: the path '{os.fsdecode(path[:200])}' leaves the data folder; write it "
                     "relative to it, or allow it with --allow-outside"
@@ -236,35 +237,30 @@ def _class_names(files: Iterable[ListFile], classes: int) -> tuple[tuple[str, ..
 def absent_images(images: ImageList) -> list[int]:
     """Indices of images whose files are missing. Each folder is listed once; no image is opened."""
     assert isinstance(images.images, ImageFiles)
-    absent: list[int] = []
-    for folder, names in _by_folder(images.images).items():
-        try:
-            there = set(os.listdir(images.images.root / folder))
-        except OSError:
-            there = set[str]()
-        absent += [index for name, index in names if name not in there]
-    return sorted(absent)
+    listed = _listings(images.images)
+    split = (path.rpartition(b"/") for path in images.images.paths_N.tolist())
+    return [index for index, (folder, _, name) in enumerate(split) if name not in listed[folder]]
 
 
 def links(images: ImageList) -> Iterator[Path]:
     """What may lead out of the data folder: the folders of the images, and the images that are links."""
     assert isinstance(images.images, ImageFiles)
-    for folder, names in _by_folder(images.images).items():
-        place = images.images.root / folder
-        yield place
-        if place.is_dir():
-            with os.scandir(place) as entries:
-                linked = {entry.name for entry in entries if entry.is_symlink()}
-            yield from (place / name for name, _ in names if name in linked)
+    listed = _listings(images.images)
+    with_links = {folder for folder, names in listed.items() if any(names.values())}
+    split = (path.rpartition(b"/") for path in (images.images.paths_N.tolist() if with_links else ()))
+    linked = (folder + slash + name for folder, slash, name in split if listed[folder].get(name))
+    for path in itertools.chain(listed, linked):
+        yield images.images.root / os.fsdecode(path)
 
 
-def _by_folder(files: ImageFiles) -> dict[str, list[tuple[str, int]]]:
-    """Folder -> name and index of each image in it."""
-    found: dict[str, list[tuple[str, int]]] = defaultdict(list)
-    for index, path in enumerate(files.paths_N.tolist()):
-        folder, _, name = os.fsdecode(path).rpartition("/")
-        found[folder].append((name, index))
-    return found
+def _listings(files: ImageFiles) -> dict[bytes, dict[bytes, bool]]:
+    """Folder of images -> name of each file in it -> whether that is a link. A missing folder has no files."""
+    listed: dict[bytes, dict[bytes, bool]] = {}
+    for folder in dict.fromkeys(path.rpartition(b"/")[0] for path in files.paths_N.tolist()):
+        listed[folder] = {}
+        with contextlib.suppress(OSError), os.scandir(os.path.join(os.fsencode(files.root), folder)) as entries:
+            listed[folder] = {entry.name: entry.is_symlink() for entry in entries}
+    return listed
 
 
 def absence(images: ImageList, absent: list[int]) -> str:

@@ -19,7 +19,7 @@ from equipoise.base.errors import UserError, reason
 from equipoise.base.files import UNFINISHED, atomic_file
 from equipoise.data.decode import BadImageError, bad_images, content_of, decode
 from equipoise.data.images import Found, ImageFiles, ImageList, PackedImages, PixelArrays, import_pyarrow
-from equipoise.data.packed import KEY, SUFFIX, About, read_about
+from equipoise.data.packed import KEY, SUFFIX, About, columns, read_about
 from equipoise.data.sources import disagreements
 
 _LONGEST_JPEG = 65_500  # pixels: libjpeg writes no longer side. Such a strip stays as it is
@@ -83,8 +83,7 @@ def _claim(out: Path, files: list[str]) -> None:
 def _write(file: IO[bytes], contents: Generator[bytes], images: ImageList, about: About) -> None:
     """Write the new bytes of all images, as `packed.py` describes the file."""
     pa = import_pyarrow(Path(about.part))
-    columns = [("name", pa.binary()), ("image", pa.large_binary()), ("crc32", pa.uint32()), ("label", pa.int64())]
-    schema = pa.schema(columns, {KEY: json.dumps(asdict(about))})
+    schema = columns(pa).with_metadata({KEY: json.dumps(asdict(about))})
     source = images.images
     with pa.ipc.new_file(file, schema) as writer:
         shown = iter(track(contents, f"packing {about.part}", total=len(images), transient=True))

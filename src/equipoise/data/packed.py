@@ -6,6 +6,7 @@ A row is an image: `name` and `image` (bytes), `crc32` of the image, `label`. Th
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -33,6 +34,12 @@ class About:
     fingerprint: str
 
 
+def columns(pa: Any) -> Any:
+    """The schema of a packed file, without metadata. `pa`: the library pyarrow."""
+    kinds = {"name": pa.binary(), "image": pa.large_binary(), "crc32": pa.uint32(), "label": pa.int64()}
+    return pa.schema(list(kinds.items()))
+
+
 def packed_files(root: Path) -> list[Path]:
     if root.is_file():
         return [root] if root.suffix == SUFFIX else []
@@ -52,7 +59,13 @@ def _open(path: Path) -> tuple[PackedImages, About]:
                 raise UserError(f"{path} was packed by an older version, in a format of its own; pack the images again")
         images = PackedImages.of(path)
         # Not msgspec's own decoder: the name of a class is that of a folder, which need not be UTF-8.
-        return images, msgspec.convert(json.loads(images.table.schema.metadata[KEY]), About)
+        about = msgspec.convert(json.loads(images.table.schema.metadata[KEY]), About)
+        labels_N = images.table["label"].to_numpy()
+        if not 0 <= labels_N.min() <= labels_N.max() < len(about.class_names):
+            raise ValueError
+        if images.table.schema.remove_metadata() != columns(pa):
+            raise ValueError
+        return images, about
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
