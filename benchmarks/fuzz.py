@@ -244,7 +244,7 @@ def _read_list(file: Path) -> object:
     lists, notes = image_lists({"train": read}, file.parent)
     assert sum(lists["train"].class_counts) == len(read.paths_N)
     assert not any(path.startswith((b"/", b"../")) for path in read.paths_N.tolist())
-    return [*notes, identity(read), *departures(read, len(lists["train"].class_names), of_training=True)]
+    return [*notes, identity(read), *departures(read)]
 
 
 def _read_recipe(file: Path) -> object:

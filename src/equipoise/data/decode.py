@@ -116,9 +116,13 @@ def bad_images(images: ImageList, decoded: bool = False) -> Iterator[BadImageErr
     decoded, in a thread for each core; else the file is opened and its header read: most bad files, in no time. Nothing
     for images in memory, nor, without `decoded`, for packed ones: they were decoded when they were packed."""
 
+    def open_header(index: int) -> None:
+        source = images.images  # of a file, only the header is read
+        _opened(source.name(index) if isinstance(source, ImageFiles) else io.BytesIO(content_of(images, index))).close()
+
     def look(index: int) -> BadImageError | None:
         try:
-            decode(images, index) if decoded else _named(images, index, lambda: _open_header(images, index))
+            decode(images, index) if decoded else _named(images, index, lambda: open_header(index))
         except BadImageError as error:
             return error
         return None
@@ -169,13 +173,6 @@ def _opened(file: io.BytesIO | str) -> Image.Image:
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers of no known range: convert it to 8 or 16 bits")
     return image
-
-
-def _open_header(images: ImageList, index: int) -> None:
-    source = images.images  # of a file, only the header is read
-    file = source.name(index) if isinstance(source, ImageFiles) else io.BytesIO(content_of(images, index))
-    with _opened(file):
-        pass
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:

@@ -11,7 +11,7 @@ import io
 import itertools
 import os
 import posixpath
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,31 +88,32 @@ def git_blob(content: bytes) -> str:
 
 
 def list_places(root: Path, benchmark: str, part: str) -> list[Path]:
-    """Where the list of a benchmark's part is looked for, in this order. All but the authors' own, the last, are below
-    `root`; the official annotations that say the same come after the lists there."""
+    """Where the list of a benchmark's part is looked for below `root`, in this order: the list, or the official
+    annotations that say the same."""
     known = BENCHMARKS[benchmark]
-    name, annotations = known.lists[part].name, known.annotations.get(part)
-    official = [root / annotations, root / "annotations" / annotations] if annotations else []
-    return [root / name, root / known.folder / name, *official, Path("dataset") / known.folder / name]
+    name, official = known.lists[part].name, known.annotations.get(part)
+    annotations = [root / official, root / "annotations" / official] if official else []
+    return [root / name, root / known.folder / name, *annotations]
 
 
 def find_list(root: Path, benchmark: str, part: str) -> Path | None:
-    """The list of a benchmark's part, or None where it is in none of its places."""
-    return next((place for place in list_places(root, benchmark, part) if place.is_file()), None)
+    """The list of a benchmark's part, below `root` or where the authors' code has it; None where it is missing."""
+    known = BENCHMARKS[benchmark]
+    of_authors = Path("dataset") / known.folder / known.lists[part].name
+    return next((place for place in [*list_places(root, benchmark, part), of_authors] if place.is_file()), None)
 
 
 def absent_list(root: Path, benchmark: str, part: str) -> str:
-    """What to say where the list of a benchmark's part is in none of its places."""
-    known, official = BENCHMARKS[benchmark].lists[part], BENCHMARKS[benchmark].annotations.get(part)
-    folders = dict.fromkeys(str(place.parent) for place in list_places(root, benchmark, part) if place.suffix == ".txt")
+    """What to say where `find_list` finds none."""
+    known, folder = BENCHMARKS[benchmark].lists[part], BENCHMARKS[benchmark].folder
+    official = BENCHMARKS[benchmark].annotations.get(part)
     fingerprint = f", git blob {known.blob}" if known.blob else ""
     instead = f", put the official {official} into {root}" if official else ""
-    flag = {"train": "train", "validation": "val", "test": "test"}[part]
     as_folders = "; to train on all images of its class folders, name the recipe: train pictures --data FOLDER"
     return (
-        f"the list {known.name} ({known.images:,} images of {known.classes:,} classes{fingerprint}) is not in "
-        f"{' or '.join(folders)}; put it there{instead}, or name it with --{flag}-list FILE"
-        f"{as_folders if part == 'train' and not official else ''}"
+        f"the list {known.name} ({known.images:,} images of {known.classes:,} classes{fingerprint}) is not in {root}, "
+        f"{root / folder} or dataset/{folder}; put it there{instead}, or name it with "
+        f"--{part.replace('validation', 'val')}-list FILE{as_folders if part == 'train' and not official else ''}"
     )
 
 
@@ -263,9 +264,12 @@ def _listings(files: ImageFiles) -> dict[bytes, dict[bytes, bool]]:
     return listed
 
 
-def absence(images: ImageList, absent: list[int]) -> str:
-    """One line about the images of a list that are missing."""
+def absence(images: ImageList) -> str | None:
+    """One line about the images of a list that are missing; None where none are."""
     assert isinstance(images.images, ImageFiles)
+    absent = absent_images(images)
+    if not absent:
+        return None
     return (
         f"{images.images.name(absent[0])} is not there, and {len(absent):,} of the {len(images):,} images of "
         f"{images.origin} (git blob {images.images.blob}) are missing; its paths are looked for below the folder given "
@@ -296,45 +300,27 @@ def identity(read: ListFile) -> str:
     return f"{read.file}: the published {known.name} (git blob {known.blob})"
 
 
-def departures(read: ListFile, classes: int, of_training: bool, expected: Published | None = None) -> list[str]:
+def departures(read: ListFile, expected: Published | None = None) -> list[str]:
     """What is odd about a list: that it is another one than the published list that is expected, or than that of its
-    name; classes without images; the same image more than once."""
+    name; the same image more than once."""
+    found: list[str] = []
     expected = expected or PUBLISHED.get(read.file.name)
-    found = [_departure(read, expected)] if expected and expected.blob not in ("", read.blob) else []
-    gaps = np.setdiff1d(np.arange(classes), read.labels_N) if of_training else np.array([])
-    if len(gaps):
-        found.append(
-            f"{read.file}: the labels are not contiguous: {len(gaps):,} of 0 to {classes - 1} have no image "
-            f"(first: {gaps[0]})"
-        )
-    return found + _repetitions(read)
-
-
-def _departure(read: ListFile, expected: Published) -> str:
-    """What sets a list apart from the published one that it stands for."""
-    other = f"{read.file} is not the published {expected.name} (git blob {expected.blob}): "
-    if git_blob(b"\n".join(line.strip() for line in read.content.split(b"\n"))) == expected.blob:
-        return f"{other}it differs in white space alone (line ends)"
-    return (
-        f"{other}that has {expected.images:,} images of {expected.classes:,} classes, this one {len(read.paths_N):,} "
-        f"of {len(np.unique(read.labels_N)):,}"
-    )
-
-
-def _repetitions(read: ListFile) -> list[str]:
+    if expected and expected.blob not in ("", read.blob):
+        other = f"{read.file} is not the published {expected.name} (git blob {expected.blob}): "
+        stripped = b"\n".join(line.strip() for line in read.content.split(b"\n"))
+        if git_blob(stripped) == expected.blob:
+            found.append(f"{other}it differs in white space alone (line ends)")
+        else:
+            found.append(
+                f"{other}that has {expected.images:,} images of {expected.classes:,} classes, this one "
+                f"{len(read.paths_N):,} of {len(np.unique(read.labels_N)):,}"
+            )
     paths = read.paths_N.tolist()
-    if len(set(paths)) == len(paths):
-        return []
-    repeated = {path for path, count in Counter(paths).items() if count > 1}
-    labels: dict[bytes, set[int]] = defaultdict(set)  # in the order of the list
-    for path, label in zip(paths, read.labels_N.tolist(), strict=True):
-        if path in repeated:
-            labels[path].add(label)
-    first = os.fsdecode(next(iter(labels)))
-    said = f"{read.file}: {len(repeated):,} images are in it more than once (first: {first})"
-    contradictory = [path for path, of_path in labels.items() if len(of_path) > 1]
-    if contradictory:
-        first = os.fsdecode(contradictory[0])
-        told = ", ".join(map(str, sorted(labels[contradictory[0]])))
-        said += f", {len(contradictory):,} of them with different labels (first: {first}: {told})"
-    return [said]
+    if len(set(paths)) < len(paths):
+        repeated = [path for path, count in Counter(paths).items() if count > 1]
+        first = os.fsdecode(repeated[0])
+        labels = ", ".join(map(str, np.unique(read.labels_N[read.paths_N == repeated[0]])))
+        found.append(
+            f"{read.file}: {len(repeated):,} images are in it more than once (first: {first}, labelled {labels})"
+        )
+    return found

@@ -8,7 +8,7 @@ from contextlib import closing, nullcontext
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import cv2
 import numpy as np
@@ -37,6 +37,7 @@ def pack(found: Found, benchmark: str, out: Path, short_side: int, workers: int)
     Raises UserError for images that cannot be read or need no packing, or where other files are in the way. A file
     appears only when it is complete.
     """
+    pa = import_pyarrow(out)
     if problems := [*found.absent.values(), *disagreements(found)]:
         raise UserError(problems[0])
     for part in found.parts.values():
@@ -48,10 +49,8 @@ def pack(found: Found, benchmark: str, out: Path, short_side: int, workers: int)
     said: list[str] = []
     for name, images in found.parts.items():
         file = out / f"{name}{SUFFIX}"
-        about = About(
-            *(name, found.kind, benchmark, found.divided, found.named),
-            *(images.class_names, short_side, images.fingerprint()),
-        )
+        fields = (name, found.kind, benchmark, found.divided, found.named, images.class_names)
+        about = About(*fields, short_side, images.fingerprint())
         if file.exists():
             if read_about(file) != about:
                 raise UserError(f"{file} is there already, of other images or another size; remove it")
@@ -59,7 +58,7 @@ def pack(found: Found, benchmark: str, out: Path, short_side: int, workers: int)
             continue
         try:
             with atomic_file(file) as opened, closing(_encoded(images, short_side, workers)) as contents:
-                _write(opened, contents, images, about)
+                _write(pa, opened, contents, images, about)
         except OSError as error:
             raise UserError(
                 f"{file} could not be written ({reason(error)}); make room there and start again: parts that are "
@@ -80,9 +79,8 @@ def _claim(out: Path, files: list[str]) -> None:
     out.mkdir(parents=True, exist_ok=True)
 
 
-def _write(file: IO[bytes], contents: Generator[bytes], images: ImageList, about: About) -> None:
+def _write(pa: Any, file: IO[bytes], contents: Generator[bytes], images: ImageList, about: About) -> None:
     """Write the new bytes of all images, as `packed.py` describes the file."""
-    pa = import_pyarrow(Path(about.part))
     schema = columns(pa).with_metadata({KEY: json.dumps(asdict(about))})
     source = images.images
     with pa.ipc.new_file(file, schema) as writer:

@@ -17,6 +17,7 @@ from equipoise.base.errors import UserError
 from equipoise.base.files import atomic_file
 from equipoise.base.log import counted
 from equipoise.config.recipe import Recipe, field_value, find_field
+from equipoise.data import lists as list_files
 from equipoise.data.cifar import find_cifar, open_cifar
 from equipoise.data.decode import BadImageError, bad_images
 from equipoise.data.folders import open_class_folders
@@ -31,20 +32,7 @@ from equipoise.data.images import (
     refuse_outside,
     training_problems,
 )
-from equipoise.data.lists import (
-    BENCHMARKS,
-    absence,
-    absent_images,
-    absent_list,
-    departures,
-    find_list,
-    identity,
-    image_lists,
-    links,
-    list_places,
-    overlap,
-    read_list,
-)
+from equipoise.data.lists import BENCHMARKS, image_lists, read_list
 from equipoise.data.packed import open_packed, packed_files, read_about
 from equipoise.data.parquet import open_parquet, parquet_files
 
@@ -52,7 +40,9 @@ LISTS = {"train": "data.train_list", "validation": "data.val_list", "test": "dat
 PARTS = tuple(LISTS)
 _DIGITS_TEST_PER_CLASS = 50
 # The first and the last classes of ImageNet-2012. Subsets that are shared as class folders lack some of them.
-_IMAGENET_CLASSES = ("n01440764", "n01443537", "n01484850", "n01491361", "n13052670", "n13054560", "n13133613", "n15075141")  # fmt: skip # noqa: E501
+_IMAGENET_CLASSES = tuple(
+    f"n{wordnet_id:08}" for wordnet_id in (1440764, 1443537, 1484850, 1491361, 13052670, 13054560, 13133613, 15075141)
+)
 
 
 @dataclass(frozen=True)
@@ -90,7 +80,7 @@ def recognise(path: str) -> str:
     if archive := find_cifar(root):
         return f"cifar{archive.classes}"
     for name, benchmark in BENCHMARKS.items():
-        places = (place for part in benchmark.lists for place in list_places(root, name, part)[:-1])  # below `root`
+        places = (place for part in benchmark.lists for place in list_files.list_places(root, name, part))
         if any(place.is_file() for place in places):
             return name
     if (root / "train_val2018").is_dir():
@@ -109,9 +99,9 @@ def as_recognised(source: Source) -> tuple[Source, list[str]]:
     if benchmark not in BENCHMARKS or packed_files(root):
         return replace(source, benchmark=""), []
     parts = BENCHMARKS[benchmark].lists
-    if any(find_list(root, benchmark, part) for part in parts):
+    if any(list_files.find_list(root, benchmark, part) for part in parts):
         return replace(source, benchmark=benchmark), []
-    return replace(source, benchmark=""), [absent_list(root, benchmark, part) for part in parts]
+    return replace(source, benchmark=""), [list_files.absent_list(root, benchmark, part) for part in parts]
 
 
 def find_parts(source: Source | str) -> Found:
@@ -150,11 +140,11 @@ def survey(source: Source, check: bool = False) -> tuple[Found, list[str], list[
     source, problems = as_recognised(source)
     found = find_parts(source)
     problems += [*found.notes, *found.absent.values(), *disagreements(found)]
-    if "train" in found.parts and not found.of_lists:
+    if "train" in found.parts:
         problems += training_problems(found.parts["train"])
     bad: list[BadImageError] = []
     for name, part in found.parts.items():
-        absent = absent_images(part) if found.of_lists else []
+        absent = list_files.absent_images(part) if found.of_lists else []
         there = part.take(np.setdiff1d(np.arange(len(part)), absent)) if absent else part
         looked_at = bad_images(there, decoded=check)
         if check:
@@ -168,9 +158,9 @@ def disagreements(found: Found) -> list[str]:
     images that are trained or chosen on and scored on."""
     if not found.of_lists:
         return []
-    problems = [absence(part, absent) for part in found.parts.values() if (absent := absent_images(part))]
     ordered = [found.parts[name] for name in PARTS if name in found.parts]
-    return problems + [said for pair in itertools.combinations(ordered, 2) if (said := overlap(*pair))]
+    overlaps = (list_files.overlap(*pair) for pair in itertools.combinations(ordered, 2))
+    return [said for said in (*map(list_files.absence, ordered), *overlaps) if said]
 
 
 def _existing(path: str) -> Path:
@@ -266,8 +256,8 @@ def part_of(found: Found, part: str, path: str) -> ImageList:
             f"CHECKPOINT --data {path} --split PART"
         )
     images = found.parts[part if found.divided else "train"]
-    if found.of_lists and (absent := absent_images(images)):
-        raise UserError(absence(images, absent))
+    if found.of_lists and (said := list_files.absence(images)):
+        raise UserError(said)
     return images
 
 
@@ -280,21 +270,20 @@ def _open_list_files(root: Path, source: Source) -> Found:
     published = {} if files else BENCHMARKS[source.benchmark].lists
     absent: dict[str, str] = {}
     for part, known in published.items():
-        file = find_list(root, source.benchmark, part)
+        file = list_files.find_list(root, source.benchmark, part)
         if file is not None:
             files[part] = file
         elif known.blob:  # one without a known fingerprint is not to be had everywhere: go without
-            absent[part] = absent_list(root, source.benchmark, part)
+            absent[part] = list_files.absent_list(root, source.benchmark, part)
     if not files:
         raise UserError(next(iter(absent.values())))
     read = {part: read_list(file, source.allow_outside) for part, file in files.items()}
     parts, notes = image_lists(read, root)
     if not source.allow_outside:
         for part in parts.values():
-            refuse_outside(root, links(part))
-    classes = len(next(iter(parts.values())).class_names)
+            refuse_outside(root, list_files.links(part))
     for part, file in read.items():
-        notes += departures(file, classes, part == "train", published.get(part))
+        notes += list_files.departures(file, published.get(part))
     return Found(
         f"list files of {source.benchmark}" if published else "list files",
         parts,
@@ -303,7 +292,7 @@ def _open_list_files(root: Path, source: Source) -> Found:
         notes=tuple(notes),
         of_lists=True,
         absent=absent,
-        described=tuple(map(identity, read.values())),
+        described=tuple(map(list_files.identity, read.values())),
     )
 
 
@@ -324,7 +313,7 @@ def write_lists(source: Source, folder: Path) -> list[str]:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_file(written) as opened:
             opened.write(read.content)
-        said.append(f"written: {identity(replace(read, file=written))}")
+        said.append(f"written: {list_files.identity(replace(read, file=written))}")
     if not said:
         raise UserError(f"{root} has neither train2018.json nor val2018.json, the official files of iNaturalist 2018")
     return said
