@@ -119,12 +119,6 @@ def test_any_shape(size, kind):
     assert np.abs(view.astype(int) - (200, 100, 50)).max() <= 3
 
 
-def test_what_a_file_is_called_does_not_matter(photo, pictures):
-    path = pictures / "ant" / "0.png"
-    path.write_bytes(encoded(photo, "JPEG", quality=95))
-    assert difference(decode(find_parts(str(pictures)).parts["train"], 0), np.asarray(photo)) < 2
-
-
 @pytest.mark.parametrize("content", [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", b"%PDF-1.4\n", b"<svg/>"])
 def test_what_a_program_would_be_run_for_is_no_image(content, pictures):
     """Pillow has EPS drawn by Ghostscript."""
@@ -192,18 +186,6 @@ def test_broken_files_are_named(damage, reason, photo, pictures):
 def test_a_bomb_of_the_kind_that_opencv_reads(photo):
     with pytest.raises(Image.DecompressionBombError):
         decode_bytes(_jpeg_bomb(photo))
-
-
-def test_a_file_whose_system_fails_is_named(pictures, monkeypatch):
-    """As a file without permission, for whom that is not tested above: root."""
-
-    def denied(path):
-        raise PermissionError(13, "Permission denied", str(path))
-
-    images = find_parts(str(pictures)).parts["train"]
-    monkeypatch.setattr("pathlib.Path.read_bytes", denied)
-    with pytest.raises(UserError, match=r"ant/0.png cannot be read \(permission denied\)"):
-        decode(images, 0)
 
 
 def test_vanished_file(pictures):

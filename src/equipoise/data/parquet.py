@@ -98,23 +98,11 @@ def _only(columns: list[str], file: Path, what: str, field: str) -> str:
     raise UserError(f"{file} has {found}; name it with --set data.{field}=NAME")
 
 
-class _Info(msgspec.Struct):
-    features: dict[str, msgspec.Raw]
-
-
-class _Metadata(msgspec.Struct):
-    info: _Info
-
-
-class _ClassLabel(msgspec.Struct):
-    names: tuple[str, ...]
-
-
 def _class_names(metadata: dict[bytes, bytes], label_column: str) -> tuple[str, ...]:
     """The names that the `datasets` library keeps in the schema's metadata, if it wrote the file."""
     try:
-        features = msgspec.json.decode(metadata[b"huggingface"], type=_Metadata).info.features
-        names = msgspec.json.decode(features[label_column], type=_ClassLabel).names
-    except (KeyError, ValueError, RecursionError):
+        column = msgspec.json.decode(metadata[b"huggingface"])["info"]["features"][label_column]
+        names = msgspec.convert(column["names"], tuple[str, ...])
+    except (LookupError, TypeError, ValueError, RecursionError):
         return ()
     return names if len(set(names)) == len(names) else ()
