@@ -10,10 +10,8 @@ import pytest
 
 from equipoise import UserError
 from equipoise.data.lists import (
-    BENCHMARKS,
     PUBLISHED,
     absent_images,
-    absent_list,
     departures,
     find_list,
     git_blob,
@@ -242,22 +240,3 @@ def test_where_lists_are_looked_for(tmp_path, monkeypatch):
         assert find_list(root, "imagenet-lt", "train") == place
     official = write(root / "train2018.json", "{}")
     assert find_list(root, "inat2018", "train") == official
-
-
-@pytest.mark.parametrize(
-    ("benchmark", "part"), [(name, part) for name, known in BENCHMARKS.items() for part in known.lists]
-)
-def test_an_absent_list_is_named_with_its_places_and_fingerprint(benchmark, part, tmp_path):
-    known = BENCHMARKS[benchmark].lists[part]
-    said = absent_list(tmp_path, benchmark, part)
-    for word in (
-        known.name,
-        f"{known.images:,} images",
-        known.blob,
-        str(tmp_path),
-        f"dataset/{BENCHMARKS[benchmark].folder}",
-    ):
-        assert word in said
-    assert f"--{ {'train': 'train', 'validation': 'val', 'test': 'test'}[part] }-list FILE" in said
-    assert ("2018.json" in said) == (benchmark == "inat2018")
-    assert ("train pictures --data" in said) == (part == "train" and benchmark != "inat2018")
