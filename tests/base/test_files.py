@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 from conftest import draw_picture, pipe
 
@@ -19,10 +18,6 @@ from equipoise.base.files import (
     read_json,
     regular_file,
 )
-from equipoise.data.decode import decode
-from equipoise.data.images import ImageFiles, ImageList, Paths
-from equipoise.data.lists import read_list
-from equipoise.data.sources import Source, find_parts
 from equipoise.deploy.predict import read_weights
 from equipoise.method.encoders import create_encoder
 from equipoise.runs.checkpoint import load_checkpoint
@@ -38,18 +33,7 @@ def hub(path: Path) -> object:
     return load(path.parent)
 
 
-def one_image(path: Path) -> ImageList:
-    return ImageList("", ImageFiles(path.parent, Paths.of([path.name])), np.zeros(1, np.int64), ("a",))
-
-
 READERS = {
-    "list": ("list.txt", read_list),
-    "list in place": ("ImageNet_LT_train.txt", lambda path: find_parts(Source(str(path.parent), "imagenet-lt"))),
-    "Parquet": ("train.parquet", lambda path: find_parts(str(path.parent))),
-    "Parquet by its name": ("train.parquet", lambda path: find_parts(str(path))),
-    "packed": ("train.pack", lambda path: find_parts(str(path.parent))),
-    "CIFAR archive": ("cifar-10-python.tar.gz", lambda path: find_parts(str(path.parent))),
-    "CIFAR file": ("cifar-10-batches-py/data_batch_1", lambda path: find_parts(str(path.parent.parent))),
     "recipe": ("mine.toml", load_recipe),
     "run's recipe": ("recipe.toml", lambda path: load_recipe(path.parent)),
     "checkpoint": ("last.pt", load_checkpoint),
@@ -59,7 +43,6 @@ READERS = {
     "hub folder": ("model.safetensors", hub),
     "prior": ("prior.csv", read_weights),
     "JSON": ("x.json", lambda path: read_json(path, 100, dict, "remove it")),
-    "image": ("x.jpg", lambda path: decode(one_image(path), 0)),
 }
 
 

@@ -480,8 +480,8 @@ def test_data_names_lists_and_says_how_they_depart(capsys, tmp_path, shared_data
     for sentence in (
         f"{train} is not the published ImageNet_LT_train.txt (git blob a063f095fcd475db4cf8b0658c4b73955535bbf9): that",
         " has 115,846 images of 1,000 classes, this one 8 of 2",
-        "the labels are not contiguous: 1 of 0 to 2 have no image (first: 1)",
-        f"{train}: 1 images are in it more than once (first: train/n00000000/n00000000_0.JPEG)",
+        f"{train}: class '1' has no training images",
+        f"{train}: 1 images are in it more than once (first: train/n00000000/n00000000_0.JPEG, labelled 0)",
         "ILSVRC2012_val_00000002.JPEG is not there, and 1 of the 7 images",
         f"1 images of {test} are in {train} too (first: train/n00000000/n00000000_0.JPEG)",
     ):

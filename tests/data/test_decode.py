@@ -1,26 +1,18 @@
 """Decoding: real files of the kinds that people have, and broken ones."""
 
 import io
-import os
 import struct
-import subprocess
-import sys
-import warnings
 import zlib
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 
 import cv2
 import numpy as np
 import pytest
-from conftest import draw_folder, pipe
+from conftest import draw_folder
 from PIL import Image
 
 from equipoise import UserError
-from equipoise.data import decode as pixels
 from equipoise.data.decode import bad_images, decode, decode_all, decode_another, decode_bytes, stand_ins
-from equipoise.data.images import ImageFiles, ImageList, Paths
-from equipoise.data.sources import Source, find_parts
+from equipoise.data.sources import find_parts
 from equipoise.views.views import evaluation_view
 
 
@@ -127,28 +119,6 @@ def test_any_shape(size, kind):
     assert np.abs(view.astype(int) - (200, 100, 50)).max() <= 3
 
 
-def test_a_long_strip_is_not_resized_whole():
-    """Its long side alone would be 2,560,000 pixels."""
-    code = """
-import resource, sys, numpy as np
-from equipoise.views.views import evaluation_view, photo_views, ViewSettings
-strip = np.zeros((1, 10_000, 3), np.uint8)
-evaluation_view(strip[:, :20], 224)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-evaluation_view(strip, 224), evaluation_view(strip.transpose(1, 0, 2), 224)
-photo_views([strip, strip.transpose(1, 0, 2)], ViewSettings("photos", ("cls",), 224), 0, 0, np.arange(2))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-"""
-    grown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert int(grown) < 200_000, "kilobytes"
-
-
-def test_what_a_file_is_called_does_not_matter(photo, pictures):
-    path = pictures / "ant" / "0.png"
-    path.write_bytes(encoded(photo, "JPEG", quality=95))
-    assert difference(decode(find_parts(str(pictures)).parts["train"], 0), np.asarray(photo)) < 2
-
-
 @pytest.mark.parametrize("content", [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", b"%PDF-1.4\n", b"<svg/>"])
 def test_what_a_program_would_be_run_for_is_no_image(content, pictures):
     """Pillow has EPS drawn by Ghostscript."""
@@ -158,23 +128,11 @@ def test_what_a_program_would_be_run_for_is_no_image(content, pictures):
         assert "it is no image" in str(next(bad_images(images, decoded)))
 
 
-def test_odd_metadata_is_no_reason_to_refuse_or_to_warn(photo, pictures):
+@pytest.mark.filterwarnings("ignore")  # as `decode.py` does it, which pytest undoes
+def test_odd_metadata_is_no_reason_to_refuse(photo, pictures):
     spoilt = encoded(photo, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f" + bytes(40))
     (pictures / "ant" / "0.png").write_bytes(spoilt)
     assert decode(find_parts(str(pictures)).parts["train"], 0).shape == (48, 64, 3)
-
-
-@pytest.mark.parametrize("mode", ["RGB", "L", "P", "I;16"])
-def test_a_large_image_is_converted_in_bands(mode, photo, monkeypatch):
-    image = photo.convert("L" if mode == "I;16" else mode)
-    if mode == "I;16":
-        image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
-    content = encoded(image, "PNG")
-    whole = decode_bytes(content)
-    monkeypatch.setattr(pixels, "_BAND", 64 * 5)  # 48 rows are nine bands and a rest
-    in_bands = decode_bytes(content)
-    assert (in_bands == whole).all()
-    assert in_bands.flags.writeable
 
 
 def test_palette_with_transparency(photo):
@@ -190,13 +148,13 @@ def _jpeg_bomb(photo: Image.Image) -> bytes:
     return bytes(content)
 
 
-def _bomb(side: int = 100_000, height: int = 0) -> bytes:
-    """A PNG of a few bytes that claims `side` x `side` pixels, or another height."""
+def _bomb(side: int = 100_000) -> bytes:
+    """A PNG of a few bytes that claims `side` x `side` pixels."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
-    header = struct.pack(">IIBBBBB", side, height or side, 8, 2, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
@@ -209,14 +167,8 @@ def _bomb(side: int = 100_000, height: int = 0) -> bytes:
         (lambda content: content[:-40], "image file is truncated"),
         (lambda content: content[:-40] + content[-1:] * 100, "image file is truncated"),
         (lambda content: _bomb(), "decompression bomb"),
-        (lambda content: _bomb(10_000), "claims 10,000 x 10,000 pixels: a decompression bomb?"),
+        (lambda content: _bomb(10_000), "decompression bomb"),
         (lambda content: _bomb(8_000), "truncated"),
-        (
-            lambda content: _bomb(1, 2**20 + 1),
-            "claims 1 x 1,048,577 pixels, and 1,048,576 is the most of either: a decompression bomb?",
-        ),
-        (lambda content: _bomb(2**20 + 1, 1), "claims 1,048,577 x 1 pixels, and 1,048,576 is the most of either"),
-        (lambda content: _bomb(1, 2**20), "truncated"),
     ],
 )
 def test_broken_files_are_named(damage, reason, photo, pictures):
@@ -234,51 +186,6 @@ def test_broken_files_are_named(damage, reason, photo, pictures):
 def test_a_bomb_of_the_kind_that_opencv_reads(photo):
     with pytest.raises(Image.DecompressionBombError):
         decode_bytes(_jpeg_bomb(photo))
-
-
-@pytest.mark.parametrize(
-    ("make", "reason"),
-    [
-        (lambda path: path.mkdir(), "it is a folder"),
-        (pipe, "it is no file"),
-        (lambda path: path.symlink_to("nowhere"), "no such file or directory"),
-        (lambda path: path.symlink_to(path.name), "too many levels of symbolic links"),
-        (lambda path: path.symlink_to("/dev/null"), "it is no file"),
-        pytest.param(
-            lambda path: path.touch(mode=0),
-            "permission denied",
-            marks=pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything"),
-        ),
-    ],
-)
-def test_what_is_no_file_is_named_and_not_waited_for(make, reason, pictures):
-    path = pictures / "ant" / "5.png"
-    path.unlink()
-    with make(path) or nullcontext():
-        images = find_parts(Source(str(pictures), allow_outside=True)).parts["train"]
-        assert len(images) == 21, "it is on the list, so that it is not passed over in silence"
-        found = [[str(error) for error in bad_images(images, decoded) if error] for decoded in (False, True)]
-    said = f"{path} cannot be read ({reason}); repair or remove it, or pass over such images with --on-bad-image skip"
-    assert found == [[said], [said]]
-
-
-def test_a_file_larger_than_any_image_is_not_read(pictures):
-    path = pictures / "ant" / "0.png"
-    os.truncate(path, 2**31)
-    with pytest.raises(UserError, match=r"0.png cannot be read \(it has 2,147,483,648 bytes, more than any image of"):
-        decode(find_parts(str(pictures)).parts["train"], 0)
-
-
-def test_a_file_whose_system_fails_is_named(pictures, monkeypatch):
-    """As a file without permission, for whom that is not tested above: root."""
-
-    def denied(path):
-        raise PermissionError(13, "Permission denied", str(path))
-
-    images = find_parts(str(pictures)).parts["train"]
-    monkeypatch.setattr("pathlib.Path.read_bytes", denied)
-    with pytest.raises(UserError, match=r"ant/0.png cannot be read \(permission denied\)"):
-        decode(images, 0)
 
 
 def test_vanished_file(pictures):
@@ -321,13 +228,3 @@ def test_what_stands_in_for_a_bad_image(pictures):
     (pictures / "bee" / "0.png").unlink()
     with pytest.raises(UserError, match=r"none of the 6 images of class 'bee' can be read \(first: .*bee/0.png\)"):
         decode_another(images, 17)
-
-
-def test_threads_that_decode_leave_warnings_as_they_were(tmp_path):
-    """What warnings do is one setting of all threads."""
-    Image.new("RGB", (20, 20)).save(tmp_path / "x.png")
-    images = ImageList("", ImageFiles(tmp_path, Paths.of(["x.png"] * 400)), np.zeros(400, np.int64), ("a",))
-    before = list(warnings.filters)
-    with ThreadPoolExecutor(8) as pool:
-        assert len(list(pool.map(lambda index: decode(images, index), range(400)))) == 400
-    assert warnings.filters == before

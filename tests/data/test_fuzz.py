@@ -1,16 +1,10 @@
-"""Every reader on damaged files: a result or a UserError, and no more memory than promised. `make fuzz` makes more."""
+"""Every reader on damaged files: a result or a UserError. `make fuzz` makes more."""
 
-import io
-import zipfile
-from pathlib import Path
-
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from benchmarks.fuzz import READERS, Reader, examine
-from equipoise import UserError
+from benchmarks.fuzz import READERS, examine
 
 # What numbers, sizes and nests go wrong with.
 TOKENS = st.sampled_from([
@@ -38,6 +32,7 @@ def damaged(draw: st.DrawFn, seeds: list[bytes]) -> bytes:
     return content
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", READERS)
 def test_damaged_files_are_refused_or_read(name, tmp_path):
     reader = READERS[name]
@@ -46,7 +41,7 @@ def test_damaged_files_are_refused_or_read(name, tmp_path):
     @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
     @given(st.one_of(damaged(seeds), damaged(seeds), st.binary(max_size=100)))
     def examined(content: bytes) -> None:
-        valid.append(examine(reader, content, tmp_path)[0])
+        valid.append(examine(reader, content, tmp_path))
 
     valid: list[bool] = []
     examined()
@@ -58,66 +53,6 @@ def test_damaged_files_are_refused_or_read(name, tmp_path):
 def test_whole_files_are_read(name, tmp_path):
     """Else the tests above would test nothing but refusals."""
     reader = READERS[name]
-    read = [examine(reader, seed, tmp_path)[0] for seed in reader.seeds()]
+    read = [examine(reader, seed, tmp_path) for seed in reader.seeds()]
     refused = 2 if name == "image" else 0  # floating-point and 32-bit pixels
     assert read.count(False) <= refused
-
-
-def test_the_check_sees_other_exceptions_and_memory(tmp_path):
-    def read(file):
-        if file.read_bytes() == b"bug":
-            raise KeyError("bug")
-        if file.read_bytes() == b"memory":
-            np.ones(30_000_000).sum()
-        if file.read_bytes() == b"user":
-            raise UserError("user")
-        if file.read_bytes() == b"inside":
-            raise UserError(f"{file} cannot be read ({object()})")
-
-    reader = Reader("x", list, read)
-    assert examine(reader, b"good", tmp_path)[0]
-    assert not examine(reader, b"user", tmp_path)[0]
-    with pytest.raises(KeyError):
-        examine(reader, b"bug", tmp_path)
-    with pytest.raises(ValueError, match="a message with the inside of a library"):
-        examine(reader, b"inside", tmp_path)
-    if Path("/proc/self/clear_refs").exists():  # Linux; elsewhere memory is not measured
-        with pytest.raises(MemoryError, match="bytes for an input of 6"):
-            examine(reader, b"memory", tmp_path)
-
-
-def zipped(content: bytes) -> bytes:
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("test/labels_N.npy", content)
-    return file.getvalue()
-
-
-LARGE = {
-    "brackets": ("annotations", lambda: b"[" + b"[]," * 5_000_000 + b"[]]"),
-    "texts": ("annotations", lambda: b"[" + b'"ab",' * 4_000_000 + b"0]"),
-    "names": ("annotations", lambda: b'{"' + b'":1,"'.join(b"%d" % number for number in range(2_000_000)) + b'":1}'),
-    "short lines": ("list", lambda: b"ab 0\n" * 4_000_000),
-    "lines": ("list", lambda: b"".join(b"%07d.jpg 0\n" % number for number in range(700_000))),
-    "labels": ("list", lambda: b"".join(b"%d/a %d\n" % (number, number) for number in range(500_000))),
-    "objects": ("cifar-pickle", lambda: b"\x80\x02" + b"]" * 5_000_000 + b"."),
-    "tensor objects": ("checkpoint-table", lambda: b"\x80\x02" + b"}" * 5_000_000 + b"."),
-    "zeros": ("cifar-tar", lambda: bytes(150_000_000)),
-    "fields": ("recipe", lambda: b"a = 1\n" * 3_000_000),
-    "figures": ("metrics", lambda: b"[" + b"[]," * 5_000_000 + b"[]]"),
-    "classes": ("record", lambda: b"{" + b",".join(b'"%d":1' % number for number in range(1_000_000)) + b"}"),
-    "steps": ("log", lambda: b'{"kind":"train","step":1,"epoch":0}\n' * 700_000),
-    "long line": ("log", lambda: b'{"kind":"train","step":1,"epoch":0,"x":[' + b"[]," * 6_000_000 + b"0]}\n"),
-    "zipped zeros": ("observed", lambda: zipped(bytes(500_000_000))),
-    "zip entries": ("observed", lambda: b"PK\1\2" + bytes(42) + b"PK\1\2" * 10_000_000),
-    "brackets of a hub folder": ("hub-config", lambda: b"[" + b"[]," * 7_600_000 + b"[]]"),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", LARGE)
-def test_large_files_take_their_share_of_memory(name, tmp_path):
-    """Read without thought, most of these took twenty times their size."""
-    reader, content = LARGE[name]
-    valid, taken = examine(READERS[reader], content(), tmp_path)  # raises MemoryError
-    assert valid or taken < 2**28

@@ -3,22 +3,15 @@
 import json
 import random
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from equipoise import UserError
 from equipoise.data.lists import (
-    BENCHMARKS,
     PUBLISHED,
-    _all_at_once,
-    _line_by_line,
     absent_images,
-    absent_list,
     departures,
     find_list,
     git_blob,
@@ -27,6 +20,7 @@ from equipoise.data.lists import (
     overlap,
     read_list,
 )
+from equipoise.data.sources import Source, find_parts
 
 
 def write(path: Path, text: str | bytes) -> Path:
@@ -38,7 +32,7 @@ def write(path: Path, text: str | bytes) -> Path:
 def test_a_list(tmp_path):
     file = write(tmp_path / "train.txt", "train/a b/1.jpg 0\r\n\n./train//c/2.jpg\t1\ntrain/c/3.jpg 1")
     read = read_list(file)
-    assert tuple(read.paths) == ("train/a b/1.jpg", "train/c/2.jpg", "train/c/3.jpg")
+    assert read.paths_N.tolist() == [b"train/a b/1.jpg", b"train/c/2.jpg", b"train/c/3.jpg"]
     assert read.labels_N.tolist() == [0, 1, 1]
     lists, notes = image_lists({"train": read}, tmp_path)
     assert lists["train"].class_names == ("a b", "c")
@@ -59,7 +53,7 @@ def test_a_list(tmp_path):
         ("../a.jpg 0\n", "line 1: the path '../a.jpg' leaves the data folder"),
         ("x/../../a.jpg 0\n", "line 1: the path 'x/../../a.jpg' leaves the data folder"),
         ("/etc/a.jpg 0\n", "line 1: the path '/etc/a.jpg' leaves the data folder"),
-        ("a\0b.jpg 0\n", "line 1: the path has a zero byte in it"),
+        ("a\0b.jpg 0\n", "is no text: it has zero bytes in it"),
         ("\n \n", "names no images"),
         ("", "names no images"),
     ],
@@ -73,95 +67,27 @@ def test_refused_lists(text, sentence, tmp_path):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("blank", [" ", "\t"])  # read all at once, and line by line
-def test_a_byte_order_mark_is_no_part_of_a_path(tmp_path, blank):
-    content = f"\ufefftrain/c/3.jpg{blank}1\n".encode()
+def test_a_byte_order_mark_is_no_part_of_a_path(tmp_path):
+    content = "\ufefftrain/c/3.jpg 1\n".encode()
     read = read_list(write(tmp_path / "train.txt", content))
-    assert tuple(read.paths) == ("train/c/3.jpg",)
+    assert read.paths_N.tolist() == [b"train/c/3.jpg"]
     assert read.blob == git_blob(content)
 
 
 def test_unreadable(tmp_path):
     with pytest.raises(UserError, match=r"the list .*none.txt cannot be read \(no such file or directory\)"):
         read_list(tmp_path / "none.txt")
-    with (tmp_path / "huge.txt").open("wb") as file:
-        file.truncate(2**33)
-    with pytest.raises(UserError, match=r"the list .*huge.txt has 8,589,934,592 bytes, more than any list of images"):
-        read_list(tmp_path / "huge.txt")
-
-
-@settings(max_examples=300)
-@given(st.binary(max_size=200))
-def test_any_bytes_are_read_or_refused(tmp_path_factory, content):
-    file = write(tmp_path_factory.getbasetemp() / "fuzz.txt", content)
-    try:
-        read = read_list(file)
-    except UserError as error:
-        assert "\n" not in str(error)  # noqa: PT017 it may be either
-    else:
-        assert len(read.paths) == len(read.labels_N) > 0
-        assert not any(path.startswith(("/", "../")) for path in read.paths)
-
-
-NAMES = st.text("ab/. \\\t0é", min_size=1, max_size=6)
-
-
-@settings(max_examples=300)
-@given(
-    st.one_of(
-        st.binary(max_size=60),
-        st.lists(st.tuples(NAMES, st.integers(0, 10**7)), max_size=5).map(
-            lambda lines: "\n".join(f"{name} {label}" for name, label in lines).encode()
-        ),
-    )
-)
-def test_all_at_once_reads_what_line_by_line_reads(content):
-    together = _all_at_once(content)
-    if together is not None:
-        paths, labels_N = _line_by_line(content, Path("list.txt"), False)
-        assert list(together[0]) == list(paths)
-        assert together[1].tolist() == labels_N.tolist()
-
-
-def test_an_ordinary_list_is_read_all_at_once():
-    lines = "".join(f"train/n{label:08}/a_{label} b.jpg {label}\n" for label in [0, 7, 42, 999_999])
-    for content in (lines.encode(), lines.rstrip().encode()):
-        together = _all_at_once(content)
-        assert together is not None
-        assert together[1].tolist() == [0, 7, 42, 999_999]
-        assert together[0][1] == "train/n00000007/a_7 b.jpg"
-
-
-A_MILLION = """
-import os, resource, sys
-from equipoise.data.sources import Source, find_parts
-
-images = find_parts(Source(sys.argv[1], lists={"train": sys.argv[1] + "/list.txt"})).parts["train"]
-used = resource.getrusage(resource.RUSAGE_SELF)
-peak = next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
-print(len(images), len(images.class_names), used.ru_utime + used.ru_stime, peak, flush=True)
-if os.fork() == 0:  # a worker, that looks at every image's name
-    for index in range(len(images)):
-        images.images.name(index)
-    lines = open("/proc/self/smaps_rollup").read().splitlines()
-    print(next(int(line.split()[1]) / 1024 for line in lines if line.startswith("Private_Dirty")), flush=True)
-    os._exit(0)
-os.wait()
-"""
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="asks Linux for the memory")
-def test_a_million_lines_in_three_seconds_and_300_megabytes(tmp_path):
+@pytest.mark.long
+def test_a_million_lines(tmp_path):
+    """They are kept as one array, which processes share after a fork."""
     lines = (f"train_val2018/Plantae/{number // 123}/{number:032x}.jpg {number // 123}\n" for number in range(10**6))
     write(tmp_path / "list.txt", "".join(lines))
-    command = [sys.executable, "-c", A_MILLION, str(tmp_path)]
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    assert told[:2] == ["1000000", "8131"]
-    seconds, megabytes, copied = map(float, told[2:])
-    assert seconds < 3, "of the processor, from the start of Python"
-    assert megabytes < 300
-    assert copied < 20, "by a process that shares the list"
+    images = find_parts(Source(str(tmp_path), lists={"train": f"{tmp_path}/list.txt"})).parts["train"]
+    assert (len(images), len(images.class_names)) == (10**6, 8131)
+    assert images.images.paths_N.nbytes < 80 * 10**6
 
 
 @pytest.mark.parametrize("text", ["a.jpg 0\n", "", "äö.jpg 3\r\n"])
@@ -181,10 +107,7 @@ def test_one_set_of_classes(tmp_path):
     assert lists["train"].class_names == lists["test"].class_names == ("ant", "bee", "cat")
     assert lists["test"].class_counts == (0, 1, 1)
     assert notes == []
-    assert departures(train, 3, of_training=True) == [
-        f"{train.file}: the labels are not contiguous: 1 of 0 to 2 have no image (first: 1)"
-    ]
-    assert departures(test, 3, of_training=False) == []
+    assert departures(train) == departures(test) == []
 
 
 def test_labels_that_do_not_fit(tmp_path):
@@ -216,12 +139,9 @@ def test_lists_that_disagree_about_a_label_are_noted(tmp_path):
 
 
 def test_repeated_absent_and_overlapping_images(tmp_path):
-    text = "t/a/1.jpg 0\nt/b/1.jpg 1\nt/a/1.jpg 0\nt/b/2.jpg 1\nt/b/2.jpg 0\n"
+    text = "t/b/2.jpg 1\nt/b/1.jpg 1\nt/a/1.jpg 0\nt/b/2.jpg 0\nt/a/1.jpg 0\n"
     train = read_list(write(tmp_path / "train.txt", text))
-    assert departures(train, 2, of_training=True) == [
-        f"{train.file}: 2 images are in it more than once (first: t/a/1.jpg), 1 of them with different labels "
-        "(first: t/b/2.jpg: 0, 1)"
-    ]
+    assert departures(train) == [f"{train.file}: 2 images are in it more than once (first: t/b/2.jpg, labelled 0, 1)"]
     test = read_list(write(tmp_path / "test.txt", "./t/b/1.jpg 1\nv/b/1.jpg 1\n"))
     lists, _ = image_lists({"train": train, "test": test}, tmp_path)
     assert overlap(lists["train"], lists["test"]) == (
@@ -230,7 +150,7 @@ def test_repeated_absent_and_overlapping_images(tmp_path):
     assert overlap(lists["test"].take(np.array([1])), lists["train"]) is None
     write(tmp_path / "t/a/1.jpg", "")
     (tmp_path / "t" / "b").mkdir()
-    assert absent_images(lists["train"]) == [1, 3, 4]
+    assert absent_images(lists["train"]) == [0, 1, 3]
     assert absent_images(lists["test"]) == [0, 1]
 
 
@@ -244,12 +164,12 @@ def test_published_lists_are_known(name, shared_data, tmp_path):
     read = read_list(shared_data / "lists" / f"{name}.txt")
     known = PUBLISHED[f"{name}.txt"]
     assert read.blob == known.blob
-    assert (len(read.paths), len(set(read.labels_N.tolist()))) == (known.images, known.classes)
+    assert (len(read.paths_N), len(set(read.labels_N.tolist()))) == (known.images, known.classes)
     assert identity(read) == f"{read.file}: the published {name}.txt (git blob {known.blob})"
     lists, notes = image_lists({"test": read}, tmp_path)
     assert notes == []
     assert not lists["test"].class_names[0].isdigit(), "folders name the classes"
-    assert departures(read, known.classes, of_training=True) == []
+    assert departures(read) == []
 
 
 def test_a_published_list_that_departs(shared_data, tmp_path):
@@ -257,13 +177,12 @@ def test_a_published_list_that_departs(shared_data, tmp_path):
     shorter = read_list(write(tmp_path / "ImageNet_LT_val.txt", b"".join(content.splitlines(keepends=True)[:-20])))
     known = PUBLISHED["ImageNet_LT_val.txt"].blob
     assert identity(shorter) == f"{shorter.file}: git blob {shorter.blob}, no published list that is known here"
-    assert departures(shorter, 1000, of_training=False) == [
+    assert departures(shorter) == [
         f"{shorter.file} is not the published ImageNet_LT_val.txt (git blob {known}): that has 20,000 images of 1,000 "
         "classes, this one 19,980 of 999"
     ]
     other = read_list(write(tmp_path / "ImageNet_LT_val.txt", content.replace(b"\n", b"\r\n")))
-    assert departures(other, 1000, of_training=False)[0].endswith("it differs in white space alone (line ends)")
-    assert other.blob is other.blob, "computed once: the lists have up to 40 MB"
+    assert departures(other)[0].endswith("it differs in white space alone (line ends)")
 
 
 @pytest.mark.parametrize("shuffled", [False, True])
@@ -285,31 +204,26 @@ def test_inaturalist_json_is_the_canonical_list(shuffled, shared_data, tmp_path)
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("{", "is not valid JSON"),
-        ("[" * 100_000, "is not valid JSON"),
-        ("[]", "is not iNaturalist's JSON (images and annotations with image_id and category_id)\n"),
-        ('{"images": [{"id": 1, "file_name": "a"}]}', "'annotations' is missing; the test part has no labels"),
-        ('{"images": [{"id": 1, "file_name": "a"}], "annotations": []}', "1 is missing"),
+        ("{", "is not iNaturalist's JSON"),
+        ("[" * 100_000, "is not iNaturalist's JSON"),
+        ("[]", "is not iNaturalist's JSON"),
+        ('{"images": [{"id": 1, "file_name": "a"}]}', "that of the test part has no labels"),
+        ('{"images": [{"id": 1, "file_name": "a"}], "annotations": []}', "has no annotation of the image 1"),
         ('{"images": [], "annotations": []}', "names no images"),
-        ('{"images": [{"id": 1, "file_name": 3}], "annotations": []}', "is not valid JSON"),
-        ('{"images": [{"id": 1, "file_name": "a 1\\n../b"}], "annotations": []}', "is not valid JSON"),
-        (
-            '{"images": [{"id": 1, "file_name": "\\ud800"}], "annotations": [{"image_id": 1, "category_id": 2}]}',
-            "is not valid JSON",
-        ),
+        ('{"images": [{"id": 1, "file_name": 3}], "annotations": []}', "is not iNaturalist's JSON"),
         (
             '{"images": [{"id": 1, "file_name": "../a"}], "annotations": [{"image_id": 1, "category_id": 2}]}',
             "line 1: the path '../a' leaves the data folder",
         ),
-        ("[" + "[]," * 1_000_000 + "[]]", "it is nearly all brackets or names"),
     ],
 )
 def test_refused_json(text, sentence, tmp_path):
     file = write(tmp_path / "train2018.json", text)
     with pytest.raises(UserError) as error:
         read_list(file)
-    assert sentence in f"{error.value}\n"
+    assert sentence in str(error.value)
     assert str(file) in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_where_lists_are_looked_for(tmp_path, monkeypatch):
@@ -326,22 +240,3 @@ def test_where_lists_are_looked_for(tmp_path, monkeypatch):
         assert find_list(root, "imagenet-lt", "train") == place
     official = write(root / "train2018.json", "{}")
     assert find_list(root, "inat2018", "train") == official
-
-
-@pytest.mark.parametrize(
-    ("benchmark", "part"), [(name, part) for name, known in BENCHMARKS.items() for part in known.lists]
-)
-def test_an_absent_list_is_named_with_its_places_and_fingerprint(benchmark, part, tmp_path):
-    known = BENCHMARKS[benchmark].lists[part]
-    said = str(absent_list(tmp_path, benchmark, part))
-    for word in (
-        known.name,
-        f"{known.images:,} images",
-        known.blob,
-        f"{tmp_path}, ",
-        f"dataset/{BENCHMARKS[benchmark].folder}",
-    ):
-        assert word in said
-    assert f"--{ {'train': 'train', 'validation': 'val', 'test': 'test'}[part] }-list FILE" in said
-    assert ("2018.json" in said) == (benchmark == "inat2018")
-    assert ("train pictures --data" in said) == (part == "train" and benchmark != "inat2018")

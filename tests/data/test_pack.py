@@ -18,7 +18,7 @@ from equipoise import UserError
 from equipoise.cli.main import main
 from equipoise.data.decode import content_of, decode
 from equipoise.data.pack import pack
-from equipoise.data.sources import Source, as_it_lies, find_parts, open_parts, recognise
+from equipoise.data.sources import Source, as_recognised, find_parts, open_parts, recognise
 
 
 def large_pictures(root: Path, size: tuple[int, int] = (90, 130)) -> Path:
@@ -35,7 +35,7 @@ def large_pictures(root: Path, size: tuple[int, int] = (90, 130)) -> Path:
 
 
 def packed(data: Path, out: Path, short_side: int = 48, workers: int = 0) -> list[str]:
-    source, _ = as_it_lies(Source(str(data)))
+    source, _ = as_recognised(Source(str(data)))
     return pack(find_parts(source), source.benchmark, out, short_side, workers)
 
 
@@ -159,6 +159,7 @@ def test_refusals(pictures, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_interrupted_it_leaves_no_file(tmp_path):
     generator = np.random.default_rng(0)
     for name in ("ant", "bee"):
@@ -193,18 +194,3 @@ def test_training_on_packed_images(tmp_path):
     assert main(["train", "--data", str(tmp_path / "packed"), *words, "--out", str(run)]) == 0
     assert '"kind": "packed class folders"' in (run / "run.json").read_text()
     assert main(["evaluate", str(run)]) == 0
-
-
-def test_packed_jpeg_is_three_times_smaller(tmp_path, shared_data):
-    """Of photographs: short sides of 256 pixels, within 4 levels of the resized image on average."""
-    for label, file in enumerate(sorted((shared_data / "photos").glob("*.JPEG"))[::40]):
-        path = tmp_path / "data" / str(label % 2) / file.name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(file.read_bytes())
-    packed(tmp_path / "data", tmp_path / "out", short_side=256)
-    before, after = find_parts(str(tmp_path / "data")).parts["train"], find_parts(str(tmp_path / "out")).parts["train"]
-    for index in range(len(before)):
-        expected = np.asarray(v2.Resize(256)(Image.open(io.BytesIO(content_of(before, index)))))
-        assert np.abs(decode(after, index).astype(int) - expected).mean() < 4
-    sizes = [sum(len(content_of(images, index)) for index in range(len(before))) for images in (before, after)]
-    assert sizes[1] < sizes[0] / 3

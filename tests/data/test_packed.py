@@ -2,19 +2,19 @@
 
 import pickle
 import shlex
+import sys
 from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from conftest import draw_folder, refusal
 
-from benchmarks.fuzz import _around_index
 from equipoise import UserError
 from equipoise.cli.main import main
 from equipoise.data.decode import content_of, decode
 from equipoise.data.pack import pack
-from equipoise.data.packed import read_about
 from equipoise.data.sources import find_parts, open_part
 
 
@@ -40,14 +40,12 @@ def test_one_file_is_a_data_set_too(out):
     assert open_part(str(out), "test", ("ant", "bee", "cat")).class_counts == (12, 6, 3)
 
 
-def damage(path: Path, place: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[place] ^= 1
-    path.write_bytes(content)
-
-
 def test_a_changed_image_is_named(out):
-    damage(out / "train.pack", 200)
+    path = out / "train.pack"
+    content = path.read_bytes()
+    image = content_of(find_parts(str(out)).parts["train"], 0)
+    place = content.index(image) + len(image) // 2
+    path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
     images = find_parts(str(out)).parts["train"]
     with pytest.raises(UserError) as error:
         decode(images, 0)
@@ -58,35 +56,31 @@ def test_a_changed_image_is_named(out):
     decode(images, 1)
 
 
-@pytest.mark.parametrize("place", [-300, -100, -50, -20, -1])
-def test_a_changed_index_is_noticed(out, place):
-    damage(out / "train.pack", place)
-    with pytest.raises(UserError, match=r"train.pack is damaged or was not copied whole"):
-        find_parts(str(out))
-
-
-def test_any_changed_byte_of_the_index_is_noticed(out):
-    whole = (out / "train.pack").read_bytes()
-    images = find_parts(str(out)).parts["train"].images
-    for place in range(int(images.ends_N[-1]), len(whole), 37):
-        damage(out / "train.pack", place)
-        with pytest.raises(UserError):
-            read_about(out / "train.pack")
-        (out / "train.pack").write_bytes(whole)
-
-
-@pytest.mark.parametrize("share", [0.3, 0.9, 0.999])
+@pytest.mark.parametrize("share", [0, 0.01, 0.3, 0.9, 0.999])
 def test_a_part_of_a_file_is_no_file(out, share):
     content = (out / "train.pack").read_bytes()
     (out / "train.pack").write_bytes(content[: int(share * len(content))])
-    with pytest.raises(UserError, match=r"train.pack is damaged or was not copied whole"):
+    with pytest.raises(UserError, match=r"train.pack is no whole file of packed images"):
         find_parts(str(out))
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", bytes(200)])
-def test_other_files_are_told(out, content):
-    (out / "train.pack").write_bytes(content)
-    with pytest.raises(UserError, match=r"train.pack is not a file of packed images that this version"):
+def test_other_arrow_files_are_told(out):
+    table = pa.table({"image": [b"x"]})
+    with pa.ipc.new_file(str(out / "train.pack"), table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(UserError, match=r"train.pack is no whole file of packed images"):
+        find_parts(str(out))
+
+
+def test_the_format_of_earlier_versions_is_refused(out):
+    (out / "train.pack").write_bytes(b"equipoise packed images 1\n" + bytes(200))
+    with pytest.raises(UserError, match=r"train.pack was packed by an older version, .*; pack the images again"):
+        find_parts(str(out))
+
+
+def test_without_pyarrow(out, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(UserError, match=r"train.pack needs pyarrow: .* -m pip install pyarrow"):
         find_parts(str(out))
 
 
@@ -94,14 +88,7 @@ def test_files_that_do_not_belong_together(out, tmp_path):
     other = draw_folder(tmp_path / "other", {"dog": 3, "eel": 3})
     pack(find_parts(str(other)), "", tmp_path / "second", 256, 0)
     (tmp_path / "second" / "train.pack").rename(out / "test.pack")
-    with pytest.raises(UserError, match=r"were not packed together; keep them in folders of their own"):
-        find_parts(str(out))
-
-
-def test_class_names_that_are_no_text(out):
-    content = (out / "train.pack").read_bytes()
-    (out / "train.pack").write_bytes(_around_index(content.replace(b'"ant"', b'"\\ud800"')))
-    with pytest.raises(UserError, match="its index contradicts itself"):
+    with pytest.raises(UserError, match=r"were not packed together"):
         find_parts(str(out))
 
 
@@ -115,7 +102,7 @@ def test_what_pack_says(tmp_path, capsys, monkeypatch):
     command = capsys.readouterr().out.splitlines()[-1].removeprefix("train on it: ")
     assert shlex.split(command)[1:] == ["train", "--data", str(out)]
     draw_folder(data / "test", {"ant": 2, "bee": 1})
-    monkeypatch.setattr("equipoise.data.pack.write_packed", Mock(side_effect=OSError(28, "No space left on device")))
+    monkeypatch.setattr("equipoise.data.pack._write", Mock(side_effect=OSError(28, "No space left on device")))
     assert refusal(capsys, *words) == (
         f"{out}/test.pack could not be written (no space left on device); make room there and start again: parts that "
         "are complete are kept"

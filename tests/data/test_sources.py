@@ -10,7 +10,6 @@ from conftest import draw_folder, write_parquet
 
 from benchmarks.rehearsal import build_imagenet, build_inaturalist
 from equipoise import UserError
-from equipoise.data.images import training_problems
 from equipoise.data.lists import PUBLISHED, git_blob
 from equipoise.data.sources import (
     Source,
@@ -25,21 +24,14 @@ from equipoise.data.sources import (
 
 
 def test_refused_paths(tmp_path):
-    with pytest.raises(UserError, match="there is no file or folder at"):
-        open_parts(str(tmp_path / "absent"))
+    for path in (str(tmp_path / "absent"), "a\0b", "x" * 5000):
+        with pytest.raises(UserError, match="there is no file or folder at"):
+            open_parts(path)
     with pytest.raises(UserError, match="name a folder with --data FOLDER"):
         open_parts("")
     (tmp_path / "file.txt").write_text("")
     with pytest.raises(UserError, match="is a file, but no Parquet file"):
         open_parts(str(tmp_path / "file.txt"))
-
-
-def test_all_problems_are_listed(tmp_path):
-    draw_folder(tmp_path, {"ant": 2})
-    for name in ("bee", "cow"):
-        (tmp_path / name).mkdir()
-    problems = training_problems(find_parts(str(tmp_path)).parts["train"])
-    assert [name for name in ("bee", "cow") if any(f"'{name}'" in problem for problem in problems)] == ["bee", "cow"]
 
 
 def test_scoring_another_folder_keeps_the_labels_of_the_model(tmp_path):
@@ -81,6 +73,9 @@ def test_digits_are_whole_balanced_and_disjoint():
 
 # ---- recognition
 
+# Some of its 1,000 folders.
+IMAGENET = [f"n{number:08}" for number in (1440764, 1443537, 1484850, 1491361, 13052670, 13054560, 13133613, 15075141)]
+
 
 def plant(root, *paths):
     for path in paths:
@@ -92,10 +87,11 @@ def plant(root, *paths):
 @pytest.mark.parametrize(
     ("paths", "name"),
     [
-        ([f"train/n{label:08}/1.JPEG" for label in range(1000)], "imagenet-lt"),
-        ([f"val/n{label:08}/1.JPEG" for label in range(1000)], "imagenet-lt"),
-        ([f"train/n{label:08}/1.JPEG" for label in range(10)], ""),  # Imagenette: its classes are its own
-        ([f"train/{label:08}/1.JPEG" for label in range(1000)], ""),
+        ([f"train/{name}/1.JPEG" for name in IMAGENET], "imagenet-lt"),
+        ([f"val/{name}/1.JPEG" for name in IMAGENET], "imagenet-lt"),
+        ([f"train/{name}/1.JPEG" for name in IMAGENET[:3]], ""),  # Imagenette and others: their classes are their own
+        ([f"train/n{label:08}/1.JPEG" for label in range(1000)], ""),  # never by a count of classes
+        (("train2018.json", "images/1.jpg"), "inat2018"),
         (("ImageNet_LT/ImageNet_LT_val.txt", "train/n01440764/1.JPEG"), "imagenet-lt"),
         (("Places_LT/Places_LT_train.txt", "train/airfield/1.jpg"), "places-lt"),
         (("train/cat/1.jpg", "val/cat/2.jpg"), ""),
@@ -110,12 +106,6 @@ def plant(root, *paths):
 )
 def test_recognised_by_names_alone(paths, name, tmp_path):
     assert recognise(plant(tmp_path, *paths)) == name
-
-
-def test_recognise_refuses_what_is_not_there(tmp_path):
-    assert recognise("digits") == "digits"
-    with pytest.raises(UserError, match="there is no file or folder at"):
-        recognise(str(tmp_path / "none"))
 
 
 # ---- list files
@@ -158,7 +148,7 @@ def test_inaturalist_by_its_json_and_by_its_lists(inaturalist, tmp_path, monkeyp
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "train_val2018").symlink_to(inaturalist / "train_val2018")
     of_lists = open_parts(Source(str(tmp_path / "images"), "inat2018", allow_outside=True))  # it is a link
-    assert list(of_lists.train.images.paths) == list(of_json.train.images.paths)
+    assert of_lists.train.images.paths_N.tolist() == of_json.train.images.paths_N.tolist()
     assert of_lists.train.labels_N.tolist() == of_json.train.labels_N.tolist()
 
 
@@ -173,16 +163,6 @@ def test_a_departing_json_is_told_from_the_published_list(inaturalist):
         assert any(problem.startswith(told + said) for problem in problems)
 
 
-def test_absent_images_of_a_json_are_told_with_the_blob_of_its_list(inaturalist, tmp_path):
-    for name in ("train", "val"):
-        shutil.copy(inaturalist / f"{name}2018.json", tmp_path)
-    (tmp_path / "train_val2018").mkdir()
-    found = find_parts(Source(str(tmp_path), "inat2018"))
-    for said, problem in zip(found.described, disagreements(found), strict=True):
-        blob = said.partition("git blob ")[2].partition(",")[0]
-        assert f"(git blob {blob}) are missing" in problem
-
-
 def test_lists_are_not_overwritten(inaturalist, tmp_path):
     (tmp_path / "iNaturalist18_val.txt").write_text("mine 0\n")
     with pytest.raises(UserError, match="is there already and differs; remove it or name another folder"):
@@ -191,22 +171,17 @@ def test_lists_are_not_overwritten(inaturalist, tmp_path):
         write_lists(Source(str(tmp_path)), tmp_path)
 
 
-def test_a_list_is_written_whole_or_not_at_all(inaturalist, tmp_path, monkeypatch):
-    def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        write_lists(Source(str(inaturalist)), tmp_path / "lists")
-    assert list((tmp_path / "lists").iterdir()) == []
-
-
 def test_an_absent_list_of_a_benchmark(imagenet, tmp_path):
     shutil.copytree(imagenet, tmp_path / "data")
     (tmp_path / "data" / "ImageNet_LT_test.txt").unlink()
     source = Source(str(tmp_path / "data"), "imagenet-lt")
-    with pytest.raises(UserError, match=r"the list ImageNet_LT_test.txt .* git blob 76a2fb9749d6cd29e765cc4f8c270f25"):
+    with pytest.raises(UserError) as error:
         open_parts(source)
+    assert str(error.value) == (
+        "the list ImageNet_LT_test.txt (50,000 images of 1,000 classes, git blob "
+        f"76a2fb9749d6cd29e765cc4f8c270f2504131e2f) is not in {source.path}, {source.path}/ImageNet_LT or "
+        "dataset/ImageNet_LT; put it there, or name it with --test-list FILE"
+    )
     with pytest.raises(UserError, match=r"the list ImageNet_LT_test.txt .*--test-list FILE"):
         open_part(source, "test", ("0", "1"))
     assert len(open_part(source, "validation", ("0", "1"))) == 6, "what is there can be scored"
@@ -255,7 +230,9 @@ def test_a_training_list_with_gaps(imagenet, tmp_path):
     source = Source(str(imagenet), lists={"train": str(tmp_path / "train.txt")})
     with pytest.raises(UserError, match="class '1' has no training images; add some or remove the class"):
         open_parts(source)
-    assert "the labels are not contiguous: 2 of 0 to 3 have no image (first: 1)" in find_parts(source).notes[0]
+    problems = "\n".join(survey(source)[1])
+    assert "class '1' has no training images" in problems
+    assert "class '2' has no training images" in problems
 
 
 def test_scoring_by_lists_goes_by_numbers(imagenet):
@@ -268,7 +245,7 @@ def test_scoring_by_lists_goes_by_numbers(imagenet):
     ):
         open_part(Source(str(imagenet), "imagenet-lt"), "test", ("cock", "hen", "ostrich"))
     with pytest.raises(UserError, match="has label 1, but the model knows the classes 0 to 0"):
-        open_part(Source(str(imagenet), "imagenet-lt"), "test", ("cock",))
+        open_part(Source(str(imagenet), "imagenet-lt"), "test", ("0",))
 
 
 # ---- what leads out of the data folder
@@ -285,7 +262,7 @@ def test_lists_whose_images_are_links_out_of_the_folder(imagenet, tmp_path):
     assert open_parts(Source(str(tmp_path / "data"), "imagenet-lt", allow_outside=True)).train.class_counts[0] > 0
     # One image alone, in a folder that is none.
     copy = shutil.copytree(imagenet, tmp_path / "copy")
-    image = copy / open_parts(Source(str(copy), "imagenet-lt")).train.images.paths[3]
+    image = open_parts(Source(str(copy), "imagenet-lt")).train.images.path(3)
     shutil.copy(image, tmp_path / "outside.jpg")
     image.unlink()
     image.symlink_to(tmp_path / "outside.jpg")
@@ -319,9 +296,3 @@ def test_archives_and_tables_that_are_links_out_of_the_folder(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     with pytest.raises(UserError, match=r"data/cifar-10-batches-bin leads over a link"):
         open_parts(str(tmp_path / "data"))
-
-
-@pytest.mark.parametrize("path", ["a\0b", "x" * 5000, "/proc/self/root/\n"])
-def test_paths_that_no_system_has(path):
-    with pytest.raises(UserError, match="there is no file or folder at"):
-        open_parts(path)

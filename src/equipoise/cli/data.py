@@ -80,10 +80,10 @@ def pack(options: argparse.Namespace) -> None:
         raise UserError("pack passes over no bad image: equipoise data DATA --check lists them; repair or remove them")
 
     from equipoise.data.pack import pack as write_packed_parts
-    from equipoise.data.sources import as_it_lies, find_parts, source_of
+    from equipoise.data.sources import as_recognised, find_parts, source_of
     from equipoise.views.loader import worker_count
 
-    source, _ = as_it_lies(source_of(replace(recipe, data=replace(recipe.data, path=options.path))))
+    source, _ = as_recognised(source_of(replace(recipe, data=replace(recipe.data, path=options.path))))
     out = Path(os.path.expanduser(options.out))
     told = write_packed_parts(
         find_parts(source), source.benchmark, out, options.short_side, worker_count(options.workers)

@@ -8,49 +8,36 @@ from pathlib import Path
 import numpy as np
 
 from equipoise.base.errors import UserError, reason, several
-from equipoise.data.images import PART_NAMES, Found, ImageFiles, ImageList, Paths, refuse_outside
+from equipoise.data.images import PART_NAMES, Found, ImageFiles, ImageList, refuse_outside
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
 _ENDINGS_SHOWN = 5
 
 
-def subfolders(folder: Path) -> list[Path]:
-    return sorted(folder / entry.name for entry in _entries(folder) if os.path.isdir(entry.path))
-
-
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """All that lies in a folder and is not hidden. Raises UserError where that cannot be seen."""
-    try:
-        with os.scandir(folder) as entries:
-            return [entry for entry in entries if not entry.name.startswith(".")]
-    except OSError as error:
-        raise UserError(f"the folder {folder} cannot be read ({reason(error)})") from None
-
-
 def open_class_folders(root: Path, allow_outside: bool = False) -> Found:
+    """The images of `root`, by part where it has parts. Raises UserError where that is no folder of class folders."""
     if not root.is_dir():
         raise UserError(f"{root} is a file, but no Parquet file; name a folder of class folders")
-    folders = subfolders(root)
+    folders = _subfolders(root)
     if not folders:
         raise UserError(f"{root} has no sub-folders; put the images of each class in a folder of its own there")
     notes: list[str] = []
     part_folders = _part_folders(root, folders, notes)
-    divided = bool(part_folders)
     if not allow_outside:
         refuse_outside(root, part_folders.values())
-    first = part_folders.get("train", next(iter(part_folders.values()))) if divided else root
-    names = tuple(folder.name for folder in subfolders(first))
+    first = part_folders.get("train", next(iter(part_folders.values()))) if part_folders else root
+    names = tuple(folder.name for folder in _subfolders(first))
     lists = {
         part: _class_folders(folder, names, notes, None if allow_outside else root)
         for part, folder in (part_folders or {"train": root}).items()
     }
-    return Found("class folders", lists, divided, notes=tuple(notes))
+    return Found("class folders", lists, divided=bool(part_folders), notes=tuple(notes))
 
 
 def _part_folders(root: Path, folders: list[Path], notes: list[str]) -> dict[str, Path]:
     """The folders that are parts; none where all are classes. `train` may be a class: then it holds pictures, not
     folders."""
-    candidates = [folder for folder in folders if folder.name.lower() in PART_NAMES and subfolders(folder)]
+    candidates = [folder for folder in folders if folder.name.lower() in PART_NAMES and _subfolders(folder)]
     others = [folder.name for folder in folders if folder not in candidates]
     parts: dict[str, Path] = {}
     for folder in candidates:
@@ -67,56 +54,61 @@ def _part_folders(root: Path, folders: list[Path], notes: list[str]) -> dict[str
 
 def _class_folders(root: Path, names: tuple[str, ...], notes: list[str], bounds: Path | None) -> ImageList:
     """The images below `root`, in the order of their paths. Raises UserError for one out of the folder `bounds`."""
-    unknown = [folder.name for folder in subfolders(root) if folder.name not in names]
+    unknown = [folder.name for folder in _subfolders(root) if folder.name not in names]
     if unknown:
         raise UserError(f"{root / unknown[0]} is no class of the training part ({len(names)} classes); remove it")
     paths: list[str] = []
     labels: list[int] = []
     others: Counter[str] = Counter()
     for label, name in enumerate(names):
-        if not (root / name).is_dir():
-            continue
-        files, links = _below(root, name)
+        files, links = _below(root, name) if (root / name).is_dir() else ([], [])
         if bounds is not None:
-            refuse_outside(bounds, [root / link for link in [name, *links]])
+            refuse_outside(bounds, [root / link for link in links])
         images = [file for file in files if _is_image(file)]
-        others.update(posixpath.splitext(file)[1].lower() for file in set(files).difference(images))
+        others.update(posixpath.splitext(file)[1].lower() or "none" for file in files if not _is_image(file))
         paths += images
         labels += [label] * len(images)
-    loose = sum(_is_image(entry.name) and not os.path.isdir(entry.path) for entry in _entries(root))
+    loose = sum(_is_image(entry.name) and not entry.is_dir() for entry in _entries(root))
     if loose:
         notes.append(f"{root}: {several(loose, 'image')} beside the folders of the classes: passed over")
     if others:
-        endings = ", ".join(ending or "none" for ending, _ in others.most_common(_ENDINGS_SHOWN))
+        endings = ", ".join(ending for ending, _ in others.most_common(_ENDINGS_SHOWN))
         notes.append(f"{root}: {several(others.total(), 'file')} passed over, no images by their ending ({endings})")
     if not paths:
         raise UserError(f"{root} holds no images in its class folders (known endings: {' '.join(sorted(SUFFIXES))})")
-    return ImageList(str(root), ImageFiles(root, Paths.of(paths)), np.array(labels, dtype=np.int64), names)
+    return ImageList(str(root), ImageFiles.of(root, paths), np.array(labels, np.int64), names)
 
 
 def _below(root: Path, name: str) -> tuple[list[str], list[str]]:
-    """All that lies in the folder `name` and its sub-folders, by paths relative to `root` and in their order; and
-    those of it that are links.
-
-    Hidden folders hold thumbnails and notebook checkpoints, copies of images that are there already: they are passed
-    over. A folder called x.jpg without an image in it is taken for the image that somebody believes it to be.
-    """
+    """The files in the folder `name` and its sub-folders, by paths relative to `root` and in their order; and what may
+    lead out of it: the folder itself and files that are links. Links to folders below it are not followed, and what is
+    hidden is passed over: thumbnails and notebook checkpoints are copies of images that are there already."""
     files: list[str] = []
-    links: list[str] = []
-    waiting, like_images = [name], list[str]()
+    links: list[str] = [name]
+    waiting = [name]
     while waiting:
         folder = waiting.pop()
         for entry in _entries(root / folder):
             path = f"{folder}/{entry.name}"
             if entry.is_dir(follow_symlinks=False):
                 waiting.append(path)
-                like_images += [path] if _is_image(path) else []
-            elif not os.path.isdir(entry.path):  # links to folders are not followed: they could lead in a circle
+            elif not entry.is_dir():
                 files.append(path)
                 links += [path] if entry.is_symlink() else []
-    images = [file for file in files if _is_image(file)]
-    files += [folder for folder in like_images if not any(image.startswith(f"{folder}/") for image in images)]
     return sorted(files, key=lambda path: path.split("/")), links
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(folder / entry.name for entry in _entries(folder) if entry.is_dir())
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """What is in a folder and not hidden. Raises UserError where that cannot be read."""
+    try:
+        with os.scandir(folder) as entries:
+            return [entry for entry in entries if not entry.name.startswith(".")]
+    except OSError as error:
+        raise UserError(f"the folder {folder} cannot be read ({reason(error)})") from None
 
 
 def _is_image(path: str) -> bool:

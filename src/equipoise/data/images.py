@@ -1,25 +1,25 @@
-"""What can be trained on is an `ImageList`: where each image is, its label, the class names, the class counts.
+"""What is trained on and scored: an `ImageList`, which says where each image is and what its label is.
 
-A list knows nothing of decoding (`pixels.py`) and reads no pixels. How lists come from what lies on a disk is in
-`sources.py`; here is what they are, and how smaller ones are cut out of them.
+A list reads no pixels: `decode.py` does. `sources.py` makes lists of files; here is what they are, and how smaller ones
+are cut out of them. Shape suffix: N images.
 """
 
 import hashlib
 import os
+import shlex
+import sys
 import zlib
-from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import islice
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from equipoise.base.errors import UserError
-from equipoise.base.files import is_text
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -28,15 +28,14 @@ DIGITS = "digits"
 PART_NAMES = {
     "train": "train",
     "training": "train",
+    "test": "test",
+    "testing": "test",
     "val": "validation",
     "valid": "validation",
     "validation": "validation",
-    "test": "test",
-    "testing": "test",
 }
 
 Indices = npt.NDArray[np.int64]
-_BLOCK = 2**14
 
 
 class Images(Protocol):
@@ -48,83 +47,33 @@ class Images(Protocol):
     def digest(self) -> str: ...
 
 
-class Paths:
-    """Many paths, in one string of bytes with a start and an end for each.
-
-    A million take a third of the memory of as many strings, and processes that share them by fork copy nothing: of
-    strings, each has a reference count, which is written to by reading.
-    """
-
-    def __init__(self, content: bytes, starts_N: Indices, ends_N: Indices) -> None:
-        self._content, self._starts_N, self._ends_N = content, starts_N, ends_N
-
-    @classmethod
-    def of(cls, paths: Iterable[str]) -> "Paths":
-        content, ends = bytearray(), array("q", [0])
-        for path in paths:
-            content += os.fsencode(path)
-            ends.append(len(content))
-        ends_N = np.frombuffer(ends, np.int64)
-        return cls(bytes(content), ends_N[:-1], ends_N[1:])
-
-    def __len__(self) -> int:
-        return len(self._starts_N)
-
-    def __getitem__(self, index: int) -> str:
-        return os.fsdecode(self._content[self._starts_N[index] : self._ends_N[index]])
-
-    def encoded(self) -> Iterator[bytes]:
-        """Each path as bytes."""
-        for first in range(0, len(self), _BLOCK):
-            block = slice(first, first + _BLOCK)  # as lists, whose numbers are faster to read one by one
-            for start, end in zip(self._starts_N[block].tolist(), self._ends_N[block].tolist(), strict=True):
-                yield self._content[start:end]
-
-    def __iter__(self) -> Iterator[str]:
-        return map(os.fsdecode, self.encoded())
-
-    def take(self, indices_N: Indices) -> "Paths":
-        return Paths(self._content, self._starts_N[indices_N], self._ends_N[indices_N])
-
-    @cached_property
-    def hashes(self) -> Indices:
-        """A hash of each, of 64 bits and of this process only: taken for the path itself, wrongly in one of ten million
-        lists of a million paths."""
-        return np.fromiter(map(hash, self.encoded()), np.int64, len(self))
-
-    @cached_property
-    def folder_hashes(self) -> Indices:
-        """The same of what is before the last slash."""
-        folders = (path.rpartition(b"/")[0] for path in self.encoded())
-        return np.fromiter(map(hash, folders), np.int64, len(self))
-
-    def digest(self) -> str:
-        """SHA-256 over all of them, with a zero byte between."""
-        hasher, encoded = hashlib.sha256(), self.encoded()
-        for number, block in enumerate(iter(lambda: b"\0".join(islice(encoded, _BLOCK)), b"")):
-            hasher.update(b"\0" + block if number else block)
-        return hasher.hexdigest()
-
-
 @dataclass(frozen=True)
 class ImageFiles:
-    """Files below a folder, by their paths relative to it. `blob`: of the list file that names them, if one does."""
+    """Files below a folder. `paths_N`: their paths relative to it, as bytes: one array, which processes share after a
+    fork (each string would be copied as soon as it is read). `blob`: git blob id of the list file that names them."""
 
     root: Path
-    paths: Paths
+    paths_N: npt.NDArray[np.bytes_]
     blob: str = ""
 
+    @classmethod
+    def of(cls, root: Path, paths: Iterable[str]) -> "ImageFiles":
+        return cls(root, np.array([os.fsencode(path) for path in paths], np.bytes_))
+
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.paths_N)
 
     def take(self, indices_N: Indices) -> "ImageFiles":
-        return replace(self, paths=self.paths.take(indices_N))
+        return replace(self, paths_N=self.paths_N[indices_N])
+
+    def path(self, index: int) -> Path:
+        return self.root / os.fsdecode(self.paths_N[index])
 
     def name(self, index: int) -> str:
-        return str(self.root / self.paths[index])
+        return str(self.path(index))
 
     def digest(self) -> str:
-        return self.paths.digest()
+        return _sha256(b"\0".join(self.paths_N.tolist()))
 
 
 @dataclass(frozen=True)
@@ -144,9 +93,11 @@ class EncodedImages:
     def name(self, index: int) -> str:
         return f"row {self.rows_N[index]} of {self.origin}"
 
-    def content(self, index: int) -> bytes | None:
-        """The image file's bytes, or None where the row holds none."""
+    def content(self, index: int) -> bytes:
+        """The image file's bytes. Raises ValueError where the row holds none."""
         value: bytes | None = self.column[int(self.rows_N[index])].as_py()
+        if value is None:
+            raise ValueError("it has no bytes")
         return value
 
     def digest(self) -> str:
@@ -157,52 +108,46 @@ class EncodedImages:
         return hasher.hexdigest()
 
 
-class MappedFile:
-    """A file mapped into memory: read where it is looked at, and shared by all processes that look."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.content: npt.NDArray[np.uint8] = np.memmap(path, np.uint8, "r").view(np.ndarray)
-
-    def __reduce__(self) -> tuple[type["MappedFile"], tuple[Path]]:
-        return MappedFile, (self.path,)  # not the content
-
-
 @dataclass(frozen=True)
-class PackedImages:
-    """Image files one after the other in one file. `index_digest` stands for all of them; `checksums_N`: CRC-32."""
+class PackedImages(EncodedImages):
+    """Image files in rows of a packed file, see `packed.py`. `origin`: its path; `table`: it, mapped into memory."""
 
-    file: MappedFile
-    index_digest: str
-    names: Paths
-    starts_N: Indices
-    ends_N: Indices
-    checksums_N: npt.NDArray[np.uint32]
+    table: "pa.Table"
 
-    def __len__(self) -> int:
-        return len(self.starts_N)
+    @classmethod
+    def of(cls, path: Path, rows_N: Indices | None = None) -> "PackedImages":
+        """These rows of a file, or all. Raises UserError without pyarrow, and pyarrow's errors for a damaged file."""
+        pa = import_pyarrow(path)
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        table.validate(full=True)  # looks at offsets, not at images
+        rows_N = np.arange(table.num_rows) if rows_N is None else rows_N
+        return cls(str(path), table["image"], rows_N, table)
 
-    def take(self, indices_N: Indices) -> "PackedImages":
-        return replace(
-            self,
-            names=self.names.take(indices_N),
-            starts_N=self.starts_N[indices_N],
-            ends_N=self.ends_N[indices_N],
-            checksums_N=self.checksums_N[indices_N],
-        )
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PackedImages.of, (Path(self.origin), self.rows_N)  # another process maps the file itself
 
     def name(self, index: int) -> str:
-        return f"{self.names[index]} in {self.file.path}"
+        return f"{os.fsdecode(self.table['name'][int(self.rows_N[index])].as_py())} in {self.origin}"
 
     def content(self, index: int) -> bytes:
         """The image file's bytes. Raises ValueError where they are not those that were packed."""
-        content = self.file.content[self.starts_N[index] : self.ends_N[index]].tobytes()
-        if zlib.crc32(content) != self.checksums_N[index]:
+        content = super().content(index)
+        if zlib.crc32(content) != self.table["crc32"][int(self.rows_N[index])].as_py():
             raise ValueError("its bytes have changed since they were packed")
         return content
 
     def digest(self) -> str:
-        return _sha256(self.index_digest.encode() + self.starts_N.tobytes())
+        names, checksums = self.table["name"].to_pylist(), self.table["crc32"].to_numpy()
+        return _sha256(b"\0".join([*names, checksums.tobytes(), self.rows_N.tobytes()]))
+
+
+def import_pyarrow(path: Path) -> Any:
+    """The library pyarrow, which the file at `path` needs. Raises UserError where it is not installed."""
+    try:
+        import_module("pyarrow.parquet")
+        return import_module("pyarrow")
+    except ImportError:
+        raise UserError(f"{path} needs pyarrow: {shlex.quote(sys.executable)} -m pip install pyarrow") from None
 
 
 @dataclass(frozen=True)
@@ -234,11 +179,6 @@ class ImageList:
     labels_N: Indices
     class_names: tuple[str, ...]
 
-    def __post_init__(self) -> None:
-        if not is_text("\0".join(self.class_names)):
-            name = next(name for name in self.class_names if not is_text(name))
-            raise UserError(f"{self.origin} names a class {name!r}, which cannot be written as text; rename it")
-
     def __len__(self) -> int:
         return len(self.labels_N)
 
@@ -259,15 +199,15 @@ class ImageList:
 
 @dataclass(frozen=True)
 class Found:
-    """What lies at a path, by part ('train', 'validation', 'test'), before anything is asked of it."""
+    """The data at a path, before anything is asked of it."""
 
     kind: str  # 'class folders', 'Parquet', 'list files', ...
-    parts: dict[str, ImageList]
+    parts: dict[str, ImageList]  # 'train', 'validation', 'test'
     divided: bool  # into parts by their names; else all of it is called 'train'
     named: bool = True  # the classes have names, not just numbers
     notes: tuple[str, ...] = ()  # what is odd, but no error
-    of_lists: bool = False  # by list files, whose images may not be there
-    absent: Mapping[str, UserError] = field(default_factory=dict[str, UserError])  # parts that should be there
+    of_lists: bool = False  # list files name the images, which may be missing
+    absent: Mapping[str, str] = field(default_factory=dict[str, str])  # parts that should be there -> why they are not
     described: tuple[str, ...] = ()  # which files these are
 
 

@@ -36,7 +36,7 @@ from equipoise.base.files import atomic_file, parsed_json, regular_file
 from equipoise.config.recipe import load_recipe, nearest
 from equipoise.data.decode import BadImageError, Pixels, decode, resized
 from equipoise.data.folders import SUFFIXES
-from equipoise.data.images import ImageFiles, ImageList, Paths
+from equipoise.data.images import ImageFiles, ImageList
 from equipoise.data.lists import BENCHMARKS
 from equipoise.deploy.hub import is_hub_folder, read_hub_folder
 from equipoise.evaluation.run import figures_of
@@ -250,7 +250,7 @@ def find_images(paths: Sequence[str | Path]) -> tuple[list[str], list[UserError]
 
 def as_list(files: Sequence[str]) -> ImageList:
     """Files of which no label is known, for `decode`."""
-    return ImageList("", ImageFiles(Path(), Paths.of(files)), np.zeros(len(files), np.int64), ("",))
+    return ImageList("", ImageFiles.of(Path(), files), np.zeros(len(files), np.int64), ("",))
 
 
 def read_weights(file: Path) -> dict[str, float]:
