@@ -30,7 +30,7 @@ _LONGEST_SIDE = 2**20  # pixels. Of rows, Pillow takes 22 bytes for each, howeve
 _BAND = 2**22  # pixels
 _BLOCK = 4096  # images looked at between two reports
 
-cv2.setNumThreads(0)  # as in image_operations.py
+cv2.setNumThreads(0)  # as in views.operations
 
 
 class BadImageError(UserError):
