@@ -19,7 +19,7 @@ from equipoise.config.recipe import load_recipe
 from equipoise.data.sources import open_parts
 from equipoise.training.plan import Plan, prepare
 from equipoise.views.loader import Batch, open_batches, worker_count
-from equipoise.views.views import ViewSettings, batch_views, small_views, view_settings
+from equipoise.views.views import ViewSettings, small_views, view_settings
 
 _UNTIMED = 5  # steps: the fourth is recorded, where steps are
 RESNET50 = 4.089e9  # multiply-adds of one image at 224 pixels
@@ -201,15 +201,12 @@ def _small(task: Task) -> None:
     settings, batch = view_settings(plan.recipe), plan.recipe.batch_size
     alone = open_batches(plan.parts.train, settings, torch.device("cpu"))
     indices_B = np.arange(batch)
-    pixels = next(alone.evaluation(batch)).images_VB3SS[0]
+    pixels_BSS3 = next(alone.evaluation(batch)).images_VB3SS[0].permute(0, 2, 3, 1).numpy()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    seconds = seconds_of(lambda: small_views(pixels, settings, 0, 0, indices_B), torch.device("cpu"))
+    seconds = seconds_of(lambda: small_views(pixels_BSS3, settings, 0, 0, indices_B), torch.device("cpu"))
     torch.set_num_threads(threads)
     task.say(f"CIFAR, three views of {batch} images, one core", 1000 * seconds, "ms")
-    there = pixels.to(device)
-    seconds = seconds_of(lambda: batch_views(there, settings, 0, 0, indices_B), device)
-    task.say("the same in torch on the device", 1000 * seconds, "ms")
     batches = open_batches(plan.parts.train, settings, device, worker_count(-1))
     arriving = batches.training(0, batch, range(10**9))
     held = next(arriving)

@@ -71,6 +71,7 @@ def test_what_an_encoder_does_not_take_is_said():
         create_encoder("resnet18.nonsense", 64)
 
 
+@pytest.mark.long
 def test_pretrained_weights_out_of_reach(tmp_path):
     """In a process of its own, since the hub's library reads its environment once, when it is imported."""
     code = """
@@ -105,13 +106,19 @@ def saved(encoder, path):
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-@pytest.mark.parametrize("reference", ["timm", "torchvision"])
-def test_weights_of_a_file_with_and_without_classifier(reference, suffix, tmp_path):
-    """timm's own naming, and torchvision's with the classifier that an encoder does not have."""
-    full = resnet18(weights=None) if reference == "torchvision" else timm.create_model("resnet18", num_classes=0)
-    state = saved(full, tmp_path / f"weights{suffix}")
-    encoder, width = create_encoder("resnet18", 64, weights=tmp_path / f"weights{suffix}")
-    assert width == 512
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("resnet18", lambda: resnet18(weights=None)),
+        ("resnet18", lambda: timm.create_model("resnet18", num_classes=0)),
+        ("resnet8", lambda: create_encoder("resnet8", 32)[0]),
+    ],
+    ids=["torchvision's", "timm's", "ours"],
+)
+def test_weights_of_a_file_with_and_without_classifier(name, make, suffix, tmp_path):
+    """torchvision's naming has a classifier, which an encoder does not have."""
+    state = saved(make(), tmp_path / f"weights{suffix}")
+    encoder, _ = create_encoder(name, 64, weights=tmp_path / f"weights{suffix}")
     assert all(torch.equal(value, state[key]) for key, value in encoder.state_dict().items())
 
 
@@ -132,12 +139,6 @@ def test_the_encoder_of_a_checkpoint_of_the_authors(tmp_path):
     torch.save(table, tmp_path / "bcl_ckpt.pth.tar")
     encoder = create_encoder("resnet18", 64, weights=tmp_path / "bcl_ckpt.pth.tar")[0]
     assert all(torch.equal(value, full.state_dict()[key]) for key, value in encoder.state_dict().items())
-
-
-def test_small_networks_take_a_file_too(tmp_path):
-    state = saved(create_encoder("resnet8", 32)[0], tmp_path / "x.pt")
-    encoder = create_encoder("resnet8", 32, weights=tmp_path / "x.pt")[0]
-    assert all(torch.equal(value, state[key]) for key, value in encoder.state_dict().items())
 
 
 def test_a_vision_transformer_at_another_size(tmp_path):
@@ -163,50 +164,52 @@ class Payload:
         return (os.mkdir, (str(self.mark),))
 
 
+RESNET8 = create_encoder("resnet8", 32)[0].state_dict()
+UNREADABLE = "is no file of weights that can be read"
+
+
 @pytest.mark.parametrize(
-    ("content", "sentence"),
+    ("file", "content", "sentence"),
     [
-        (None, "there is no file of weights at"),
-        (b"no weights", "is no file of weights that can be read"),
-        ("payload", "which no file of weights needs; nothing of it was run"),
-        ({"epoch": 3}, "does not hold tensors by name"),
-        ([torch.zeros(1)], "does not hold tensors by name"),
-        ({}, "does not hold the weights of resnet18: 100 of 120 are not in it (first: conv1.weight)"),
-        (
-            "resnet50",
-            "of 120 have another shape in it (first: layer",
-        ),
-        ("resnet8", "does not hold the weights of resnet18: 100 of 120 are not in it (first: conv1.weight)"),
+        ("x.pth", None, "there is no file of weights at"),
+        ("x.safetensors", None, "there is no file of weights at"),
+        ("x.pth", b"no weights", UNREADABLE),
+        ("x.safetensors", b"no weights", UNREADABLE),
+        ("x.pth", {"epoch": 3}, "does not hold tensors by name"),
+        ("x.pth", [torch.zeros(1)], "does not hold tensors by name"),
+        ("x.pth", {}, "100 of 120 are not in it (first: conv1.weight)"),
+        ("x.pth", RESNET8, "does not hold the weights of resnet18: 100 of 120 are not in it (first: conv1.weight)"),
+        ("x.safetensors", "resnet50", "of 120 have another shape in it (first: layer"),
     ],
 )
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_refused_weights(content, sentence, suffix, tmp_path):
-    path = tmp_path / f"weights{suffix}"
-    if content == "payload" and suffix == ".safetensors":
-        sentence = "is no file of weights that can be read"
-    if content == "payload":
-        torch.save({"state_dict": Payload(tmp_path / "executed")}, path)
-    elif isinstance(content, bytes):
+def test_refused_weights(file, content, sentence, tmp_path):
+    path = tmp_path / file
+    if isinstance(content, bytes):
         path.write_bytes(content)
     elif isinstance(content, str):
         saved(create_encoder(content, 64)[0], path)
     elif content is not None:
         torch.save(content, path)
-    if suffix == ".safetensors" and not isinstance(content, str | bytes | None):
-        sentence = "is no file of weights that can be read"
     with pytest.raises(UserError) as error:
         create_encoder("resnet18", 64, weights=path)
     assert sentence in str(error.value)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_nothing_in_a_file_is_executed(suffix, tmp_path):
+    path = tmp_path / f"weights{suffix}"
+    torch.save({"state_dict": Payload(tmp_path / "executed")}, path)
+    with pytest.raises(UserError, match=re.escape(str(path))):
+        create_encoder("resnet18", 64, weights=path)
     assert not (tmp_path / "executed").exists()
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_weights_that_are_not_finite_are_refused(suffix, tmp_path):
     path = tmp_path / f"weights{suffix}"
-    state = create_encoder("resnet8", 32)[0].state_dict()
-    state["stem.weight"][0] = torch.inf
+    state = {**RESNET8, "stem.weight": torch.full_like(RESNET8["stem.weight"], torch.inf)}
     save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
     with pytest.raises(
         UserError, match=r"holds weights that are not finite numbers \(first: stem.weight\); take another"

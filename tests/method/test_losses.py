@@ -293,23 +293,6 @@ def test_a_second_derivative_is_refused():
         torch.autograd.grad(loss, features, create_graph=True)
 
 
-def test_supcon_is_bcl_without_prototypes_where_all_are_alike():
-    """Same features, one class: averaging divides every term alike, so the two differ by log(members) only."""
-    features = F.normalize(
-        torch.randn(5, 2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(8)), dim=-1
-    )
-    labels = torch.zeros(5, dtype=torch.long)
-    supcon = supervised_contrastive_loss(features, labels, 0.3)
-    # The prototype as one of the features: BCL over nine anchors of ten columns.
-    columns = features.reshape(10, 1, 4)
-    bcl = balanced_contrastive_loss(columns[:9], labels.repeat(2)[:9], columns[9], 0.3)
-    by_hand = slow_supcon(features, labels, 0.3) * 10
-    last = columns[9, 0] @ columns[:9, 0].T / 0.3
-    of_last = float(last.logsumexp(0) - last.mean())
-    assert float(supcon) * 10 == pytest.approx(by_hand)
-    assert float(bcl) == pytest.approx((by_hand - of_last) / 9 - math.log(9))
-
-
 def test_tau_zero_is_plain_cross_entropy():
     logits, labels = torch.randn(6, 3, generator=torch.Generator().manual_seed(9)), torch.tensor([0, 1, 2, 0, 1, 2])
     adjusted = logit_adjusted_cross_entropy(logits, labels, log_prior(torch.tensor([9, 5, 1])), tau=0.0)

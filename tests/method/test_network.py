@@ -70,12 +70,6 @@ def test_heads_are_float32_under_autocast():
     assert {value.dtype for value in outputs} == {torch.float32}
 
 
-def test_memory_format_of_the_input_does_not_matter():
-    model = network().eval()
-    last = IMAGES.contiguous(memory_format=torch.channels_last)
-    assert torch.allclose(model(IMAGES), model(last), atol=1e-4)
-
-
 def test_micro_batches_with_live_batchnorm():
     """Heads over the whole batch, the encoder's statistics over each micro-batch, its averages moved once by each."""
     whole, parted = network().train(), network().train()

@@ -19,7 +19,7 @@ def numbers(count: int) -> policies.Numbers:
 def test_boxes_are_those_of_random_resized_crop(height, width):
     """Every coordinate of 2,000 boxes has torchvision's distribution (Kolmogorov-Smirnov)."""
     count = 2000
-    ours = policies.random_boxes(numbers(count), np.full(count, height), np.full(count, width), 0.2)
+    ours = policies.random_boxes(numbers(count), np.full(count, height), np.full(count, width), 0.2).T
     image = torch.empty(3, height, width)
     torch.manual_seed(0)
     theirs = np.array([RandomResizedCrop.get_params(image, [0.2, 1.0], [3 / 4, 4 / 3]) for _ in range(count)]).T

@@ -26,7 +26,7 @@ T = TypeVar("T")
 _KINDS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
 _BLOCK = 4096  # images looked at between two reports
 
-cv2.setNumThreads(0)  # as in image_operations.py
+cv2.setNumThreads(0)  # as in views.operations
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd metadata: an image is decoded, or it is an error
 
 

@@ -1,4 +1,4 @@
-"""What BatchNorm does where a batch is spread over ranks or computed in parts."""
+"""BatchNorm where a batch is spread over ranks, or computed in parts."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -11,10 +11,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
 from equipoise.base.errors import UserError
+from equipoise.method.losses import at_least_float32
 
 
 def batch_norms(network: nn.Module) -> list[_BatchNorm]:
-    """All modules of the network that normalise over the batch, of whatever kind."""
+    """All modules of the network that normalise over the batch, timm's too."""
     return [module for module in network.modules() if isinstance(module, _BatchNorm)]
 
 
@@ -23,7 +24,7 @@ def resting_averages(network: nn.Module) -> Generator[None]:
     """In this context a forward pass uses the batch's statistics and leaves the running averages as they are."""
     before = [(module, module.momentum, module.num_batches_tracked) for module in batch_norms(network)]
     for module, _, batches in before:
-        module.momentum = 0.0  # the averages keep all of what they are
+        module.momentum = 0.0  # the weight of the batch in the averages
         module.num_batches_tracked = None if batches is None else batches.clone()
     try:
         yield
@@ -33,10 +34,10 @@ def resting_averages(network: nn.Module) -> Generator[None]:
 
 
 def synchronise(network: nn.Module, device: torch.device) -> nn.Module:
-    """The network with BatchNorm over the images of all ranks: torch's own on a GPU, which it is made for, and the same
-    in plain operations on a CPU. Raises UserError for a kind of BatchNorm that is not known there."""
+    """The network with BatchNorm over the images of all ranks: torch's own on a GPU, the only device it supports, and
+    the same in plain operations on a CPU. Raises UserError for a kind of BatchNorm that has no such form on a CPU."""
     if device.type == "cuda":
-        from timm.layers.norm_act import convert_sync_batchnorm  # knows torch's kinds and timm's own
+        from timm.layers.norm_act import convert_sync_batchnorm  # converts torch's kinds and timm's own
 
         return convert_sync_batchnorm(network)
     for module in batch_norms(network):
@@ -50,16 +51,16 @@ def synchronise(network: nn.Module, device: torch.device) -> nn.Module:
 
 
 class _OverRanks(_BatchNorm):
-    """BatchNorm whose mean and variance are those of the rows of all ranks, of which each may have another number."""
+    """BatchNorm with the mean and variance of the rows of all ranks. Each rank may have another number of rows."""
 
     def _check_input_dim(self, input: Tensor) -> None:
-        """Any number of dimensions will do."""
+        """Any number of dimensions."""
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
         axes, shape = [0, *range(2, input.ndim)], [1, -1, *[1] * (input.ndim - 2)]
-        x = input if input.dtype == torch.float64 else input.float()  # under autocast, bfloat16 would add up wrongly
+        x = at_least_float32(input)  # under autocast, sums in bfloat16 would be wrong
         total = torch.tensor([x.numel() / x.shape[1]], dtype=x.dtype)
         dist.all_reduce(total)
         mean: Tensor = _Sum.apply(x.sum(axes)) / total  # pyright: ignore[reportOptionalOperand, reportAssignmentType]
@@ -77,7 +78,7 @@ class _OverRanks(_BatchNorm):
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over ranks; what depends on it on any rank comes back to every rank."""
+    """The sum over ranks. Its gradient is the sum of the gradients on all ranks."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

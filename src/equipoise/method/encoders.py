@@ -5,6 +5,8 @@ because no library keeps it; everything else is timm's.
 """
 
 import difflib
+import itertools
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from equipoise.base.errors import UserError, lacks_memory, out_of_memory, reason
-from equipoise.base.files import regular_file
+from equipoise.base.errors import UserError, reason
 from equipoise.base.tensors import load_tensors
 
 _BLOCKS_PER_STAGE = {"resnet8": 1, "resnet20": 3, "resnet32": 5}
@@ -30,45 +31,45 @@ def create_encoder(name: str, size: int, pretrained: bool = False, weights: str 
 
     Raises UserError for an unknown name, weights that cannot be had or do not fit, or a size the encoder does not take.
     """
-    if name in _BLOCKS_PER_STAGE:
-        if pretrained:
-            raise UserError(f"there are no pretrained weights for {name}; set model.pretrained to false")
-        encoder: nn.Module = SmallResNet(_BLOCKS_PER_STAGE[name])
-        if weights:
-            _load_weights(encoder, name, Path(weights))
-        return encoder, SmallResNet.width
-    # A file is asked for by name: it stands in for the hub.
-    encoder = _timm_encoder(_TIMM_NAMES.get(name, name), size, pretrained and not weights)
+    if name not in _BLOCKS_PER_STAGE:
+        encoder = _timm_encoder(_TIMM_NAMES.get(name, name), size, pretrained and not weights)  # a file goes first
+    elif pretrained:
+        raise UserError(f"there are no pretrained weights for {name}; set model.pretrained to false")
+    else:
+        encoder = SmallResNet(_BLOCKS_PER_STAGE[name])
     if weights:
         _load_weights(encoder, name, Path(weights))
+    return encoder, _width(encoder, name, size)
+
+
+def _width(encoder: nn.Module, name: str, size: int) -> int:
+    """By trying: timm's num_features is not always the width of the output."""
     try:
-        # What timm calls num_features is not the width of what every one of its encoders returns: so try.
         with torch.inference_mode():
             features = encoder.eval()(torch.zeros(1, 3, size, size))
     except (AssertionError, RuntimeError, ValueError) as error:
-        if out_of_memory(error):
-            raise
         why = reason(error, library=True, otherwise="its layers do not fit them")
         raise UserError(f"{name} does not take images of {size} pixels ({why}); change --size or --arch") from None
     if features.ndim != 2:
         raise UserError(f"{name} gives features of shape {list(features.shape)[1:]}, not one vector; change --arch")
-    return encoder.train(), features.shape[1]
+    encoder.train()
+    return features.shape[1]
 
 
 def pretrained_normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Mean and std of the images that an encoder's pretrained weights are of; None where timm has none."""
+    """Mean and std (of 1) with which the images for an encoder's pretrained weights are normalised; None if there are
+    no such weights."""
     import timm
 
     try:
         known = timm.get_pretrained_cfg(_TIMM_NAMES.get(name, name))
-    except RuntimeError:  # no such weights: `create_encoder` says so
+    except RuntimeError:  # `create_encoder` refuses the name
         return None
     return (known.mean, known.std) if known else None
 
 
 def timm_arguments(name: str, size: int) -> tuple[str, dict[str, Any]] | None:
-    """What timm calls the encoder `name`, and the arguments that make it take `size` pixels; None for one that is not
-    timm's."""
+    """timm's name of the encoder `name`, and the arguments that make it take `size` pixels; None for one of ours."""
     if name in _BLOCKS_PER_STAGE:
         return None
     import timm
@@ -104,11 +105,11 @@ def _load_weights(encoder: nn.Module, name: str, file: Path) -> None:
     """Put the weights of a file into the encoder, all of them. Raises UserError where any is missing or differs."""
     state, expected = _read_weights(file), encoder.state_dict()
     if not any(key.startswith("encoder.") for key in expected):
-        # In a checkpoint of a network with two branches the encoder is a part.
+        # In a checkpoint of a network with two branches, the encoder is a part.
         state = {key.removeprefix("encoder."): value for key, value in state.items()}
     if not isinstance(encoder, SmallResNet):
-        state = _as_timm_has_them(state, encoder)
-    # What a classifier above the encoder would be called is not looked at.
+        state = _in_timms_names(state, encoder)
+    # Other keys, those of a classifier above the encoder, are ignored.
     missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
     differing = [key for key in expected if key in state and state[key].shape != expected[key].shape]
     for keys, how in ((missing, "are not in it"), (differing, "have another shape in it")):
@@ -138,29 +139,23 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        return load_file(regular_file(file))
+        return load_file(file)
     except FileNotFoundError:
         raise UserError(f"there is no file of weights at {file}") from None
-    except Exception as error:  # it raises what it likes for a damaged file; there is nothing in one to execute
-        if out_of_memory(error) and lacks_memory(error, 4 * file.stat().st_size + 2**20):
-            raise MemoryError from None
+    except Exception as error:  # of a damaged file, of any kind; nothing in one can be executed
         why = reason(error, library=True)
         raise UserError(
             f"{file} is no file of weights that can be read ({why}); take another, or copy it anew"
         ) from None
 
 
-def _as_timm_has_them(state: dict[str, Tensor], encoder: nn.Module) -> dict[str, Tensor]:
+def _in_timms_names(state: dict[str, Tensor], encoder: nn.Module) -> dict[str, Tensor]:
     """Through timm's own conversion, where there is one: other names, position embeddings of another size."""
-    import importlib
-
-    convert = getattr(importlib.import_module(type(encoder).__module__), "checkpoint_filter_fn", None)
-    if convert is None:
-        return state
+    convert = getattr(sys.modules[type(encoder).__module__], "checkpoint_filter_fn", None)
     try:
-        return convert(state, encoder)
-    except Exception:  # it takes what it is given for weights of its own
-        return state  # of another architecture: then its names say so
+        return convert(state, encoder) if convert else state
+    except Exception:  # it expects weights of its own architecture
+        return state  # the missing names say so
 
 
 class SmallResNet(nn.Module):
@@ -172,12 +167,8 @@ class SmallResNet(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(3, 16, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(16)
-        blocks: list[nn.Module] = []
-        width_in = 16
-        for width in (16, 32, 64):
-            for position in range(blocks_per_stage):
-                blocks.append(_Block(width_in, width, stride=2 if width > 16 and position == 0 else 1))
-                width_in = width
+        widths = [width for width in (16, 32, 64) for _ in range(blocks_per_stage)]
+        blocks = [_Block(before, width) for before, width in itertools.pairwise([16, *widths])]
         self.blocks = nn.Sequential(*blocks)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -189,8 +180,9 @@ class SmallResNet(nn.Module):
 
 
 class _Block(nn.Module):
-    def __init__(self, width_in: int, width: int, stride: int) -> None:
+    def __init__(self, width_in: int, width: int) -> None:
         super().__init__()
+        stride = 1 if width == width_in else 2
         self.conv1 = nn.Conv2d(width_in, width, 3, stride=stride, padding=1, bias=False)
         self.norm1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
@@ -201,7 +193,7 @@ class _Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.norm1(self.conv1(x)), inplace=True)
         y = self.norm2(self.conv2(y))
-        if self.stride > 1 or self.padding:
+        if self.stride > 1:
             # Option A of the paper: every second pixel, new channels zero. It adds no parameters.
             x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
         return F.relu(torch.add(x, y), inplace=True)

@@ -38,7 +38,7 @@ def logit_adjusted_cross_entropy(
     Computed in float32 at least, also under autocast. Returns the mean over the batch, or its sum (`reduction`).
     """
     with torch.autocast(logits_BC.device.type, enabled=False):
-        logits_BC = _at_least_float32(logits_BC)
+        logits_BC = at_least_float32(logits_BC)
         return F.cross_entropy(logits_BC + tau * log_prior_C.to(logits_BC), labels_B, reduction=reduction)
 
 
@@ -93,8 +93,10 @@ def supervised_contrastive_loss(
         anchors_ND, first_N, positives_N = features_KD[anchors], first_K[anchors], positives_K[anchors]
 
         similarity_NK = anchors_ND @ features_KD.T / temperature
-        log_denominator_N = _exclude_self(similarity_NK, anchors).logsumexp(1)
-        positive_N = _sum_of_others(sums_KD[first_N], anchors_ND) / temperature / positives_N.clamp(min=1)
+        itself_N = torch.arange(anchors.start, anchors.stop, device=similarity_NK.device)  # not in its own denominator
+        log_denominator_N = similarity_NK.scatter(1, itself_N[:, None], float("-inf")).logsumexp(1)
+        of_others_N = (anchors_ND * (sums_KD[first_N] - anchors_ND)).sum(1)
+        positive_N = of_others_N / temperature / positives_N.clamp(min=1)
         loss_N = torch.where(positives_N > 0, log_denominator_N - positive_N, 0.0)
         return loss_N.sum() / (positives_K > 0).sum().clamp(min=1)
 
@@ -107,18 +109,10 @@ class _BalancedContrastive(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        features_KD: Tensor,
-        labels_K: Tensor,
-        prototypes_CD: Tensor,
-        temperature: float,
-        begin: int,
-        end: int,
-    ) -> Tensor:
+    def forward(ctx: Any, features_KD: Tensor, labels_K: Tensor, prototypes_CD: Tensor, *rest: Any) -> Tensor:
         ctx.save_for_backward(features_KD, labels_K, prototypes_CD)
-        ctx.rest = temperature, begin, end
-        value, *ctx.gradients = _value_and_gradients(features_KD, labels_K, prototypes_CD, temperature, begin, end)
+        ctx.rest = rest  # temperature, begin, end
+        value, *ctx.gradients = _value_and_gradients(features_KD, labels_K, prototypes_CD, *rest)
         return value
 
     @staticmethod
@@ -231,7 +225,8 @@ def _check_shapes(features_BVD: Tensor, labels_B: Tensor) -> None:
         raise ValueError(f"{len(features_BVD)} images have features but labels are {list(labels_B.shape)}")
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision becomes float32; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -240,15 +235,4 @@ def _flat(features_BVD: Tensor, labels_B: Tensor, rows: slice) -> tuple[Tensor, 
     views = features_BVD.shape[1]
     first, end, _ = rows.indices(len(labels_B))
     anchors = slice(first * views, max(first, end) * views)
-    return _at_least_float32(features_BVD).flatten(0, 1), labels_B.repeat_interleave(views), anchors
-
-
-def _exclude_self(scores_NM: Tensor, anchors: slice) -> Tensor:
-    """An anchor is a column too: it is no part of its own denominator."""
-    itself_N = torch.arange(anchors.start, anchors.stop, device=scores_NM.device)
-    return scores_NM.scatter(1, itself_N[:, None], float("-inf"))
-
-
-def _sum_of_others(class_sum_ND: Tensor, anchors_ND: Tensor) -> Tensor:
-    """`[N]` sum of the products of each anchor with the other members of its class."""
-    return (anchors_ND * (class_sum_ND - anchors_ND)).sum(1)
+    return at_least_float32(features_BVD).flatten(0, 1), labels_B.repeat_interleave(views), anchors

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from equipoise.method.batchnorm import resting_averages, synchronise
 from equipoise.method.encoders import create_encoder
+from equipoise.method.losses import at_least_float32
 
 COSINE_SCALE = 30.0
 
@@ -71,21 +72,21 @@ class TwoBranchNetwork(nn.Module):
         return self._classify(self._encode(images_N3HW))
 
     def synchronise_batch_norm(self, device: torch.device) -> None:
-        """Let BatchNorm be over the images of all ranks. The rows of the prototypes' projection are the classes, the
-        same on every rank."""
+        """Let BatchNorm compute its statistics over the images of all ranks. That of the prototypes' projection stays:
+        its rows are the classes, the same on every rank."""
         self.encoder = synchronise(self.encoder, device)
         if self.projection is not None:
             self.projection = cast("nn.Sequential", synchronise(self.projection, device))
 
     def training_outputs(self, images_VB3HW: Tensor, micro_batch: int = 0) -> Outputs:
-        """What the losses need of a training batch of uint8 images: view 0 is the classifier's, the others (V of the
-        outputs) are those of the contrastive branch.
+        """What the losses need of a training batch of uint8 images: view 0 is for the classifier, the others (V of the
+        outputs) are for the contrastive branch.
 
-        All views pass the encoder and its BatchNorm together, as in the authors' code: at once, or in parts of up to
-        `micro_batch` images and of about one size, one after the other. Then only the encoder's output is kept, and the
-        backward pass computes each part anew, so that the memory is that of one: the feature cache of GradCache (Gao et
-        al., 2021, arXiv:2101.06983). The losses, and so the gradients, are still those of the whole batch; BatchNorm's
-        statistics in the encoder are those of a part.
+        All views pass the encoder and its BatchNorm together, as in the authors' code. With `micro_batch` they pass in
+        parts of at most that many images and of about one size. Then only the encoder's output is kept, and the
+        backward pass computes each part anew, in the memory of one: the feature cache of GradCache (Gao et al., 2021,
+        arXiv:2101.06983). The losses and gradients are still those of the whole batch; BatchNorm's statistics in the
+        encoder are those of a part.
         """
         views, batch = images_VB3HW.shape[:2]
         if micro_batch and micro_batch < batch:
@@ -98,17 +99,14 @@ class TwoBranchNetwork(nn.Module):
             return Outputs(logits_BC, None, None)
         # View 0 is projected too, and dropped: the authors' BatchNorm statistics are over all views.
         features_ND = _direction(self.projection(hidden_NF))
-        prototypes_CD = (
-            _direction(self.prototype_projection(self.classifier.weight))
-            if self.prototype_projection is not None
-            else None
-        )
         features_BVD = features_ND.unflatten(0, (views, batch))[1:].transpose(0, 1)
-        return Outputs(logits_BC, features_BVD, prototypes_CD)
+        if self.prototype_projection is None:
+            return Outputs(logits_BC, features_BVD, None)
+        return Outputs(logits_BC, features_BVD, _direction(self.prototype_projection(self.classifier.weight)))
 
     def _encode_twice(self, images_VB3HW: Tensor) -> Tensor:
-        """`[V, B, F]` without keeping what the backward pass needs: it will encode them again, with the same random
-        numbers and without moving BatchNorm's averages a second time."""
+        """`[V, B, F]`. Nothing is kept for the backward pass, which encodes again: with the same random numbers, and
+        without moving BatchNorm's averages a second time."""
         hidden: Tensor = checkpoint(  # pyright: ignore[reportAssignmentType]
             self._encode,
             images_VB3HW.flatten(0, 1),
@@ -120,7 +118,7 @@ class TwoBranchNetwork(nn.Module):
     def _encode(self, images_N3HW: Tensor) -> Tensor:
         images_N3HW = images_N3HW.contiguous(memory_format=torch.channels_last)
         hidden_NF: Tensor = self.encoder((images_N3HW - self.mean) / self.std)
-        return _at_least_float32(hidden_NF)
+        return at_least_float32(hidden_NF)
 
     def _classify(self, hidden_NF: Tensor) -> Tensor:
         # In float32 under autocast too: at scale 30, bfloat16 would round logits to steps of an eighth.
@@ -140,18 +138,10 @@ class CosineClassifier(nn.Module):
 
 
 def _projection(width: int, hidden: int, feature_dim: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(width, hidden),
-        nn.BatchNorm1d(hidden),
-        nn.ReLU(inplace=True),
-        nn.Linear(hidden, feature_dim),
-    )
+    first, last = nn.Linear(width, hidden), nn.Linear(hidden, feature_dim)
+    return nn.Sequential(first, nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), last)
 
 
 def _direction(projected_ND: Tensor) -> Tensor:
     """L2-normalised along D, in float32 at least, also under autocast."""
-    return F.normalize(_at_least_float32(projected_ND), dim=1)
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+    return F.normalize(at_least_float32(projected_ND), dim=1)

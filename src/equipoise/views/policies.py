@@ -1,8 +1,7 @@
-"""Random numbers become decisions: which piece of an image is taken, and which operations it goes through.
+"""Random numbers become decisions: which piece of an image is taken, and which operations change it.
 
-All is decided for a whole batch at once, image by image: a `Turn` says what happens next to each of them. What the
-operations do to pixels is in `operations.py` (a batch of one size, torch) and `image_operations.py` (a photograph,
-OpenCV); which policy makes which view is in `views.py`.
+All is decided for a whole batch at once, image by image. `operations.py` carries the decisions out; `views.py` says
+which policy makes which view.
 
 Shapes: B images of a batch, K random numbers of an image.
 """
@@ -21,7 +20,7 @@ Whole = npt.NDArray[np.int64]
 NUMBERS_PER_VIEW = 64
 _CROP_ATTEMPTS = 10
 
-# What a turn may do, by torchvision's and timm's names; the first 15 are RandAugment's.
+# By torchvision's and timm's names; the first 15 are RandAugment's.
 # fmt: off
 OPERATIONS = (
     "AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd", "Color", "Contrast",
@@ -35,9 +34,10 @@ RESAMPLINGS = ("nearest", "bilinear", "bicubic")
 
 
 @dataclass(frozen=True)
-class Turn:
-    """One operation for each image of a batch: its place in OPERATIONS (-1 for none) and its argument, in the unit
-    of the operation. `resampling_B` (place in RESAMPLINGS) and `fill` are for those that move pixels."""
+class BatchOperation:
+    """One operation for each image of a batch: its place in OPERATIONS (-1 for none) and its argument, in the unit of
+    the operation. `resampling_B` (place in RESAMPLINGS) and `fill` (colour, 0 to 255) are for those that move pixels.
+    """
 
     operation_B: Whole
     argument_B: Array
@@ -45,12 +45,10 @@ class Turn:
     fill: tuple[float, ...] = (0, 0, 0)
 
 
-def _turn(
-    name_or_names: str | Whole, chosen_B: npt.NDArray[np.bool_], argument_B: Array, resampling_B: Whole | None = None
-) -> Turn:
-    operation = OPERATIONS.index(name_or_names) if isinstance(name_or_names, str) else name_or_names
-    nearest_B = np.zeros(len(chosen_B), np.int64)
-    return Turn(np.where(chosen_B, operation, -1), argument_B, nearest_B if resampling_B is None else resampling_B)
+def _where(applied_B: npt.NDArray[np.bool_], operation: str | Whole, argument_B: Array) -> BatchOperation:
+    """An operation on some images of the batch, with the nearest pixel and a black fill."""
+    place = OPERATIONS.index(operation) if isinstance(operation, str) else operation
+    return BatchOperation(np.where(applied_B, place, -1), argument_B, np.zeros(len(applied_B), np.int64))
 
 
 class Numbers:
@@ -83,13 +81,8 @@ class Numbers:
         return np.where(self.next() < 0.5, -1.0, 1.0)
 
 
-def random_boxes(
-    numbers: Numbers,
-    heights_B: Whole,
-    widths_B: Whole,
-    smallest_share: float,
-) -> tuple[Whole, ...]:
-    """Top, left, height and width `[B]` of the crops of torchvision's RandomResizedCrop.
+def random_boxes(numbers: Numbers, heights_B: Whole, widths_B: Whole, smallest_share: float) -> Whole:
+    """`[B, 4]` top, left, height and width of the crops of torchvision's RandomResizedCrop.
 
     Area uniform in [`smallest_share`, 1] of the image's, log aspect ratio uniform in ±log(4/3); the first of ten
     attempts that fits, or else the largest centred crop with an aspect ratio within those limits.
@@ -110,18 +103,15 @@ def random_boxes(
     none = ~fits.any(axis=1)
     central_width = np.minimum(widths_B, np.rint(heights_B * 4 / 3)).astype(np.int64)
     central_height = np.minimum(heights_B, np.rint(widths_B / (3 / 4))).astype(np.int64)
-    box_width, box_height = (
-        np.where(none, central_width, box_width),
-        np.where(none, central_height, box_height),
-    )
+    box_width, box_height = np.where(none, central_width, box_width), np.where(none, central_height, box_height)
     top = np.where(none, (heights_B - box_height) // 2, top)
     left = np.where(none, (widths_B - box_width) // 2, left)
-    return top, left, box_height, box_width
+    return np.stack([top, left, box_height, box_width], axis=1)
 
 
 def jitter(
     numbers: Numbers, brightness: float, contrast: float, saturation: float, hue: float, probability: float
-) -> list[Turn]:
+) -> list[BatchOperation]:
     """torchvision's ColorJitter, on a share of the images: the operations in an order of each image's own."""
     ranges = {
         "Brightness": (1 - brightness, 1 + brightness),
@@ -132,22 +122,22 @@ def jitter(
     chosen_B = numbers.next() < probability
     order_B4 = numbers.take(len(ranges)).argsort(axis=1)
     values_4B = np.stack([numbers.between(low, high) for low, high in ranges.values()])
-    # What has no range is not done.
+    # An operation without a range is left out.
     operation_4 = np.array([OPERATIONS.index(name) if low < high else -1 for name, (low, high) in ranges.items()])
     image_B = np.arange(len(chosen_B))
-    return [_turn(operation_4[which_B], chosen_B, values_4B[which_B, image_B]) for which_B in order_B4.T]
+    return [_where(chosen_B, operation_4[which_B], values_4B[which_B, image_B]) for which_B in order_B4.T]
 
 
-def grayscale(numbers: Numbers, probability: float) -> Turn:
+def grayscale(numbers: Numbers, probability: float) -> BatchOperation:
     """torchvision's RandomGrayscale."""
     chosen_B = numbers.next() < probability
-    return _turn("Grayscale", chosen_B, np.zeros(len(chosen_B)))
+    return _where(chosen_B, "Grayscale", np.zeros(len(chosen_B)))
 
 
-def blur(numbers: Numbers) -> Turn:
+def blur(numbers: Numbers) -> BatchOperation:
     """The Gaussian blur of MoCo v2: half of the images, sigma 0.1 to 2."""
     sigma_B = numbers.between(0.1, 2.0)
-    return _turn("Blur", numbers.next() < 0.5, sigma_B)
+    return _where(numbers.next() < 0.5, "Blur", sigma_B)
 
 
 # ---------------------------------------------------------------------------------------------- RandAugment
@@ -155,14 +145,14 @@ def blur(numbers: Numbers) -> Turn:
 
 def rand_augment(
     numbers: Numbers, side: int, mean: Sequence[float], count: int = 2, magnitude: float = 10
-) -> list[Turn]:
+) -> list[BatchOperation]:
     """timm's RandAugment, `rand-n2-m10-mstd0.5`: `count` operations out of 15, each applied with p = .5.
 
-    The magnitude is normal(`magnitude`, .5), clipped to [0, 10]; what geometry leaves empty is the mean colour;
+    The magnitude is normal(`magnitude`, .5), clipped to [0, 10]; geometry fills with the mean colour (`mean`, of 1);
     resampling is bilinear or bicubic at random. `side`: that of the images, pixels.
     """
     fill = tuple(round(255 * value) for value in mean)
-    turns: list[Turn] = []
+    chosen: list[BatchOperation] = []
     for _ in range(count):
         which_B = numbers.whole(len(RAND_AUGMENT))
         applied_B = numbers.next() < 0.5
@@ -174,13 +164,13 @@ def rand_augment(
         for index, name in enumerate(RAND_AUGMENT):
             of_name = which_B == index
             argument_B[of_name] = rand_augment_argument(name, level_B[of_name], sign_B[of_name], side)
-        turn = _turn(which_B, applied_B, argument_B, np.where(bicubic_B, 2, 1))
-        turns.append(Turn(turn.operation_B, turn.argument_B, turn.resampling_B, fill))
-    return turns
+        resampling_B = np.where(bicubic_B, RESAMPLINGS.index("bicubic"), RESAMPLINGS.index("bilinear"))
+        chosen.append(BatchOperation(np.where(applied_B, which_B, -1), argument_B, resampling_B, fill))
+    return chosen
 
 
 def rand_augment_argument(name: str, level_B: Array, sign_B: Array, side: int) -> Array:
-    """timm's mapping from a level in [0, 1] to what the operation takes."""
+    """timm's mapping from a level in [0, 1] to the operation's argument."""
     if name in _ENHANCEMENTS:
         return 0.1 + 1.8 * level_B
     arguments: dict[str, Callable[[], Array]] = {
@@ -199,44 +189,32 @@ def rand_augment_argument(name: str, level_B: Array, sign_B: Array, side: int) -
 # ---------------------------------------------------------------------------------------------- AutoAugment
 
 # The 25 sub-policies found for CIFAR-10 (Cubuk et al., CVPR 2019, table 7): operation, probability, magnitude 0-9.
+# fmt: off
 AUTO_AUGMENT = (
-    (("Invert", 0.1, 0), ("Contrast", 0.2, 6)),
-    (("Rotate", 0.7, 2), ("TranslateX", 0.3, 9)),
-    (("Sharpness", 0.8, 1), ("Sharpness", 0.9, 3)),
-    (("ShearY", 0.5, 8), ("TranslateY", 0.7, 9)),
-    (("AutoContrast", 0.5, 0), ("Equalize", 0.9, 0)),
-    (("ShearY", 0.2, 7), ("Posterize", 0.3, 7)),
-    (("Color", 0.4, 3), ("Brightness", 0.6, 7)),
-    (("Sharpness", 0.3, 9), ("Brightness", 0.7, 9)),
-    (("Equalize", 0.6, 0), ("Equalize", 0.5, 0)),
-    (("Contrast", 0.6, 7), ("Sharpness", 0.6, 5)),
-    (("Color", 0.7, 7), ("TranslateX", 0.5, 8)),
-    (("Equalize", 0.3, 0), ("AutoContrast", 0.4, 0)),
-    (("TranslateY", 0.4, 3), ("Sharpness", 0.2, 6)),
-    (("Brightness", 0.9, 6), ("Color", 0.2, 8)),
-    (("Solarize", 0.5, 2), ("Invert", 0.0, 0)),
-    (("Equalize", 0.2, 0), ("AutoContrast", 0.6, 0)),
-    (("Equalize", 0.2, 0), ("Equalize", 0.6, 0)),
-    (("Color", 0.9, 9), ("Equalize", 0.6, 0)),
-    (("AutoContrast", 0.8, 0), ("Solarize", 0.2, 8)),
-    (("Brightness", 0.1, 3), ("Color", 0.7, 0)),
-    (("Solarize", 0.4, 5), ("AutoContrast", 0.9, 0)),
-    (("TranslateY", 0.9, 9), ("TranslateY", 0.7, 9)),
-    (("AutoContrast", 0.9, 0), ("Solarize", 0.8, 3)),
-    (("Equalize", 0.8, 0), ("Invert", 0.1, 0)),
+    (("Invert", 0.1, 0), ("Contrast", 0.2, 6)), (("Rotate", 0.7, 2), ("TranslateX", 0.3, 9)),
+    (("Sharpness", 0.8, 1), ("Sharpness", 0.9, 3)), (("ShearY", 0.5, 8), ("TranslateY", 0.7, 9)),
+    (("AutoContrast", 0.5, 0), ("Equalize", 0.9, 0)), (("ShearY", 0.2, 7), ("Posterize", 0.3, 7)),
+    (("Color", 0.4, 3), ("Brightness", 0.6, 7)), (("Sharpness", 0.3, 9), ("Brightness", 0.7, 9)),
+    (("Equalize", 0.6, 0), ("Equalize", 0.5, 0)), (("Contrast", 0.6, 7), ("Sharpness", 0.6, 5)),
+    (("Color", 0.7, 7), ("TranslateX", 0.5, 8)), (("Equalize", 0.3, 0), ("AutoContrast", 0.4, 0)),
+    (("TranslateY", 0.4, 3), ("Sharpness", 0.2, 6)), (("Brightness", 0.9, 6), ("Color", 0.2, 8)),
+    (("Solarize", 0.5, 2), ("Invert", 0.0, 0)), (("Equalize", 0.2, 0), ("AutoContrast", 0.6, 0)),
+    (("Equalize", 0.2, 0), ("Equalize", 0.6, 0)), (("Color", 0.9, 9), ("Equalize", 0.6, 0)),
+    (("AutoContrast", 0.8, 0), ("Solarize", 0.2, 8)), (("Brightness", 0.1, 3), ("Color", 0.7, 0)),
+    (("Solarize", 0.4, 5), ("AutoContrast", 0.9, 0)), (("TranslateY", 0.9, 9), ("TranslateY", 0.7, 9)),
+    (("AutoContrast", 0.9, 0), ("Solarize", 0.8, 3)), (("Equalize", 0.8, 0), ("Invert", 0.1, 0)),
     (("TranslateY", 0.7, 9), ("AutoContrast", 0.9, 0)),
 )
-
-
+# fmt: on
 _SUB_POLICIES = np.array([[OPERATIONS.index(name) for name, _, _ in pair] for pair in AUTO_AUGMENT])
 _PROBABILITIES = np.array([[probability for _, probability, _ in pair] for pair in AUTO_AUGMENT])
 _MAGNITUDES = np.array([[magnitude / 9 for _, _, magnitude in pair] for pair in AUTO_AUGMENT])
 
 
-def auto_augment(numbers: Numbers, side: int) -> list[Turn]:
+def auto_augment(numbers: Numbers, side: int) -> list[BatchOperation]:
     """torchvision's AutoAugment with the CIFAR-10 policy: one sub-policy an image, its two operations in turn."""
     policy_B = numbers.whole(len(AUTO_AUGMENT))
-    turns: list[Turn] = []
+    chosen: list[BatchOperation] = []
     for step in range(2):
         applied_B, sign_B = numbers.next(), numbers.sign()
         operation_B, magnitude_B = _SUB_POLICIES[policy_B, step], _MAGNITUDES[policy_B, step]
@@ -244,12 +222,12 @@ def auto_augment(numbers: Numbers, side: int) -> list[Turn]:
         for index in np.unique(operation_B).tolist():
             of_name = operation_B == index
             argument_B[of_name] = auto_augment_argument(OPERATIONS[index], magnitude_B[of_name], sign_B[of_name], side)
-        turns.append(_turn(operation_B, applied_B < _PROBABILITIES[policy_B, step], argument_B))
-    return turns
+        chosen.append(_where(applied_B < _PROBABILITIES[policy_B, step], operation_B, argument_B))
+    return chosen
 
 
 def auto_augment_argument(name: str, magnitude_B: Array, sign_B: Array, side: int) -> Array:
-    """torchvision's mapping from a magnitude in [0, 1] to what the operation takes."""
+    """torchvision's mapping from a magnitude in [0, 1] to the operation's argument."""
     if name in _ENHANCEMENTS:
         return 1 + 0.9 * magnitude_B * sign_B
     arguments: dict[str, Callable[[], Array]] = {
