@@ -58,9 +58,9 @@ def confused_pairs(labels_N: Array, predicted_N: Array, confidence_N: Array, cla
     return pairs
 
 
-def thumbnails(images: ImageList, rows: Sequence[int]) -> list[Markup]:
-    """An <img> for each of these images that can be read, with the picture inside."""
-    return [picture for row in rows if (picture := _thumbnail(images, row))]
+def thumbnails(images: ImageList | None, rows: Sequence[int]) -> list[Markup]:
+    """An <img> for each of these images that can be read, with the picture inside; nothing without images."""
+    return [picture for row in rows if (picture := _thumbnail(images, row))] if images else []
 
 
 def _thumbnail(images: ImageList, row: int) -> Markup | None:
