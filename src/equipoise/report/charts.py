@@ -32,9 +32,6 @@ def _room(runs: Sequence[tuple[Name, *tuple[Any, ...]]], more: int = 0) -> int:
     return 14 + round(6.7 * (max(len(run[0].label) for run in runs) + more))
 
 
-# ---------------------------------------------------------------------------------------------- accuracy
-
-
 def accuracy_by_count(runs: Sequence[PerClass], class_names: Sequence[str]) -> list[Markup]:
     """Accuracy of each class against its training images: one figure of all runs or, of many classes, one a run, each
     with the trends of all runs."""
@@ -44,7 +41,7 @@ def accuracy_by_count(runs: Sequence[PerClass], class_names: Sequence[str]) -> l
     trends = [(name, trend(of_run, shares)) for name, of_run, shares in runs]
     figures: list[Markup] = []
     for dotted in [runs] if together else [[run] for run in runs]:
-        figure = Figure(axis, 320 if together else 260, PERCENT, (46, _room(runs), 40, 34))
+        figure = Figure(axis, 320 if together else 260, (46, _room(runs), 40, 34), PERCENT)
         _name_groups(figure, {shot_group(count) for count in counts})
         for run in dotted:
             _dot_classes(figure, run, class_names)
@@ -123,7 +120,7 @@ def group_bars(runs: Sequence[tuple[Name, Mapping[str, Any]]], classes: Mapping[
 
 def worst_classes(rows: Sequence[tuple[str, int, str, Sequence[tuple[Name, float | None]]]]) -> Markup:
     """Rows of (class, training images, remark, accuracy of each run) on one axis."""
-    figure = Figure(PERCENT, 64 * len(rows), margins=(4, 14, 40, 10))
+    figure = Figure(PERCENT, 64 * len(rows), (4, 14, 40, 10))
     for top, (class_name, count, remark, accuracies) in zip(range(0, figure.height, 64), rows, strict=True):
         track = top + 44
         figure.text(0, top + 16, shortened(class_name), "row")
@@ -140,9 +137,6 @@ def worst_classes(rows: Sequence[tuple[str, int, str, Sequence[tuple[Name, float
     return figure.svg("the classes of lowest accuracy, percent")
 
 
-# ---------------------------------------------------------------------------------------------- training
-
-
 def curves(runs: Sequence[Curve], heading: str, low: float | None) -> Markup:
     """Lines over the epochs; the y axis begins at `low`, if given. One value alone, as after one epoch, is a dot with
     its value."""
@@ -157,7 +151,7 @@ def curves(runs: Sequence[Curve], heading: str, low: float | None) -> Markup:
         (name if len(points) > 1 else name._replace(label=f"{name.label} {signed(f'{points[0][1]:.3g}')}"), points)
         for name, points in runs
     ]
-    figure = Figure(epochs, 150, svg.linear_axis("", values, low, 4), (12, _room(labelled), 40, 44))
+    figure = Figure(epochs, 150, (12, _room(labelled), 40, 44), svg.linear_axis("", values, low, 4))
     for name, points in runs:
         parts = np.array_split(np.array(points, dtype=float), min(len(points), 150))
         figure.path([part.mean(0).tolist() for part in parts], f"line {name.look}")
@@ -166,22 +160,17 @@ def curves(runs: Sequence[Curve], heading: str, low: float | None) -> Markup:
     return figure.svg(f"{heading} over the epochs")
 
 
-# ---------------------------------------------------------------------------------------------- calibration, prior
-
-
 def reliability(name: Name, right_N: Array, confidences: Mapping[str, Array]) -> Markup:
     """Share of right predictions against confidence, in bins of equal width, for each of `confidences` ('before',
     'after'); a dot's area is the bin's share of the images."""
-    figure = Figure(replace(PERCENT, label="confidence, percent"), 220, PERCENT, (26, 16, 40, 34))
+    figure = Figure(replace(PERCENT, label="confidence, percent"), 220, (26, 16, 40, 34), PERCENT)
     figure.path([(0, 0), (100, 100)], "line diagonal")
-    bins = 15
+    edges = np.linspace(0, 1, 16)[1:-1]
     for look, confidence_N in confidences.items():
-        bin_N = np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], confidence_N, side="left")
-        images = np.bincount(bin_N, minlength=bins)
-        filled = images > 0
-        mean = 100 * np.bincount(bin_N, confidence_N, bins)[filled] / images[filled]
-        accuracy = 100 * np.bincount(bin_N, right_N, bins)[filled] / images[filled]
-        for x, y, count in zip(mean.tolist(), accuracy.tolist(), images[filled].tolist(), strict=True):
+        bin_N = np.searchsorted(edges, confidence_N, side="left")
+        for inside_N in (bin_N == number for number in np.unique(bin_N)):
+            x, y = 100 * float(confidence_N[inside_N].mean()), 100 * float(right_N[inside_N].mean())
+            count = int(inside_N.sum())
             title = f"{count:,} images, confidence {x:.1f} %, right {y:.1f} % ({look} scaling)"
             figure.dot(x, y, f"{name.look} {look}", 1.5 + 9 * math.sqrt(count / len(right_N)), title)
     return figure.svg(f"accuracy against confidence, {name.label}")
@@ -199,7 +188,7 @@ def prior_sweep(runs: Sequence[tuple[Name, Sequence[Point], float | None]], key:
     # A little room at the left: a ring at 0 would cover the numbers of the axis.
     taus = Axis("tau", -0.1, 2, tuple((tau, f"{tau:g}") for tau in (0, 0.5, 1, 1.5, 2)))
     axis = _accuracy_axis([y for _, points, _ in runs for _, y in points], 4)
-    figure = Figure(taus, 150, axis, (26, _room(runs), 40, 34))
+    figure = Figure(taus, 150, (26, _room(runs), 40, 34), axis)
     for name, points, chosen in runs:
         figure.path(points, f"line {name.look}")
         for tau, y in points:
@@ -211,16 +200,13 @@ def prior_sweep(runs: Sequence[tuple[Name, Sequence[Point], float | None]], key:
     return figure.svg(f"accuracy ({key}) over the strength of the post-hoc prior")
 
 
-# ---------------------------------------------------------------------------------------------- geometry
-
-
 def cosines(runs: Sequence[tuple[Name, Array]], classes: int) -> Markup:
     """Histograms of the cosines [G, K] between a class of the group and the other classes; the regular simplex's cosine
     as a line."""
     present = [group for group in range(len(GROUPS)) if any(counts_GK[group].any() for _, counts_GK in runs)]
     peak, step, top = 44, 68, 18  # pixels; above each histogram, which may begin at -1, a line for the group's name
     axis = Axis("cosine", -1, 1, tuple((value, signed(f"{value:g}")) for value in (-1, -0.5, 0, 0.5, 1)))
-    figure = Figure(axis, top + step * len(present), margins=(22, 14, 40, 10))
+    figure = Figure(axis, top + step * len(present), (22, 14, 40, 10))
     for row, group in enumerate(present, 1):
         foot = top + step * row - 6
         figure.path([(-1, foot), (1, foot)], "line base")
@@ -248,12 +234,12 @@ def _outline(heights: Array, foot: float) -> list[Point]:
     return list(zip(xs.tolist(), (foot - np.pad(heights[first:end].repeat(2), 1)).tolist(), strict=True))
 
 
-def spread(runs: Sequence[tuple[Name, Array, Array]]) -> Markup:
+def spread(runs: Sequence[tuple[Name, Sequence[str], Array]]) -> Markup:
     """By shot group: the median of the values [C] of its classes, half of the classes (thick) and nine in ten (thin).
     A run gives the shot group of each class and its value; NaN is a class without a value."""
     rows: dict[str, list[tuple[Name, Array]]] = {}
     for group in GROUPS:
-        row = [(name, values_C[np.isfinite(values_C) & (groups_C == group)]) for name, groups_C, values_C in runs]
+        row = [(name, values_C[np.isfinite(values_C) & (np.array(groups) == group)]) for name, groups, values_C in runs]
         if any(len(values) for _, values in row):
             rows[group] = row
     values = np.concatenate([values for row in rows.values() for _, values in row])
@@ -270,17 +256,17 @@ def spread(runs: Sequence[tuple[Name, Array, Array]]) -> Markup:
 
 
 def feature_map(
-    places_M2: Array, labels_M: Array, predicted_M: Array, groups_C: Array, class_names: Sequence[str]
+    places_M2: Array, labels_M: Array, predicted_M: Array, groups: Sequence[str], class_names: Sequence[str]
 ) -> Markup:
     """Images as dots, coloured by shot group, wrong predictions as rings; a class's name is each dot's title and, of
     few classes, written over its middle."""
-    figure = Figure(Axis("", 0, 1), 320, margins=(10, 12, 10, 12))
+    figure = Figure(Axis("", 0, 1), 320, (10, 12, 10, 12))
     points_M2 = (places_M2 - places_M2.min(0)) / np.maximum(np.ptp(places_M2, axis=0), 1e-9)
     points_M2[:, 1] = figure.height * (1 - points_M2[:, 1])
     wrong_M = labels_M != predicted_M
     for row in np.argsort(wrong_M, kind="stable"):  # rings lie on top
         true, said = int(labels_M[row]), int(predicted_M[row])
-        look, title = str(groups_C[true]), shortened(class_names[true])
+        look, title = groups[true], shortened(class_names[true])
         if wrong_M[row]:
             look, title = f"{look} ring", f"{title} taken for {shortened(class_names[said])}"
         figure.dot(float(points_M2[row, 0]), float(points_M2[row, 1]), look, 3, title)
@@ -306,9 +292,6 @@ def _name_places(figure: Figure, names: Sequence[tuple[str, float, float]]) -> N
                 taken.append((left, left + width, y))
                 figure.text(x, y + 5, text, "place", anchor)
                 break
-
-
-# ---------------------------------------------------------------------------------------------- over seeds
 
 
 def over_seeds(rows: ByHeading) -> Markup:

@@ -43,9 +43,7 @@ def write_report(runs: Sequence[Path], out: Path, comparison: Mapping[str, Any] 
         raise UserError(f"the report must be a file in a folder that is there, not {out}")
     for run in read[1:]:
         if run.class_names != read[0].class_names:
-            raise UserError(
-                f"{run.path} has other classes than {read[0].path}: they cannot be compared; report each alone"
-            )
+            raise UserError(f"{run.path} has other classes than {read[0].path}; report each alone")
     loader = jinja2.PackageLoader("equipoise.report", ".")
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters["percent"] = percent
@@ -60,6 +58,8 @@ def _content(runs: Sequence[RunRead], comparison: Mapping[str, Any] | None) -> d
     scored = [run for run in runs if isinstance(run, ScoredRun)]
     seen = [run for run in scored if run.observed]
     fields = [(field.key, [str(field_value(run.recipe, field)) for run in runs]) for field in recipe_fields()]
+    per_class = [(run.name, run.counts, run.scores["per_class"]) for run in scored]
+    group_sizes = {group: runs[0].groups.count(group) for group in GROUPS}
     return {
         "runs": runs,
         "scored": scored,
@@ -67,10 +67,15 @@ def _content(runs: Sequence[RunRead], comparison: Mapping[str, Any] | None) -> d
         "recipes": [(run.path / RECIPE).read_text(encoding="utf-8") for run in runs],
         "different": [(key, values) for key, values in fields if len(set(values)) > 1],
         "imbalance": imbalance_factor(runs[0].counts),
+        "group_sizes": group_sizes,
         "group_limits": GROUP_LIMITS,
+        "rarest": [group for group in reversed(GROUPS) if scored and scored[0].scores[group] is not None],
+        "comparison": comparison,
+        "seeds": _seeds(comparison["methods"], runs) if comparison else [],
         "table": {"top-1": "top1", **FURTHER},
-        "seeds": _seeds(comparison, runs) if comparison else None,
-        **(_accuracies(scored, comparison) if scored else {}),
+        "bars": charts.group_bars([(run.name, run.scores) for run in scored], group_sizes) if scored else None,
+        "by_count": charts.accuracy_by_count(per_class, runs[0].class_names) if scored else [],
+        "many_classes": len(runs[0].counts) > charts.EACH_AS_DOT,
         "curves": _curves(runs),
         "worst": _worst(scored) if scored else None,
         "confused": [_confusions(run, 6 if len(seen) <= 2 else 4) for run in seen],
@@ -81,36 +86,14 @@ def _content(runs: Sequence[RunRead], comparison: Mapping[str, Any] | None) -> d
     }
 
 
-def _accuracies(scored: Sequence[ScoredRun], comparison: Mapping[str, Any] | None) -> dict[str, Any]:
-    first = scored[0]
-    rarest = next(group for group in reversed(GROUPS) if first.scores[group] is not None)
-    shares = [(run.name.label, run.scores[rarest]) for run in scored]
-    if comparison:
-        shares = [(method, row[rarest]["mean"]) for method, row in comparison["methods"].items()]
-    per_class = [(run.name, run.counts, run.scores["per_class"]) for run in scored]
-    return {
-        "rarest": rarest,
-        "shares": shares,
-        "many_classes": len(first.counts) > charts.EACH_AS_DOT,
-        "by_count": charts.accuracy_by_count(per_class, first.class_names),
-        "bars": charts.group_bars([(run.name, run.scores) for run in scored], first.group_sizes),
-    }
-
-
-def _seeds(comparison: Mapping[str, Any], runs: Sequence[RunRead]) -> dict[str, Any]:
+def _seeds(methods: Mapping[str, Any], runs: Sequence[RunRead]) -> Titled:
     names = {run.recipe.method: run.name for run in runs}
-    table = comparison["methods"]
-    first = next(iter(table))
+    first = next(iter(methods))
     rows = {
-        "overall" if key == "top1" else key: [(names[method], row[key]) for method, row in table.items()]
-        for key in table[first]
+        "overall" if key == "top1" else key: [(names[method], row[key]) for method, row in methods.items()]
+        for key in methods[first]
     }
-    return {
-        "number": len(comparison["seeds"]),
-        "first": first,
-        "accuracy": charts.over_seeds(rows),
-        "differences": charts.differences(rows),
-    }
+    return [("accuracy", charts.over_seeds(rows)), (f"difference to {first}", charts.differences(rows))]
 
 
 def _curves(runs: Sequence[RunRead]) -> Titled:
@@ -136,9 +119,6 @@ def _curves(runs: Sequence[RunRead]) -> Titled:
     return found
 
 
-# ---------------------------------------------------------------------------------------------- mistakes
-
-
 def _worst(scored: Sequence[ScoredRun]) -> dict[str, Any] | None:
     """The classes that the first run gets wrong most; of equal ones, those with the most training images. None if no
     run gets any wrong."""
@@ -152,23 +132,22 @@ def _worst(scored: Sequence[ScoredRun]) -> dict[str, Any] | None:
 
 def _taken_for(run: ScoredRun, c: int) -> str:
     """What a run takes a class for most often, as a sentence; empty if that is not known."""
-    predicted = run.observed["predicted_N"][run.observed["labels_N"] == c] if run.observed else np.array([])
-    wrong = predicted[predicted != c]
-    if len(wrong) == 0:
+    if not run.observed:
         return ""
-    other = int(np.bincount(wrong).argmax())
-    share = 100 * (wrong == other).sum() / len(predicted)
-    return f"{run.name.label} takes {share:.0f} % for {shortened(run.class_names[other], 24)}"
+    said_C = np.bincount(run.observed["predicted_N"][run.observed["labels_N"] == c], minlength=len(run.counts))
+    images, said_C[c] = said_C.sum(), 0
+    other = int(said_C.argmax())
+    said = f"{100 * said_C[other] / images:.0f} % for {shortened(run.class_names[other], 24)}"
+    return f"{run.name.label} takes {said}" if said_C[other] else ""
 
 
-def _confusions(run: ScoredRun, most: int) -> tuple[ScoredRun, list[tuple[Pair, list[Markup], list[Markup]]], str]:
-    """A run, its pairs with pictures of the mistakes and of the class that they were taken for, and why there are no
-    pictures."""
+def _confusions(run: ScoredRun, most: int) -> tuple[ScoredRun, list[tuple[Pair, list[list[Markup]]]], str]:
+    """A run, its pairs with pictures of the mistakes and of the class said, and why there are none."""
     labels_N, predicted_N, confidence_N = (run.observed[key] for key in ("labels_N", "predicted_N", "confidence_N"))
     pairs = confused_pairs(labels_N, predicted_N, confidence_N, len(run.counts), most)
     images, absent = _images(run)
-    shown = [(pair, thumbnails(images, pair.wrong), thumbnails(images, pair.typical)) for pair in pairs]
-    return run, shown, absent
+    pictures = [[thumbnails(images, rows) if images else [] for rows in (pair.wrong, pair.typical)] for pair in pairs]
+    return run, list(zip(pairs, pictures, strict=True)), absent
 
 
 def _images(run: ScoredRun) -> tuple[ImageList | None, str]:
@@ -187,11 +166,8 @@ def _images(run: ScoredRun) -> tuple[ImageList | None, str]:
 def _calibration(run: ScoredRun) -> tuple[ScoredRun, dict[str, float], Markup]:
     """A run, its calibration errors before and after scaling, and the figure of both."""
     right_N = run.observed["labels_N"] == run.observed["predicted_N"]
-    confidences = {
-        look: run.observed[key].astype(np.float64)
-        for look, key in {"before": "confidence_N", "after": "calibrated_N"}.items()
-        if key in run.observed
-    }
+    keys = {"before": "confidence_N", "after": "calibrated_N"}
+    confidences = {look: run.observed[key].astype(float) for look, key in keys.items() if key in run.observed}
     errors = {look: calibration_error(confidence_N, right_N) for look, confidence_N in confidences.items()}
     return run, errors, charts.reliability(run.name, right_N, confidences)
 
@@ -207,9 +183,6 @@ def _sweep(scored: Sequence[ScoredRun]) -> Titled:
         if sweeps:
             found.append((heading, charts.prior_sweep(sweeps, key)))
     return found
-
-
-# ---------------------------------------------------------------------------------------------- geometry
 
 
 def _geometry(seen: Sequence[ScoredRun], classes: int) -> dict[str, Any]:

@@ -5,7 +5,6 @@ Nothing is computed here, and much may be missing: a run that stopped early has 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import numpy.typing as npt
 
 from equipoise.base.errors import UserError, reason
 from equipoise.config.recipe import Recipe, load_recipe
-from equipoise.evaluation.metrics import GROUPS, shot_group
+from equipoise.evaluation.metrics import shot_group
 from equipoise.evaluation.records import read_metrics, read_record
 from equipoise.evaluation.run import chosen
 from equipoise.report.charts import Name
@@ -43,52 +42,31 @@ class LogLine(msgspec.Struct):
 
 @dataclass(frozen=True, eq=False)
 class RunRead:
-    """What a run folder holds, whether the run has finished or not."""
+    """What a run folder holds, whether the run has finished or not; of each class its training images (`counts`) and
+    its shot group."""
 
     path: Path
     name: Name
     recipe: Recipe
     record: Mapping[str, Any]
     log: list[LogLine]
-
-    @cached_property
-    def class_names(self) -> list[str]:
-        return list(self.record["class_counts"])
-
-    @cached_property
-    def counts(self) -> list[int]:
-        """Training images of each class."""
-        return list(self.record["class_counts"].values())
-
-    @cached_property
-    def groups(self) -> Array:
-        """The shot group of each class."""
-        return np.array([shot_group(count) for count in self.counts])
-
-    @cached_property
-    def group_sizes(self) -> dict[str, int]:
-        """How many classes each shot group has."""
-        return {group: int((self.groups == group).sum()) for group in GROUPS}
+    class_names: list[str]
+    counts: list[int]
+    groups: list[str]
 
 
 @dataclass(frozen=True, eq=False)
 class ScoredRun(RunRead):
-    """A run with the metrics of the checkpoint that speaks for it, on the part that speaks for it, and with what was
-    `observed` on that part (arrays as `Observation` names them; empty if an earlier version scored the run)."""
+    """A run with the metrics of the checkpoint that speaks for it, their scores on the part that speaks for it, the tau
+    that validation chose, and what was observed on that part (arrays as `Observation` names them; none if an earlier
+    version scored the run)."""
 
     checkpoint: str
     part: str
     metrics: Mapping[str, Any]
-    observed: dict[str, Array]
-
-    @property
-    def scores(self) -> Mapping[str, Any]:
-        return self.metrics[self.part]
-
-    @property
-    def tau(self) -> float | None:
-        """The strength of the post-hoc prior that validation chose, if any."""
-        return self.metrics["post_hoc"]["tau"] if self.metrics["post_hoc"] else None
+    scores: Mapping[str, Any]
+    tau: float | None
+    observed: Mapping[str, Array]
 
 
 def read_runs(paths: Sequence[Path]) -> list[RunRead]:
@@ -110,26 +88,33 @@ def _read_recipe(path: Path) -> Recipe:
 
 def _labels(paths: Sequence[Path], recipes: Sequence[Recipe]) -> list[str]:
     """The shortest labels that tell the runs apart."""
-    ways = [
+    ways = (
         [recipe.method for recipe in recipes],
         [f"{recipe.method}, seed {recipe.seed}" for recipe in recipes],
         [shortened(path.resolve().name, 24) for path in paths],
-    ]
-    numbered = [f"run {number}" for number in range(1, len(paths) + 1)]
-    return next((way for way in ways if len(set(way)) == len(way)), numbered)
+        [f"run {number}" for number in range(1, len(paths) + 1)],
+    )
+    return next(labels for labels in ways if len(set(labels)) == len(labels))
 
 
 def _read_run(path: Path, name: Name, recipe: Recipe) -> RunRead:
+    record = read_record(path / RECORD)
     log = _read_log(path / LOG) if (path / LOG).is_file() else []
-    run = RunRead(path, name, recipe, read_record(path / RECORD), log)
+    counts = list(record["class_counts"].values())
+    groups = [shot_group(count) for count in counts]
+    run = RunRead(path, name, recipe, record, log, list(record["class_counts"]), counts, groups)
     if not (path / METRICS).is_file():
         return run
     metrics = read_metrics(path / METRICS)
     checkpoint, part = chosen(metrics)
-    if metrics[checkpoint][part] is None:
+    block = metrics[checkpoint]
+    if block[part] is None:
         return run  # there was nothing to score it on
     observed = _read_observed(path / OBSERVED, part) if (path / OBSERVED).is_file() else {}
-    return ScoredRun(path, name, recipe, run.record, log, checkpoint, part, metrics[checkpoint], observed)
+    tau = block["post_hoc"]["tau"] if block["post_hoc"] else None
+    return ScoredRun(
+        **vars(run), checkpoint=checkpoint, part=part, metrics=block, scores=block[part], tau=tau, observed=observed
+    )
 
 
 def _read_observed(file: Path, part: str) -> dict[str, Array]:
@@ -138,9 +123,8 @@ def _read_observed(file: Path, part: str) -> dict[str, Array]:
         with np.load(file, allow_pickle=False) as arrays:  # so that nothing in it is executed
             observed = {key.removeprefix(f"{part}/"): arrays[key] for key in arrays.files if key.startswith(f"{part}/")}
     except Exception as error:  # numpy, zipfile and zlib raise errors of many kinds
-        raise UserError(
-            f"{file} is damaged ({reason(error)}); write it anew: equipoise evaluate {file.parent}"
-        ) from None
+        fault = f"{file} is damaged ({reason(error)})"
+        raise UserError(f"{fault}; write it anew: equipoise evaluate {file.parent}") from None
     return observed if "confidence_N" in observed else {}
 
 

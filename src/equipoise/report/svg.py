@@ -7,8 +7,9 @@ which the page gives a colour, in light and in dark.
 
 import math
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from markupsafe import Markup
@@ -22,6 +23,7 @@ class Name(NamedTuple):
 
 
 Point = tuple[float, float]
+Margins = tuple[int, int, int, int]  # top, right, bottom, left; pixels
 ByHeading = Mapping[str, Sequence[tuple[Name, Any]]]  # below each heading a value of each run
 LINE = 15  # pixels from one line of text to the next
 _PHONE = 328  # pixels; the narrowest page that a figure with its margins is made for
@@ -47,10 +49,9 @@ class Axis:
 PERCENT = Axis("accuracy, percent", 0, 100, tuple((value, str(value)) for value in (0, 25, 50, 75, 100)))
 
 
-def linear_axis(label: str, values: Iterable[float], low: float | None = None, ticks: int = 5) -> Axis:
+def linear_axis(label: str, values: Collection[float], low: float | None = None, ticks: int = 5) -> Axis:
     """An axis over `values`, from `low` if given, with about that many round ticks."""
-    known = list(values)
-    start, end = min(known) if low is None else low, max(known)
+    start, end = min(values) if low is None else low, max(values)
     if end <= start:
         end = start + (abs(start) or 1.0)
     raw = (end - start) / ticks
@@ -61,11 +62,10 @@ def linear_axis(label: str, values: Iterable[float], low: float | None = None, t
     return Axis(label, marks[0][0], marks[-1][0], marks)
 
 
-def log_axis(label: str, values: Iterable[float]) -> Axis:
+def log_axis(label: str, values: Collection[float]) -> Axis:
     """A logarithmic axis over positive `values`, with a little room at both ends; ticks at 1, 2 and 5 or, over more
     than two decades, at powers of ten."""
-    known = list(values)
-    low, high = min(known) / 1.15, max(known) * 1.15
+    low, high = min(values) / 1.15, max(values) * 1.15
     factors = (1, 2, 5) if high / low < 250 else (1,)
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks = [factor * 10.0**power for power in powers for factor in factors]
@@ -76,13 +76,10 @@ class Figure:
     """Marks over an x axis, `height` pixels high.
 
     Dots, bars, lines and areas are placed in the units of the axes; without a `y` axis, y is pixels from the top. Text
-    is placed at a share of the width and at pixels from the top. The margins (top, right, bottom, left; pixels) hold
-    what is written around the marks.
+    is placed at a share of the width and at pixels from the top. The margins hold what is written around the marks.
     """
 
-    def __init__(
-        self, x: Axis, height: int, y: Axis | None = None, margins: tuple[int, int, int, int] = (26, 12, 40, 34)
-    ):
+    def __init__(self, x: Axis, height: int, margins: Margins, y: Axis | None = None):
         self.x, self.height, self._y_axis, self._margins = x, height, y, margins
         # Pixels across on a phone. Texts that are clear of each other there are so on any wider page.
         self.phone_width = _PHONE - margins[1] - margins[3]
@@ -115,10 +112,8 @@ class Figure:
 
     def text(self, share: float, y: float, text: str, look: str, anchor: str = "start", dx: float = 0) -> None:
         """Text at a share of the width; `y` is its baseline's, in pixels."""
-        place = f"{100 * share:.2f}%"
-        self._add(
-            '<text class="{}" x="{}" y="{:.1f}" dx="{:g}" text-anchor="{}">{}</text>', look, place, y, dx, anchor, text
-        )
+        template = '<text class="{}" x="{:.2f}%" y="{:.1f}" dx="{:g}" text-anchor="{}">{}</text>'
+        self._add(template, look, 100 * share, y, dx, anchor, text)
 
     def dot(self, x: float, y: float, look: str, radius: float = 4, title: str = "") -> None:
         inside = Markup("<title>{}</title>").format(title) if title else ""
@@ -147,15 +142,10 @@ class Figure:
     def labels(self, labels: Iterable[tuple[float, Name]]) -> None:
         """The runs' labels beside the right end, moved apart where they would cover each other."""
         ordered = sorted((self._down(y), name) for y, name in labels)
-        placed: list[float] = []
-        for y, _ in ordered:
-            placed.append(max(y, placed[-1] + LINE) if placed else y)
+        ys = list(accumulate((y for y, _ in ordered), lambda above, y: max(y, above + LINE)))
         # What was pushed below the last pixel moves up again, and pushes up what it meets.
-        limit = float(self.height)
-        for index in reversed(range(len(placed))):
-            placed[index] = min(placed[index], limit)
-            limit = placed[index] - LINE
-        for y, (_, name) in zip(placed, ordered, strict=True):
+        ys = list(accumulate(reversed(ys), lambda below, y: min(y, below - LINE), initial=float(self.height + LINE)))
+        for y, (_, name) in zip(reversed(ys[1:]), ordered, strict=True):
             self.label(y, name)
 
     def svg(self, description: str) -> Markup:
@@ -171,10 +161,10 @@ class RowFigure(Figure):
     """Rows below headings, one for each run; `heights` are those of a heading, of a row, and of the gap below the last
     row of a heading, in pixels."""
 
-    def __init__(self, x: Axis, rows: ByHeading, heights: tuple[int, int, int], margins: tuple[int, int, int, int]):
+    def __init__(self, x: Axis, rows: ByHeading, heights: tuple[int, int, int], margins: Margins):
         self._rows, self._heights = rows, heights
         heading, row, gap = heights
-        super().__init__(x, sum(heading + row * len(of_heading) + gap for of_heading in rows.values()), None, margins)
+        super().__init__(x, sum(heading + row * len(of_heading) + gap for of_heading in rows.values()), margins)
 
     def places(self) -> Iterator[tuple[int, str, Name, Any]]:
         """Write the headings, and yield each row's top (pixels), heading, run and value."""
