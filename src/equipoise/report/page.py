@@ -69,7 +69,7 @@ def _content(runs: Sequence[RunRead], comparison: Mapping[str, Any] | None) -> d
         "imbalance": imbalance_factor(runs[0].counts),
         "group_sizes": group_sizes,
         "group_limits": GROUP_LIMITS,
-        "rarest": [group for group in reversed(GROUPS) if scored and scored[0].scores[group] is not None],
+        "rarest": next((group for group in reversed(GROUPS) if scored and scored[0].scores[group] is not None), None),
         "comparison": comparison,
         "seeds": _seeds(comparison["methods"], runs) if comparison else [],
         "table": {"top-1": "top1", **FURTHER},

@@ -80,10 +80,10 @@ def read_runs(paths: Sequence[Path]) -> list[RunRead]:
 def _read_recipe(path: Path) -> Recipe:
     if (path / RECIPE).is_file() and (path / RECORD).is_file():
         return load_recipe(path / RECIPE)
-    fault = f"is no run folder (it lacks {RECIPE} or {RECORD})" if path.exists() else "does not exist"
+    fault = f"{path} is not a run folder: it has no {RECIPE} or no {RECORD}"
     within = min(path.glob(f"*/{RECORD}"), default=None)
-    advice = f"name a run folder within it, as {within.parent}" if within else "name one that equipoise train wrote"
-    raise UserError(f"{path} {fault}; {advice}")
+    advice = f"name one within it, as {within.parent}" if within else "name one that equipoise train wrote"
+    raise UserError(f"{fault if path.exists() else f'there is no run folder at {path}'}; {advice}")
 
 
 def _labels(paths: Sequence[Path], recipes: Sequence[Recipe]) -> list[str]:
@@ -98,14 +98,14 @@ def _labels(paths: Sequence[Path], recipes: Sequence[Recipe]) -> list[str]:
 
 
 def _read_run(path: Path, name: Name, recipe: Recipe) -> RunRead:
-    record = read_record(path / RECORD)
+    record: Mapping[str, Any] = read_record(path / RECORD)
     log = _read_log(path / LOG) if (path / LOG).is_file() else []
     counts = list(record["class_counts"].values())
     groups = [shot_group(count) for count in counts]
     run = RunRead(path, name, recipe, record, log, list(record["class_counts"]), counts, groups)
     if not (path / METRICS).is_file():
         return run
-    metrics = read_metrics(path / METRICS)
+    metrics: Mapping[str, Any] = read_metrics(path / METRICS)
     checkpoint, part = chosen(metrics)
     block = metrics[checkpoint]
     if block[part] is None:
