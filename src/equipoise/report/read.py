@@ -1,25 +1,20 @@
-"""Run folders become what the report shows of them: recipe, record, log, figures, observations.
+"""Run folders become what the report shows of them: recipe, record, log, scores, observations.
 
-Nothing is computed here, and much may be missing: a run that stopped early left its curves alone.
+Nothing is computed here, and much may be missing: a run that stopped early has its curves alone.
 """
 
-import io
-import sys
-import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from equipoise.base.errors import UnreadableError, UserError, reason
-from equipoise.base.files import ABSENT, fits, is_count, is_number, is_text, parsed_json
-from equipoise.base.log import LONGEST_LINE
+from equipoise.base.errors import UserError, reason
 from equipoise.config.recipe import Recipe, load_recipe
-from equipoise.evaluation.metrics import GROUPS
-from equipoise.evaluation.observe import COSINE_BINS
+from equipoise.evaluation.metrics import shot_group
 from equipoise.evaluation.records import read_metrics, read_record
 from equipoise.evaluation.run import chosen
 from equipoise.report.charts import Name
@@ -27,177 +22,118 @@ from equipoise.report.svg import shortened
 from equipoise.runs.folder import METRICS, OBSERVED, RECIPE, RECORD
 
 LOG = "metrics.jsonl"
-CURVES = ("loss", "classification", "contrastive", "lr", "mean_per_class", "few")  # what is drawn of it
-_MOST_OBSERVED = 2**26  # bytes; of 8,142 classes it has 20 million at most
-_ENTRY, _MOST_ENTRIES = b"PK\x01\x02", 100  # what an array begins with in the directory, and how many there are
 
 Array = npt.NDArray[Any]
 
 
-@dataclass(frozen=True)
+class LogLine(msgspec.Struct):
+    """What is drawn of a line of the log: losses and learning rate of 'train', shares of 'validation'."""
+
+    kind: str
+    step: int
+    epoch: int
+    loss: float | None = None
+    classification: float | None = None
+    contrastive: float | None = None
+    lr: float | None = None
+    mean_per_class: float | None = None
+    few: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class RunRead:
-    """What a run folder holds. Of a run that stopped early `metrics` is None, and `observed`, which is of
-    the part that speaks for the run, is empty."""
+    """What a run folder holds, whether the run has finished or not; of each class its training images (`counts`) and
+    its shot group."""
 
     path: Path
     name: Name
     recipe: Recipe
-    record: dict[str, Any]
-    log: list[dict[str, Any]]
-    metrics: dict[str, Any] | None
+    record: Mapping[str, Any]
+    log: list[LogLine]
+    class_names: list[str]
+    counts: list[int]
+    groups: list[str]
+
+
+@dataclass(frozen=True, eq=False)
+class ScoredRun(RunRead):
+    """A run with the metrics of the checkpoint that speaks for it, their scores on the part that speaks for it, the tau
+    that validation chose, and what was observed on that part (arrays as `Observation` names them; none if an earlier
+    version scored the run)."""
+
     checkpoint: str
     part: str
-    observed: dict[str, Array]
-
-    @property
-    def figures(self) -> dict[str, Any]:
-        """Of a scored run: the figures that are shown, as in `metrics.json`."""
-        assert self.metrics is not None
-        return self.metrics[self.checkpoint][self.part]
-
-    @property
-    def class_names(self) -> list[str]:
-        return list(self.record["class_counts"])
-
-    @property
-    def counts(self) -> list[int]:
-        return list(self.record["class_counts"].values())
+    metrics: Mapping[str, Any]
+    scores: Mapping[str, Any]
+    tau: float | None
+    observed: Mapping[str, Array]
 
 
 def read_runs(paths: Sequence[Path]) -> list[RunRead]:
-    """What the run folders hold. Raises UserError for what is no run folder, or damaged."""
+    """What the run folders hold. Raises UserError for a path that is no run folder, or has a file that cannot be
+    read."""
     recipes = [_read_recipe(path) for path in paths]
-    return [
-        _read_run(path, Name(label, f"run{number}"), recipe)
-        for number, (path, label, recipe) in enumerate(zip(paths, _labels(paths, recipes), recipes, strict=True))
-    ]
+    names = [Name(label, f"run{number}") for number, label in enumerate(_labels(paths, recipes))]
+    return [_read_run(*run) for run in zip(paths, names, recipes, strict=True)]
 
 
 def _read_recipe(path: Path) -> Recipe:
     if (path / RECIPE).is_file() and (path / RECORD).is_file():
         return load_recipe(path / RECIPE)
-    if not path.exists():
-        fault = f"there is no run folder at {path}"
-    elif not path.is_dir():
-        fault = f"{path} is a file, not a run folder"
-    else:
-        fault = f"{path} is not a run folder: it has no {RECIPE} or no {RECORD}"
+    fault = f"{path} is not a run folder: it has no {RECIPE} or no {RECORD}"
     within = min(path.glob(f"*/{RECORD}"), default=None)
-    raise UserError(f"{fault}; name one {f'within it, as {within.parent}' if within else 'that equipoise train wrote'}")
+    advice = f"name one within it, as {within.parent}" if within else "name one that equipoise train wrote"
+    raise UserError(f"{fault if path.exists() else f'there is no run folder at {path}'}; {advice}")
 
 
 def _labels(paths: Sequence[Path], recipes: Sequence[Recipe]) -> list[str]:
-    """The shortest of these that tells the runs apart."""
-    ways = [
+    """The shortest labels that tell the runs apart."""
+    ways = (
         [recipe.method for recipe in recipes],
         [f"{recipe.method}, seed {recipe.seed}" for recipe in recipes],
         [shortened(path.resolve().name, 24) for path in paths],
-    ]
-    numbered = [f"run {number}" for number in range(1, len(paths) + 1)]
-    return next((way for way in ways if len(set(way)) == len(way)), numbered)
+        [f"run {number}" for number in range(1, len(paths) + 1)],
+    )
+    return next(labels for labels in ways if len(set(labels)) == len(labels))
 
 
 def _read_run(path: Path, name: Name, recipe: Recipe) -> RunRead:
-    record = read_record(path / RECORD)
-    classes = record["class_counts"]
-    metrics = read_metrics(path / METRICS) if (path / METRICS).is_file() else None
-    if metrics and (metrics["class_names"], metrics["train_counts"]) != (list(classes), list(classes.values())):
-        raise UserError(f"{path / METRICS} is of other classes than {RECORD}; write it anew: equipoise evaluate {path}")
-    checkpoint, part = chosen(metrics) if metrics else ("last", "test")
-    if metrics and metrics[checkpoint][part] is None:
-        metrics = None  # nothing was there to score it on
-    observed: dict[str, Array] = {}
-    if metrics and (path / OBSERVED).is_file():
-        observed = _read_observed(path / OBSERVED, part, len(classes))
+    record: Mapping[str, Any] = read_record(path / RECORD)
     log = _read_log(path / LOG) if (path / LOG).is_file() else []
-    return RunRead(path, name, recipe, record, log, metrics, checkpoint, part, observed)
+    counts = list(record["class_counts"].values())
+    groups = [shot_group(count) for count in counts]
+    run = RunRead(path, name, recipe, record, log, list(record["class_counts"]), counts, groups)
+    if not (path / METRICS).is_file():
+        return run
+    metrics: Mapping[str, Any] = read_metrics(path / METRICS)
+    checkpoint, part = chosen(metrics)
+    block = metrics[checkpoint]
+    if block[part] is None:
+        return run  # there was nothing to score it on
+    observed = _read_observed(path / OBSERVED, part) if (path / OBSERVED).is_file() else {}
+    tau = block["post_hoc"]["tau"] if block["post_hoc"] else None
+    return ScoredRun(
+        **vars(run), checkpoint=checkpoint, part=part, metrics=block, scores=block[part], tau=tau, observed=observed
+    )
 
 
-def _read_observed(file: Path, part: str, classes: int) -> dict[str, Array]:
-    """What `observed.npz` has of a part; nothing of one that an earlier version wrote. Raises UserError where it is
-    damaged, or its arrays are not those of a run of that many classes."""
+def _read_observed(file: Path, part: str) -> dict[str, Array]:
+    """The arrays of a part; none where an earlier version wrote the file."""
     try:
-        size = file.stat().st_size
-        if size > _MOST_OBSERVED:
-            raise UnreadableError("too large")
-        content = file.read_bytes()
-        if content.count(_ENTRY) > _MOST_ENTRIES:
-            raise UnreadableError("too many arrays")
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            if sum(entry.file_size for entry in archive.infolist()) > 8 * size + 2**25:
-                raise UnreadableError("it unpacks to far more than it is")
-        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-            mine = [key for key in arrays.files if key.startswith(f"{part}/")]
-            observed: dict[str, Array] = {key.removeprefix(f"{part}/"): arrays[key] for key in mine}
-        if "confidence_N" not in observed:
-            return {}
-        _check_observed(observed, classes)
-    except Exception as error:  # a damaged file may raise anything; nothing in it is executed
-        raise UserError(
-            f"{file} is damaged ({reason(error)}); write it anew: equipoise evaluate {file.parent}"
-        ) from None
-    return observed
+        with np.load(file, allow_pickle=False) as arrays:  # so that nothing in it is executed
+            observed = {key.removeprefix(f"{part}/"): arrays[key] for key in arrays.files if key.startswith(f"{part}/")}
+    except Exception as error:  # numpy, zipfile and zlib raise errors of many kinds
+        fault = f"{file} is damaged ({reason(error)})"
+        raise UserError(f"{fault}; write it anew: equipoise evaluate {file.parent}") from None
+    return observed if "confidence_N" in observed else {}
 
 
-def _check_observed(observed: dict[str, Array], classes: int) -> None:
-    """Raise UnreadableError where an array is missing, is not of its shape, or holds what it cannot. Arrays of whole
-    numbers become int64."""
-    for key in ("labels_N", "predicted_N", "map_MF", "map_rows_M"):
-        if key not in observed:
-            raise UnreadableError(f"{key} is missing")
-    images = observed["labels_N"].size
-    mapped, *width = observed["map_MF"].shape
-    if images < 1 or len(width) != 1 or (mapped and width[0] < 2):
-        raise UnreadableError("arrays of no images")
-    # By the end of the name: the shape, and between what the numbers lie.
-    kinds = {
-        "labels_N": ((images,), 0, classes - 1),
-        "predicted_N": ((images,), 0, classes - 1),
-        "confidence_N": ((images,), 0.0, 1.001),  # of float32, a sum may be above 1
-        "calibrated_N": ((images,), 0.0, 1.001),
-        "map_MF": ((mapped, *width), -1.001, 1.001),
-        "map_rows_M": ((mapped,), 0, images - 1),
-        "_spread_C": ((classes,), -0.001, 2.001),
-        "_cosines_GK": ((len(GROUPS), COSINE_BINS), 0, 2**40),
-    }
-    for key, values in observed.items():
-        shape, low, high = next((kind for end, kind in kinds.items() if key.endswith(end)), ((), 0, 0))
-        whole = isinstance(high, int)
-        known = values[~np.isnan(values)] if key.endswith("_spread_C") else values  # NaN: fewer than two images
-        if values.shape != shape or values.dtype.kind not in ("iu" if whole else "f"):
-            raise UnreadableError(f"{key[:40]} is not of its kind")
-        if known.size and not (low <= known.min() and known.max() <= high):
-            raise UnreadableError(f"{key[:40]} holds what it cannot")
-        if whole:
-            observed[key] = values.astype(np.int64)
-
-
-# What is drawn of a line of the log.
-_LOGGED = {
-    "kind": is_text,
-    **dict.fromkeys(("step", "epoch"), is_count),
-    **dict.fromkeys(CURVES, (ABSENT, None, is_number)),
-}
-
-
-def _read_log(file: Path) -> list[dict[str, Any]]:
-    """What is drawn of `metrics.jsonl`; the last line may be half a line where the run was killed. Raises UserError for
-    another line that is none of a log."""
-    lines: list[dict[str, Any]] = []
-    with file.open("rb") as opened:
-        for number, line in enumerate(iter(lambda: opened.readline(LONGEST_LINE), b""), 1):
-            try:
-                said = parsed_json(line, object_pairs_hook=_logged)
-                if not fits(said, _LOGGED):
-                    raise UnreadableError("no line of a log")
-                lines.append(said)
-            except ValueError:
-                if not line.endswith(b"\n") and not opened.read(1):
-                    break
-                raise UserError(f"{file}, line {number} is damaged; remove that line") from None
-    return lines
-
-
-def _logged(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Names as the same objects in each line: of a long log, they would fill the memory."""
-    return {sys.intern(name): value for name, value in pairs if name in _LOGGED}
+def _read_log(file: Path) -> list[LogLine]:
+    *lines, _ = file.read_bytes().split(b"\n")  # the last is empty, or half a line if the run was killed
+    decoder, log = msgspec.json.Decoder(LogLine), list[LogLine]()
+    for number, line in enumerate(lines, 1):
+        try:
+            log.append(decoder.decode(line))
+        except ValueError as error:
+            raise UserError(f"{file}, line {number} is damaged ({error}); remove that line") from None
+    return log
