@@ -344,6 +344,13 @@ def test_a_prior_from_a_file(name, content, odd_run, tmp_path):
         assert math.log(after[1] / after[0]) == pytest.approx(math.log(before[1] / before[0]) + math.log(3.5), abs=1e-6)
 
 
+@pytest.mark.parametrize("weights", [(1e308, 1e308, 1e308), (3, 1e300, 1e308), (1e-320, 1e-320, 0)])
+def test_priors_of_any_scale(weights, odd_run, tmp_path):
+    draw_picture(tmp_path / "x.png", 0, 0)
+    predicted = load(odd_run).predict(tmp_path / "x.png", prior=dict(zip(ODD_NAMES, weights, strict=True)))
+    assert predicted.probability_NK.sum() == pytest.approx(1)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [

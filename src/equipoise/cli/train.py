@@ -152,14 +152,14 @@ def _export_for_authors(run: Path) -> None:
     from equipoise.runs.checkpoint import export_to_authors
     from equipoise.runs.folder import AUTHORS_NAMES
 
-    for ours, theirs in AUTHORS_NAMES.items():
-        if (run / ours).is_file():
+    for name, authors_name in AUTHORS_NAMES.items():
+        if (run / name).is_file():
             try:
-                export_to_authors(run / ours, run / theirs)
+                export_to_authors(run / name, run / authors_name)
             except UserError as error:
                 print(f"not written in the authors' layout: {error}")
                 return
-            print(f"written: {run / theirs}")
+            print(f"written: {run / authors_name}")
 
 
 # ---------------------------------------------------------------------------------------------- --reload, --evaluate

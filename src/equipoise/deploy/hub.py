@@ -192,7 +192,7 @@ def model_card(checkpoint: Checkpoint, temperature: float | None, metrics: Mappi
 
 
 def _worst(checkpoint: Checkpoint, accuracy_C: list[float | None]) -> list[tuple[str, int, str]]:
-    """Name, training images and accuracy of the classes that are told worst, of those with images to score."""
+    """Name, training images and accuracy of the classes that are classified worst."""
     scored = sorted((share, label) for label, share in enumerate(accuracy_C) if share is not None)
     names, counts = checkpoint.class_names, checkpoint.class_counts
     return [(names[label], counts[label], percent(share)) for share, label in scored[:_SHOWN]]
