@@ -58,8 +58,8 @@ with _instrumented():
     from equipoise.data.lists import departures, identity, image_lists, read_list
     from equipoise.data.pack import pack
     from equipoise.data.sources import find_parts
-    from equipoise.deploy.hub import _card, read_hub_folder
-    from equipoise.deploy.predict import _in_order, read_weights
+    from equipoise.deploy.hub import model_card, read_hub_folder
+    from equipoise.deploy.predict import in_class_order, read_weights
     from equipoise.evaluation.records import read_bad_images
     from equipoise.evaluation.run import Run, figures_of
     from equipoise.method.encoders import _read_weights
@@ -275,7 +275,7 @@ def _packed() -> bytes:
 
 def _read_prior(file: Path) -> object:
     weights = read_weights(file)
-    return _in_order(weights, tuple(weights), str(file))
+    return in_class_order(weights, tuple(weights), str(file))
 
 
 def _read_hub_config(file: Path) -> object:
@@ -380,7 +380,7 @@ def _read_run_folder(file: Path) -> object:
     checkpoint = Checkpoint(recipe, tuple(_COUNTS), tuple(_COUNTS.values()), 2, 6, None, {}, {}, {})
     figures = figures_of(file.parent / "last.pt", checkpoint)
     if figures:
-        _card(checkpoint, figures["temperature"], figures)
+        model_card(checkpoint, figures["temperature"], figures)
     metrics = Run(file.parent).metrics
     with contextlib.redirect_stdout(io.StringIO()):
         print_post_hoc(metrics)

@@ -36,11 +36,16 @@ __all__ = [
     "Recipe",
     "Run",
     "UserError",
+    "__version__",
     "load",
     "load_checkpoint",
     "load_recipe",
     "train",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def __getattr__(name: str) -> Any:

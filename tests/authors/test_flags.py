@@ -137,10 +137,6 @@ def test_a_data_set_by_name(name):
         ("--reload True --resume log/x.pth.tar", "there is no run folder or checkpoint at log/x.pth.tar"),
         ("--reload True --resume x --beside ce", "--reload trains nothing: drop --beside"),
         ("--resume log/x.pth.tar", "there is no run folder or checkpoint at log/x.pth.tar"),
-        ("--cos imagenet-lt", "'imagenet-lt' was taken as a value of --cos: write the recipe before the flags"),
-        ("--schedule step imagenet-lt", "'imagenet-lt' was taken as a value of --schedule: write the recipe before"),
-        ("--randaug my.toml", "'my.toml' was taken as a value of --randaug: write the recipe before the flags"),
-        ("--mean 0.5 0.5 0.5 imagenet-lt", "'imagenet-lt' was taken as a value of --mean"),
         ("--reload maybe", "--reload must be true or false, not 'maybe'"),
     ],
 )

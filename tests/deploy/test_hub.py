@@ -12,10 +12,10 @@ from markdown_it import MarkdownIt
 from PIL import Image
 from safetensors.torch import load_file
 
-import equipoise
 from equipoise import UserError, load, load_recipe
 from equipoise.deploy.hub import is_hub_folder, read_hub_folder, write_hub_folder
 from equipoise.runs.checkpoint import Checkpoint, create_network, state_on_cpu
+from equipoise.views.views import short_side
 
 NAMES = ("<b>x & y</b>", "a|b `c` *d* _e_ [f](g) #1 $2$ ~h~ !i", "<script>alert(1)</script>\n\n# no heading", "\\<i>")
 
@@ -43,8 +43,7 @@ def test_round_trip(tmp_path):
     assert (read.class_names, read.class_counts, read.epoch, read.step) == (NAMES, (130, 95, 60, 25), 7, 70)
     assert read.weights.keys() == checkpoint.weights.keys()
     assert all(torch.equal(read.weights[name], value) for name, value in checkpoint.weights.items())
-    expected = equipoise.config.recipe.override(checkpoint.recipe, equipoise.config.recipe.find_field("data.path"), "")
-    assert read.recipe == equipoise.config.recipe.override(expected, equipoise.config.recipe.find_field("weights"), "")
+    assert read.recipe == untrained(data="", lr=0.123).recipe
     for file in (tmp_path / "hub").iterdir():
         assert b"somebody" not in file.read_bytes(), "paths of the machine are nobody's business"
         assert file.stat().st_mode & 0o777 == 0o644
@@ -54,9 +53,9 @@ def test_round_trip(tmp_path):
 
 def test_an_existing_folder_is_not_written_over(tmp_path):
     (tmp_path / "hub").mkdir()
-    write_hub_folder(tmp_path / "hub", untrained(), None, None)
+    write_hub_folder(tmp_path / "hub", untrained(), None, None)  # an empty one is
     before = (tmp_path / "hub" / "model.safetensors").stat().st_mtime_ns
-    with pytest.raises(UserError, match=r"hub exists and is not empty; name another folder with --out"):
+    with pytest.raises(UserError, match="hub exists and is not empty; name another folder with --out"):
         write_hub_folder(tmp_path / "hub", untrained(), None, None)
     assert (tmp_path / "hub" / "model.safetensors").stat().st_mtime_ns == before
     assert os.listdir(tmp_path) == ["hub"]
@@ -65,22 +64,16 @@ def test_an_existing_folder_is_not_written_over(tmp_path):
 @pytest.mark.parametrize(
     ("key", "value", "reason"),
     [
-        ("class_names", None, "equipoise.class_names is missing, or"),
-        ("class_names", ["a", 3, "b", "c"], "equipoise.class_names[1] is missing, or is not what belongs there"),
-        ("class_counts", [1, 2, 3], "class counts must be one a class"),
-        ("class_counts", [1, 2, 0, 4], "equipoise.class_counts[2] is missing, or"),
-        ("temperature", "hot", "equipoise.temperature is missing, or"),
-        ("temperature", -1.0, "equipoise.temperature is missing, or"),
+        ("class_names", None, "Expected `array`, got `null` - at `$.equipoise.class_names`"),
+        ("class_names", ["a", 3, "b", "c"], "Expected `str`, got `int` - at `$.equipoise.class_names[1]`"),
+        ("class_names", ["a", "b"], "there must be one class count for each class"),
+        ("class_counts", [1, 2, 0, 4], "Expected `int` >= 1 - at `$.equipoise.class_counts[2]`"),
+        ("temperature", "hot", "at `$.equipoise.temperature`"),
         ("recipe", {"epochs": -3}, "epochs must be at least 1"),
-        ("recipe", None, "equipoise.recipe is missing, or"),
-        ("class_names", ["a", "b"], "class counts must be one a class"),
-        ("head.safetensors", b"half", "is not a folder that equipoise export --to safetensors wrote, or is incomplete"),
-        ("model.safetensors", None, "is not a folder that equipoise export --to safetensors wrote, or is incomplete"),
-        ("config.json", b'{"architecture": "resnet18"}', "equipoise is missing, or is not what belongs there"),
-        ("config.json", b"{", "config.json is damaged (Expecting property name"),
-        ("config.json", b"[" * 23_000_000, "config.json is damaged (it has 23,000,000 bytes); export the model anew"),
-        ("config.json", b"[" * 4_000_000, "config.json is damaged (it is nearly all brackets or names); export"),
-        ("class_names", ["a", "\ud800", "b", "c"], "equipoise.class_names[1] is missing, or is not what belongs there"),
+        ("head.safetensors", b"half", "is not a folder that equipoise export --to safetensors wrote, or it is damaged"),
+        ("model.safetensors", None, "is not a folder that equipoise export --to safetensors wrote, or it is damaged"),
+        ("config.json", b'{"architecture": "resnet18"}', "missing required field `equipoise`"),
+        ("config.json", b"{", "or it is damaged (Expecting property name"),
     ],
 )
 def test_damaged_folders(key, value, reason, tmp_path):
@@ -99,6 +92,13 @@ def test_damaged_folders(key, value, reason, tmp_path):
     assert "\n" not in str(refused.value)
 
 
+def test_class_names_that_are_no_utf8(tmp_path):
+    """As the folder of a class may be called."""
+    checkpoint = untrained(names=(os.fsdecode(b"\xff"), "b"))
+    write_hub_folder(tmp_path / "hub", checkpoint, None, figures([0.5, 0.5]))
+    assert read_hub_folder(tmp_path / "hub")[0].class_names == checkpoint.class_names
+
+
 @pytest.mark.parametrize(("arch", "size"), [("resnet18", 48), ("vit_tiny_patch16_224.augreg_in21k", 32)])
 def test_timm_loads_the_encoder(arch, size, tmp_path):
     """By the two lines of the card; the same features, from a picture on the disk, as our network's encoder gives."""
@@ -110,7 +110,6 @@ def test_timm_loads_the_encoder(arch, size, tmp_path):
     encoder = scope["encoder"]
     stored = load_file(tmp_path / "hub" / "model.safetensors")
     assert encoder.state_dict().keys() == stored.keys()
-    assert all(torch.equal(encoder.state_dict()[name], value) for name, value in stored.items())
     config = json.loads((tmp_path / "hub" / "config.json").read_text())
     assert encoder.num_features == config["num_features"]
     draw_picture(tmp_path / "x.png", 1, 1, size=(90, 70))
@@ -127,12 +126,8 @@ def test_timm_loads_the_encoder(arch, size, tmp_path):
 def test_timm_resizes_as_we_do(size, tmp_path):
     write_hub_folder(tmp_path / "hub", untrained(size=size), None, None)
     crop = json.loads((tmp_path / "hub" / "config.json").read_text())["pretrained_cfg"]["crop_pct"]
-    assert int(size / crop) == equipoise.views.views.short_side(size)
-
-
-def test_small_encoders_are_not_timms(tmp_path):
-    write_hub_folder(tmp_path / "hub", untrained(), None, None)
-    assert "timm" not in (tmp_path / "hub" / "README.md").read_text()
+    assert int(size / crop) == short_side(size)
+    assert "timm" not in (tmp_path / "hub" / "README.md").read_text(), "a small encoder is not one of timm's"
 
 
 # ---- the card
@@ -161,7 +156,8 @@ def test_the_card_says_what_was_measured_and_how_long_the_tail_is(tmp_path):
         ["percent", "test (40 images)"],
         ["top-1", "1.0"],
         ["mean over classes", "3.0"],
-        ["calibration error (before temperature scaling)", "10.0"],
+        ["many (more than 100 training images)", "4.0"],
+        ["calibration error", "10.0"],
         ["many", "1", "130"],
         ["medium", "3", "180"],
         ["few", "0", "0"],
@@ -193,7 +189,7 @@ def test_a_checkpoint_without_figures_or_counts(tmp_path):
     bare = Checkpoint(**{**vars(checkpoint), "class_counts": ()})
     write_hub_folder(tmp_path / "hub", bare, None, None)
     card = (tmp_path / "hub" / "README.md").read_text()
-    assert "This checkpoint was exported without figures." in card
+    assert "This checkpoint was exported without metrics." in card
     assert "The training images of each class are not known." in card
     assert read_hub_folder(tmp_path / "hub")[0].class_counts == ()
 
@@ -203,7 +199,7 @@ def test_the_card_of_a_run(odd_run, tmp_path):
     metrics = json.loads((odd_run / "metrics.json").read_text())
     for name in ("best", "last"):
         classifier = load(odd_run / f"{name}.pt")
-        write_hub_folder(tmp_path / name, classifier.checkpoint, classifier.temperature, classifier.figures)
+        write_hub_folder(tmp_path / name, classifier.checkpoint, classifier.temperature, classifier.metrics)
         _, rows = rendered((tmp_path / name / "README.md").read_text())
         scored = [metrics[name][part] for part in ("validation", "test")]
         assert ["top-1", *(f"{100 * part['top1']:.1f}" for part in scored)] in rows

@@ -113,7 +113,7 @@ def test_with_skip_they_are_replaced_counted_and_the_same_whatever_the_workers(d
         assert train_line.startswith("6 images could not be read and were replaced by others of the same class: ")
         assert f"{data}/train/ant/0.png (it is no image" in train_line
         assert train_line.endswith("; and 1 more")
-        assert test_line.startswith("1 image of the test part could not be read and was left out of its figures: ")
+        assert test_line.startswith("1 image of the test part could not be read and was left out of its metrics: ")
         metrics = json.loads((run / "metrics.json").read_text())
         assert metrics["bad_images"].keys() == {"train", "test"}
         assert metrics["bad_images"]["train"].keys() == bad.keys()

@@ -339,7 +339,7 @@ def test_a_run_goes_on_without_its_best_checkpoint(damage, chosen, tmp_path, cap
     assert metrics["last"] == json.loads((chosen / "metrics.json").read_text())["last"]
     said = " ".join(capsys.readouterr().out.split())
     assert f"{run}/best.pt" in said
-    assert "the figures are of the last checkpoint" in said
+    assert "the metrics are of the last checkpoint" in said
     # Going on, the next epoch is the best.
     plan = going_on(run, epochs=4)
     assert "the best of the epochs that follow takes its place" in plan.describe()["goes on"]
@@ -600,7 +600,7 @@ def test_a_read_only_disk(words, small_disk, finished, capsys):
     assert main(["evaluate", str(small_disk / "copy"), *words]) == 2
     said = capsys.readouterr()
     assert said.err == (
-        f"equipoise: the figures cannot be written into {small_disk}/copy; name a file elsewhere with --out FILE\n"
+        f"equipoise: the metrics cannot be written into {small_disk}/copy; name a file elsewhere with --out FILE\n"
     )
     assert said.out == "", "it is refused before the work"
     assert main(["evaluate", str(small_disk / "copy"), *words, "--out", str(finished / "x.json")]) == 0
@@ -609,7 +609,7 @@ def test_a_read_only_disk(words, small_disk, finished, capsys):
     assert main(["train", "--reload", "True", "--resume", str(small_disk / "copy" / "last.pt")]) == 0
     said = capsys.readouterr().out
     assert "top-1" in said
-    assert said.endswith(f"not written: {small_disk}/copy takes no files\n")
+    assert said.endswith(f"not written: {small_disk}/copy is read-only\n")
     assert main(["report", str(small_disk / "copy")]) == 2
     assert capsys.readouterr().err == (
         f"equipoise: the report cannot be written into {small_disk}/copy; name a file elsewhere with --out FILE\n"

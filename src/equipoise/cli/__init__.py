@@ -1,1 +1,1 @@
-"""Words to calls, and values to tables in the terminal."""
+"""The command line: arguments become calls, and values tables in the terminal."""

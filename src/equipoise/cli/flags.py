@@ -1,11 +1,12 @@
-"""Words of a command line become a recipe.
+"""Options that several commands have, and how they become a recipe.
 
-Recipe fields are flags under their own names; their checks, and so the messages, are the recipe's. Where no recipe is
-named, what lies at `--data` decides.
+The fields of a recipe are flags under their own names; the checks, and so the messages, are the recipe's. Where no
+recipe is named, the data at `--data` decides.
 """
 
 import argparse
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -24,7 +25,7 @@ from equipoise.config.recipe import (
 
 DEMO = "digits-lt"
 OWN_FOLDER = "pictures"
-# What `sources.recognise` finds, the recipe for it, and its name in a sentence.
+# What `sources.recognise` returns: the recipe for it, and its name in a message.
 _RECOGNISED = {
     "digits": (DEMO, "the built-in digits"),
     "imagenet-lt": ("imagenet-lt", "an ImageNet-2012 folder"),
@@ -35,14 +36,33 @@ _RECOGNISED = {
 }
 
 
+# What a command may write again. Any other file with the name of an output was named by mistake: a model, a picture.
+_REPLACED = (".csv", ".json", ".npz", ".npy", ".html", ".onnx", ".pt2", ".txt")
+_OF_RUNS = ("run.json", "metrics.json", "bad-images.json", "observed.npz", "compare.json", "config.json")
+
+
+def refuse_unwritable(files: Mapping[str, str | None]) -> None:
+    """Raise UserError for an option whose file could not be written, or is another file: before the work, not after."""
+    for option, file in files.items():
+        if file is None:
+            continue
+        path = Path(file).resolve()
+        if not path.parent.is_dir() or path.is_dir():
+            raise UserError(f"{option} must be a file in a folder that exists, not {file}")
+        if not os.access(path.parent, os.W_OK):
+            raise UserError(f"{option} must be a file in a folder that may be written, not {file}")
+        if path.exists() and (path.suffix not in _REPLACED or path.name in _OF_RUNS):
+            raise UserError(f"{option} would replace {file}, which is something else; name another file")
+
+
 def add_set(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="SECTION.FIELD=VALUE",
-        help="set any field of the recipe",
+        "--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="set any field of the recipe"
     )
+
+
+def add_device(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
 
 
 def add_list_flags(command: argparse.ArgumentParser, parts: Sequence[str]) -> None:
@@ -53,12 +73,12 @@ def add_list_flags(command: argparse.ArgumentParser, parts: Sequence[str]) -> No
         )
 
 
-def add_recipe_flags(command: argparse.ArgumentParser, words: list[str]) -> None:
-    """A flag for every field of a recipe, grouped by section."""
-    # Defaults are shown as the recipe on the command line has them.
-    default = OWN_FOLDER if "--data" in words else DEMO
-    named = next((word for word in words if word in shipped_recipes()), default)
-    shown = load_recipe(named) if {"-h", "--help"} & set(words) else Recipe()
+def add_recipe_flags(command: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    """A flag for every field of a recipe, grouped by section. The help shows the values of the recipe that the command
+    line names."""
+    default = OWN_FOLDER if "--data" in arguments else DEMO
+    named = next((argument for argument in arguments if argument in shipped_recipes()), default)
+    shown = load_recipe(named) if {"-h", "--help"} & set(arguments) else Recipe()
     groups: dict[str, Any] = {}
     for field in recipe_fields():
         if field.key in ("name", "summary"):
@@ -87,21 +107,8 @@ def add_field(group: Any, field: Field, default: Any = None) -> None:
     group.add_argument(*flags, dest=field.key, default=None, help=text, **arguments)
 
 
-def refuse_swallowed_recipe(options: argparse.Namespace) -> None:
-    """Raise UserError where a flag with an optional value, or several, took the recipe that was written behind it."""
-    if options.recipe is not None:
-        return
-    for flag in options.parser._actions:
-        value = getattr(options, flag.dest, None) if flag.nargs in ("?", "+") else None
-        for word in value if isinstance(value, list) else [value]:
-            if word in shipped_recipes() or str(word).endswith(".toml"):
-                raise UserError(
-                    f"'{word}' was taken as a value of {flag.option_strings[0]}: write the recipe before the flags"
-                )
-
-
 def overrides_of(options: argparse.Namespace) -> list[tuple[Field, Any]]:
-    """Fields set on the command line. Raises UserError where `--set` and a flag say different things of one."""
+    """Fields set on the command line. Raises UserError where `--set` and a flag set one field to different values."""
     settings: list[tuple[Field, Any]] = []
     for text in options.set:
         key, equals, value = text.partition("=")
@@ -123,10 +130,15 @@ def overrides_of(options: argparse.Namespace) -> list[tuple[Field, Any]]:
     return [*settings, *flags]
 
 
+def with_overrides(recipe: Recipe, options: argparse.Namespace) -> Recipe:
+    for field, value in overrides_of(options):
+        recipe = override(recipe, field, value)
+    return recipe
+
+
 def chosen_recipe(options: argparse.Namespace) -> tuple[Recipe, str]:
     """The recipe with its overrides, and a remark where it was not named."""
-    overrides = overrides_of(options)
-    path = {field.key: value for field, value in overrides}.get("data.path")
+    path = {field.key: value for field, value in overrides_of(options)}.get("data.path")
     name, remark = options.recipe, ""
     if options.dataset is not None:
         of_dataset = recipe_of_dataset(options.dataset)
@@ -136,36 +148,29 @@ def chosen_recipe(options: argparse.Namespace) -> tuple[Recipe, str]:
 
     from equipoise.data.sources import recognise
 
-    lies_there = recognise(path) if path else ("" if name else "digits")
-    fitting, spoken = _RECOGNISED.get(lies_there, (OWN_FOLDER, ""))
+    found = recognise(path) if path else ("" if name else "digits")
+    fitting, spoken = _RECOGNISED.get(found, (OWN_FOLDER, ""))
     published = {recipe for recipe, _ in _RECOGNISED.values() if recipe != DEMO}
     if name is None:
         name = fitting
-        there = f"{path} is {spoken}, so " if path and spoken else ""
-        remark = f"no recipe named: {there}taking '{name}' (equipoise recipes lists them all)"
-    elif lies_there and name in published and name != fitting:
+        why = f"{path} is {spoken}, so " if path and spoken else ""
+        remark = f"no recipe named: {why}taking '{name}' (equipoise recipes lists them all)"
+    elif found and name in published and name != fitting:
         raise UserError(
             f"the recipe {name} is not for {path}: that is {spoken}; take {fitting}, or name another folder"
         )
-    recipe = load_recipe(name)
-    for field, value in overrides:
-        recipe = override(recipe, field, value)
-    return recipe, remark
+    return with_overrides(load_recipe(name), options), remark
 
 
 def resumed_recipe(options: argparse.Namespace) -> Recipe | None:
-    """With `--resume` and neither a recipe nor data named, the recipe is the run's own. So it is with data, where the
-    run goes on in its folder: then they have moved."""
-    overrides = overrides_of(options)
+    """The run's own recipe, for `--resume` without a recipe and without data; with data too if the run goes on in its
+    folder, since then the data have moved."""
     moved = not options.out and Path(options.resume or "", "recipe.toml").is_file()
-    of_data = "data.path" in {field.key for field, _ in overrides}
+    of_data = "data.path" in {field.key for field, _ in overrides_of(options)}
     named = options.recipe or options.dataset or (of_data and not moved)
     if not options.resume or options.resume == "auto" or named:
         return None
 
     from equipoise.runs.checkpoint import recipe_of
 
-    recipe = recipe_of(Path(options.resume))
-    for field, value in overrides:
-        recipe = override(recipe, field, value)
-    return recipe
+    return with_overrides(recipe_of(Path(options.resume)), options)

@@ -1,54 +1,53 @@
-"""A checkpoint becomes a hub-style folder of safetensors, and back: nothing in it is executed.
+"""A checkpoint becomes a hub-style folder of safetensors, and back. Nothing in the folder is executed.
 
-`config.json` is timm's (architecture, arguments, preprocessing) with what else a checkpoint says under 'equipoise';
-`model.safetensors` holds the encoder under timm's own names, so that timm loads it strictly; `head.safetensors` the
-classifier and the projections; `README.md` is the model card.
+`config.json` is timm's (architecture, arguments, preprocessing), with the rest of the checkpoint under 'equipoise'.
+`model.safetensors` holds the encoder under timm's own names, so that timm loads it strictly; `head.safetensors` holds
+the classifier and the projections; `README.md` is the model card.
 """
 
 import json
+import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import torch
+import jinja2
+import msgspec
 
-from equipoise.base.errors import UserError, in_words, reason, several
-from equipoise.base.files import is_count, is_filled, is_positive, is_text, new_file_mode, read_json, regular_file
-from equipoise.config.recipe import Data, Recipe, recipe_from_table, recipe_table
+from equipoise.base.errors import UserError, in_words, several
+from equipoise.config.recipe import Data, recipe_from_table, recipe_table
 from equipoise.data.images import imbalance_factor
-from equipoise.evaluation.metrics import shot_group
+from equipoise.evaluation.metrics import FURTHER, GROUP_LIMITS, GROUPS, percent, shot_group
 from equipoise.method.encoders import timm_arguments
 from equipoise.runs.checkpoint import Checkpoint
 from equipoise.views.views import short_side
 
 CONFIG, WEIGHTS, HEAD, CARD = "config.json", "model.safetensors", "head.safetensors", "README.md"
 _ENCODER = "encoder."
-_LARGEST_CONFIG = 2**22  # bytes; that of 8,142 classes has 300,000
-_CONFIG = {
-    "equipoise": {
-        "recipe": dict,
-        "class_names": [is_text],
-        "class_counts": [is_filled],
-        "epoch": is_count,
-        "step": is_count,
-        "temperature": (None, is_positive),
-    }
-}
 _SHOWN = 10  # classes of the model card
-_FIGURES = {
-    "top-1": "top1",
-    "top-5": "top5",
-    "mean over classes": "mean_per_class",
-    "many (more than 100 training images)": "many",
-    "medium (20 to 100)": "medium",
-    "few (fewer than 20)": "few",
-    "worst tenth of classes": "worst_tenth",
-    "worst class": "worst_class",
-    "macro F1": "macro_f1",
-    "calibration error (before temperature scaling)": "ece",
-}
+
+
+class _About(msgspec.Struct):
+    """What `config.json` says under 'equipoise': a checkpoint without its tensors."""
+
+    recipe: dict[str, Any]
+    class_names: Annotated[list[str], msgspec.Meta(min_length=1)]
+    class_counts: list[Annotated[int, msgspec.Meta(ge=1)]]  # empty where the training images are not known
+    epoch: Annotated[int, msgspec.Meta(ge=0)]
+    step: Annotated[int, msgspec.Meta(ge=0)]
+    temperature: Annotated[float, msgspec.Meta(gt=0)] | None
+
+    def __post_init__(self) -> None:
+        if self.class_counts and len(self.class_counts) != len(self.class_names):
+            raise ValueError("there must be one class count for each class")
+
+
+class _Config(msgspec.Struct):
+    """What is read of `config.json`."""
+
+    equipoise: _About
 
 
 def is_hub_folder(path: Path) -> bool:
@@ -56,84 +55,82 @@ def is_hub_folder(path: Path) -> bool:
 
 
 def write_hub_folder(
-    folder: Path, checkpoint: Checkpoint, temperature: float | None, figures: Mapping[str, Any] | None
+    folder: Path, checkpoint: Checkpoint, temperature: float | None, metrics: Mapping[str, Any] | None
 ) -> None:
-    """Write `checkpoint` to `folder`, which appears complete or not at all. `figures`: what `metrics.json` says of it,
-    for the model card.
+    """Write `checkpoint` to `folder`, which appears complete or not at all. `metrics`: those of the checkpoint in
+    `metrics.json`, for the model card.
 
-    Raises UserError where something is there already.
+    Raises UserError where the folder exists and is not empty, or cannot be written.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     if folder.is_symlink() or folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not empty; name another folder with --out")
-    config = _config(checkpoint, temperature)
     weights = {name: value.clone() for name, value in checkpoint.weights.items()}  # no two may share memory
-    with tempfile.TemporaryDirectory(dir=folder.absolute().parent, prefix=f".{folder.name}.") as temporary:
-        made = Path(temporary) / folder.name
-        made.mkdir()
-        encoder = {name.removeprefix(_ENCODER): value for name, value in weights.items() if name.startswith(_ENCODER)}
-        head = {name: value for name, value in weights.items() if not name.startswith(_ENCODER)}
-        for file, tensors in ((WEIGHTS, encoder), (HEAD, head)):
-            try:
-                save_file(tensors, made / file, {"format": "pt"})
-            except SafetensorError as error:
-                raise UserError(f"{folder} could not be written ({error}); make room there, or name another") from None
-            (made / file).chmod(new_file_mode())
-        text = json.dumps(config, indent=1, ensure_ascii=False)
-        (made / CONFIG).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
-        (made / CARD).write_text(_card(checkpoint, temperature, figures), encoding="utf-8", errors="backslashreplace")
-        read, _ = read_hub_folder(made)
-        same = read.weights.keys() == weights.keys() and all(
-            torch.equal(read.weights[name], weights[name]) for name in weights
-        )
-        if not same:
-            raise RuntimeError(f"what was written to {folder} does not read back the same; it was removed")
-        if folder.is_dir():
-            folder.rmdir()
-        made.rename(folder)
+    encoder = {name.removeprefix(_ENCODER): value for name, value in weights.items() if name.startswith(_ENCODER)}
+    head = {name: value for name, value in weights.items() if not name.startswith(_ENCODER)}
+    config = json.dumps(_config(checkpoint, temperature), indent=1, ensure_ascii=False) + "\n"
+    card = model_card(checkpoint, temperature, metrics)
+    try:
+        with tempfile.TemporaryDirectory(dir=folder.absolute().parent, prefix=f".{folder.name}.") as temporary:
+            written = Path(temporary) / folder.name
+            written.mkdir()
+            (written / WEIGHTS).write_bytes(save(encoder, {"format": "pt"}))
+            (written / HEAD).write_bytes(save(head, {"format": "pt"}))
+            # Part of a class name may be no UTF-8: it becomes an escape, which JSON reads back.
+            (written / CONFIG).write_text(config, encoding="utf-8", errors="backslashreplace")
+            (written / CARD).write_text(card, encoding="utf-8", errors="backslashreplace")
+            os.replace(written, folder)
+    except OSError as error:
+        raise UserError(f"{folder} could not be written ({in_words(error)}); name another folder with --out") from None
 
 
 def read_hub_folder(folder: Path) -> tuple[Checkpoint, float | None]:
-    """The checkpoint of a folder that `write_hub_folder` wrote, and its temperature. Raises UserError for another."""
+    """The checkpoint of a folder that `write_hub_folder` wrote, and its temperature. Raises UserError for another
+    folder, or a damaged one."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        table = read_json(folder / CONFIG, _LARGEST_CONFIG, _CONFIG, "export the model anew")["equipoise"]
-        weights = {_ENCODER + name: value for name, value in load_file(regular_file(folder / WEIGHTS)).items()}
-        weights |= load_file(regular_file(folder / HEAD))
-        if table["class_counts"] and len(table["class_counts"]) != len(table["class_names"]):
-            raise ValueError("class counts must be one a class")
-        checkpoint = Checkpoint(
-            recipe=recipe_from_table(table["recipe"], str(folder / CONFIG)),
-            class_names=tuple(table["class_names"]),
-            class_counts=tuple(table["class_counts"]),
-            epoch=table["epoch"],
-            step=table["step"],
-            best=None,
-            weights=weights,
-            optimizer={},
-            fingerprints={},
-        )
-    except UserError:
-        raise
+        # Not msgspec's own JSON reader: it refuses the escapes of class names that are no UTF-8.
+        about = msgspec.convert(json.loads((folder / CONFIG).read_bytes()), _Config).equipoise
+        weights = {_ENCODER + name: value for name, value in load_file(folder / WEIGHTS).items()}
+        weights |= load_file(folder / HEAD)
     except (OSError, ValueError, SafetensorError) as error:
-        why = in_words(error) if isinstance(error, OSError) and error.strerror else reason(error, library=True)
+        why = in_words(error) if isinstance(error, OSError) else error
         raise UserError(
-            f"{folder} is not a folder that equipoise export --to safetensors wrote, or is incomplete ({why}); export "
+            f"{folder} is not a folder that equipoise export --to safetensors wrote, or it is damaged ({why}); export "
             "the model anew"
         ) from None
-    return checkpoint, table["temperature"]
+    checkpoint = Checkpoint(
+        recipe=recipe_from_table(about.recipe, str(folder / CONFIG)),
+        class_names=tuple(about.class_names),
+        class_counts=tuple(about.class_counts),
+        epoch=about.epoch,
+        step=about.step,
+        best=None,
+        weights=weights,
+        optimizer={},
+        fingerprints={},
+    )
+    return checkpoint, about.temperature
 
 
 def _config(checkpoint: Checkpoint, temperature: float | None) -> dict[str, Any]:
+    """`config.json`, in timm's format."""
     recipe = checkpoint.recipe
     size, photos = recipe.views.size, recipe.views.policy == "photos"
     name, arguments = timm_arguments(recipe.model.encoder, size) or (recipe.model.encoder, {})
-    # Where the data and the starting weights lay is nobody's business, and of no use elsewhere.
+    # The paths of the data and of the starting weights are private, and of no use elsewhere.
     published = replace(recipe, data=Data(path=""), model=replace(recipe.model, weights=""))
+    about = _About(
+        recipe=recipe_table(published),
+        class_names=list(checkpoint.class_names),
+        class_counts=list(checkpoint.class_counts),
+        epoch=checkpoint.epoch,
+        step=checkpoint.step,
+        temperature=temperature,
+    )
     return {
         "architecture": name,
         "num_classes": 0,  # the classifier is not one of timm's: the encoder alone is
@@ -151,140 +148,54 @@ def _config(checkpoint: Checkpoint, temperature: float | None) -> dict[str, Any]
             "num_classes": 0,
             "classifier": None,
         },
-        "equipoise": {
-            "recipe": recipe_table(published),
-            "class_names": list(checkpoint.class_names),
-            "class_counts": list(checkpoint.class_counts),
-            "epoch": checkpoint.epoch,
-            "step": checkpoint.step,
-            "temperature": temperature,
-        },
+        "equipoise": msgspec.to_builtins(about),
     }
 
 
 # ---------------------------------------------------------------------------------------------- model card
 
-
-def _card(checkpoint: Checkpoint, temperature: float | None, figures: Mapping[str, Any] | None) -> str:
-    recipe, counts = checkpoint.recipe, checkpoint.class_counts
-    trained = f" on {sum(counts):,} images" if counts else ""
-    lines = [
-        "---",
-        "library_name: equipoise",
-        "pipeline_tag: image-classification",
-        "tags: [image-classification, long-tailed-recognition, equipoise]",
-        "---",
-        "",
-        f"# {_plain(recipe.model.encoder)} for {len(checkpoint.class_names):,} classes with a long tail",
-        "",
-        f"Trained by Equipoise{trained} with the method `{recipe.method}` (recipe {_plain(recipe.name)}), "
-        f"{several(checkpoint.epoch, 'epoch')}, at {recipe.views.size} pixels.",
-        "",
-        "## Accuracy",
-        "",
-        *_accuracy(figures),
-        "",
-        "## The tail",
-        "",
-        *_tail(checkpoint, figures),
-        "",
-        "## Use",
-        "",
-        "```python",
-        "import equipoise",
-        "",
-        'classifier = equipoise.load("FOLDER")',
-        'for file, classes in classifier.predict(["picture.jpg"]):',
-        "    print(file, classes[0])  # (class name, probability)",
-        "```",
-        "",
-        _meaning(temperature),
-        *_timm_use(recipe),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _accuracy(figures: Mapping[str, Any] | None) -> list[str]:
-    parts = [part for part in ("validation", "test") if figures and figures[part]]
-    if not figures or not parts:
-        return ["This checkpoint was exported without figures."]
-    rows = [
-        (label, [_percent(figures[part][key]) for part in parts])
-        for label, key in _FIGURES.items()
-        if any(figures[part][key] is not None for part in parts)
-    ]
-    images = (f"{part} ({figures[part]['images']:,} images)" for part in parts)
-    return [
-        _row(["percent", *images]),
-        _row(["---", *["---:"] * len(parts)]),
-        *(_row([label, *values]) for label, values in rows),
-    ]
-
-
-def _tail(checkpoint: Checkpoint, figures: Mapping[str, Any] | None) -> list[str]:
-    names, counts = checkpoint.class_names, checkpoint.class_counts
-    if not counts:
-        return ["The training images of each class are not known."]
-    in_group = {group: [count for count in counts if shot_group(count) == group] for group in ("many", "medium", "few")}
-    lines = [
-        f"The largest class has {max(counts):,} training images, the smallest {min(counts):,}: imbalance factor "
-        f"{imbalance_factor(counts):.4g}. Each class with its count is in `{CONFIG}`.",
-        "",
-        _row(["", "classes", "training images"]),
-        _row(["---", "---:", "---:"]),
-        *(_row([group, f"{len(members):,}", f"{sum(members):,}"]) for group, members in in_group.items()),
-        _row(["all", f"{len(counts):,}", f"{sum(counts):,}"]),
-    ]
-    part = next((part for part in ("test", "validation") if figures and figures[part]), None)
-    if figures and part:
-        scored = figures[part]["per_class"]
-        worst = sorted((index for index in range(len(names)) if scored[index] is not None), key=lambda i: scored[i])
-        lines += [
-            "",
-            f"Lowest accuracy on {part}, at most {_SHOWN} classes:",
-            "",
-            _row(["class", "training images", "accuracy, percent"]),
-            _row(["---", "---:", "---:"]),
-            *(_row([_plain(names[i]), f"{counts[i]:,}", _percent(scored[i])]) for i in worst[:_SHOWN]),
-        ]
-    return lines
-
-
-def _meaning(temperature: float | None) -> str:
-    calibrated = (
-        f"calibrated with the temperature {temperature:.3g}, fitted on the validation part"
-        if temperature
-        else "not calibrated, since no validation part could fit a temperature"
-    )
-    return (
-        "The probabilities are those for classes that are equally frequent where the model is used "
-        f"(`prior=` changes that); they are {calibrated}."
-    )
-
-
-def _timm_use(recipe: Recipe) -> list[str]:
-    if timm_arguments(recipe.model.encoder, recipe.views.size) is None:
-        return []
-    return [
-        "",
-        "The encoder alone, with a timm that knows `local-dir:` (tested with 1.0.31):",
-        "",
-        "```python",
-        'encoder = timm.create_model("local-dir:FOLDER", pretrained=True).eval()',
-        "transform = timm.data.create_transform(**timm.data.resolve_data_config(model=encoder))",
-        "```",
-    ]
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.1f}"
-
-
 _MARKED = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", **{mark: f"\\{mark}" for mark in "\\`*_[]|~#!$"}})
+_FIELDS = {
+    "top-1": "top1",
+    **{f"{group} ({GROUP_LIMITS[group]} training images)": group for group in GROUPS},
+    **FURTHER,
+}
+
+
+def model_card(checkpoint: Checkpoint, temperature: float | None, metrics: Mapping[str, Any] | None) -> str:
+    """The Markdown of the model card. `metrics`: see `write_hub_folder`."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("equipoise.deploy", "."), undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    environment.filters |= {"plain": _plain, "thousands": "{:,}".format}
+    recipe, counts, scored = checkpoint.recipe, checkpoint.class_counts, metrics or {}
+    parts = [part for part in ("validation", "test") if scored.get(part)]
+    rows = [
+        (label, [percent(scored[part][field], absent="") for part in parts])
+        for label, field in _FIELDS.items()
+        if any(scored[part][field] is not None for part in parts)
+    ]
+    return environment.get_template("card.md.jinja").render(
+        recipe=recipe,
+        names=checkpoint.class_names,
+        counts=counts,
+        epochs=several(checkpoint.epoch, "epoch"),
+        headings=[f"{part} ({scored[part]['images']:,} images)" for part in parts],
+        rows=rows,
+        imbalance_factor=f"{imbalance_factor(counts):.4g}" if counts else "",
+        groups={group: [count for count in counts if shot_group(count) == group] for group in GROUPS},
+        part=parts[-1] if parts else "",
+        worst=_worst(checkpoint, scored[parts[-1]]["per_class"]) if parts and counts else [],
+        temperature=temperature,
+        in_timm=timm_arguments(recipe.model.encoder, recipe.views.size) is not None,
+    )
+
+
+def _worst(checkpoint: Checkpoint, accuracy_C: list[float | None]) -> list[tuple[str, int, str]]:
+    """Name, training images and accuracy of the classes that are classified worst."""
+    scored = sorted((share, label) for label, share in enumerate(accuracy_C) if share is not None)
+    names, counts = checkpoint.class_names, checkpoint.class_counts
+    return [(names[label], counts[label], percent(share)) for share, label in scored[:_SHOWN]]
 
 
 def _plain(name: str) -> str:

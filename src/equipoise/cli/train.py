@@ -1,0 +1,187 @@
+"""`equipoise train`: its options, what they start, and what is shown of it."""
+
+import argparse
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from equipoise.authors.flags import LOG, add_authors_flags, authors_folder, truth
+from equipoise.base.errors import UserError
+from equipoise.cli import flags
+from equipoise.cli.score import score_checkpoint
+from equipoise.config.recipe import Method, Recipe, shipped_recipes
+
+if TYPE_CHECKING:
+    from equipoise.base.world import World
+    from equipoise.evaluation.run import Run
+    from equipoise.training.plan import Plan
+
+
+def add_train_options(command: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    add = command.add_argument
+    default = f"without one: {flags.DEMO}, or with --data what is recognised there, else {flags.OWN_FOLDER}"
+    recipe = f"a shipped recipe ({', '.join(shipped_recipes())}) or a TOML file; {default}"
+    add("recipe", nargs="?", metavar="RECIPE", help=recipe)
+    add("--out", metavar="FOLDER", help="the run folder (default: runs/RECIPE-METHOD-TIME)")
+    beside = "train this method too, under the same recipe, and show both (the demo: ce)"
+    add("--beside", choices=get_args(Method), help=beside)
+    flags.add_set(command)
+    add_authors_flags(command)
+    flags.add_recipe_flags(command, arguments)
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """What is to be trained."""
+
+    recipe: Recipe
+    remark: str  # to be shown where the recipe was not named
+    of_run: bool  # the recipe is that of the run that goes on
+
+
+def train(options: argparse.Namespace) -> None:
+    if options.out == "":
+        raise UserError("--out names no folder")
+    reload, evaluate = truth("--reload", options.reload), truth("--evaluate", options.evaluate)
+    if reload or evaluate:
+        _score_resumed(options, "test" if reload else "validation")
+        return
+    # A process alone refuses bad options before torch is imported.
+    chosen = _choose(options) if "WORLD_SIZE" not in os.environ else None
+
+    from equipoise.base.world import join
+
+    with join() as world, contextlib.redirect_stdout(sys.stdout if world.is_first else io.StringIO()):
+        _train(world, options, chosen or world.each_makes(lambda: _choose(options)))
+
+
+def _choose(options: argparse.Namespace) -> _Chosen:
+    of_run = flags.resumed_recipe(options)
+    return _Chosen(of_run, "", True) if of_run else _Chosen(*flags.chosen_recipe(options), False)
+
+
+def _train(world: "World", options: argparse.Namespace, chosen: _Chosen) -> None:
+    from equipoise.runs.folder import AUTHORS_NAMES
+
+    root_log = _root_log(options, chosen)
+    out = options.out or (authors_folder(root_log, chosen.recipe) if root_log else None)
+    plans = _plans(world, options, chosen.recipe, out)
+    # The authors' files of a run that goes on are written anew when it ends.
+    had_authors_files = any((plans[0].folder / name).exists() for name in AUTHORS_NAMES.values())
+    runs = [_carry_out(plan, chosen.remark if plan is plans[0] else "") for plan in plans]
+    if not world.is_first:  # the files are rank 0's
+        return
+    _show(runs)
+    if had_authors_files or (root_log and not options.out):
+        _export_for_authors(runs[0].path)
+    if len(runs) > 1:
+        from equipoise.report.page import write_report
+
+        print(f"report: {write_report([run.path for run in runs], runs[0].path / 'report.html')}")
+
+
+def _root_log(options: argparse.Namespace, chosen: _Chosen) -> str | None:
+    """The folder in which the run folder gets the authors' name: their commands name no recipe, and expect the run
+    where their README looks for it."""
+    unnamed = not (options.recipe or chosen.of_run)
+    authors_style = unnamed and chosen.recipe.data.benchmark in ("imagenet-lt", "inat2018")
+    return options.root_log or (LOG if authors_style else None)
+
+
+def _plans(world: "World", options: argparse.Namespace, recipe: Recipe, out: str | Path | None) -> "list[Plan]":
+    """The plan of the run and, where another method is trained beside it, of that one."""
+    demo = not (options.recipe or options.dataset or options.resume) and recipe.data.path == "digits"
+    if options.beside and options.resume:
+        raise UserError("--resume goes on with one run: drop --beside")
+    beside = options.beside or ("ce" if demo else None)
+
+    from equipoise.training.plan import prepare
+
+    plans = [prepare(recipe, out, options.resume, world)]
+    if beside and beside != recipe.method:
+        folder = Path(f"{plans[0].folder.resolve()}-{beside}") if out else None
+        plans.append(prepare(replace(recipe, method=beside), folder, None, world))
+    return plans
+
+
+def _carry_out(plan: "Plan", remark: str) -> "Run":
+    """Train. The plan is shown once nothing can be refused any more."""
+    from equipoise.training.loop import fit
+
+    return fit(plan, begins=lambda begun: _begin(begun, remark))
+
+
+def _begin(plan: "Plan", remark: str) -> None:
+    from equipoise.cli.tables import print_plan
+    from equipoise.runs.folder import AUTHORS_NAMES
+
+    if remark:
+        print(remark)
+    print_plan(plan.describe())
+    if plan.world.is_first:
+        for name in AUTHORS_NAMES.values():  # they are of the run as it was
+            (plan.folder / name).unlink(missing_ok=True)
+
+
+def _show(runs: "Sequence[Run]") -> None:
+    """The metrics of finished runs side by side, and where the runs are."""
+    from equipoise.cli.tables import print_metrics, print_post_hoc, print_unreadable
+
+    part = "test" if runs[0].metrics["test"] else "validation"
+    results: list[tuple[str, Any]] = [
+        (run.metrics["method"] + (f" {checkpoint}" if run.metrics["best"] else ""), run.metrics[checkpoint][part])
+        for run in runs
+        for checkpoint in ("last", "best")
+        if run.metrics[checkpoint] and run.metrics[checkpoint][part]
+    ]
+    if results:
+        print_metrics(results, f"accuracy on the {part} part, percent", runs[0].metrics)
+    for run in runs:
+        print_post_hoc(run.metrics)
+        print_unreadable(run.metrics)
+        print(f"run folder: {run.path}")
+
+
+def _export_for_authors(run: Path) -> None:
+    """Write the run's checkpoints under the authors' names and in their layout, where their code has such a model."""
+    from equipoise.runs.checkpoint import export_to_authors
+    from equipoise.runs.folder import AUTHORS_NAMES
+
+    for name, authors_name in AUTHORS_NAMES.items():
+        if (run / name).is_file():
+            try:
+                export_to_authors(run / name, run / authors_name)
+            except UserError as error:
+                print(f"not written in the authors' layout: {error}")
+                return
+            print(f"written: {run / authors_name}")
+
+
+# ---------------------------------------------------------------------------------------------- --reload, --evaluate
+
+
+def _score_resumed(options: argparse.Namespace, part: str) -> None:
+    """`--reload True --resume CHECKPOINT` scores the checkpoint and trains nothing."""
+    flag = "--reload" if part == "test" else "--evaluate"
+    if not options.resume:
+        raise UserError(f"{flag} scores a checkpoint: name it with --resume CHECKPOINT")
+    if options.beside or options.out:
+        raise UserError(f"{flag} trains nothing: drop {'--beside' if options.beside else '--out'}")
+
+    from equipoise.runs.checkpoint import recipe_of
+
+    checkpoint, overrides = Path(options.resume), flags.overrides_of(options)
+    data = {field.key: value for field, value in overrides}.get("data.path")
+    if data or options.recipe or options.dataset:
+        named = flags.chosen_recipe(options)[0].name
+        if not data and named != (own := recipe_of(checkpoint).name):
+            raise UserError(
+                f"{checkpoint} was trained by the recipe {own}, not {named}: name other data to score it on with "
+                "--data FOLDER"
+            )
+    score_checkpoint(checkpoint, data, part, overrides)
