@@ -68,7 +68,7 @@ def main(words: Sequence[str] | None = None) -> int:
         once = isinstance(error, SharedError) and os.environ.get("LOCAL_RANK", "0") != "0"
         if not once and not isinstance(error, SaidError):
             print(f"equipoise: {error}", file=sys.stderr)
-        return 2
+        return error.code
     except Stopped as stopped:
         if os.environ.get("RANK", "0") == "0":
             print(f"equipoise: {stopped}", file=sys.stderr)
