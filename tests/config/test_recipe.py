@@ -1,6 +1,5 @@
 """Recipes: every shipped one loads, every wrong one is refused with a sentence that helps."""
 
-import dataclasses
 import tomllib
 
 import pytest
@@ -76,28 +75,16 @@ def test_every_hyper_parameter_of_a_benchmark(name, values):
     )
 
 
-def test_cifar_recipes_differ_in_their_data_only():
-    ten, hundred = load_recipe("cifar10-lt"), load_recipe("cifar100-lt")
-    same = dataclasses.replace(
-        hundred,
-        name=ten.name,
-        summary=ten.summary,
-        data=dataclasses.replace(hundred.data, label_column=ten.data.label_column),
-        views=dataclasses.replace(hundred.views, mean=ten.views.mean, std=ten.views.std),
-    )
-    assert same == ten
-
-
 def test_every_field_by_each_of_its_names():
     for field in recipe_fields():
         names = {field.key, field.path[-1], field.path[-1].replace("_", "-"), *field.names}
         assert {find_field(name) for name in names} == {field}
-        assert field.setting.help
+        assert field.help
 
 
 def test_overrides_take_text_and_values():
     recipe = load_recipe(
-        "digits-lt", epochs="3", lr="0.5", blur="yes", milestones="1 2", mean=[0.1, 0.2, 0.3], **{"loss.beta": 2}
+        "digits-lt", epochs="3", lr="0.5", blur="TRUE", milestones="1 2", mean=[0.1, 0.2, 0.3], **{"loss.beta": 2}
     )
     assert (recipe.epochs, recipe.optim.lr, recipe.views.blur) == (3, 0.5, True)
     assert (recipe.optim.milestones, recipe.views.mean, recipe.loss.beta) == ((1.0, 2.0), (0.1, 0.2, 0.3), 2.0)
@@ -106,120 +93,99 @@ def test_overrides_take_text_and_values():
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "sentence"),
+    ("key", "value", "said"),
     [
         ("lr", -0.1, "optim.lr must be above 0, not -0.1"),
         ("lr", "fast", "optim.lr must be a number, not 'fast'"),
         ("lr", float("nan"), "optim.lr must be a number, not nan"),
+        ("tau", "inf", "loss.tau must be a number, not 'inf'"),
         ("lr", True, "optim.lr must be a number, not True"),
-        ("epochs", 0, "epochs must be at least 1, not 0"),
+        ("lr", None, "optim.lr must be a number, not None"),
+        ("epochs", 0, "epochs must be at least 1 and at most 1000000, not 0"),
         ("epochs", 2.5, "epochs must be a whole number, not 2.5"),
-        ("epochs", "1e3", "epochs must be a whole number, not '1e3'"),
-        ("holdout", 0.9, "data.holdout must be at most 0.5, not 0.9"),
+        ("seed", "9" * 5000, f"seed must be a whole number, not '{'9' * 47}...{'9' * 48}'"),
+        ("holdout", 0.9, "data.holdout must be at least 0 and at most 0.5, not 0.9"),
         ("device", "gpu", "device must be one of auto, cpu, cuda, cuda:N, mps, not 'gpu'"),
         ("method", "BCL", "method must be one of bcl, ce, logit-adjusted, supcon+la, not 'BCL'"),
+        ("method", ["bcl"], "method must be one of bcl, ce, logit-adjusted, supcon+la, not ['bcl']"),
         ("pretrained", "maybe", "model.pretrained must be true or false, not 'maybe'"),
         ("pretrained", 1, "model.pretrained must be true or false, not 1"),
-        ("mean", "0.1 0.2", "views.mean must be 3 numbers, not '0.1 0.2'"),
+        ("mean", "0.1 0.2", "views.mean must be 3 numbers, each at least 0 and at most 1, not '0.1 0.2'"),
+        ("std", [0.2, 0, 0.2], "views.std must be 3 numbers, each above 0 and at most 1, not [0.2, 0, 0.2]"),
         ("milestones", 5, "optim.milestones must be a list of numbers, not 5"),
-        ("std", [0.2, 0, 0.2], "views.std must be above 0, not [0.2, 0, 0.2]"),
         ("data", 7, "data.path must be text, not 7"),
-        ("lr", 10**400, "optim.lr must be a number, not 100000000000000000...0000000000000000000"),
-        pytest.param("seed", 16**5000, "seed must be a whole number, not a number of thousands of digits", id="huge"),
-        ("seed", "9" * 5000, f"seed must be a whole number, not '{'9' * 47}...{'9' * 48}'"),
-        ("data", "a\0b", "data.path must be text that can be written down (UTF-8, no zero bytes), not 'a\\x00b'"),
-        ("data", "\udcff", "data.path must be text that can be written down (UTF-8, no zero bytes), not '\\udcff'"),
+        ("data", "\udcff", "data.path must be text, not '\\udcff'"),
         ("name", "../x", "name must be a name of up to 100 characters without /, not '../x'"),
-        ("hidden_dim", 10**9, "model.hidden_dim must be at most 65536, not 1000000000"),
-        ("epochs", 10**9, "epochs must be at most 1000000, not 1000000000"),
-        ("workers", 10**9, "workers must be at most 512, not 1000000000"),
-        ("lr", [[[[[[]]]]]], "optim.lr must be a number, not [[[[...]]]]"),
-        ("method", ["bcl"], "method must be one of bcl, ce, logit-adjusted, supcon+la, not ['bcl']"),
     ],
 )
-def test_refused_values(key, value, sentence):
+def test_refused_values(key, value, said):
     with pytest.raises(UserError) as error:
         load_recipe("digits-lt", **{key: value})
-    assert str(error.value) == sentence
+    assert str(error.value) == said
 
 
 @pytest.mark.parametrize(
-    ("name", "sentence"),
+    ("name", "said"),
     [
         ("digit-lt", "no recipe is called 'digit-lt'; did you mean digits-lt or imagenet-lt?"),
-        (
-            "zzz",
-            "no recipe is called 'zzz'; there are: "
-            "cifar10-lt, cifar100-lt, digits-lt, imagenet-lt, inat2018, pictures, places-lt",
-        ),
+        ("zzz", f"no recipe is called 'zzz'; there are: {', '.join(shipped_recipes())}"),
         ("absent.toml", "no recipe file at absent.toml"),
+        ("/", "/ is a folder, not a recipe; to train on the pictures in it: --data /"),
     ],
 )
-def test_unknown_recipes(name, sentence):
+def test_unknown_recipes(name, said):
     with pytest.raises(UserError) as error:
         load_recipe(name)
-    assert str(error.value) == sentence
+    assert str(error.value) == said
+
+
+def test_the_recipe_of_a_run_folder(tmp_path):
+    (tmp_path / "recipe.toml").write_text("epochs = 3")
+    assert load_recipe(tmp_path) == load_recipe(tmp_path / "recipe.toml")
 
 
 @pytest.mark.parametrize(
-    ("text", "sentence"),
+    ("text", "said"),
     [
         ("epoch = 3", "no recipe field is called 'epoch'; did you mean epochs?"),
         ("lr = 0.1", "no recipe field is called 'lr'; write optim.lr"),
         ("[optim]\nlearning = 1", "no recipe field is called 'optim.learning'"),
-        ("[optimizer]\nlr = 1", "no section is called [optimizer]; did you mean optim?"),
-        ("optim = 3", "optim is a section; write [optim] and its fields below it"),
+        ("[optimizer]\nlr = 1", "no recipe field is called 'optimizer.lr'; did you mean optim.lr"),
+        ("optim = 3", "no recipe field is called 'optim'"),
         ("[optim]\nlr = -1", "optim.lr must be above 0, not -1"),
         ("epochs = [", "is not valid TOML"),
-        ("epochs = " + "[" * 100_000, "is no recipe: its values go too deep"),
-        ("seed = " + "9" * 5000, "is not valid TOML"),
-        ("seed = 0x" + "f" * 5000, "seed must be a whole number, not a number of thousands of digits"),
         ("day = 2024-99-99", "is not valid TOML"),
-        ("a" * 100_000 + " = 1", f"no recipe field is called '{'a' * 80}'"),
-        ("[" + "a." * 50_000 + "a]", "no section is called [a]"),
-        ("a = 1\n" * 100_000, "is no recipe: it has more than 262,144 bytes"),
         (b"\xff\xfe", "is not valid TOML"),
     ],
 )
-def test_wrong_files(text, sentence, tmp_path):
+def test_wrong_files(text, said, tmp_path):
     path = tmp_path / "mine.toml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError) as error:
         load_recipe(path)
     assert str(error.value).startswith(str(path))
-    assert sentence in str(error.value)
+    assert said in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("table", "sentence"),
-    [
-        ({1: 2}, "here: 1 is no name of a field"),
-        ({("a",): {}}, "here: ('a',) is no name of a field"),
-        ({"optim": {1: 2}}, "here: no recipe field is called 'optim.1'"),
-        ({"seed": {}}, "here: no section is called [seed]"),
-        ({"data": {"path": b"x"}}, "here: data.path must be text, not b'x'"),
-    ],
-)
-def test_tables_of_anybodys(table, sentence):
-    """As checkpoints hold them."""
-    with pytest.raises(UserError) as error:
+@pytest.mark.parametrize("table", [3, {1: 2}, {"optim": {1: 2}}, {"data": {"path": b"x"}}])
+def test_tables_of_other_programs(table):
+    """As a checkpoint or a hub's config may hold them."""
+    with pytest.raises(UserError, match=r"^here: "):
         recipe_from_table(table, "here")
-    assert str(error.value).startswith(sentence)
 
 
 def test_unknown_override():
-    with pytest.raises(
-        UserError, match=r"no recipe field is called 'temprature'; did you mean temperature or loss.temperature"
-    ):
+    with pytest.raises(UserError, match=r"called 'temprature'; did you mean temperature or loss.temperature"):
         load_recipe("digits-lt", temprature=1)
 
 
 def test_the_written_file_is_complete():
     table = tomllib.loads(recipe_toml(Recipe()))
-    assert {field.key for field in recipe_fields()} == {
+    written = {
         key if not isinstance(value, dict) else f"{key}.{leaf}"
         for key, value in table.items()
         for leaf in (value if isinstance(value, dict) else [None])
     }
+    assert written == {field.key for field in recipe_fields()}
     assert recipe_from_table(table, "here") == Recipe()
     assert override(Recipe(), find_field("seed"), 4).seed == 4

@@ -221,7 +221,7 @@ def lost_rank(error: Exception) -> LostRankError | None:
     if isinstance(error, LostRankError):
         return error
     if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
-        why = str(error).splitlines()[0].rpartition("] ")[2][:100]  # behind the place in gloo's source
+        why = str(error).partition("\n")[0].rpartition("] ")[2].partition(". ")[0]  # without the place in gloo's source
         return LostRankError(
             f"an exchange with the other ranks failed ({why}): torchrun names the rank that ended first"
         )
