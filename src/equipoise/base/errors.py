@@ -7,7 +7,6 @@ import shlex
 import sys
 from pathlib import Path
 from shutil import which
-from unicodedata import category
 
 
 class UserError(ValueError):
@@ -112,19 +111,13 @@ def reason(error: Exception, library: bool = False, otherwise: str = "its conten
     return one_line(text[:150]) if clear or isinstance(error, UnreadableError) else otherwise
 
 
-# Control characters, halves of surrogates, ends of lines and paragraphs; and what turns the direction of writing.
-_CONTROLS = {"Cc", "Cs", "Zl", "Zp"}
-_TURNS = set("\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+# Control characters, ends of lines and paragraphs, letters that turn the direction of writing, halves of surrogates.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def one_line(text: str) -> str:
     """A text on one line of a terminal. The name of a file may hold anything, also escape sequences."""
-    if text.isprintable():
-        return text
-    return "".join(
-        letter.encode("unicode_escape").decode() if category(letter) in _CONTROLS or letter in _TURNS else letter
-        for letter in text
-    )
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def own_command() -> str:

@@ -160,33 +160,21 @@ def join() -> Generator[World]:
             )
         yield ALONE
         return
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    launch = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    if size == 1:
-        yield World(launch=launch, restarted=restarted)
+    world = _world_of_environment()
+    if world.size == 1:
+        yield world
         return
-    environment = {name: os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
-    if absent := [name for name, value in environment.items() if not value]:
-        raise UserError(f"WORLD_SIZE is {size}, but {absent[0]} is not set; start several processes with torchrun")
-    world = World(
-        rank=int(environment["RANK"]),
-        size=size,
-        local_rank=int(environment["LOCAL_RANK"]),
-        local_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        launch=launch,
-        restarted=restarted,
-    )
     try:
-        store, rank, _ = next(dist.rendezvous("env://"))
+        store, rank, size = next(dist.rendezvous("env://"))
         store = _store_of_this_start(store, rank, size)
         # nccl refuses ranks that share a GPU.
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.device_count() >= world.local_size else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
     except (dist.DistError, RuntimeError, ValueError) as error:
-        place = f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
         why = reason(error, library=True, otherwise="torch does not say why")
-        raise UserError(f"rank {world.rank} could not join the other {size - 1} ranks at {place} ({why})") from None
+        raise UserError(
+            f"rank {world.rank} could not join the other {world.size - 1} ranks ({why}); start all with torchrun"
+        ) from None
     try:
         yield world
         dist.barrier()  # a rank that ends early would fail the exchanges of the others
@@ -195,8 +183,24 @@ def join() -> Generator[World]:
         raise
     except Exception as error:
         failure = _said_once(error, world, store)
-        raise failure from (None if isinstance(failure, UserError) else error.__cause__)
+        if failure is error:
+            raise
+        raise failure from None
     dist.destroy_process_group()
+
+
+def _world_of_environment() -> World:
+    def number(name: str, default: int = 0) -> int:
+        return int(os.environ.get(name, default))
+
+    return World(
+        rank=number("RANK"),
+        size=number("WORLD_SIZE", 1),
+        local_rank=number("LOCAL_RANK"),
+        local_size=number("LOCAL_WORLD_SIZE", 1),
+        launch=os.environ.get("TORCHELASTIC_RUN_ID", ""),
+        restarted=number("TORCHELASTIC_RESTART_COUNT") > 0,
+    )
 
 
 def _store_of_this_start(store: dist.Store, rank: int, size: int) -> dist.Store:
@@ -220,34 +224,31 @@ def lost_rank(error: Exception) -> LostRankError | None:
     """The error of a failed exchange with the other ranks as one line; None for any other error."""
     if isinstance(error, LostRankError):
         return error
-    if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
-        why = str(error).partition("\n")[0].rpartition("] ")[2].partition(". ")[0]  # without the place in gloo's source
-        return LostRankError(
-            f"an exchange with the other ranks failed ({why}): torchrun names the rank that ended first"
-        )
-    return None
+    if not isinstance(error, dist.DistError) and not (isinstance(error, RuntimeError) and "gloo" in str(error)):
+        return None
+    why = str(error).partition("\n")[0].rpartition("] ")[2].partition(". ")[0]  # without the place in gloo's source
+    return LostRankError(f"an exchange with the other ranks failed ({why}): torchrun names the rank that ended first")
 
 
 def _said_once(error: Exception, world: World, store: dist.Store) -> Exception:
-    """What this rank raises for an error that is its own. On each host the first rank that fails speaks, and where it
-    fails because of another rank's error it says that one, which is in the store."""
+    """What this rank raises for an error that the others do not share. On each host the first rank that fails speaks.
+    Where it fails because another rank did, it says that rank's error, which is in the store."""
     lost = lost_rank(error)
-    known = lost is not None or isinstance(error, (UserError, OSError)) or out_of_memory(error)
-    text = f"rank {world.rank}: {in_words(lost or error) if known else repr(error)[:200]}"
-    if not known:
-        get_error_handler().record_exception(error)  # for torchrun's summary
+    bug = lost is None and not isinstance(error, (UserError, OSError)) and not out_of_memory(error)
+    text = f"rank {world.rank}: {repr(error)[:200] if bug else in_words(lost or error)}"
     try:
-        speaks = store.add(f"failures on host {world.rank - world.local_rank}", 1) == 1
+        speaks = store.add(f"failures on the host of rank {world.rank - world.local_rank}", 1) == 1
         if lost is None:
             store.set("cause", text)
         elif store.check(["cause"]):
             text = store.get("cause").decode()
     except RuntimeError:  # torchrun, which keeps the store, has ended
         speaks = world.local_rank == 0
-    if not known:
+    if bug:
+        get_error_handler().record_exception(error)  # for torchrun's summary
         return error
-    failure = (UserError if lost is None else LostRankError)(text) if speaks else SaidError(text)
-    failure.code = 2 if lost is None else LostRankError.code
+    failure = (LostRankError if lost else UserError)(text) if speaks else SaidError(text)
+    failure.code = (lost or failure).code
     return failure
 
 
