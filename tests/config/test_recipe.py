@@ -1,6 +1,5 @@
 """Recipes: every shipped one loads, every wrong one is refused with a sentence that helps."""
 
-import dataclasses
 import tomllib
 
 import pytest
@@ -36,68 +35,53 @@ def test_toml_round_trip(name, tmp_path):
     assert load_recipe(path) == recipe
 
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_FIELDS = [
-    "encoder", "epochs", "batch_size", "lr", "momentum", "weight_decay", "schedule", "warmup_epochs", "milestones",
-    "alpha", "beta", "temperature", "tau", "hidden_dim", "feature_dim",
-    "classifier", "cl_views", "size", "randaug", "randaug_n", "randaug_m", "blur", "mean", "std",
-]  # fmt: skip
-_PHOTOS = ("cosine", "sim-sim", 224, True, 2, 10.0, False)
-_CIFAR = (
-    "resnet32", 200, 256, 0.15, 0.9, 5e-4, "step", 5, (0.8, 0.9), 2.0, 0.6, 0.1, 1.0, 512, 128,
-    "cosine", "sim-sim", 32, True, 2, 10.0, False,
-)  # fmt: skip
+# As the authors' README and code have them; of CIFAR, as the re-implementations that reach the paper's figures.
+_PHOTOS = {
+    "model.encoder": "resnet50", "epochs": 90, "batch_size": 256, "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4,
+    "schedule": "cosine", "warmup_epochs": 0, "milestones": (160, 180), "alpha": 1.0, "beta": 0.35, "temperature": 0.07,
+    "tau": 1.0, "hidden_dim": 0, "feature_dim": 1024, "classifier": "cosine", "cl_views": "sim-sim", "size": 224,
+    "randaug": True, "randaug_n": 2, "randaug_m": 10.0, "blur": False, "mean": (0.485, 0.456, 0.406),
+    "std": (0.229, 0.224, 0.225),
+}  # fmt: skip
+_CIFAR = _PHOTOS | {
+    "model.encoder": "resnet32", "epochs": 200, "lr": 0.15, "schedule": "step", "warmup_epochs": 5,
+    "milestones": (0.8, 0.9), "alpha": 2.0, "beta": 0.6, "temperature": 0.1, "hidden_dim": 512, "feature_dim": 128,
+    "size": 32, "mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010),
+}  # fmt: skip
+_INATURALIST = {
+    "epochs": 100,
+    "lr": 0.2,
+    "weight_decay": 1e-4,
+    "mean": (0.466, 0.471, 0.38),
+    "std": (0.195, 0.194, 0.192),
+}
 
 
 @pytest.mark.parametrize(
     ("name", "values"),
     [
-        ("imagenet-lt", (
-            "resnet50", 90, 256, 0.1, 0.9, 5e-4, "cosine", 0, (160, 180), 1.0, 0.35, 0.07, 1.0, 0, 1024,
-            *_PHOTOS, IMAGENET_MEAN, IMAGENET_STD,
-        )),
-        ("inat2018", (
-            "resnet50", 100, 256, 0.2, 0.9, 1e-4, "cosine", 0, (160, 180), 1.0, 0.35, 0.07, 1.0, 0, 1024,
-            *_PHOTOS, (0.466, 0.471, 0.380), (0.195, 0.194, 0.192),
-        )),
-        ("places-lt", (
-            "resnet152.tv_in1k", 30, 256, 0.02, 0.9, 5e-4, "cosine", 0, (), 1.0, 0.35, 0.07, 1.0, 0, 1024,
-            *_PHOTOS, IMAGENET_MEAN, IMAGENET_STD,
-        )),
-        ("cifar10-lt", (*_CIFAR, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))),
-        ("cifar100-lt", (*_CIFAR, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))),
+        ("imagenet-lt", _PHOTOS),
+        ("inat2018", _PHOTOS | _INATURALIST),
+        ("places-lt", _PHOTOS | {"model.encoder": "resnet152.tv_in1k", "epochs": 30, "lr": 0.02, "milestones": ()}),
+        ("cifar10-lt", _CIFAR),
+        ("cifar100-lt", _CIFAR | {"mean": (0.5071, 0.4867, 0.4408), "std": (0.2675, 0.2565, 0.2761)}),
     ],
-)  # fmt: skip
+)
 def test_every_hyper_parameter_of_a_benchmark(name, values):
-    """As the authors' README and code have them; of CIFAR, as the re-implementations that reach the paper's figures."""
     recipe = load_recipe(name)
-    assert dict(zip(_FIELDS, (field_value(recipe, find_field(field)) for field in _FIELDS), strict=True)) == dict(
-        zip(_FIELDS, values, strict=True)
-    )
-
-
-def test_cifar_recipes_differ_in_their_data_only():
-    ten, hundred = load_recipe("cifar10-lt"), load_recipe("cifar100-lt")
-    same = dataclasses.replace(
-        hundred,
-        name=ten.name,
-        summary=ten.summary,
-        data=dataclasses.replace(hundred.data, label_column=ten.data.label_column),
-        views=dataclasses.replace(hundred.views, mean=ten.views.mean, std=ten.views.std),
-    )
-    assert same == ten
+    assert {field: field_value(recipe, find_field(field)) for field in values} == values
 
 
 def test_every_field_by_each_of_its_names():
     for field in recipe_fields():
         names = {field.key, field.path[-1], field.path[-1].replace("_", "-"), *field.names}
         assert {find_field(name) for name in names} == {field}
-        assert field.setting.help
+        assert field.help
 
 
 def test_overrides_take_text_and_values():
     recipe = load_recipe(
-        "digits-lt", epochs="3", lr="0.5", blur="yes", milestones="1 2", mean=[0.1, 0.2, 0.3], **{"loss.beta": 2}
+        "digits-lt", epochs="3", lr="0.5", blur="TRUE", milestones="1 2", mean=[0.1, 0.2, 0.3], **{"loss.beta": 2}
     )
     assert (recipe.epochs, recipe.optim.lr, recipe.views.blur) == (3, 0.5, True)
     assert (recipe.optim.milestones, recipe.views.mean, recipe.loss.beta) == ((1.0, 2.0), (0.1, 0.2, 0.3), 2.0)
@@ -106,120 +90,99 @@ def test_overrides_take_text_and_values():
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "sentence"),
+    ("key", "value", "said"),
     [
         ("lr", -0.1, "optim.lr must be above 0, not -0.1"),
         ("lr", "fast", "optim.lr must be a number, not 'fast'"),
         ("lr", float("nan"), "optim.lr must be a number, not nan"),
+        ("tau", "inf", "loss.tau must be a number, not 'inf'"),
         ("lr", True, "optim.lr must be a number, not True"),
-        ("epochs", 0, "epochs must be at least 1, not 0"),
+        ("lr", None, "optim.lr must be a number, not None"),
+        ("epochs", 0, "epochs must be at least 1 and at most 1000000, not 0"),
         ("epochs", 2.5, "epochs must be a whole number, not 2.5"),
-        ("epochs", "1e3", "epochs must be a whole number, not '1e3'"),
-        ("holdout", 0.9, "data.holdout must be at most 0.5, not 0.9"),
+        ("seed", "9" * 5000, f"seed must be a whole number, not '{'9' * 47}...{'9' * 48}'"),
+        ("holdout", 0.9, "data.holdout must be at least 0 and at most 0.5, not 0.9"),
         ("device", "gpu", "device must be one of auto, cpu, cuda, cuda:N, mps, not 'gpu'"),
         ("method", "BCL", "method must be one of bcl, ce, logit-adjusted, supcon+la, not 'BCL'"),
+        ("method", ["bcl"], "method must be one of bcl, ce, logit-adjusted, supcon+la, not ['bcl']"),
         ("pretrained", "maybe", "model.pretrained must be true or false, not 'maybe'"),
         ("pretrained", 1, "model.pretrained must be true or false, not 1"),
-        ("mean", "0.1 0.2", "views.mean must be 3 numbers, not '0.1 0.2'"),
+        ("mean", "0.1 0.2", "views.mean must be 3 numbers, each at least 0 and at most 1, not '0.1 0.2'"),
+        ("std", [0.2, 0, 0.2], "views.std must be 3 numbers, each above 0 and at most 1, not [0.2, 0, 0.2]"),
         ("milestones", 5, "optim.milestones must be a list of numbers, not 5"),
-        ("std", [0.2, 0, 0.2], "views.std must be above 0, not [0.2, 0, 0.2]"),
         ("data", 7, "data.path must be text, not 7"),
-        ("lr", 10**400, "optim.lr must be a number, not 100000000000000000...0000000000000000000"),
-        pytest.param("seed", 16**5000, "seed must be a whole number, not a number of thousands of digits", id="huge"),
-        ("seed", "9" * 5000, f"seed must be a whole number, not '{'9' * 47}...{'9' * 48}'"),
-        ("data", "a\0b", "data.path must be text that can be written down (UTF-8, no zero bytes), not 'a\\x00b'"),
-        ("data", "\udcff", "data.path must be text that can be written down (UTF-8, no zero bytes), not '\\udcff'"),
+        ("data", "\udcff", "data.path must be text, not '\\udcff'"),
         ("name", "../x", "name must be a name of up to 100 characters without /, not '../x'"),
-        ("hidden_dim", 10**9, "model.hidden_dim must be at most 65536, not 1000000000"),
-        ("epochs", 10**9, "epochs must be at most 1000000, not 1000000000"),
-        ("workers", 10**9, "workers must be at most 512, not 1000000000"),
-        ("lr", [[[[[[]]]]]], "optim.lr must be a number, not [[[[...]]]]"),
-        ("method", ["bcl"], "method must be one of bcl, ce, logit-adjusted, supcon+la, not ['bcl']"),
     ],
 )
-def test_refused_values(key, value, sentence):
+def test_refused_values(key, value, said):
     with pytest.raises(UserError) as error:
         load_recipe("digits-lt", **{key: value})
-    assert str(error.value) == sentence
+    assert str(error.value) == said
 
 
 @pytest.mark.parametrize(
-    ("name", "sentence"),
+    ("name", "said"),
     [
         ("digit-lt", "no recipe is called 'digit-lt'; did you mean digits-lt or imagenet-lt?"),
-        (
-            "zzz",
-            "no recipe is called 'zzz'; there are: "
-            "cifar10-lt, cifar100-lt, digits-lt, imagenet-lt, inat2018, pictures, places-lt",
-        ),
+        ("zzz", f"no recipe is called 'zzz'; there are: {', '.join(shipped_recipes())}"),
         ("absent.toml", "no recipe file at absent.toml"),
+        ("/", "/ is a folder, not a recipe; to train on the pictures in it: --data /"),
     ],
 )
-def test_unknown_recipes(name, sentence):
+def test_unknown_recipes(name, said):
     with pytest.raises(UserError) as error:
         load_recipe(name)
-    assert str(error.value) == sentence
+    assert str(error.value) == said
+
+
+def test_the_recipe_of_a_run_folder(tmp_path):
+    (tmp_path / "recipe.toml").write_text("epochs = 3")
+    assert load_recipe(tmp_path) == load_recipe(tmp_path / "recipe.toml")
 
 
 @pytest.mark.parametrize(
-    ("text", "sentence"),
+    ("text", "said"),
     [
         ("epoch = 3", "no recipe field is called 'epoch'; did you mean epochs?"),
         ("lr = 0.1", "no recipe field is called 'lr'; write optim.lr"),
         ("[optim]\nlearning = 1", "no recipe field is called 'optim.learning'"),
-        ("[optimizer]\nlr = 1", "no section is called [optimizer]; did you mean optim?"),
-        ("optim = 3", "optim is a section; write [optim] and its fields below it"),
+        ("[optimizer]\nlr = 1", "no recipe field is called 'optimizer.lr'; did you mean optim.lr"),
+        ("optim = 3", "no recipe field is called 'optim'"),
         ("[optim]\nlr = -1", "optim.lr must be above 0, not -1"),
         ("epochs = [", "is not valid TOML"),
-        ("epochs = " + "[" * 100_000, "is no recipe: its values go too deep"),
-        ("seed = " + "9" * 5000, "is not valid TOML"),
-        ("seed = 0x" + "f" * 5000, "seed must be a whole number, not a number of thousands of digits"),
         ("day = 2024-99-99", "is not valid TOML"),
-        ("a" * 100_000 + " = 1", f"no recipe field is called '{'a' * 80}'"),
-        ("[" + "a." * 50_000 + "a]", "no section is called [a]"),
-        ("a = 1\n" * 100_000, "is no recipe: it has more than 262,144 bytes"),
         (b"\xff\xfe", "is not valid TOML"),
     ],
 )
-def test_wrong_files(text, sentence, tmp_path):
+def test_wrong_files(text, said, tmp_path):
     path = tmp_path / "mine.toml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError) as error:
         load_recipe(path)
     assert str(error.value).startswith(str(path))
-    assert sentence in str(error.value)
+    assert said in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("table", "sentence"),
-    [
-        ({1: 2}, "here: 1 is no name of a field"),
-        ({("a",): {}}, "here: ('a',) is no name of a field"),
-        ({"optim": {1: 2}}, "here: no recipe field is called 'optim.1'"),
-        ({"seed": {}}, "here: no section is called [seed]"),
-        ({"data": {"path": b"x"}}, "here: data.path must be text, not b'x'"),
-    ],
-)
-def test_tables_of_anybodys(table, sentence):
-    """As checkpoints hold them."""
-    with pytest.raises(UserError) as error:
+@pytest.mark.parametrize("table", [3, {1: 2}, {"optim": {1: 2}}, {"data": {"path": b"x"}}])
+def test_tables_of_other_programs(table):
+    """As a checkpoint or a hub's config may hold them."""
+    with pytest.raises(UserError, match=r"^here: "):
         recipe_from_table(table, "here")
-    assert str(error.value).startswith(sentence)
 
 
 def test_unknown_override():
-    with pytest.raises(
-        UserError, match=r"no recipe field is called 'temprature'; did you mean temperature or loss.temperature"
-    ):
+    with pytest.raises(UserError, match=r"called 'temprature'; did you mean temperature or loss.temperature"):
         load_recipe("digits-lt", temprature=1)
 
 
 def test_the_written_file_is_complete():
     table = tomllib.loads(recipe_toml(Recipe()))
-    assert {field.key for field in recipe_fields()} == {
+    written = {
         key if not isinstance(value, dict) else f"{key}.{leaf}"
         for key, value in table.items()
         for leaf in (value if isinstance(value, dict) else [None])
     }
+    assert written == {field.key for field in recipe_fields()}
     assert recipe_from_table(table, "here") == Recipe()
     assert override(Recipe(), find_field("seed"), 4).seed == 4

@@ -1,16 +1,18 @@
 """The flags of the BCL authors' `main.py` that have another name or another form here, and their run folder.
 
-Most of their flags are fields of a recipe, under their names (`--temp`, `--feat_dim`, `--wd`: see `recipe.py`). The
-rest is here: what they mean was read in their code (github.com/FlamieZhu/Balanced-Contrastive-Learning, `main.py`),
-and the page docs/authors.md maps them all.
+Most of their flags are fields of a recipe under their names (`--temp`, `--feat_dim`, `--wd`: see `recipe.py`). The rest
+is here. What they mean was read in github.com/FlamieZhu/Balanced-Contrastive-Learning, `main.py`; docs/authors.md lists
+them all.
 """
 
 import argparse
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from equipoise.base.errors import UserError
-from equipoise.config.recipe import Field, Recipe, as_bool, find_field, nearest
+from equipoise.config.recipe import Field, Recipe, find_field, nearest
 
 LOG = "log"  # their default of --root_log
 AUTHORS_BEST, AUTHORS_LAST = "bcl_ckpt.best.pth.tar", "bcl_ckpt.pth.tar"
@@ -24,7 +26,7 @@ DATASETS = {
 
 
 def add_authors_flags(command: argparse.ArgumentParser) -> None:
-    """Add them to `train`. Each takes its value as text; a word that stands alone means true."""
+    """Add them to `train`. Each takes its value as text; a switch without a value means true."""
     group = command.add_argument_group("of the authors' command line (docs/authors.md)")
     switch: dict[str, Any] = {"nargs": "?", "const": "true", "metavar": "true|false"}
     group.add_argument("--dataset", metavar="NAME", help=f"the recipe by its data set: {', '.join(DATASETS)}")
@@ -44,17 +46,15 @@ def add_authors_flags(command: argparse.ArgumentParser) -> None:
 
 
 def truth(flag: str, text: str | None) -> bool | None:
-    """What was said by a switch, or None if it was not there. Raises UserError for any other word."""
-    if text is None:
-        return None
-    said = as_bool(text)
-    if said is None:
-        raise UserError(f"{flag} must be true or false, not '{text}'")
-    return said
+    """The value of a switch: None if it was not given. Raises UserError for anything but true, false, 1 and 0."""
+    try:
+        return None if text is None else msgspec.convert(text, bool, strict=False)
+    except msgspec.ValidationError:
+        raise UserError(f"{flag} must be true or false, not '{text}'") from None
 
 
 def recipe_of_dataset(name: str) -> str:
-    """The recipe that `--dataset` names: by the authors' word or by its own."""
+    """The recipe that `--dataset` names: by the authors' name or by its own. Raises UserError for another name."""
     if name in DATASETS:
         return DATASETS[name]
     if name in DATASETS.values():
@@ -64,48 +64,46 @@ def recipe_of_dataset(name: str) -> str:
 
 def authors_overrides(options: argparse.Namespace) -> list[tuple[Field, Any]]:
     """Recipe fields that the flags stand for. Raises UserError where a flag contradicts one of ours."""
-    said: list[tuple[str, str, Any]] = []  # the flag, our field, its value
     use_norm, cos = truth("--use-norm", options.use_norm), truth("--cos", options.cos)
-    if use_norm is not None:
-        said.append(("--use-norm", "model.classifier", "cosine" if use_norm else "linear"))
-    if cos is not None:
-        said.append(("--cos", "optim.schedule", "cosine" if cos else "step"))
-    if options.gpu is not None:
-        if not options.gpu.isdigit():
-            raise UserError(f"--gpu takes the number of a GPU, from 0, not '{options.gpu}'")
-        said.append(("--gpu", "device", f"cuda:{options.gpu}"))
-    for flag, key, value in said:
-        other = getattr(options, key, None)
-        if key == "optim.schedule":
-            other = other[0] if other and not _is_number(other[0]) else None
-        if other is not None and other != value:
-            raise UserError(
-                f"{flag} says {key} = {value}, but --{find_field(key).names[0]} says {other}; drop one of them"
-            )
-    return [(find_field(key), value) for _, key, value in said]
-
-
-def milestones_of(options: argparse.Namespace) -> list[tuple[Field, Any]]:
-    """`--schedule` with numbers is theirs: the epochs at which the learning rate drops. It means the step schedule,
-    unless `--cos True` is there too: then, as in their code, the cosine schedule stands. One word is ours."""
-    words = getattr(options, "optim.schedule")
-    if words is None:
-        return []
-    if len(words) == 1 and not _is_number(words[0]):
-        return [(find_field("optim.schedule"), words[0])]
-    fields: list[tuple[Field, Any]] = [(find_field("optim.milestones"), words)]
-    if options.cos is None:
-        fields.append((find_field("optim.schedule"), "step"))
+    if options.gpu is not None and not options.gpu.isdigit():
+        raise UserError(f"--gpu takes the number of a GPU, from 0, not '{options.gpu}'")
+    meant = [
+        ("--use-norm", "model.classifier", None if use_norm is None else "cosine" if use_norm else "linear"),
+        ("--cos", "optim.schedule", None if cos is None else "cosine" if cos else "step"),
+        ("--gpu", "device", None if options.gpu is None else f"cuda:{options.gpu}"),
+    ]
+    fields: list[tuple[Field, Any]] = []
+    for flag, key, value in meant:
+        if value is None:
+            continue
+        field, other = find_field(key), getattr(options, key, None)
+        if isinstance(other, list):  # `--schedule`: its numbers contradict nothing
+            other = None if _are_milestones(other) else other[0]
+        if other not in (None, value):
+            raise UserError(f"{flag} says {key} = {value}, but --{field.names[0]} says {other}; drop one of them")
+        fields.append((field, value))
     return fields
 
 
-def _is_number(word: str) -> bool:
-    return word[:1].isdigit() or word[:1] == "."
+def milestones_of(options: argparse.Namespace) -> list[tuple[Field, Any]]:
+    """The fields that `--schedule` stands for. With numbers it is the authors' flag: the epochs at which the learning
+    rate drops. That means the step schedule, unless `--cos True` is given too: then, as in their code, the cosine
+    schedule stands. With a name it is our field."""
+    values: list[str] | None = getattr(options, "optim.schedule")
+    if values is None:
+        return []
+    if not _are_milestones(values):
+        return [(find_field("optim.schedule"), values[0])]
+    step = [(find_field("optim.schedule"), "step")] if options.cos is None else []
+    return [(find_field("optim.milestones"), values), *step]
+
+
+def _are_milestones(values: list[str]) -> bool:
+    return len(values) > 1 or values[0][:1].isdigit() or values[0][:1] == "."
 
 
 def authors_folder(root_log: str, recipe: Recipe) -> Path:
-    """The run folder under the name that the authors' README gives it, and what that leaves out: another method, a
-    seed."""
+    """The run folder under the name that the authors' README gives it, to which another method and a seed are added."""
     names = {recipe: dataset for dataset, recipe in DATASETS.items()}
     name = (
         f"{names.get(recipe.name, recipe.name)}_{recipe.model.encoder}_batchsize{recipe.batch_size}"

@@ -1,4 +1,4 @@
-"""Words become a device and a precision; the machine becomes a description."""
+"""Names become a device and a precision; the machine becomes a description."""
 
 import ctypes
 import os
@@ -14,38 +14,29 @@ from equipoise.base.errors import UserError
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """'auto' takes cuda, mps, cpu; 'cuda:1' is the second GPU. 'cuda' without a number is, for each process on
-    this host, its own. A GPU becomes the current one, which pinned memory, streams and events are of. Raises UserError
-    for one that is not there, or not known."""
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
+    """'auto' takes cuda, mps, cpu; 'cuda:1' is the second GPU. 'cuda' without a number is, for each process on this
+    host, its own. A GPU becomes the current one, to which pinned memory, streams and events belong. Raises UserError
+    for a device that does not exist, here or at all."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(device for device, there in available.items() if there)
     kind, colon, number = name.partition(":")
     if kind not in available or (colon and not (kind == "cuda" and number.isdecimal())):
         raise UserError(f"a device is one of auto, cpu, cuda, cuda:N, mps; not '{name}'")
-    if kind == "cuda" and not number:
-        number = str(local_rank)
-        name = f"cuda:{local_rank}" if local_rank else name
     if not available[kind]:
         raise UserError(f"this machine has no {kind} device that torch {torch.__version__} can use; try --device auto")
-    if number and int(number) >= torch.cuda.device_count():
-        raise UserError(f"this machine has {torch.cuda.device_count()} CUDA devices, numbered from 0, and so no {name}")
-    device = torch.device(name)
-    if device.type == "cuda":
-        torch.cuda.set_device(device.index or 0)
-    return device
+    if kind != "cuda":
+        return torch.device(kind)
+    index, count = int(number or local_rank), torch.cuda.device_count()
+    if index >= count:
+        raise UserError(f"this machine has {count} CUDA devices, numbered from 0, and so no cuda:{index}")
+    torch.cuda.set_device(index)
+    return torch.device(f"cuda:{index}" if number or local_rank else "cuda")
 
 
 def keep_freed_memory() -> None:
-    """Let memory that is freed stay with the process, where the C library is glibc.
-
-    It would give every large tensor back to the system and take the next one from there, whose pages cost time when
-    they are touched: a third of a training step (docs/performance.md).
-    """
+    """Let freed memory stay with the process, where the C library is glibc. By default every large tensor takes new
+    pages from the system, and touching them takes a third of a training step (docs/performance.md)."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):  # another C library, Windows
@@ -55,13 +46,13 @@ def keep_freed_memory() -> None:
 
 
 def start_reading(*tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
-    """Send tensors to the host now; the function returned waits for them alone and gives them. So a GPU goes on with
-    what is queued meanwhile."""
+    """Start to copy tensors to the host. The function returned waits for these copies alone and gives them, so that a
+    GPU goes on with what is queued."""
     if tensors[0].device.type != "cuda":
         return lambda: tuple(tensor.cpu() for tensor in tensors)
-    on_host = tuple(torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors)
-    for there, tensor in zip(on_host, tensors, strict=True):
-        there.copy_(tensor, non_blocking=True)
+    on_host = tuple(torch.empty_like(tensor, device="cpu", pin_memory=True) for tensor in tensors)
+    for copy, tensor in zip(on_host, tensors, strict=True):
+        copy.copy_(tensor, non_blocking=True)
     arrived = torch.cuda.Event()
     arrived.record(torch.cuda.current_stream(tensors[0].device))
 
@@ -99,7 +90,7 @@ def deterministic(wanted: bool) -> Generator[None]:
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """'auto' takes bf16 where the device computes in it: elsewhere it would be emulated, and slower than fp32."""
+    """'auto' takes bf16 where the device has instructions for it; elsewhere it is emulated, and slower than fp32."""
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -113,7 +104,7 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
 
 
 def describe_machine(device: torch.device) -> dict[str, str | int]:
-    """What a figure must be quoted with."""
+    """The machine as it is quoted beside measurements."""
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _cpu_field("model name") or platform.processor() or platform.machine(),

@@ -1,11 +1,9 @@
-"""Files that anybody may have written: which may be opened, and JSON within bounds, of the kind that is expected; and
-files that are written whole or not at all."""
+"""Files that are written whole or not at all."""
 
 import contextlib
 import errno
 import json
 import os
-import stat
 import tempfile
 from collections.abc import Generator
 from pathlib import Path
@@ -14,36 +12,63 @@ from typing import IO, Any
 from equipoise.base.errors import UserError, reason
 
 
-def regular_file(path: Path) -> Path:
-    """The path, if a file is there. Raises OSError: to open a pipe would wait for ever, and a device has no end."""
-    mode = path.stat().st_mode
-    if not stat.S_ISREG(mode):
-        what = "it is a folder" if stat.S_ISDIR(mode) else "it is no file"
-        raise OSError(errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL, what, str(path))
-    return path
-
-
 def real_path(path: Path) -> Path:
     """The path without links. `Path.resolve` raises RuntimeError for links in a circle, before Python 3.13."""
     return Path(os.path.realpath(path))
 
 
-def parsed_json(content: bytes, **hooks: Any) -> Any:
-    """What JSON says. Raises ValueError for what is none, and for what would take far more memory than it has bytes.
-    With hooks (see `json.loads`), objects are not kept as they are."""
-    # What Python keeps for a value, a piece of text, a list, an object and a name in a large one, in bytes: a file of
-    # nothing but brackets would take twenty times its size.
-    objects = content.count(b"{")
-    needed = 36 * content.count(b",") + 12 * content.count(b'"') + 28 * content.count(b"[")
-    needed += (28 if hooks else 200) * objects + 70 * max(0, content.count(b":") - 50 * objects)
-    if needed > 8 * len(content) + 2**24:
-        raise ValueError("it is nearly all brackets or names")
+UNFINISHED = ".equipoise-part"  # the end of the name of a file that is being written
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Generator[IO[bytes]]:
+    """A file to write that takes its name only when it is complete and on the disk. A link stays, and the file that it
+    leads to is written. Raises OSError."""
+    path = real_path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=UNFINISHED)
     try:
-        return json.loads(content, **hooks)
-    except RecursionError:
-        raise ValueError("it goes too deep") from None
-    except UnicodeDecodeError:
-        raise ValueError("it is no UTF-8 text") from None
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(new_file_mode())
+        Path(temporary).replace(path)
+        _sync_folder(path.parent)
+    except BaseException as error:
+        Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # a full disk does not say which
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
+
+
+def new_file_mode() -> int:
+    """The permissions that the user's umask leaves a new file; those of temporary files are narrower."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
+def _sync_folder(folder: Path) -> None:
+    """Let the new names in a folder survive a loss of power."""
+    with contextlib.suppress(OSError):  # Windows cannot
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+# ---------------------------------------------------------------------------------------------- until callers change
+
+
+def regular_file(path: Path) -> Path:
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
+    return path
+
+
+def parsed_json(content: bytes, **hooks: Any) -> Any:
+    return json.loads(content, **hooks)
 
 
 def read_json(path: Path, most_bytes: int, kind: Any, advice: str) -> Any:
@@ -63,51 +88,6 @@ def read_json(path: Path, most_bytes: int, kind: Any, advice: str) -> Any:
         raise UserError(f"{path} is damaged ({reason(error, library=True)}); {advice}") from None
     return value
 
-
-UNFINISHED = ".equipoise-part"  # how the name ends of a file that is being written
-
-
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Generator[IO[bytes]]:
-    """A file to write that takes its name only when it is complete and on the disk; of a link, what it leads to. Raises
-    OSError where that is there and no file: a pipe or a device must not be replaced."""
-    path = real_path(path)
-    if path.exists():
-        regular_file(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=UNFINISHED)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(new_file_mode())
-        Path(temporary).replace(path)
-        _sync_folder(path.parent)
-    except BaseException as error:
-        Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # a full disk does not say which
-            raise OSError(error.errno, error.strerror, str(path)) from None
-        raise
-
-
-def new_file_mode() -> int:
-    """The permissions that the user's umask leaves a new file: those of temporary ones are narrower."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
-
-
-def _sync_folder(folder: Path) -> None:
-    """Let the names in it survive a loss of power."""
-    with contextlib.suppress(OSError):  # not every system can
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-# ---------------------------------------------------------------------------------------------- kinds
 
 ABSENT = object()  # the kind of what need not be there
 _LARGEST = 3.4e38  # of float32, in which everything is computed

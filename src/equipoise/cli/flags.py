@@ -103,7 +103,7 @@ def add_field(group: Any, field: Field, default: Any = None) -> None:
     elif get_origin(field.type) is tuple:
         arguments["nargs"] = "+"
         default = " ".join(f"{number:g}" for number in default)
-    text = (field.setting.help + ("" if default is None else f" [{default}]")).replace("%", "%%")
+    text = (field.help + ("" if default is None else f" [{default}]")).replace("%", "%%")
     group.add_argument(*flags, dest=field.key, default=None, help=text, **arguments)
 
 

@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         said = isinstance(error, SharedError) and os.environ.get("LOCAL_RANK", "0") != "0"
         if not said and not isinstance(error, SaidError):
             print(f"equipoise: {error}", file=sys.stderr)
-        return 2
+        return error.code
     except Stopped as stopped:
         if os.environ.get("RANK", "0") == "0":
             print(f"equipoise: {stopped}", file=sys.stderr)

@@ -44,7 +44,6 @@ class RunFolder:
                     f"another run is writing into {self._folder}; wait for it, or name another folder with --out"
                 )
             self._folder = default_folder(self._plan.recipe)
-        self._plan.world.when_told_to_end(self._leave)
         for leftover in self._folder.glob(f".*{UNFINISHED}"):  # files that a killed run was writing
             if not leftover.is_dir():
                 leftover.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ import torch
 from equipoise.base.device import deterministic, keep_freed_memory
 from equipoise.base.errors import SharedError, Stopped, UserError, in_words, out_of_memory, own_command, reason, several
 from equipoise.base.log import ProgressLine, RunLog
-from equipoise.base.world import join
+from equipoise.base.world import join, lost_rank
 from equipoise.config.recipe import Recipe
 from equipoise.evaluation.metrics import score
 from equipoise.evaluation.predictions import predict
@@ -89,8 +89,7 @@ def fit(plan: Plan, progress: bool = True, begins: Callable[[Plan], None] = lamb
                     f"a {plan.recipe.model.encoder} cannot be trained deterministically on a GPU "
                     f"({reason(error, library=True, otherwise='torch does not say why')}); leave out --deterministic"
                 ) from None
-            world.await_end(error)
-            raise
+            raise lost_rank(error) or error from None
     return Run(plan.folder)
 
 
