@@ -66,12 +66,12 @@ with _instrumented():
     from equipoise.data.sources import find_parts
     from equipoise.deploy.hub import _card, read_hub_folder
     from equipoise.deploy.predict import _in_order, read_weights
-    from equipoise.evaluation.records import read_bad_images
     from equipoise.evaluation.run import Run, figures_of
     from equipoise.method.encoders import _read_weights
     from equipoise.report.page import _content
     from equipoise.report.read import read_runs
     from equipoise.runs.checkpoint import FORMAT, Checkpoint, _digest, load_checkpoint
+    from equipoise.runs.records import read_bad_images
     from equipoise.training.compare import _summary
 
 

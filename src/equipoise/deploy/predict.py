@@ -106,7 +106,7 @@ class Classifier:
     checkpoint: Checkpoint
     model: TwoBranchNetwork
     temperature: float | None
-    figures: dict[str, Any] | None
+    figures: Mapping[str, Any] | None
     device: torch.device
 
     @cached_property

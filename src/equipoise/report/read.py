@@ -6,7 +6,7 @@ Nothing is computed here, and much may be missing: a run that stopped early left
 import io
 import sys
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,15 @@ import numpy.typing as npt
 
 from equipoise.base.errors import UnreadableError, UserError, reason
 from equipoise.base.files import ABSENT, fits, is_count, is_number, is_text, parsed_json
-from equipoise.base.log import LONGEST_LINE
 from equipoise.config.recipe import Recipe, load_recipe
 from equipoise.evaluation.metrics import GROUPS
 from equipoise.evaluation.observe import COSINE_BINS
-from equipoise.evaluation.records import read_metrics, read_record
 from equipoise.evaluation.run import chosen
 from equipoise.report.charts import Name
 from equipoise.report.svg import shortened
-from equipoise.runs.folder import METRICS, OBSERVED, RECIPE, RECORD
+from equipoise.runs.folder import LOG, METRICS, OBSERVED, RECIPE, RECORD
+from equipoise.runs.records import read_metrics, read_record
 
-LOG = "metrics.jsonl"
 CURVES = ("loss", "classification", "contrastive", "lr", "mean_per_class", "few")  # what is drawn of it
 _MOST_OBSERVED = 2**26  # bytes; of 8,142 classes it has 20 million at most
 _ENTRY, _MOST_ENTRIES = b"PK\x01\x02", 100  # what an array begins with in the directory, and how many there are
@@ -42,9 +40,9 @@ class RunRead:
     path: Path
     name: Name
     recipe: Recipe
-    record: dict[str, Any]
+    record: Mapping[str, Any]
     log: list[dict[str, Any]]
-    metrics: dict[str, Any] | None
+    metrics: Mapping[str, Any] | None
     checkpoint: str
     part: str
     observed: dict[str, Array]
@@ -104,7 +102,7 @@ def _read_run(path: Path, name: Name, recipe: Recipe) -> RunRead:
     if metrics and (metrics["class_names"], metrics["train_counts"]) != (list(classes), list(classes.values())):
         raise UserError(f"{path / METRICS} is of other classes than {RECORD}; write it anew: equipoise evaluate {path}")
     checkpoint, part = chosen(metrics) if metrics else ("last", "test")
-    if metrics and metrics[checkpoint][part] is None:
+    if metrics and not (metrics[checkpoint] or metrics["last"])[part]:
         metrics = None  # nothing was there to score it on
     observed: dict[str, Array] = {}
     if metrics and (path / OBSERVED).is_file():
@@ -185,7 +183,7 @@ def _read_log(file: Path) -> list[dict[str, Any]]:
     another line that is none of a log."""
     lines: list[dict[str, Any]] = []
     with file.open("rb") as opened:
-        for number, line in enumerate(iter(lambda: opened.readline(LONGEST_LINE), b""), 1):
+        for number, line in enumerate(opened, 1):
             try:
                 said = parsed_json(line, object_pairs_hook=_logged)
                 if not fits(said, _LOGGED):
