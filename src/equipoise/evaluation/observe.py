@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from equipoise.base.world import World
-from equipoise.evaluation.metrics import GROUPS, shot_group
+from equipoise.evaluation.metrics import GROUPS, Predictions, shot_group
 from equipoise.method.network import TwoBranchNetwork
 
 COSINE_BINS = 200  # of equal width, -1 to 1
@@ -91,9 +91,16 @@ class Observation:
         for space, width in sorted({pair for widths in of_ranks for pair in widths.items()}):
             world.sum(self._sums.setdefault(space, torch.zeros(self._classes, width, dtype=torch.float64)))
 
-    def calibrated(self) -> Table:
-        """`calibrated_N`: the softmax probability of the prediction at the temperature; nothing without one."""
-        return {"calibrated_N": torch.cat(self._calibrated_B).numpy()} if self._calibrated_B else {}
+    def table(self, predictions: Predictions, network: TwoBranchNetwork, train_counts_C: Sequence[int]) -> Table:
+        """All that the report draws of the list. `calibrated_N`: as `confidence_N`, at the temperature; absent without
+        one. The rest: see `geometry`."""
+        table = {
+            "labels_N": predictions.labels_N.astype(np.int32),
+            "predicted_N": predictions.ranked_NK[:, 0].astype(np.int32),
+            "confidence_N": predictions.confidence_N.astype(np.float32),
+            **self.geometry(network, train_counts_C),
+        }
+        return table | ({"calibrated_N": torch.cat(self._calibrated_B).numpy()} if self._calibrated_B else {})
 
     def geometry(self, network: TwoBranchNetwork, train_counts_C: Sequence[int]) -> Table:
         """How class means and class vectors lie to each other, by shot group, and how far classes spread.

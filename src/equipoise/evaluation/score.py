@@ -4,10 +4,10 @@ The flow: the network predicts the validation part; its predictions fit the temp
 post-hoc prior; then the network predicts the test part, which never chooses anything.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,15 +32,6 @@ from equipoise.runs.records import BadImages, CheckpointMetrics, PartMetrics, Po
 from equipoise.views.loader import Batches, open_batches, worker_count
 from equipoise.views.views import view_settings
 
-Observe = Callable[[Tensor, Tensor], None]
-
-
-class ScoredCheckpoint(NamedTuple):
-    """`observed`: what the report draws of it, by 'PART/NAME'; rank 0 alone has it."""
-
-    metrics: CheckpointMetrics
-    observed: Table
-
 
 def evaluate_run(
     path: Path,
@@ -58,24 +49,22 @@ def evaluate_run(
     # Rank 0 reads the files: another host may not see them.
     last, best, lost = world.first_makes(lambda: _load_last_and_best(path, overrides))
     parts = parts or world.each_makes(lambda: unchanged_data(last, path))
-    validation, test = world.each_makes(
-        lambda: [
-            _open(last.recipe, images, device, world) if images else None for images in (parts.validation, parts.test)
-        ]
-    )
+    scored = {"validation": parts.validation, "test": parts.test}
     with ExitStack() as stack:
-        for batches in (validation, test):
-            if batches is not None:
-                stack.enter_context(closing(batches))
-        of_last = score_checkpoint(last, validation, test, device, world)
-        of_best = score_checkpoint(best, validation, test, device, world) if best else None
-        bad = record_bad_images(path, world, validation=validation, test=test)
+        batches: dict[str, Batches] = world.each_makes(
+            lambda: {part: _open(last.recipe, images, device, world) for part, images in scored.items() if images}
+        )
+        for opened in batches.values():
+            stack.enter_context(closing(opened))
+        of_last, observed = score_checkpoint(last, batches, device, world)
+        of_best, observed = score_checkpoint(best, batches, device, world) if best else (None, observed)
+        bad = record_bad_images(path, world, **batches)
     metrics: RunMetrics = {
         "method": last.recipe.method,
-        "test": of_last.metrics["test"],
-        "validation": of_last.metrics["validation"],
-        "last": of_last.metrics,
-        "best": of_best.metrics if of_best else None,
+        "test": of_last["test"],
+        "validation": of_last["validation"],
+        "last": of_last,
+        "best": of_best,
         "best_lost": lost,
         "bad_images": bad,
         "class_names": list(last.class_names),
@@ -83,7 +72,6 @@ def evaluate_run(
     }
     if world.is_first:
         with atomic_file(path / OBSERVED) as file:
-            observed = (of_best or of_last).observed
             np.savez_compressed(file, **observed)  # pyright: ignore[reportArgumentType] no key is its own argument
         write_json(path / METRICS, metrics)
     return metrics
@@ -109,7 +97,7 @@ def evaluate_checkpoint(
     checkpoint, device = target.checkpoint, target.checkpoint.recipe.device
     with closing(world.each_makes(lambda: _open(checkpoint.recipe, target.images, device, world))) as batches:
         network = checkpoint.build().to(choose_device(device, world.local_rank))
-        metrics, predictions = _score_part(checkpoint, network, batches, world, keep_logits)
+        metrics, predictions = _score(checkpoint, network, batches, world, keep_logits)
         bad = _bad_images(batches, world)
     table = {
         "method": checkpoint.recipe.method,
@@ -127,48 +115,51 @@ def evaluate_checkpoint(
 
 
 def score_checkpoint(
-    checkpoint: Checkpoint, validation: Batches | None, test: Batches | None, device: str = "auto", world: World = ALONE
-) -> ScoredCheckpoint:
-    """The metrics of a checkpoint on the parts there are."""
+    checkpoint: Checkpoint, parts: Mapping[str, Batches], device: str = "auto", world: World = ALONE
+) -> tuple[CheckpointMetrics, Table]:
+    """The metrics of a checkpoint on its validation and test parts, where there are any; and what the report draws of
+    it, by 'PART/NAME', which rank 0 alone has."""
     network = checkpoint.build().to(choose_device(device, world.local_rank))
-    on_validation = on_test = temperature = None
     observed: Table = {}
 
-    def keep(part: str, predictions: Predictions, observation: Observation, calibrated: Table) -> None:
-        observation.gather(world)
-        if world.is_first:
-            table = {**_as_table(predictions), **calibrated, **observation.geometry(network, checkpoint.class_counts)}
-            observed.update({f"{part}/{name}": values for name, values in table.items()})
-
-    if validation is not None:
-        observation = Observation(len(checkpoint.class_names))
-        with observation.watch(network) as observe:
-            on_validation, predictions = _score_part(checkpoint, network, validation, world, True, observe)
-        temperature = calibrating_temperature(checkpoint, predictions)
-        keep("validation", predictions, observation, _calibrated(predictions, temperature))
-    if test is not None:
+    def score_part(part: str, temperature: float | None) -> tuple[PartMetrics, Predictions]:
         observation = Observation(len(checkpoint.class_names), temperature)
         with observation.watch(network) as observe:
-            on_test, predictions = _score_part(checkpoint, network, test, world, observe=observe)
-        keep("test", predictions, observation, observation.calibrated())
+            chooses = part == "validation"
+            metrics, predictions = _score(checkpoint, network, parts[part], world, chooses, observe)
+        observation.gather(world)
+        if world.is_first:
+            table = observation.table(predictions, network, checkpoint.class_counts)
+            observed.update({f"{part}/{name}": values for name, values in table.items()})
+        return metrics, predictions
+
+    validation = test = temperature = None
+    if "validation" in parts:
+        validation, predictions = score_part("validation", None)
+        temperature = calibrating_temperature(checkpoint, predictions)
+        if temperature is not None and predictions.logits_NC is not None:
+            logits_NC = torch.from_numpy(predictions.logits_NC)
+            observed["validation/calibrated_N"] = confidence_at(logits_NC, temperature).numpy()
+    if "test" in parts:
+        test, _ = score_part("test", temperature)
     metrics: CheckpointMetrics = {
         "epoch": checkpoint.epoch,
         "step": checkpoint.step,
-        "validation": on_validation,
-        "test": on_test,
-        "post_hoc": _post_hoc_prior(on_validation, on_test),
+        "validation": validation,
+        "test": test,
+        "post_hoc": _post_hoc_prior(validation, test),
         "temperature": temperature,
     }
-    return ScoredCheckpoint(metrics, observed)
+    return metrics, observed
 
 
-def _score_part(
+def _score(
     checkpoint: Checkpoint,
     network: TwoBranchNetwork,
     batches: Batches,
     world: World,
-    keep_logits: bool = False,
-    observe: Observe | None = None,
+    keep_logits: bool,
+    observe: Callable[[Tensor, Tensor], None] | None = None,
 ) -> tuple[PartMetrics, Predictions]:
     counts = checkpoint.class_counts or None
     prior_C = log_prior(torch.tensor(counts)).float() if counts and min(counts) > 0 else None
@@ -196,21 +187,6 @@ def _post_hoc_prior(validation: PartMetrics | None, test: PartMetrics | None) ->
     if test is not None:
         post_hoc["test"] = next(row for row in test["prior_sweep"] or () if row["tau"] == tau)
     return post_hoc
-
-
-def _as_table(predictions: Predictions) -> Table:
-    return {
-        "labels_N": predictions.labels_N.astype(np.int32),
-        "predicted_N": predictions.ranked_NK[:, 0].astype(np.int32),
-        "confidence_N": predictions.confidence_N.astype(np.float32),
-    }
-
-
-def _calibrated(predictions: Predictions, temperature: float | None) -> Table:
-    """As `Observation.calibrated`, of the part that the temperature was fitted on."""
-    if temperature is None or predictions.logits_NC is None:
-        return {}
-    return {"calibrated_N": confidence_at(torch.from_numpy(predictions.logits_NC), temperature).numpy()}
 
 
 # ---------------------------------------------------------------------------------------------- files

@@ -50,7 +50,7 @@ class Checkpoint:
 
     def save(self, path: Path) -> None:
         """Write to `path`, which holds the old file or the whole new one at any moment. Raises OSError."""
-        table = {**_without_tensors(self), "weights": self.weights, "optimizer": self.optimizer}
+        table = _as_table(self)
         _write({**table, "digest": _digest(table)}, path)
 
     def save_last(self, folder: Path) -> None:
@@ -152,21 +152,13 @@ def _from_table(table: dict[str, Any], path: Path) -> Checkpoint:
         state = msgspec.convert(table, _State)
     except msgspec.ValidationError as error:
         raise UserError(f"{path} is damaged or was changed ({error}); use another one of the run") from None
-    values: dict[str, Any] = {name: getattr(state, name) for name in state.__struct_fields__}
-    return Checkpoint(**(values | {"recipe": recipe_from_table(state.recipe, str(path))}))
+    values = msgspec.structs.asdict(state)
+    values["recipe"] = recipe_from_table(state.recipe, str(path))
+    return Checkpoint(**values)
 
 
-def _without_tensors(checkpoint: Checkpoint) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        "recipe": recipe_table(checkpoint.recipe),
-        "class_names": list(checkpoint.class_names),
-        "class_counts": list(checkpoint.class_counts),
-        "epoch": checkpoint.epoch,
-        "step": checkpoint.step,
-        "best": checkpoint.best,
-        "fingerprints": checkpoint.fingerprints,
-    }
+def _as_table(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {"format": FORMAT, **vars(checkpoint), "recipe": recipe_table(checkpoint.recipe)}
 
 
 def _write(table: dict[str, Any], path: Path) -> None:
@@ -244,6 +236,7 @@ def export_to_authors(path: Path, out: Path) -> None:
     if not groups:  # they are not read from that layout, nor is its best accuracy
         raise UserError("the checkpoint is in the authors' layout already, and would lose by being read: copy the file")
     names = parameter_names(checkpoint.weights)
+    described = {key: value for key, value in _as_table(checkpoint).items() if key not in ("weights", "optimizer")}
     table = to_authors(
         checkpoint.weights,
         {name: states[index]["momentum_buffer"] for index, name in enumerate(names) if index in states},
@@ -251,7 +244,7 @@ def export_to_authors(path: Path, out: Path) -> None:
         classifier=checkpoint.recipe.model.classifier,
         epoch=checkpoint.epoch,
         best_per_class=checkpoint.best[0] if checkpoint.best else None,
-        extra=_without_tensors(checkpoint),
+        extra=described,
         param_group=groups[0],
     )
     _write(table, out)
