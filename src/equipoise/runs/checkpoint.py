@@ -51,7 +51,7 @@ class Checkpoint:
     def save(self, path: Path) -> None:
         """Write to `path`, which holds the old file or the whole new one at any moment. Raises OSError."""
         table = _as_table(self)
-        _write({**table, "digest": _digest(table)}, path)
+        _write({**table, "digest": digest_of(table)}, path)
 
     def save_last(self, folder: Path) -> None:
         """Write the folder's last checkpoint and keep the one before it, in case the disk spoils this one."""
@@ -142,7 +142,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         return _from_authors(table, path)
     if not isinstance(table, dict) or table.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of this version of equipoise; take another")
-    if _digest(table) != table.get("digest"):
+    if digest_of(table) != table.get("digest"):
         raise UserError(f"{path} is damaged: its checksum does not fit; use another one of the run")
     return _from_table(table, path)
 
@@ -172,7 +172,7 @@ def _write(table: dict[str, Any], path: Path) -> None:
         raise
 
 
-def _digest(table: dict[str, Any]) -> str:
+def digest_of(table: dict[str, Any]) -> str:
     """SHA-256 over all that a checkpoint holds but the digest itself."""
     hasher = hashlib.sha256()
 
