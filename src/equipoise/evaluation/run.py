@@ -38,7 +38,7 @@ class Run:
         """The network of the last checkpoint, on the CPU: uint8 images `[N, 3, S, S]` to logits `[N, C]`."""
         return load_checkpoint(self.path / LAST).build()
 
-    def evaluate(self, data: str | None = None, split: str = "test") -> Any:
+    def evaluate(self, data: str | None = None, split: str = "test") -> Mapping[str, Any]:
         """The metrics computed anew: see `evaluate_run`, and for other data or another part `evaluate_checkpoint`."""
         if data is None and split == "test":
             return evaluate_run(self.path)

@@ -57,7 +57,9 @@ def evaluate_run(
         for opened in batches.values():
             stack.enter_context(closing(opened))
         of_last, observed = score_checkpoint(last, batches, device, world)
-        of_best, observed = score_checkpoint(best, batches, device, world) if best else (None, observed)
+        of_best = None
+        if best is not None:
+            of_best, observed = score_checkpoint(best, batches, device, world)
         bad = record_bad_images(path, world, **batches)
     metrics: RunMetrics = {
         "method": last.recipe.method,

@@ -2,7 +2,7 @@
 
 import json
 import os
-from contextlib import ExitStack, closing, suppress
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
@@ -57,12 +57,10 @@ class RunLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        with ExitStack() as stack:
-            if error is not None:  # where closing fails too, on a full disk, the first error says more
-                stack.enter_context(suppress(OSError))
-            for opened in (self._lines, self._curves):
+        for opened in (self._curves, self._lines):
+            with suppress(*([OSError] if error else [])):  # on a full disk closing fails too: the first error says more
                 if opened is not None:
-                    stack.enter_context(closing(opened))
+                    opened.close()
 
 
 def _open_curves(folder: Path, step: int) -> "SummaryWriter | None":
