@@ -65,7 +65,8 @@ with _instrumented():
     from equipoise.method.encoders import _read_weights
     from equipoise.report.page import _content
     from equipoise.report.read import read_runs
-    from equipoise.runs.checkpoint import FORMAT, Checkpoint, _digest, load_checkpoint
+    from equipoise.runs.checkpoint import FORMAT, Checkpoint, digest_of, load_checkpoint
+    from equipoise.runs.records import read_bad_images
     from equipoise.training.compare import _summary
 
 
@@ -188,7 +189,7 @@ def _checkpoint() -> dict[str, Any]:
             "param_groups": [{"lr": 0.1, "params": [0]}],
         },
     }
-    return {**table, "digest": _digest(table)}
+    return {**table, "digest": digest_of(table)}
 
 
 def _authors_checkpoint() -> dict[str, Any]:
@@ -259,7 +260,7 @@ def _read_checkpoint(file: Path) -> object:
     table = load_tensors(file, "checkpoint")
     if isinstance(table, dict) and "digest" in table:
         with contextlib.suppress(TypeError, ValueError, RuntimeError):
-            torch.save({**table, "digest": _digest(table)}, file)
+            torch.save({**table, "digest": digest_of(table)}, file)
     return load_checkpoint(file)
 
 

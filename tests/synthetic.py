@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from equipoise.config.recipe import load_recipe, recipe_toml
-from equipoise.evaluation.metrics import choose_tau, fit_temperature, score, sweep
+from equipoise.evaluation.metrics import choose_tau, fit_temperature, score
 from equipoise.evaluation.observe import Observation, confidence_at
 from equipoise.evaluation.predictions import predict
 from equipoise.method.losses import log_prior
@@ -130,14 +130,8 @@ def write_figures(folder, counts, names, method, images_per_class, validation, g
         if part == "validation":
             block["temperature"] = fit_temperature(predictions.logits_NC, predictions.labels_N, np.zeros(classes))
         first += len(of_part)
-        block[part] = {**score(predictions, counts, classes).as_dict(), "prior_sweep": sweep(predictions, counts)}
-        arrays = {
-            "labels_N": of_part.numpy().astype(np.int32),
-            "predicted_N": predictions.ranked_NK[:, 0].astype(np.int32),
-            "confidence_N": predictions.confidence_N.astype(np.float32),
-            **observation.calibrated(),
-            **observation.geometry(network, counts),
-        }
+        block[part] = score(predictions, counts, classes)
+        arrays = observation.table(predictions, network, counts)
         if part == "validation" and block["temperature"]:
             logits = torch.from_numpy(predictions.logits_NC)
             arrays["calibrated_N"] = confidence_at(logits, block["temperature"]).numpy()

@@ -450,43 +450,6 @@ def test_an_error_of_the_user_ends_all_ranks_and_is_said_once(event, expected, t
 
 
 @pytest.mark.slow
-def test_bad_images_of_all_ranks_are_replaced_and_counted(tmp_path):
-    """Each rank decodes its own images, so that none sees all the bad ones; one process finds the same."""
-    data = draw_folder(tmp_path / "data" / "train", {"ant": 12, "bee": 9}).parent
-    draw_folder(data / "test", {"ant": 300, "bee": 4})  # two batches: one for each rank
-    for name in ("ant/1", "ant/2", "ant/7", "bee/0", "bee/5"):
-        path = data / "train" / f"{name}.png"
-        path.write_bytes(path.read_bytes()[:200])
-    (data / "train" / "bee" / "8.png").write_bytes(b"what headers tell")
-    for name in ("ant/0", "bee/3"):
-        (data / "test" / f"{name}.png").write_bytes((data / "test" / f"{name}.png").read_bytes()[:200])
-    small = ["--arch=resnet8", "--size=16", "--epochs=1", "-b6", "-j1", "--precision=fp32", "--on-bad-image=skip"]
-    small += ["--set", "data.holdout=0", "--set", "model.batch_norm=frozen"]
-    words = ["-m", "equipoise", "train", "--data", str(data), *small]
-    found = {}
-    for processes in (1, 2):
-        run = tmp_path / f"of {processes}"
-        done = torchrun(processes, *words, "--out", str(run))
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("6 images could not be read and were replaced by others of the same class") == 1
-        assert done.stdout.count("2 images of the test part could not be read and were left out of its metrics") == 1
-        metrics = json.loads((run / "metrics.json").read_text())
-        assert metrics["test"]["images"] == 302
-        assert metrics["bad_images"] == json.loads((run / "bad-images.json").read_text())
-        assert [len(metrics["bad_images"][part]) for part in ("train", "test")] == [6, 2]
-        found[processes] = metrics["bad_images"], load_checkpoint(run / "last.pt").weights
-    assert found[1][0] == found[2][0]
-    assert largest_relative_error(found[2][1], found[1][1]) < 1e-3, "what stands in is the same"
-    for number in range(12):
-        (data / "train" / "ant" / f"{number}.png").write_bytes(b"none")
-    done = torchrun(2, *words, "--out", str(tmp_path / "other"))
-    said = [line for line in done.stderr.splitlines() if line.startswith("equipoise: ")]
-    assert len(said) == 1
-    assert "none of the 12 images of class 'ant' can be read" in said[0]
-    assert not (tmp_path / "other").exists()
-
-
-@pytest.mark.slow
 def test_a_bug_on_one_rank_ends_all_with_its_traceback_alone(tmp_path):
     done = run_script(tmp_path, "if world.rank == 1: raise KeyError('no more')")
     assert done.returncode != 0

@@ -1,4 +1,4 @@
-"""Figures against the golden file, by hand, by slow loops, and against scikit-learn."""
+"""Metrics against the golden file, by hand, by slow loops, and against scikit-learn."""
 
 import math
 
@@ -19,6 +19,8 @@ from equipoise.evaluation.metrics import (
     shot_group,
     sweep,
 )
+
+SINGLE = ("top1", "top5", "mean_per_class", "many", "medium", "few", "macro_f1", "worst_class", "worst_tenth", "ece")
 
 
 def predictions(best, labels, confidence=None) -> Predictions:
@@ -48,45 +50,46 @@ def random_case(seed: int, images: int = 200, classes: int = 23) -> tuple[Predic
 def test_shot_accuracy_golden():
     case = GOLDEN["shot_accuracy"]
     result = score(predictions(case["predictions"], case["labels"]), case["train_counts"], 6)
-    assert (result.many, result.medium, result.few) == pytest.approx((case["many"], case["medium"], case["few"]))
-    assert list(result.per_class) == pytest.approx(case["per_class"])
-    assert result.mean_per_class == pytest.approx(np.mean(case["per_class"]))
-    assert result.top1 == pytest.approx(np.mean(np.array(case["predictions"]) == np.array(case["labels"])))
+    assert (result["many"], result["medium"], result["few"]) == pytest.approx(
+        (case["many"], case["medium"], case["few"])
+    )
+    assert result["per_class"] == pytest.approx(case["per_class"])
+    assert result["mean_per_class"] == pytest.approx(np.mean(case["per_class"]))
+    assert result["top1"] == pytest.approx(np.mean(np.array(case["predictions"]) == np.array(case["labels"])))
 
 
 @pytest.mark.parametrize(("count", "group"), [(101, "many"), (100, "medium"), (20, "medium"), (19, "few"), (1, "few")])
 def test_shot_group_limits(count, group):
     assert shot_group(count) == group
-    scored = score(predictions([0, 1], [0, 1]), [count, count], 2).as_dict()
+    scored = score(predictions([0, 1], [0, 1]), [count, count], 2)
     assert [name for name in ("many", "medium", "few") if scored[name] is not None] == [group]
 
 
 def test_absent_is_not_zero():
     """No class is 'many' or 'medium', and class 1 has no test images."""
     result = score(predictions([0, 1, 2], [0, 0, 2]), [19, 5, 2], 3)
-    assert result.many is None
-    assert result.medium is None
-    assert result.per_class == (0.5, None, 1.0)
-    assert result.few == result.mean_per_class == 0.75
-    assert result.as_dict()["per_class"] == [0.5, None, 1.0]
-    assert result.top5 is None, "of three classes five are always right"
+    assert result["many"] is None
+    assert result["medium"] is None
+    assert result["per_class"] == [0.5, None, 1.0]
+    assert result["few"] == result["mean_per_class"] == 0.75
+    assert result["top5"] is None, "of three classes five are always right"
     unknown = score(predictions([0, 1, 2], [0, 0, 2]), None, 3)
-    assert (unknown.many, unknown.medium, unknown.few) == (None, None, None)
-    assert unknown.mean_per_class == 0.75
+    assert (unknown["many"], unknown["medium"], unknown["few"]) == (None, None, None)
+    assert unknown["mean_per_class"] == 0.75
 
 
 def test_a_group_whose_classes_have_no_test_images_is_absent():
-    assert score(predictions([1], [1]), [500, 3], 2).many is None
+    assert score(predictions([1], [1]), [500, 3], 2)["many"] is None
 
 
-def test_figures_by_hand():
+def test_metrics_by_hand():
     """Ten classes with one image each, of which 3 to 9 are right; class 10 is predicted once and has none."""
     result = score(predictions([10, 0, 0, 3, 4, 5, 6, 7, 8, 9], range(10)), [1] * 11, 11)
-    assert result.per_class == (0.0, 0.0, 0.0, *[1.0] * 7, None)
-    assert (result.worst_class, result.worst_tenth) == (0, 0)
-    assert result.macro_f1 == pytest.approx(0.7)
+    assert result["per_class"] == [0.0, 0.0, 0.0, *[1.0] * 7, None]
+    assert (result["worst_class"], result["worst_tenth"]) == (0, 0)
+    assert result["macro_f1"] == pytest.approx(0.7)
     twelve = score(predictions([0, 0, *range(2, 12), 2], [0, 1, *range(2, 12), 2]), [1] * 12, 12)
-    assert twelve.worst_tenth == 0.5, "two of twelve classes: a tenth, rounded up"
+    assert twelve["worst_tenth"] == 0.5, "two of twelve classes: a tenth, rounded up"
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -95,35 +98,35 @@ def test_against_scikit_learn(seed):
     labels, best, classes = made.labels_N, made.ranked_NK[:, 0], len(counts)
     result = score(made, counts, classes)
     present = np.unique(labels)
-    assert result.top1 == pytest.approx(reference.accuracy_score(labels, best))
-    assert result.top5 == pytest.approx(reference.top_k_accuracy_score(labels, logits, k=5, labels=range(classes)))
+    assert result["top1"] == pytest.approx(reference.accuracy_score(labels, best))
+    assert result["top5"] == pytest.approx(reference.top_k_accuracy_score(labels, logits, k=5, labels=range(classes)))
     recalls = reference.recall_score(labels, best, labels=present, average=None)
-    assert result.mean_per_class == pytest.approx(recalls.mean())
+    assert result["mean_per_class"] == pytest.approx(recalls.mean())
     f1 = reference.f1_score(labels, best, labels=present, average="macro", zero_division=0)
-    assert result.macro_f1 == pytest.approx(f1)
-    assert result.worst_class == pytest.approx(recalls.min())
-    assert result.worst_tenth == pytest.approx(np.sort(recalls)[: math.ceil(len(present) / 10)].mean())
+    assert result["macro_f1"] == pytest.approx(f1)
+    assert result["worst_class"] == pytest.approx(recalls.min())
+    assert result["worst_tenth"] == pytest.approx(np.sort(recalls)[: math.ceil(len(present) / 10)].mean())
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_nothing_depends_on_the_order_of_images_or_classes(seed):
     made, _, counts = random_case(seed)
-    expected = score(made, counts, len(counts)).as_dict()
+    expected = score(made, counts, len(counts))
     generator = np.random.default_rng(seed)
     order = generator.permutation(len(made.labels_N))
     shuffled = Predictions(made.labels_N[order], made.ranked_NK[order], made.confidence_N[order])
-    figures = score(shuffled, counts, len(counts)).as_dict()
-    for name in expected.keys() - {"per_class"}:
-        assert figures[name] == pytest.approx(expected[name]), name
-    assert figures["per_class"] == expected["per_class"]
+    found = score(shuffled, counts, len(counts))
+    for name in SINGLE:
+        assert found[name] == pytest.approx(expected[name]), name
+    assert found["per_class"] == expected["per_class"]
     new = generator.permutation(len(counts))  # class c becomes class new[c]
     renamed = Predictions(new[made.labels_N], new[made.ranked_NK], made.confidence_N)
     moved = [0] * len(counts)
     for old, count in enumerate(counts):
         moved[new[old]] = count
-    figures = score(renamed, moved, len(counts)).as_dict()
-    for name in expected.keys() - {"per_class"}:
-        assert figures[name] == pytest.approx(expected[name]), name
+    found = score(renamed, moved, len(counts))
+    for name in SINGLE:
+        assert found[name] == pytest.approx(expected[name]), name
 
 
 # ---- calibration
@@ -225,8 +228,11 @@ def test_sweep_by_slow_loops():
         ]
         scored = score(predictions(best, made.labels_N), counts, len(counts))
         for name in ("top1", "mean_per_class", "many", "medium", "few"):
-            assert row[name] == pytest.approx(getattr(scored, name)), (row["tau"], name)
-    assert rows[0]["top1"] == score(made, counts, len(counts)).top1
+            assert row[name] == pytest.approx(scored[name]), (row["tau"], name)
+    scored = score(made, counts, len(counts))
+    assert rows[0]["top1"] == scored["top1"]
+    assert scored["prior_sweep"] == rows
+    assert score(predictions([0], [0]), [3, 1], 2)["prior_sweep"] is None, "without a prior there is no sweep"
 
 
 def test_the_smallest_of_equal_taus_is_chosen():

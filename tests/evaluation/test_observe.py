@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from equipoise.evaluation.metrics import GROUPS, shot_group
+from equipoise.evaluation.metrics import GROUPS, Predictions, shot_group
 from equipoise.evaluation.observe import COSINE_BINS, Observation, confidence_at, count_cosines
 from equipoise.method.network import TwoBranchNetwork
 
@@ -37,13 +37,17 @@ def observed(network):
 
 
 def test_confidence_at_the_temperature(network, observed):
-    observation, images, _ = observed
+    observation, images, labels = observed
     with torch.inference_mode():
         logits = network(images).double()
     expected = (logits / TEMPERATURE).softmax(1).amax(1).numpy()
-    assert observation.calibrated()["calibrated_N"] == pytest.approx(expected, abs=1e-5)
+    made = Predictions(labels.numpy(), logits.argmax(1)[:, None].numpy(), logits.softmax(1).amax(1).numpy())
+    table = observation.table(made, network, COUNTS)
+    assert table["calibrated_N"] == pytest.approx(expected, abs=1e-5)
+    assert table["confidence_N"] == pytest.approx(made.confidence_N)
+    assert (table["labels_N"] == labels.numpy()).all()
+    assert (table["predicted_N"] == logits.argmax(1).numpy()).all()
     assert confidence_at(logits.repeat(50, 1), TEMPERATURE).numpy() == pytest.approx(np.tile(expected, 50))
-    assert Observation(CLASSES).calibrated() == {}
 
 
 @pytest.mark.parametrize("centred", [True, False])

@@ -93,8 +93,8 @@ def test_the_network_is_left_as_it_was(network, training):
 
 
 @pytest.mark.parametrize("spoilt", [torch.nan, torch.inf])
-def test_outputs_that_are_not_finite_give_no_figure(spoilt, network):
+def test_outputs_that_are_not_finite_are_not_scored(spoilt, network):
     with torch.no_grad():
         network.linear.bias[3] = spoilt
-    with pytest.raises(UserError, match="the network's logits are not finite numbers: no figure is to be had"):
+    with pytest.raises(UserError, match="the network's logits are not finite numbers"):
         predict(network, Images())

@@ -19,11 +19,11 @@ from conftest import draw_folder
 import equipoise
 from benchmarks.crash import crash
 from equipoise import UserError, load_recipe, train
-from equipoise.base.log import RunLog
 from equipoise.base.world import World
 from equipoise.cli.main import main
 from equipoise.method.encoders import create_encoder
 from equipoise.runs.checkpoint import load_checkpoint
+from equipoise.runs.log import RunLog
 from equipoise.training import folder as folder_module
 from equipoise.training import loop as training
 from equipoise.training.folder import RunFolder, _git_state

@@ -48,10 +48,10 @@ def evaluate(options: argparse.Namespace) -> None:
     if not world.is_first:
         return
     results = [
-        (f"{part} {checkpoint}", metrics[checkpoint][part])
+        (f"{part} {checkpoint}", figures)
         for part in ("validation", "test")
         for checkpoint in ("last", "best")
-        if metrics[checkpoint] and metrics[checkpoint][part]
+        if (scored := metrics[checkpoint]) and (figures := scored[part])
     ]
     print_metrics(results, f"{metrics['method']}: accuracy, percent", metrics)
     print_post_hoc(metrics)

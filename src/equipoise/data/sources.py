@@ -15,7 +15,7 @@ import numpy as np
 
 from equipoise.base.errors import UserError
 from equipoise.base.files import atomic_file
-from equipoise.base.log import counted
+from equipoise.base.progress import counted
 from equipoise.config.recipe import Recipe, field_value, find_field
 from equipoise.data import lists as list_files
 from equipoise.data.cifar import find_cifar, open_cifar

@@ -1,16 +1,18 @@
-"""Predictions, labels and training counts become the figures of the field, and those that it leaves out.
+"""Predictions, labels and training counts become the metrics of the field, and those that it mostly leaves out.
 
-Shapes: N images, C classes, K ranked classes of an image. All figures are fractions. `None` is "there is nothing to
-average", which is not the same as 0.
+Shapes: N images, C classes, K ranked classes of an image. All metrics are fractions. None means that there is nothing
+to average, which is not the same as 0.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from equipoise.runs.records import GroupMeans, PartMetrics, PriorRow
 
 MANY_ABOVE = 100  # Liu et al., CVPR 2019: many > 100 training images, few < 20, medium between, both ends inclusive
 FEW_BELOW = 20
@@ -20,7 +22,7 @@ GROUP_LIMITS = {
     "medium": f"{FEW_BELOW} to {MANY_ABOVE}",
     "few": f"fewer than {FEW_BELOW}",
 }
-FURTHER = {  # what else is shown beside top-1 and the groups: in words, and its field of `Scores`
+FURTHER = {  # what is shown beside top-1 and the groups: its label, and its key in `PartMetrics`
     "top-5": "top5",
     "mean over classes": "mean_per_class",
     "worst tenth of classes": "worst_tenth",
@@ -37,11 +39,11 @@ Fractions = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a network says of the N images of a list.
+    """What a network predicts for the N images of a list.
 
     `ranked_NK`: the (at most five) classes of highest logits, best first. `confidence_N`: the softmax probability of
     the best. `adjusted`: for each tau of `TAUS` the argmax of `logits - tau * log prior`; empty where the prior is not
-    known. `logits_NC`: where they were asked for.
+    known. `logits_NC`: None unless they were asked for.
     """
 
     labels_N: Labels
@@ -51,33 +53,6 @@ class Predictions:
     logits_NC: npt.NDArray[np.float32] | None = None
 
 
-@dataclass(frozen=True)
-class Scores:
-    """The figures of a list.
-
-    `top5` is None where five classes or fewer make it always right. `many`, `medium`, `few` and `mean_per_class` are
-    means of per-class accuracy. `macro_f1`: the mean F1 over the classes that have images. `worst_tenth`: the mean over
-    the tenth of these classes (rounded up) with the lowest accuracy. `ece`: expected calibration error of the top class
-    over 15 bins of equal width (Guo et al., ICML 2017).
-    """
-
-    images: int
-    top1: float
-    top5: float | None
-    mean_per_class: float
-    many: float | None
-    medium: float | None
-    few: float | None
-    macro_f1: float
-    worst_class: float
-    worst_tenth: float
-    ece: float
-    per_class: tuple[float | None, ...]
-
-    def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "per_class": list(self.per_class)}
-
-
 def shot_group(train_count: int) -> str:
     """'many', 'medium' or 'few' by the number of training images of the class."""
     if train_count > MANY_ABOVE:
@@ -85,8 +60,8 @@ def shot_group(train_count: int) -> str:
     return "few" if train_count < FEW_BELOW else "medium"
 
 
-def score(predictions: Predictions, train_counts_C: Sequence[int] | None, classes: int) -> Scores:
-    """All figures of the predictions.
+def score(predictions: Predictions, train_counts_C: Sequence[int] | None, classes: int) -> PartMetrics:
+    """All metrics of the predictions.
 
     `train_counts_C` are the training images of each class, which decide its shot group; without them there are no
     groups. A class without test images has no accuracy and enters no mean. Raises ValueError on an empty set or a label
@@ -99,42 +74,42 @@ def score(predictions: Predictions, train_counts_C: Sequence[int] | None, classe
         raise ValueError(f"labels must be 0 to {classes - 1}")
     best_N = ranked_NK[:, 0]
     hits_C, seen_C, accuracy_C = _class_accuracy(labels_N, best_N, classes)
-    said_C, present_C = np.bincount(best_N, minlength=classes), seen_C > 0
+    predicted_C, present_C = np.bincount(best_N, minlength=classes), seen_C > 0
     ascending = np.sort(accuracy_C[present_C])
-    f1_C = 2 * hits_C[present_C] / (seen_C + said_C)[present_C]  # 2 TP / (2 TP + FP + FN)
-    return Scores(
-        images=len(labels_N),
-        top1=float((best_N == labels_N).mean()),
-        top5=float((ranked_NK == labels_N[:, None]).any(1).mean()) if classes > 5 else None,
-        mean_per_class=float(ascending.mean()),
+    f1_C = 2 * hits_C[present_C] / (seen_C + predicted_C)[present_C]  # 2 TP / (2 TP + FP + FN)
+    return {
+        "images": len(labels_N),
+        "top1": float((best_N == labels_N).mean()),
+        "top5": float((ranked_NK == labels_N[:, None]).any(1).mean()) if classes > 5 else None,
+        "mean_per_class": float(ascending.mean()),
         **_group_means(accuracy_C, train_counts_C),
-        macro_f1=float(f1_C.mean()),
-        worst_class=float(ascending[0]),
-        worst_tenth=float(ascending[: math.ceil(len(ascending) / 10)].mean()),
-        ece=calibration_error(predictions.confidence_N, best_N == labels_N),
-        per_class=tuple(None if math.isnan(share) else share for share in accuracy_C.tolist()),
-    )
+        "macro_f1": float(f1_C.mean()),
+        "worst_class": float(ascending[0]),
+        "worst_tenth": float(ascending[: math.ceil(len(ascending) / 10)].mean()),
+        "ece": calibration_error(predictions.confidence_N, best_N == labels_N),
+        "per_class": [None if math.isnan(share) else share for share in accuracy_C.tolist()],
+        "prior_sweep": sweep(predictions, train_counts_C) if train_counts_C and predictions.adjusted else None,
+    }
 
 
-def _class_accuracy(labels_N: Labels, said_N: Labels, classes: int) -> tuple[Labels, Labels, Fractions]:
-    """Of each class: the images that are told rightly, all of its images, and their share; NaN without images."""
-    hits_C = np.bincount(labels_N[said_N == labels_N], minlength=classes)
+def _class_accuracy(labels_N: Labels, predicted_N: Labels, classes: int) -> tuple[Labels, Labels, Fractions]:
+    """For each class: its images that are classified right, all its images, and the share; NaN without images."""
+    hits_C = np.bincount(labels_N[predicted_N == labels_N], minlength=classes)
     seen_C = np.bincount(labels_N, minlength=classes)
     return hits_C, seen_C, np.divide(hits_C, seen_C, out=np.full(classes, np.nan), where=seen_C > 0)
 
 
-def _group_means(accuracy_C: Fractions, train_counts_C: Sequence[int] | None) -> dict[str, float | None]:
-    """The mean accuracy of each shot group; NaN is a class without test images."""
+def _group_means(accuracy_C: Fractions, train_counts_C: Sequence[int] | None) -> GroupMeans:
+    """The mean accuracy of each shot group; an accuracy of NaN is that of a class without test images."""
     if train_counts_C is None:
-        return dict.fromkeys(GROUPS)
-    counts_C = np.asarray(train_counts_C)
-    many_C, few_C = counts_C > MANY_ABOVE, counts_C < FEW_BELOW
-    groups = {"many": many_C, "medium": ~many_C & ~few_C, "few": few_C}
-    there_C = ~np.isnan(accuracy_C)
-    return {
-        name: float(accuracy_C[group_C & there_C].mean()) if (group_C & there_C).any() else None
-        for name, group_C in groups.items()
-    }
+        return {"many": None, "medium": None, "few": None}
+    groups_C = np.array([shot_group(count) for count in train_counts_C])
+
+    def mean(group: str) -> float | None:
+        known = accuracy_C[(groups_C == group) & ~np.isnan(accuracy_C)]
+        return float(known.mean()) if known.size else None
+
+    return {"many": mean("many"), "medium": mean("medium"), "few": mean("few")}
 
 
 def calibration_error(confidence_N: Fractions, right_N: npt.NDArray[np.bool_]) -> float:
@@ -148,35 +123,27 @@ def calibration_error(confidence_N: Fractions, right_N: npt.NDArray[np.bool_]) -
 # ---------------------------------------------------------------------------------------------- post-hoc prior
 
 
-def sweep(predictions: Predictions, train_counts_C: Sequence[int]) -> list[dict[str, float | None]]:
-    """Figures with the post-hoc prior: the argmax of `logits - tau * log prior` (Menon et al., ICLR 2021, section 4.1)
+def sweep(predictions: Predictions, train_counts_C: Sequence[int]) -> list[PriorRow]:
+    """Accuracy with the post-hoc prior: the argmax of `logits - tau * log prior` (Menon et al., ICLR 2021, section 4.1)
     for each tau of `TAUS`. tau = 0 is the prediction as it is."""
-    rows: list[dict[str, float | None]] = []
-    classes = len(train_counts_C)
+    rows: list[PriorRow] = []
     for tau, adjusted_N in predictions.adjusted.items():
-        labels_N = predictions.labels_N
-        _, _, accuracy_C = _class_accuracy(labels_N, adjusted_N, classes)
-        rows.append(
-            {
-                "tau": tau,
-                "top1": float((adjusted_N == labels_N).mean()),
-                "mean_per_class": float(np.nanmean(accuracy_C)),
-                **_group_means(accuracy_C, train_counts_C),
-            }
-        )
+        _, _, accuracy_C = _class_accuracy(predictions.labels_N, adjusted_N, len(train_counts_C))
+        top1, mean = float((adjusted_N == predictions.labels_N).mean()), float(np.nanmean(accuracy_C))
+        rows.append({"tau": tau, "top1": top1, "mean_per_class": mean, **_group_means(accuracy_C, train_counts_C)})
     return rows
 
 
-def choose_tau(validation_sweep: Sequence[Mapping[str, Any]]) -> float:
+def choose_tau(validation_sweep: Sequence[PriorRow]) -> float:
     """The tau of the highest mean per-class accuracy; the smallest of those that are equal. Only ever call it with the
-    sweep of a validation part: a tau that is chosen on the test part makes its figures too good."""
+    sweep of a validation part: a tau that is chosen on the test part makes the test metrics too good."""
     return max(validation_sweep, key=lambda row: (row["mean_per_class"], -row["tau"]))["tau"]
 
 
 # ---------------------------------------------------------------------------------------------- calibration
 
 _COLDEST, _HOTTEST = 0.05, 20.0
-_ROWS = 1024  # at a time: the logits of a large validation part fill memory once, not four times
+_ROWS = 1024  # at a time, so that the logits of a large validation part are not copied as a whole
 
 
 def fit_temperature(
@@ -186,12 +153,13 @@ def fit_temperature(
     al., ICML 2017, section 4.2). Only ever call it with a validation part.
 
     `log_prior_ratio_C`: log of each class's share of these images over the prior that the logits are for; zeros where
-    the two agree, -inf for a class without images. Without it a temperature would be bent to make up for the shares.
+    the two agree, -inf for a class without images. Without it the temperature would make up
+    for a difference of the shares.
 
-    None where nothing between 0.05 and 20 is the minimum: of images that are all classified right, the smaller T the
-    better; of logits that say nothing, the larger.
+    None where no temperature between 0.05 and 20 is the minimum: if all images are classified right, a smaller T is
+    always better; if the logits say nothing, a larger one is.
     """
-    from scipy.optimize import root_scalar  # a quarter of a second, needed here alone
+    from scipy.optimize import root_scalar  # takes a quarter of a second to import
 
     own_N = logits_NC[np.arange(len(labels_N)), labels_N].astype(np.float64)
 

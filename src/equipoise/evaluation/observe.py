@@ -1,5 +1,5 @@
-"""What a network shows while it predicts, as far as the report draws it: calibrated confidence and the geometry of its
-features. Sums and samples, so that it stays small whatever the number of classes.
+"""What the report draws of a network is collected while it predicts: calibrated confidence, the geometry of its
+features. These are sums and samples, so that they stay small whatever the number of classes.
 
 Shapes: B images of a batch, N of the list, C classes, D width of the contrastive features, F of the encoder, G shot
 groups, K bins of a cosine, M images of the map.
@@ -17,18 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from equipoise.base.world import World
-from equipoise.evaluation.metrics import GROUPS, shot_group
+from equipoise.evaluation.metrics import GROUPS, Predictions, shot_group
 from equipoise.method.network import TwoBranchNetwork
 
 COSINE_BINS = 200  # of equal width, -1 to 1
-_MAPPED = 600  # t-SNE of them takes under 2 s
+_MAPPED = 600  # images at most on the map: their t-SNE takes under 2 s
 _ROWS_AT_ONCE = 1024
 
 Table = dict[str, npt.NDArray[Any]]
 
 
 class Observation:
-    """Of the images of one list, by one network; with a `temperature`, its confidence at that too."""
+    """Collects batch by batch what a network shows of one list; with a `temperature`, its confidence at it too."""
 
     def __init__(self, classes: int, temperature: float | None = None) -> None:
         self._classes = classes
@@ -36,14 +36,14 @@ class Observation:
         self._temperature = temperature
         self._calibrated_B: list[Tensor] = []
         self._labels_B: list[Tensor] = []
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor] = {}  # of unit features, [C, F] by space
         self._mapped_C = torch.zeros(classes, dtype=torch.int64)
         self._map_BF: list[Tensor] = []
         self._map_rows_B: list[Tensor] = []  # within their batch
 
     @contextmanager
     def watch(self, network: TwoBranchNetwork) -> Generator[Callable[[Tensor, Tensor], None]]:
-        """What is to be called with the labels and the logits of each batch, after it has passed `network`."""
+        """A context with a function that takes the labels and the logits of each batch, after `network` computed it."""
         hidden: list[Tensor] = []
 
         def keep(_: nn.Module, __: Any, output: Tensor) -> None:
@@ -61,13 +61,16 @@ class Observation:
 
     def add(self, labels_B: Tensor, logits_BC: Tensor, hidden_BF: Tensor, features_BD: Tensor | None) -> None:
         """The next batch: its labels, logits, the encoder's output and, where there is one, the projection's."""
-        self._add_directions("encoder", hidden_BF, labels_B)
-        if features_BD is not None:
-            self._add_directions("contrastive", features_BD, labels_B)
-        self._add_to_map(labels_B.cpu(), hidden_BF)
+        labels_B = labels_B.cpu()
+        for space, vectors_BF in {"encoder": hidden_BF, "contrastive": features_BD}.items():
+            if vectors_BF is not None:
+                if space not in self._sums:
+                    self._sums[space] = torch.zeros(self._classes, vectors_BF.shape[1], dtype=torch.float64)
+                self._sums[space].index_add_(0, labels_B, F.normalize(vectors_BF, dim=1).cpu().double())
+        self._add_to_map(labels_B, hidden_BF)
         if self._temperature is not None:
             self._calibrated_B.append(confidence_at(logits_BC, self._temperature).cpu())
-        self._labels_B.append(labels_B.cpu())
+        self._labels_B.append(labels_B)
 
     def _add_to_map(self, labels_B: Tensor, hidden_BF: Tensor) -> None:
         """The first few images of each class."""
@@ -76,30 +79,28 @@ class Observation:
         self._map_BF.append(F.normalize(hidden_BF[rows_B.to(hidden_BF.device)], dim=1).half().cpu())
         self._map_rows_B.append(rows_B)
 
-    def _add_directions(self, space: str, vectors_BF: Tensor, labels_B: Tensor) -> None:
-        if space not in self._sums:
-            self._sums[space] = torch.zeros(self._classes, vectors_BF.shape[1], dtype=torch.float64)
-        self._sums[space].index_add_(0, labels_B.cpu(), F.normalize(vectors_BF, dim=1).cpu().double())
-
     def gather(self, world: World) -> None:
-        """Take together what the ranks have seen, of which each had batches in its turn."""
+        """Put together what all ranks have collected; they compute batches in turn."""
         if world.size == 1:
             return
         mine = list(zip(self._labels_B, self._map_BF, self._map_rows_B, strict=True))
         self._labels_B, self._map_BF, self._map_rows_B = map(list, zip(*world.gather_in_turn(mine), strict=True))
         self._calibrated_B = world.gather_in_turn(self._calibrated_B)
         # A rank without a batch does not know the widths.
-        widths = dict(
-            pair
-            for of_rank in world.gather_objects({name: sums.shape[1] for name, sums in self._sums.items()})
-            for pair in of_rank.items()
-        )
-        for space, width in sorted(widths.items()):
+        of_ranks = world.gather_objects({space: sums_CF.shape[1] for space, sums_CF in self._sums.items()})
+        for space, width in sorted({pair for widths in of_ranks for pair in widths.items()}):
             world.sum(self._sums.setdefault(space, torch.zeros(self._classes, width, dtype=torch.float64)))
 
-    def calibrated(self) -> Table:
-        """`calibrated_N`: the softmax probability of the prediction at the temperature; nothing without one."""
-        return {"calibrated_N": torch.cat(self._calibrated_B).numpy()} if self._calibrated_B else {}
+    def table(self, predictions: Predictions, network: TwoBranchNetwork, train_counts_C: Sequence[int]) -> Table:
+        """All that the report draws of the list. `calibrated_N`: as `confidence_N`, at the temperature; absent without
+        one. The rest: see `geometry`."""
+        table = {
+            "labels_N": predictions.labels_N.astype(np.int32),
+            "predicted_N": predictions.ranked_NK[:, 0].astype(np.int32),
+            "confidence_N": predictions.confidence_N.astype(np.float32),
+            **self.geometry(network, train_counts_C),
+        }
+        return table | ({"calibrated_N": torch.cat(self._calibrated_B).numpy()} if self._calibrated_B else {})
 
     def geometry(self, network: TwoBranchNetwork, train_counts_C: Sequence[int]) -> Table:
         """How class means and class vectors lie to each other, by shot group, and how far classes spread.
@@ -107,7 +108,7 @@ class Observation:
         `*_cosines_GK` counts the cosines between a class of the group and every other class, of class means
         (`encoder_means`, `contrastive_means`: of unit features), of the classifier's weights (`classifier`) and of the
         prototypes (`prototypes`). The encoder's means and the classifier's weights have their common mean subtracted:
-        what a ReLU puts out has no negative cosines otherwise. `*_spread_C`: 1 - the mean cosine between two images
+        the output of a ReLU has no negative cosines otherwise. `*_spread_C`: 1 - the mean cosine between two images
         of the class; NaN with fewer than two. `map_MF`: unit features of the images `map_rows_M`.
         """
         labels_N = torch.cat(self._labels_B)
@@ -115,7 +116,7 @@ class Observation:
         groups_C = torch.tensor([GROUPS.index(shot_group(count)) for count in train_counts_C])
         starts = itertools.accumulate(map(len, self._labels_B), initial=0)
         map_rows = torch.cat([rows_B + start for rows_B, start in zip(self._map_rows_B, starts, strict=False)])
-        # Each rank has kept the first of its own.
+        # Each rank has kept the first images of its own batches.
         kept = torch.nonzero(_place_in_class(labels_N[map_rows]) < self._mapped_of_each)[:, 0]
         # Of more classes than a map can show, evenly many.
         shown_M = kept[torch.linspace(0, len(kept) - 1, min(_MAPPED, len(kept))).long()]
@@ -138,7 +139,7 @@ class Observation:
 
 
 def _place_in_class(labels_B: Tensor) -> Tensor:
-    """Of each, how many before it have its label."""
+    """For each image, how many before it have its label."""
     order = labels_B.argsort(stable=True)
     first = torch.searchsorted(labels_B[order], labels_B[order])
     return torch.empty_like(order).scatter_(0, order, torch.arange(len(order)) - first)
@@ -152,7 +153,7 @@ def confidence_at(logits_NC: Tensor, temperature: float) -> Tensor:
 
 def count_cosines(vectors_CF: Tensor, groups_C: Tensor, centred: bool) -> npt.NDArray[np.int64]:
     """[G, K]: how many cosines between a vector of a class of that group and the vector of another class fall into each
-    of `COSINE_BINS`; with `centred`, after subtracting the mean of all vectors."""
+    of `COSINE_BINS`; if `centred`, after subtracting the mean of all vectors."""
     vectors_CF = vectors_CF.float()
     units_CF = F.normalize(vectors_CF - vectors_CF.mean(0) if centred else vectors_CF, dim=1)
     counts_GK = torch.zeros(len(GROUPS), COSINE_BINS, dtype=torch.int64)

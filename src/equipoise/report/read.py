@@ -15,13 +15,12 @@ import numpy.typing as npt
 from equipoise.base.errors import UserError, reason
 from equipoise.config.recipe import Recipe, load_recipe
 from equipoise.evaluation.metrics import shot_group
-from equipoise.evaluation.records import read_metrics, read_record
 from equipoise.evaluation.run import chosen
 from equipoise.report.charts import Name
 from equipoise.report.svg import shortened
-from equipoise.runs.folder import METRICS, OBSERVED, RECIPE, RECORD
+from equipoise.runs.folder import LOG, METRICS, OBSERVED, RECIPE, RECORD
+from equipoise.runs.records import read_metrics, read_record
 
-LOG = "metrics.jsonl"
 
 Array = npt.NDArray[Any]
 

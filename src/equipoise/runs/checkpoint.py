@@ -5,14 +5,15 @@ import os
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
 from equipoise.authors.checkpoints import from_authors, is_authors_table, parameter_names, to_authors
-from equipoise.base.errors import UserError, out_of_memory
-from equipoise.base.files import atomic_file, is_count, is_filled
+from equipoise.base.errors import UserError
+from equipoise.base.files import atomic_file
 from equipoise.base.tensors import load_tensors
 from equipoise.config.recipe import Recipe, Views, load_recipe, recipe_from_table, recipe_table
 from equipoise.data.images import Parts
@@ -21,6 +22,7 @@ from equipoise.method.encoders import pretrained_normalisation
 from equipoise.method.losses import log_prior
 from equipoise.method.network import TwoBranchNetwork
 from equipoise.runs.folder import LAST, PREVIOUS, RECIPE, find_checkpoint
+from equipoise.runs.records import Count, Positive, Share
 
 FORMAT = 2
 AUTHORS = "authors"  # the name of a recipe of which only the model is known
@@ -28,10 +30,13 @@ AUTHORS = "authors"  # the name of a recipe of which only the model is known
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file holds. `epoch` and `step` are the numbers done; `best` is the highest score on the validation
-    part so far (mean per-class accuracy) and the epoch it was reached in, or None. `fingerprints`: the data's, by
-    part. Of a file of the BCL authors, which does not say what it was trained on, `class_counts` is empty, the class
-    names are numbers, and of the recipe only the model is known."""
+    """The state of a run after `epoch` epochs and `step` steps.
+
+    `best`: the highest mean per-class accuracy on the validation part so far, and the epoch that reached it; None
+    without a validation part. `optimizer`: SGD's state. `fingerprints`: the data's, by part. A file of the BCL authors
+    does not say what it was trained on: its `class_counts` are empty, its class names are numbers, and of its recipe
+    only the model is known.
+    """
 
     recipe: Recipe
     class_names: tuple[str, ...]
@@ -44,9 +49,9 @@ class Checkpoint:
     fingerprints: dict[str, str]
 
     def save(self, path: Path) -> None:
-        """Write to `path`, which holds the old file or the whole new one at any moment."""
-        table = {**_described(self), "weights": self.weights, "optimizer": self.optimizer}
-        _write({**table, "digest": _digest(table)}, path)
+        """Write to `path`, which holds the old file or the whole new one at any moment. Raises OSError."""
+        table = _as_table(self)
+        _write({**table, "digest": digest_of(table)}, path)
 
     def save_last(self, folder: Path) -> None:
         """Write the folder's last checkpoint and keep the one before it, in case the disk spoils this one."""
@@ -60,7 +65,8 @@ class Checkpoint:
         self.save(last)
 
     def build(self) -> TwoBranchNetwork:
-        """The network with these weights, on the CPU, in evaluation mode."""
+        """The network with these weights, on the CPU, in evaluation mode. Raises UserError for weights that are not
+        finite, or are those of another network."""
         spoilt = [name for name, value in self.weights.items() if not bool(value.isfinite().all())]
         if spoilt:
             raise UserError(
@@ -83,16 +89,49 @@ class Checkpoint:
         return shapes == {name: value.shape for name, value in expected.items()}
 
     def log_prior_of_logits(self) -> Tensor:
-        """`[C]`, float64: log of the class prior, up to a constant, for which the softmax of the raw logits is.
+        """`[C]`, float64: log of the class prior, up to a constant, under which the softmax of the raw logits is the
+        posterior.
 
         Training makes softmax(logits + tau * log p) estimate the posterior under the training prior p, so that logits =
         log-likelihood + (1 - tau) * log p: the prior is uniform at tau = 1, and p for plain cross-entropy (tau = 0).
-        The BCL authors' code has tau = 1, so that counts which their files lack are not needed.
+        The BCL authors' code has tau = 1, so that the counts, which their files lack, are not needed.
         """
         tau = 0.0 if self.recipe.method == "ce" else self.recipe.loss.tau
         if not self.class_counts:
             return torch.zeros(len(self.class_names), dtype=torch.float64)
         return (1 - tau) * log_prior(torch.tensor(self.class_counts))
+
+
+# ---------------------------------------------------------------------------------------------- our files
+
+
+class _Momentum(TypedDict):
+    momentum_buffer: Tensor
+
+
+class _Optimizer(TypedDict):
+    state: dict[Count, _Momentum]
+    param_groups: list[dict[str, Any]]
+
+
+class _State(msgspec.Struct):
+    """The table in a file, without its format and its digest."""
+
+    recipe: dict[str, Any]
+    class_names: tuple[str, ...]
+    class_counts: tuple[Positive, ...]
+    epoch: Count
+    step: Count
+    best: tuple[Share, Positive] | None
+    weights: dict[str, Tensor]
+    optimizer: _Optimizer
+    fingerprints: dict[str, str]
+
+    def __post_init__(self) -> None:
+        if not len(set(self.class_names)) == len(self.class_names) == len(self.class_counts) > 0:
+            raise ValueError("its classes need different names, and a count each")
+        if self.epoch > self.step or (self.best is not None and self.best[1] > self.epoch):
+            raise ValueError("no run has these numbers of epochs and steps")
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
@@ -103,137 +142,23 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         return _from_authors(table, path)
     if not isinstance(table, dict) or table.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of this version of equipoise; take another")
-    if not _is_whole(table):
+    if digest_of(table) != table.get("digest"):
         raise UserError(f"{path} is damaged: its checksum does not fit; use another one of the run")
-    return _from_table(table, table, path)
+    return _from_table(table, path)
 
 
-def _from_table(table: dict[str, Any], state: dict[str, Any], path: Path) -> Checkpoint:
-    """What `table` says of a run, with the weights and the optimizer that `state` holds."""
+def _from_table(table: dict[str, Any], path: Path) -> Checkpoint:
     try:
-        best = table["best"]
-        checkpoint = Checkpoint(
-            recipe=recipe_from_table(table["recipe"], str(path)),
-            class_names=tuple(table["class_names"]),
-            class_counts=tuple(table["class_counts"]),
-            epoch=table["epoch"],
-            step=table["step"],
-            best=None if best is None else (best[0], best[1]),
-            weights=state["weights"],
-            optimizer=state["optimizer"],
-            fingerprints=table["fingerprints"],
-        )
-    except (KeyError, TypeError, IndexError):
-        raise UserError(f"{path} is an incomplete checkpoint; use another one of the run") from None
-    if not _is_well_formed(checkpoint):
-        raise UserError(
-            f"{path} is damaged or was changed, though its checksum fits: no run is in the state that it says; use "
-            "another one of the run"
-        )
-    return checkpoint
+        state = msgspec.convert(table, _State)
+    except msgspec.ValidationError as error:
+        raise UserError(f"{path} is damaged or was changed ({error}); use another one of the run") from None
+    values = msgspec.structs.asdict(state)
+    values["recipe"] = recipe_from_table(state.recipe, str(path))
+    return Checkpoint(**values)
 
 
-def _is_well_formed(checkpoint: Checkpoint) -> bool:
-    """Whether everything in it is of its kind: a file may have been written by anybody."""
-    names: tuple[Any, ...] = checkpoint.class_names
-    counts, best = checkpoint.class_counts, checkpoint.best
-    weights: Any = checkpoint.weights
-    optimizer: Any = checkpoint.optimizer
-    fingerprints: Any = checkpoint.fingerprints
-
-    return (
-        len({name for name in names if isinstance(name, str)}) == len(names) > 0
-        and len(counts) == len(names)
-        and all(map(is_filled, counts))
-        and is_count(checkpoint.epoch)
-        and is_count(checkpoint.step)
-        and checkpoint.epoch <= min(checkpoint.step, checkpoint.recipe.epochs)
-        and (best is None or (isinstance(best[0], float) and 0 <= best[0] <= 1 and is_count(best[1])))
-        and (best is None or 1 <= best[1] <= checkpoint.epoch)
-        and isinstance(weights, dict)
-        and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in weights.items())
-        and isinstance(optimizer, dict)
-        and isinstance(optimizer.get("state"), dict)
-        and all(
-            is_count(index) and isinstance(of, dict) and isinstance(of.get("momentum_buffer"), Tensor)
-            for index, of in optimizer["state"].items()
-        )
-        and isinstance(optimizer.get("param_groups"), list)
-        and all(isinstance(group, dict) for group in optimizer["param_groups"])
-        and isinstance(fingerprints, dict)
-        and all(isinstance(value, str) for pair in fingerprints.items() for value in pair)
-    )
-
-
-def _from_authors(table: dict[str, Any], path: Path) -> Checkpoint:
-    """A checkpoint of the BCL authors' code, or one that was written in their layout here."""
-    read = from_authors(table, str(path))
-    names = parameter_names(read.weights)
-    momentum = read.momentum
-    optimizer = {
-        "state": {index: {"momentum_buffer": momentum[name]} for index, name in enumerate(names) if name in momentum},
-        "param_groups": [],
-    }
-    if isinstance(table.get("equipoise"), dict):
-        return _from_table(table["equipoise"], {"weights": read.weights, "optimizer": optimizer}, path)
-    unknown = Recipe(name=AUTHORS)
-    width = read.weights["classifier.weight"].shape[1]  # 0 stands for it, as in the recipes
-    model = replace(
-        unknown.model,
-        encoder=read.arch,
-        classifier="linear" if read.classifier == "linear" else "cosine",
-        hidden_dim=0 if read.hidden_dim == width else read.hidden_dim,
-        feature_dim=read.feature_dim,
-    )
-    return Checkpoint(
-        recipe=replace(unknown, model=model),
-        class_names=tuple(str(label) for label in range(read.classes)),
-        class_counts=(),
-        epoch=read.epoch,
-        step=0,
-        best=None,
-        weights=read.weights,
-        optimizer=optimizer,
-        fingerprints={},
-    )
-
-
-def save_for_authors(checkpoint: Checkpoint, path: Path) -> None:
-    """Write `checkpoint` in the layout of the BCL authors' code, with what theirs leaves out under a key of its own.
-
-    Raises UserError for a model that their code does not have, and for a checkpoint that is in that layout already.
-    """
-    groups = checkpoint.optimizer["param_groups"]
-    if not groups:  # which is not read: nor is the best accuracy of one of theirs
-        raise UserError("the checkpoint is in the authors' layout already, and would lose by being read: copy the file")
-    names = parameter_names(checkpoint.weights)
-    states = checkpoint.optimizer["state"]
-    recipe = checkpoint.recipe
-    table = to_authors(
-        checkpoint.weights,
-        {name: states[index]["momentum_buffer"] for index, name in enumerate(names) if index in states},
-        arch=recipe.model.encoder,
-        classifier=recipe.model.classifier,
-        epoch=checkpoint.epoch,
-        best_per_class=checkpoint.best[0] if checkpoint.best else None,
-        extra=_described(checkpoint),
-        param_group=groups[0],
-    )
-    _write(table, path)
-
-
-def _described(checkpoint: Checkpoint) -> dict[str, Any]:
-    """All of a checkpoint but its tensors."""
-    return {
-        "format": FORMAT,
-        "recipe": recipe_table(checkpoint.recipe),
-        "class_names": list(checkpoint.class_names),
-        "class_counts": list(checkpoint.class_counts),
-        "epoch": checkpoint.epoch,
-        "step": checkpoint.step,
-        "best": checkpoint.best,
-        "fingerprints": checkpoint.fingerprints,
-    }
+def _as_table(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {"format": FORMAT, **vars(checkpoint), "recipe": recipe_table(checkpoint.recipe)}
 
 
 def _write(table: dict[str, Any], path: Path) -> None:
@@ -247,17 +172,7 @@ def _write(table: dict[str, Any], path: Path) -> None:
         raise
 
 
-def _is_whole(table: dict[str, Any]) -> bool:
-    """Whether a checkpoint has the digest that it says."""
-    try:
-        return _digest(table) == table.get("digest")
-    except (ValueError, TypeError, RuntimeError) as error:  # a number of thousands of digits, a tensor without bytes
-        if out_of_memory(error):
-            raise
-        return False
-
-
-def _digest(table: dict[str, Any]) -> str:
+def digest_of(table: dict[str, Any]) -> str:
     """SHA-256 over all that a checkpoint holds but the digest itself."""
     hasher = hashlib.sha256()
 
@@ -281,9 +196,66 @@ def _digest(table: dict[str, Any]) -> str:
     return hasher.hexdigest()
 
 
+# ---------------------------------------------------------------------------------------------- the authors' files
+
+
+def _from_authors(table: dict[str, Any], path: Path) -> Checkpoint:
+    """A checkpoint of the BCL authors' code, or one that `export_to_authors` wrote."""
+    read = from_authors(table, str(path))
+    momentum = enumerate(parameter_names(read.weights))
+    state = {index: {"momentum_buffer": read.momentum[name]} for index, name in momentum if name in read.momentum}
+    tensors: dict[str, Any] = {"weights": read.weights, "optimizer": {"state": state, "param_groups": []}}
+    if isinstance(table.get("equipoise"), dict):
+        return _from_table({**table["equipoise"], **tensors}, path)
+    width = read.weights["classifier.weight"].shape[1]
+    unknown = Recipe(name=AUTHORS)
+    model = replace(
+        unknown.model,
+        encoder=read.arch,
+        classifier="linear" if read.classifier == "linear" else "cosine",
+        hidden_dim=0 if read.hidden_dim == width else read.hidden_dim,  # in a recipe, 0 is the encoder's width
+        feature_dim=read.feature_dim,
+    )
+    return Checkpoint(
+        recipe=replace(unknown, model=model),
+        class_names=tuple(str(label) for label in range(read.classes)),
+        class_counts=(),
+        epoch=read.epoch,
+        step=0,
+        best=None,
+        fingerprints={},
+        **tensors,
+    )
+
+
+def export_to_authors(path: Path, out: Path) -> None:
+    """Write the checkpoint at `path` in the layout of the BCL authors' code, with what theirs leaves out under a key of
+    its own. Raises UserError for a model that their code does not have, and for a checkpoint in that layout."""
+    checkpoint = load_checkpoint(path)
+    groups, states = checkpoint.optimizer["param_groups"], checkpoint.optimizer["state"]
+    if not groups:  # they are not read from that layout, nor is its best accuracy
+        raise UserError("the checkpoint is in the authors' layout already, and would lose by being read: copy the file")
+    names = parameter_names(checkpoint.weights)
+    described = {key: value for key, value in _as_table(checkpoint).items() if key not in ("weights", "optimizer")}
+    table = to_authors(
+        checkpoint.weights,
+        {name: states[index]["momentum_buffer"] for index, name in enumerate(names) if index in states},
+        arch=checkpoint.recipe.model.encoder,
+        classifier=checkpoint.recipe.model.classifier,
+        epoch=checkpoint.epoch,
+        best_per_class=checkpoint.best[0] if checkpoint.best else None,
+        extra=described,
+        param_group=groups[0],
+    )
+    _write(table, out)
+
+
+# ---------------------------------------------------------------------------------------------- recipe, data, network
+
+
 def create_network(recipe: Recipe, classes: int, start: bool) -> TwoBranchNetwork:
     """The network that `recipe` describes; with `start`, from the pretrained weights that it may name. Raises UserError
-    where these are of images normalised in another way than a recipe without a mean of its own says."""
+    where these are of images normalised in another way, and the recipe has no mean of its own."""
     views, model = recipe.views, recipe.model
     if start and model.pretrained and not model.weights and (views.mean, views.std) == (Views().mean, Views().std):
         known = pretrained_normalisation(model.encoder)
@@ -294,19 +266,19 @@ def create_network(recipe: Recipe, classes: int, start: bool) -> TwoBranchNetwor
                 f"add --mean {mean} --std {std}"
             )
     return TwoBranchNetwork(
-        recipe.model.encoder,
+        model.encoder,
         classes,
-        classifier=recipe.model.classifier,
-        size=recipe.views.size,
+        classifier=model.classifier,
+        size=views.size,
         contrastive=recipe.method in ("bcl", "supcon+la"),
         prototypes=recipe.method == "bcl",
-        hidden_dim=recipe.model.hidden_dim,
-        feature_dim=recipe.model.feature_dim,
-        pretrained=start and recipe.model.pretrained,
-        weights=recipe.model.weights if start else "",
-        mean=recipe.views.mean,
-        std=recipe.views.std,
-    )  # batch_norm is no part of it: it says how the network is trained
+        hidden_dim=model.hidden_dim,
+        feature_dim=model.feature_dim,
+        pretrained=start and model.pretrained,
+        weights=model.weights if start else "",
+        mean=views.mean,
+        std=views.std,
+    )  # model.batch_norm says how the network is trained, not what it is
 
 
 def state_on_cpu(module: nn.Module) -> dict[str, Tensor]:
@@ -315,18 +287,13 @@ def state_on_cpu(module: nn.Module) -> dict[str, Tensor]:
 
 
 def recipe_of(path: Path) -> Recipe:
-    """The recipe of a run folder, or of a checkpoint. Raises UserError for one that has none of its own."""
+    """The recipe of a run folder, or of a checkpoint. Raises UserError for a checkpoint that has none of its own."""
     if (path / RECIPE).is_file():
         return load_recipe(path / RECIPE)
     checkpoint = load_checkpoint(find_checkpoint(path / LAST if path.is_dir() else path))
     if not checkpoint.class_counts:
         raise UserError(f"{path} does not say what it was trained on; name the data with --data FOLDER")
     return checkpoint.recipe
-
-
-def export_to_authors(checkpoint: Path, out: Path) -> None:
-    """Write a checkpoint in the layout of the BCL authors' code. Raises UserError for a model they do not have."""
-    save_for_authors(load_checkpoint(checkpoint), out)
 
 
 def changed_part(parts: Parts, checkpoint: Checkpoint) -> str | None:

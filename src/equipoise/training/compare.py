@@ -7,7 +7,7 @@ tells what other seeds would change, the data being the same, not what other dat
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -17,9 +17,9 @@ import numpy as np
 from equipoise.base.errors import UserError
 from equipoise.base.files import atomic_file
 from equipoise.config.recipe import Method, Recipe, field_value, load_recipe, nearest, recipe_fields
-from equipoise.evaluation.records import read_record
 from equipoise.evaluation.run import Run, chosen
 from equipoise.runs.folder import METRICS, RECIPE, RECORD, write_json
+from equipoise.runs.records import read_record
 from equipoise.training.loop import fit
 from equipoise.training.plan import Plan, prepare
 
@@ -117,7 +117,7 @@ def _finish(folder: Path, recipe: Recipe) -> None:
     fit(prepare(recipe, resume=folder) if folder.exists() else prepare(recipe, folder))
 
 
-def _summary(methods: Sequence[str], seeds: int, metrics: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _summary(methods: Sequence[str], seeds: int, metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """`metrics` come seed by seed, and of each seed method by method."""
     checkpoint, part = chosen(metrics[0])
     if any(chosen(of_run) != (checkpoint, part) for of_run in metrics):

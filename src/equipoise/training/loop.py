@@ -12,7 +12,7 @@ import torch
 
 from equipoise.base.device import deterministic, keep_freed_memory
 from equipoise.base.errors import SharedError, Stopped, UserError, in_words, out_of_memory, own_command, reason, several
-from equipoise.base.log import ProgressLine, RunLog
+from equipoise.base.progress import ProgressLine
 from equipoise.base.world import join, lost_rank
 from equipoise.config.recipe import Recipe
 from equipoise.evaluation.metrics import score
@@ -23,6 +23,7 @@ from equipoise.method.batchnorm import batch_norms
 from equipoise.method.network import TwoBranchNetwork
 from equipoise.runs.checkpoint import Checkpoint, create_network, load_checkpoint, state_on_cpu
 from equipoise.runs.folder import BEST, LAST
+from equipoise.runs.log import RunLog
 from equipoise.training.folder import RunFolder
 from equipoise.training.optim import create_sgd, learning_rate
 from equipoise.training.plan import Plan, Resumed, prepare
@@ -333,15 +334,9 @@ def _validate(
     train = plan.parts.train
     predictions = predict(network, validation, observe=look, world=plan.world)
     scored = score(predictions, train.class_counts, len(train.class_names))
-    values = {
-        "top1": scored.top1,
-        "mean_per_class": scored.mean_per_class,
-        "many": scored.many,
-        "medium": scored.medium,
-        "few": scored.few,
-    }
+    values = {name: scored[name] for name in ("top1", "mean_per_class", "many", "medium", "few")}
     log.write("validation", step, epoch, values)
-    return scored.mean_per_class
+    return scored["mean_per_class"]
 
 
 def _leave_if_stopped(plan: Plan, requests: Requests, state: str) -> None:

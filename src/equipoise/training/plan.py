@@ -23,9 +23,9 @@ from equipoise.data.decode import bad_images, no_image_left
 from equipoise.data.images import DIGITS, ImageList, Parts, imbalance_factor
 from equipoise.data.lists import BENCHMARKS, find_list
 from equipoise.data.sources import LISTS, open_data, source_of
-from equipoise.evaluation.records import read_record
 from equipoise.runs.checkpoint import Checkpoint, changed_part, load_checkpoint
 from equipoise.runs.folder import BEST, LAST, LOCK, METRICS, PREVIOUS, RECIPE, RECORD, find_checkpoint
+from equipoise.runs.records import read_record
 from equipoise.views.loader import steps_per_epoch
 from equipoise.views.views import view_settings
 
