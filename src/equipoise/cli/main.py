@@ -228,8 +228,8 @@ def _train_in(world: "World", options: argparse.Namespace, recipe: Recipe, remar
     from equipoise.base.files import real_path
     from equipoise.cli.tables import print_figures, print_plan, print_post_hoc, print_unreadable
     from equipoise.runs.folder import AUTHORS_NAMES
-    from equipoise.training.loop import fit
-    from equipoise.training.plan import Plan, prepare
+    from equipoise.training.plan import prepare
+    from equipoise.training.session import start
 
     plans = [prepare(recipe, out, options.resume, world)]
     if beside:
@@ -237,18 +237,18 @@ def _train_in(world: "World", options: argparse.Namespace, recipe: Recipe, remar
         other = replace(recipe, method=beside)
         plans.append(prepare(other, Path(f"{real_path(folder)}-{beside}") if out else None, None, world))
     stale: list[Path] = []
-
-    def begins(plan: Plan) -> None:
-        if remark and plan.recipe is plans[0].recipe:
-            print(remark)
-        print_plan(plan.describe())
-        if world.is_first:
-            for name in AUTHORS_NAMES.values():  # of the run as it was; written anew when it ends
-                if (plan.folder / name).exists():
-                    (plan.folder / name).unlink()
-                    stale.append(plan.folder / name)
-
-    runs: list[Any] = [fit(plan, begins=begins) for plan in plans]
+    runs: list[Any] = []
+    for plan in plans:
+        with start(plan) as session:
+            if remark and plan is plans[0]:
+                print(remark)
+            print_plan(session.plan.describe())
+            if world.is_first:
+                for name in AUTHORS_NAMES.values():  # of the run as it was; written anew when it ends
+                    if (session.plan.folder / name).exists():
+                        (session.plan.folder / name).unlink()
+                        stale.append(session.plan.folder / name)
+            runs.append(session.run())
     if not world.is_first:  # the files are rank 0's
         return
     part = "test" if runs[0].metrics["test"] else "validation"
