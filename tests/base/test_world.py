@@ -20,10 +20,8 @@ from conftest import draw_folder
 
 from equipoise import UserError
 from equipoise.base.world import ALONE, World, join
-from equipoise.config.recipe import load_recipe
 from equipoise.runs.checkpoint import load_checkpoint
 from equipoise.training.loop import _step_seed
-from equipoise.training.plan import Place, _prepare, _refuse_batches, prepare
 
 HERE = Path(__file__).resolve().parents[1]
 CASES = {
@@ -121,26 +119,6 @@ def test_shares_are_the_batch(size, rows):
     assert all(count != 1 for count in sizes), "BatchNorm cannot normalise one image"
     given = [count for count in sizes if count]
     assert max(given) - min(given) <= 1
-
-
-def test_batch_sizes_that_are_refused():
-    _refuse_batches(load_recipe("digits-lt", batch_size=256), World(0, 4))
-    for batch, size, offered in ((256, 3, "255 or 258"), (10, 4, "8 or 12"), (3, 4, "8 or 12")):
-        with pytest.raises(UserError) as error:
-            _refuse_batches(load_recipe("digits-lt", batch_size=batch), World(0, size))
-        assert str(error.value) == (
-            f"batch_size ({batch}) is that of all {size} processes together, and no multiple of {size}; "
-            f"set --batch-size {offered}"
-        )
-    with pytest.raises(UserError, match="gives each of 4 processes one image; BatchNorm needs two: set --batch-size 8"):
-        _refuse_batches(load_recipe("digits-lt", batch_size=4), World(0, 4))
-
-
-def test_a_last_batch_too_small_to_be_synchronised():
-    recipe = load_recipe("digits-lt", batch_size=68, **{"model.batch_norm": "synchronised"})  # 342 = 5 * 68 + 2
-    assert prepare(recipe, "runs/not-written").steps_per_epoch == 6
-    with pytest.raises(UserError, match=r"the last batch of an epoch has 2 images, but with model.batch_norm = sync"):
-        _prepare(recipe, Place(Path("runs/not-written"), True, False, None), World(1, 4))
 
 
 # ---- one process

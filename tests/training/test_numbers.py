@@ -10,11 +10,10 @@ import pytest
 from conftest import draw_folder
 from PIL import Image
 
-from equipoise import UserError, load_recipe
+from equipoise import UserError, load_recipe, train
 from equipoise.cli.main import main
 from equipoise.config.recipe import Recipe
 from equipoise.runs.checkpoint import create_network
-from equipoise.training.loop import train
 from equipoise.training.optim import create_sgd
 from equipoise.training.plan import prepare
 from equipoise.training.step import Step

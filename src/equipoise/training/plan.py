@@ -152,18 +152,14 @@ def _plan(recipe: Recipe, place: Place, world: World) -> Plan:
         raise UserError(f"the run folder {place.folder} would lie inside the data; name one outside with --out")
     if 1 < world.local_size <= torch.cuda.device_count() and recipe.device.startswith("cuda:"):
         raise UserError(f"{world.local_size} processes on this host cannot all take {recipe.device}; set --device cuda")
-    _refuse_batch_size(recipe, world)
     parts = open_data(recipe)
-    _refuse_batches_of_epoch(recipe, len(parts.train), world)
+    refuse_batches(recipe, len(parts.train), world)
     device = choose_device(recipe.device, world.local_rank)
     precision = choose_precision(recipe.precision, device)
     plan = Plan(recipe, parts, device, precision, steps_per_epoch(len(parts.train), recipe.batch_size), place, world)
     if plan.start is not None:
         _refuse_other_run(plan, plan.start)
     return plan
-
-
-# ---------------------------------------------------------------------------------------------- recipe
 
 
 def _with_absolute_paths(recipe: Recipe) -> Recipe:
@@ -185,48 +181,31 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
     return replace(recipe, data=replace(data, **files), model=model)
 
 
-# ---------------------------------------------------------------------------------------------- batches
+# ---------------------------------------------------------------------------------------------- refusals
 
 
-def _refuse_batch_size(recipe: Recipe, world: World) -> None:
-    """Raise UserError for a batch that the ranks cannot share."""
-    batch, ranks = recipe.batch_size, world.size
-    if recipe.micro_batch and recipe.model.batch_norm == "synchronised" and ranks > 1:
+def refuse_batches(recipe: Recipe, images: int, world: World) -> None:
+    """Raise UserError for batches, of an epoch over so many images, that the ranks cannot share or BatchNorm cannot
+    normalise."""
+    batch, part, ranks, batch_norm = recipe.batch_size, recipe.micro_batch, world.size, recipe.model.batch_norm
+    last = images % batch
+    if batch > images:
+        fewer = max(2, images // 4)
         raise UserError(
-            "with --micro-batch, BatchNorm is over a micro-batch of one process, and cannot be synchronised; set "
-            "model.batch_norm to per-rank or frozen"
+            f"batch_size ({batch}) is larger than the training part ({images} images); set --batch-size {fewer} or so"
         )
-    if batch % ranks:
-        below = max(batch // ranks, 2) * ranks  # BatchNorm needs two images
+    if batch % ranks or batch < 2 * ranks:
+        below = max(batch // ranks, 2) * ranks
         raise UserError(
-            f"batch_size ({batch}) is that of all {ranks} processes together, and no multiple of {ranks}; set "
-            f"--batch-size {below} or {below + ranks}"
+            f"batch_size ({batch}) is that of all {ranks} processes together, which need equal shares of two images or "
+            f"more; set --batch-size {below} or {below + ranks}"
         )
-    if batch < 2 * ranks:
-        raise UserError(
-            f"batch_size ({batch}) gives each of {ranks} processes one image; BatchNorm needs two: set --batch-size "
-            f"{2 * ranks} or {3 * ranks}"
-        )
-
-
-def _refuse_batches_of_epoch(recipe: Recipe, images: int, world: World) -> None:
-    """Raise UserError where an epoch over so many images has a batch that cannot be trained on."""
-    last = images % recipe.batch_size
-    if recipe.batch_size > images:
-        raise UserError(
-            f"batch_size ({recipe.batch_size}) is larger than the training part ({images} images); set --batch-size "
-            f"{max(2, images // 4)} or so"
-        )
-    if recipe.model.batch_norm == "synchronised" and 1 < last < 2 * world.size:
-        raise UserError(
-            f"the last batch of an epoch has {last} images, but with model.batch_norm = synchronised each of "
-            f"{world.size} processes needs two; change --batch-size, or set model.batch_norm to per-rank"
-        )
-    # BatchNorm is over all views of a micro-batch: two methods have one view.
-    part = recipe.micro_batch
-    if not part or recipe.model.batch_norm == "frozen" or len(view_settings(recipe).kinds) > 1:
+    if ranks > 1 and batch_norm == "synchronised" and (part or 1 < last < 2 * ranks):
+        why = "over micro-batches" if part else f"over the last batch of an epoch, {last} images for {ranks} processes"
+        raise UserError(f"BatchNorm cannot be synchronised {why}; set model.batch_norm to per-rank or frozen")
+    if not part or batch_norm == "frozen" or len(view_settings(recipe).kinds) > 1:  # it is over all views
         return
-    for rows in (recipe.batch_size, last):
+    for rows in (batch, last):
         share = world.share(rows)
         own = share.stop - share.start
         if own > part and own // -(-own // part) == 1:
@@ -236,57 +215,45 @@ def _refuse_batches_of_epoch(recipe: Recipe, images: int, world: World) -> None:
             )
 
 
-# ---------------------------------------------------------------------------------------------- another run
-
-
 def _refuse_other_run(plan: Plan, start: Start) -> None:
     """Raise UserError where the recipe or the data cannot go on from the checkpoint."""
-    recipe, path, done = plan.recipe, start.path, start.checkpoint
+    recipe, path, done, data = plan.recipe, start.path, start.checkpoint, plan.recipe.data.path
     resumes, of_authors = isinstance(plan.place, Resume), not done.class_counts
     if done.epoch >= recipe.epochs and not (resumes and not (plan.folder / METRICS).exists()):
-        raise UserError(
-            f"{path} has trained {several(done.epoch, 'epoch')} already, of {recipe.epochs}; set --epochs higher"
-        )
+        epochs = several(done.epoch, "epoch")
+        raise UserError(f"{path} has trained {epochs} already, of {recipe.epochs}; set --epochs higher")
     classes = len(plan.parts.train.class_names)
     if len(done.class_names) != classes:
-        raise UserError(f"{path} knows {len(done.class_names):,} classes, but {recipe.data.path} has {classes:,}")
+        raise UserError(f"{path} knows {len(done.class_names):,} classes, but {data} has {classes:,}")
     changed = None if of_authors else changed_part(plan.parts, done)
     if changed == "train" or (changed and resumes):
         raise UserError(
-            f"the {changed} part of {recipe.data.path} is not what {path} was trained with (images were added, removed "
-            "or renamed); restore it, name the data it was trained on, or start a new run"
+            f"the {changed} part of {data} is not what {path} was trained with (images were added, removed or "
+            "renamed); restore it, name the data it was trained on, or start a new run"
         )
     for key, before, now in differing(done.recipe, recipe, FREE_IN_RESUME):
         in_model = key.startswith("model.") and key != "model.batch_norm"
         if in_model or (resumes and not of_authors):
             raise UserError(
-                f"{path} was trained with {key} = {before}, not {now}: a run goes on under its own recipe; "
-                "change it back, or start a new run"
+                f"{path} was trained with {key} = {before}, not {now}: a run goes on under its own recipe; change it "
+                "back, or start a new run"
             )
-
-
-# ---------------------------------------------------------------------------------------------- ranks and images
 
 
 def _refuse_different_ranks(plan: Plan) -> None:
     """Raise SharedError where another rank has another recipe, other data, or another version."""
     fields = [field for field in recipe_fields() if field.key not in FREE_AMONG_RANKS]
-    own: dict[str, Any] = {
-        **{field.key: field_value(plan.recipe, field) for field in fields},
-        **{f"the {name} images": part.fingerprint() for name, part in plan.parts.named().items()},
-        "the number of steps": plan.steps_per_epoch,
-        "the precision": plan.precision,
-        "the kind of device": plan.device.type,
-        "the version of equipoise": __version__,
-        "the version of torch": torch.__version__,
-    }
+    own: dict[str, Any] = {field.key: field_value(plan.recipe, field) for field in fields}
+    own |= {f"the {name} images": part.fingerprint() for name, part in plan.parts.named().items()}
+    own |= {"the precision": plan.precision, "the kind of device": plan.device.type}
+    own |= {"the version of equipoise": __version__, "the version of torch": torch.__version__}
     first, *others = plan.world.gather_objects(own)
     for rank, other in enumerate(others, 1):
         for name in {**first, **other}:
-            if first.get(name) != other.get(name):
+            one, two = first.get(name), other.get(name)
+            if one != two:
                 raise SharedError(
-                    f"rank {rank} has {name} = {other.get(name)}, but rank 0 has {first.get(name)}: start all ranks "
-                    "with the same recipe and data"
+                    f"rank {rank} has {name} = {two}, but rank 0 has {one}: start all with the same recipe and data"
                 )
 
 
