@@ -75,7 +75,7 @@ def test_what_a_comparison_writes(compared):
         if not math.isnan(expected.low):  # scipy gives NaN where no seed differs from another
             assert (difference["low"], difference["high"]) == pytest.approx((expected.low, expected.high))
     assert "difference" not in result["methods"]["ce"]["few"]
-    assert "t the 97.5 % quantile of Student's distribution with 1 degrees of freedom" in table
+    assert "over the differences d of the n = 2 seeds" in table
     page = (compared / "report.html").read_text(encoding="utf-8")
     assert "<h2>Over 2 seeds</h2>" in page
     assert "digits-lt: ce · supcon+la" in page

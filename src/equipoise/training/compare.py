@@ -7,7 +7,7 @@ tells what other seeds would change, the data being the same, not what other dat
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -78,7 +78,7 @@ def compare(recipe: Recipe, methods: Sequence[str], seeds: int, out: Path) -> di
             train(of_run, out=None if begun else folder, resume=folder if begun else None)
     result = {
         "recipe": asdict(plan.recipe),
-        "data": {name: part.fingerprint() for name, part in plan.parts.named().items()},
+        "data": plan.fingerprints,
         "seeds": all_seeds,
         "runs": {f"{of_run.method}, seed {of_run.seed}": folder.name for folder, of_run in recipes.items()},
         **_summary(methods, seeds, [Run(folder).metrics for folder in recipes]),
@@ -106,12 +106,11 @@ def _refuse_other(folder: Path, recipe: Recipe, plan: Plan) -> None:
         raise UserError(f"{folder} is not a run folder; remove it, or name another folder with --out")
     for key, before, now in differing(load_recipe(folder / RECIPE), recipe, FREE_IN_COMPARISON):
         raise UserError(f"{folder} was trained with {key} = {before}, not {now}: change it back, or name another --out")
-    data = read_record(folder / RECORD)["data"]["fingerprints"]
-    if data != {name: part.fingerprint() for name, part in plan.parts.named().items()}:
+    if read_record(folder / RECORD)["data"]["fingerprints"] != plan.fingerprints:
         raise UserError(f"{folder} was trained on other data than lies at {recipe.data.path} now; name another --out")
 
 
-def _summary(methods: Sequence[str], seeds: int, metrics: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _summary(methods: Sequence[str], seeds: int, metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """`metrics` come seed by seed, and of each seed method by method."""
     checkpoint, part = chosen(metrics[0])
     scored = [of_run[checkpoint] and of_run[checkpoint][part] for of_run in metrics]
@@ -161,9 +160,8 @@ def markdown(result: dict[str, Any]) -> str:
     if len(seeds) > 1:
         lines += [
             "",
-            f"The interval is mean(d) ± t · sd(d) / √n over the differences d of the n = {len(seeds)} seeds, t the "
-            f"97.5 % quantile of Student's distribution with {len(seeds) - 1} degrees of freedom. It tells what other "
-            "seeds would change, not what other data would.",
+            f"The interval is mean(d) ± t · sd(d) / √n over the differences d of the n = {len(seeds)} seeds (Student's "
+            "t). It tells what other seeds would change, not what other data would.",
         ]
     return "\n".join(lines) + "\n"
 

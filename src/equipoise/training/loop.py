@@ -50,7 +50,6 @@ class Trainer:
         self._plan, self._network, self._batches, self._validation = plan, network, batches, validation
         self._gradients = Step(recipe, network, plan.parts.train.class_counts, plan.device, plan.precision, plan.world)
         self._optimizer = create_sgd(network.parameters(), optim.lr, optim.momentum, optim.weight_decay)
-        self._fingerprints = {name: part.fingerprint() for name, part in plan.parts.named().items()}
         self._saved_at, self._saving_took = time.monotonic(), 0.0
         self.epoch, self.step, self.best = 0, 0, None
         if plan.start is None:
@@ -68,8 +67,12 @@ class Trainer:
         """All steps that are left. Raises Stopped where a signal asked for it, NonFiniteLossError, and OSError where
         there is no room to write."""
         recipe, plan = self._plan.recipe, self._plan
-        line = ProgressLine(self.step, plan.steps, recipe.epochs, progress)
-        with closing(line), RunLog(plan.folder if plan.world.is_first else None, self.epoch, self.step) as log:
+        with (
+            closing(self._batches),
+            closing(self._validation or self._batches),
+            closing(ProgressLine(self.step, plan.steps, recipe.epochs, progress)) as line,
+            RunLog(plan.folder if plan.world.is_first else None, self.epoch, self.step) as log,
+        ):
             # One stream over all epochs: its workers make the next epoch's first batches while this one is validated.
             stream = self._batches.training(recipe.seed, recipe.batch_size, range(self.step, plan.steps))
             while self.epoch < recipe.epochs:
@@ -79,7 +82,9 @@ class Trainer:
     def _train_epoch(self, stream: Iterator[Batch], log: RunLog, line: ProgressLine) -> None:
         recipe, plan = self._plan.recipe, self._plan
         set_training(self._network, recipe)
-        rate = self._set_learning_rate()
+        rate = learning_rate(self.epoch, recipe.epochs, recipe.optim)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
         images, since = 0, time.perf_counter()
         while self.step < (self.epoch + 1) * plan.steps_per_epoch:
             # What a network may draw in its forward pass (dropout, stochastic depth) follows from step and rank.
@@ -168,7 +173,7 @@ class Trainer:
             best=self.best,
             weights=state_on_cpu(self._network),
             optimizer=self._optimizer.state_dict(),
-            fingerprints=self._fingerprints,
+            fingerprints=plan.fingerprints,
         )
         log.sync()  # a run that goes on from here does not write its lines again
         # The best first: a last checkpoint never speaks of a best one that is not there.
@@ -177,21 +182,6 @@ class Trainer:
             checkpoint.save(plan.folder / BEST)
         checkpoint.save_last(plan.folder)
         self._saved_at, self._saving_took = time.monotonic(), time.monotonic() - begun
-
-    def _set_learning_rate(self) -> float:
-        """Set and return the learning rate of the epoch."""
-        recipe, optim = self._plan.recipe, self._plan.recipe.optim
-        rate = learning_rate(
-            self.epoch,
-            lr=optim.lr,
-            epochs=recipe.epochs,
-            warmup_epochs=optim.warmup_epochs,
-            schedule=optim.schedule,
-            milestones=optim.milestones,
-        )
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
-        return rate
 
     def _refuse_non_finite(self, terms: dict[str, float], rate: float) -> None:
         wrong = [name for name, value in terms.items() if not math.isfinite(value)]

@@ -3,6 +3,7 @@
 import os
 import shlex
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,11 @@ class Plan:
     def start(self) -> Start | None:
         """The checkpoint that the run starts from, if any."""
         return self.place.start if isinstance(self.place, Resume | WarmStart) else None
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """By part, what tells whether its images are the same."""
+        return {name: part.fingerprint() for name, part in self.parts.named().items()}
 
     @property
     def steps(self) -> int:
@@ -244,7 +250,7 @@ def _refuse_different_ranks(plan: Plan) -> None:
     """Raise SharedError where another rank has another recipe, other data, or another version."""
     fields = [field for field in recipe_fields() if field.key not in FREE_AMONG_RANKS]
     own: dict[str, Any] = {field.key: field_value(plan.recipe, field) for field in fields}
-    own |= {f"the {name} images": part.fingerprint() for name, part in plan.parts.named().items()}
+    own |= {f"the {name} images": fingerprint for name, fingerprint in plan.fingerprints.items()}
     own |= {"the precision": plan.precision, "the kind of device": plan.device.type}
     own |= {"the version of equipoise": __version__, "the version of torch": torch.__version__}
     first, *others = plan.world.gather_objects(own)

@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Generator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from equipoise.base.device import describe_machine, deterministic, keep_freed_me
 from equipoise.base.errors import UserError, in_words, out_of_memory, own_command, reason
 from equipoise.base.world import join
 from equipoise.config.recipe import Recipe
+from equipoise.data.images import ImageList
 from equipoise.evaluation.run import Run
 from equipoise.evaluation.score import evaluate_run
 from equipoise.method.network import TwoBranchNetwork
@@ -67,20 +68,23 @@ def start(plan: Plan) -> Generator[Session]:
     with deterministic(plan.recipe.deterministic), Requests() as requests, RunFolder() as folder:
         got = plan.world.first_makes(lambda: _take(folder, plan))
         plan = replace(plan, place=replace(plan.place, folder=got))
-        with _failures_in_one_line(plan, folder), closing(batches), closing(validation or batches):
+        with _failures_in_one_line(plan, folder):
             yield Session(plan, Trainer(plan, network.to(plan.device), batches, validation, requests))
 
 
 def _open(plan: Plan) -> tuple[TwoBranchNetwork, Batches, Batches | None]:
     """The network as it starts, and what reads the training and validation images."""
     recipe, parts, world = plan.recipe, plan.parts, plan.world
-    views, workers = view_settings(recipe), worker_count(recipe.workers, world.local_size)
-    skip = recipe.data.on_bad_image == "skip"
-    batches = open_batches(parts.train, views, plan.device, workers, world, skip)
-    validation = open_batches(parts.validation, views, plan.device, workers, world, skip) if parts.validation else None
+    workers = worker_count(recipe.workers, world.local_size)
+
+    def read(images: ImageList, workers: int = 0) -> Batches:
+        skip = recipe.data.on_bad_image == "skip"
+        return open_batches(images, view_settings(recipe), plan.device, workers, world, skip)
+
+    batches = read(parts.train, workers)
+    validation = read(parts.validation, workers) if parts.validation else None
     if parts.test is not None:
-        # Small images are decoded by it: better now than at the end.
-        open_batches(parts.test, views, plan.device, skip=skip)
+        read(parts.test)  # small images are decoded by it: errors come now, and not at the end
     classes, begin = len(parts.train.class_names), plan.start
     if begin is not None and not begin.checkpoint.fits(recipe, classes):
         raise UserError(
@@ -127,7 +131,7 @@ def _write_record(plan: Plan, path: Path) -> None:
             "kind": parts.kind,
             "lists": parts.described,
             "notes": parts.notes,
-            "fingerprints": {name: part.fingerprint() for name, part in parts.named().items()},
+            "fingerprints": plan.fingerprints,
             "images": {name: len(part) for name, part in parts.named().items()},
         },
         "class_counts": dict(zip(parts.train.class_names, parts.train.class_counts, strict=True)),
