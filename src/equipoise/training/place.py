@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,8 @@ def find_place(recipe: Recipe, out: str | Path | None, resume: str | Path | None
     if source:
         run = source if source.is_dir() else source.parent
         own = (run / RECORD).is_file() and (source.is_dir() or source.name in (LAST, PREVIOUS))
-        start = _last_of(run) if source.is_dir() else _start(find_checkpoint(source))
+        path = find_checkpoint(source)
+        start = _last_of(run) if source.is_dir() else Start(path, load_checkpoint(path))
         if own and (folder is None or real_path(folder) == real_path(run)):
             return _resume(run, start)
         if start is None:
@@ -134,17 +135,13 @@ def _newest_run(recipe: Recipe, folder: Path | None, launch: str = "", finished:
     return max(found)[1] if found else None
 
 
-def _start(path: Path) -> Start:
-    return Start(path, load_checkpoint(path))
-
-
 def _last_of(run: Path) -> Start | None:
     """The last checkpoint of a run, or if that cannot be read the one before it; None if it has none."""
     failures: list[str] = []
     for path in (run / LAST, run / PREVIOUS):
         if path.exists():
             try:
-                return replace(_start(path), remark="; ".join(failures))
+                return Start(path, load_checkpoint(path), remark="; ".join(failures))
             except UserError as error:
                 failures.append(str(error))
     if failures:

@@ -72,9 +72,9 @@ class Plan:
 
     def describe(self) -> dict[str, str]:
         """The plan for people: what, and its value."""
-        recipe, parts, counts = self.recipe, self.parts, self.parts.train.class_counts
-        smallest, largest = (f"{count:,}" for count in (min(counts), max(counts)))
-        first, last = (parts.train.class_names[counts.index(count)] for count in (max(counts), min(counts)))
+        recipe, parts = self.recipe, self.parts
+        counts, names = parts.train.class_counts, parts.train.class_names
+        most, fewest = max(counts), min(counts)
         others = [f", {len(part):,} for {name}" for name, part in parts.named().items() if name != "train"]
         ranks = f", {self.world.size} processes, BatchNorm {recipe.model.batch_norm}" if self.world.size > 1 else ""
         said = {
@@ -83,8 +83,8 @@ class Plan:
             "lists": "; ".join(parts.described),
             "note": "; ".join(parts.notes),
             "images": f"{len(parts.train):,} to train on{''.join(others)}",
-            "classes": f"{len(counts):,}, from {largest} images ({first}) to {smallest} ({last}): "
-            f"imbalance factor {imbalance_factor(counts):.4g}",
+            "classes": f"{len(counts):,}, from {most:,} images ({names[counts.index(most)]}) to {fewest:,} "
+            f"({names[counts.index(fewest)]}): imbalance factor {imbalance_factor(counts):.4g}",
             "network": f"{recipe.model.encoder} at {recipe.views.size} pixels, {recipe.model.classifier} classifier",
             "device": f"{self.device}, {self.precision}{ranks}",
             "steps": f"{several(recipe.epochs, 'epoch')} of {self.steps_per_epoch:,}: {several(self.steps, 'step')} "

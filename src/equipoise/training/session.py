@@ -143,8 +143,8 @@ def _write_record(plan: Plan, path: Path) -> None:
 
 
 def _score(plan: Plan, requests: Requests) -> None:
-    """Training is done: the figures. Nothing more has to be saved, so a signal ends the run at once."""
-    requests.stop_at_once("training is done and saved, its figures are not", plan.resume_command())
+    """Score what was trained. Nothing more has to be saved, so a signal ends the run at once."""
+    requests.stop_at_once("training is done and saved, but not scored", plan.resume_command())
     try:
         evaluate_run(plan.folder, plan.parts, str(plan.device), plan.world)
     except (UserError, RuntimeError, MemoryError) as error:
@@ -165,18 +165,17 @@ def _failures_in_one_line(plan: Plan, folder: RunFolder) -> Generator[None]:
     except NonFiniteLossError as error:
         folder.keep()
         raise NonFiniteLossError(f"{error}. The log is in {plan.folder}{_with_another_rate(plan)}") from None
-    except OSError as error:  # the disk is full
-        if not plan.world.is_first or isinstance(error, BrokenPipeError):  # nobody reads what is printed
-            raise
-        raise UserError(f"{plan.folder} could not be written ({in_words(error)}); once it can, {_then(plan)}") from None
-    except (RuntimeError, MemoryError) as error:
+    except (OSError, RuntimeError, MemoryError) as error:
         if out_of_memory(error):
             raise _too_little_memory(plan) from None
-        if "deterministic" in str(error):
-            raise UserError(
-                f"a {plan.recipe.model.encoder} cannot be trained deterministically on a GPU "
-                f"({reason(error, library=True, otherwise='torch does not say why')}); leave out --deterministic"
-            ) from None
+        # The disk is full, say. A broken pipe is no file: nobody reads what is printed.
+        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError) and plan.world.is_first:
+            said = f"{plan.folder} could not be written ({in_words(error)}); once it can, {_then(plan)}"
+            raise UserError(said) from None
+        if isinstance(error, RuntimeError) and "deterministic" in str(error):
+            why = reason(error, library=True, otherwise="torch does not say why")
+            encoder = plan.recipe.model.encoder
+            raise UserError(f"{encoder} cannot be deterministic on a GPU ({why}); leave out --deterministic") from None
         raise
 
 
