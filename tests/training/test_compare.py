@@ -13,7 +13,6 @@ from scipy.stats import ttest_rel
 
 from equipoise import UserError
 from equipoise.cli.main import main
-from equipoise.report.page import write_report
 from equipoise.training.compare import _summary, markdown, paired_difference
 
 METHODS = ("ce", "supcon+la")
@@ -174,9 +173,3 @@ def test_groups_without_classes_are_left_out_and_one_seed_has_no_sd():
         "| --- | --- | --- |",
         "| ce | -25.0 | -25.0 |",
     ]
-
-
-def test_report_of_runs_takes_the_methods_names(compared, tmp_path):
-    folders = [compared / "ce-seed-0", compared / "ce-seed-1"]
-    page = write_report(folders, tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "ce, seed 0 · ce, seed 1</h1>" in page
