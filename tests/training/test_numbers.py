@@ -65,7 +65,7 @@ def many_classes(path, classes: int) -> None:
     pq.write_table(pa.table({"img": [file.getvalue()] * len(labels), "label": labels}), path / "train.parquet")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ten_thousand_classes_of_two_images(tmp_path):
     many_classes(tmp_path / "data", 10_000)
     run = train(tiny(tmp_path / "data", method="ce", batch_size=4000), tmp_path / "run", progress=False)
