@@ -60,7 +60,6 @@ with _instrumented():
     from equipoise.data.sources import find_parts
     from equipoise.deploy.hub import model_card, read_hub_folder
     from equipoise.deploy.predict import in_class_order, read_weights
-    from equipoise.evaluation.records import read_bad_images
     from equipoise.evaluation.run import Run, figures_of
     from equipoise.method.encoders import _read_weights
     from equipoise.report.page import _content

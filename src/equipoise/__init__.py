@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from equipoise.evaluation.run import Run
     from equipoise.method.losses import BalancedContrastiveLoss, LogitAdjustedCrossEntropy
     from equipoise.runs.checkpoint import load_checkpoint
-    from equipoise.training.loop import train
+    from equipoise.training.session import train
 
 _HOME = {
     "BalancedContrastiveLoss": "method.losses",
@@ -27,7 +27,7 @@ _HOME = {
     "load": "deploy.predict",
     "load_checkpoint": "runs.checkpoint",
     "load_recipe": "config.recipe",
-    "train": "training.loop",
+    "train": "training.session",
 }
 __all__ = [
     "BalancedContrastiveLoss",

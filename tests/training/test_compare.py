@@ -4,10 +4,6 @@ import json
 import math
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from statistics import mean, stdev
 
 import numpy as np
@@ -17,7 +13,6 @@ from scipy.stats import ttest_rel
 
 from equipoise import UserError
 from equipoise.cli.main import main
-from equipoise.report.page import write_report
 from equipoise.training.compare import _summary, markdown, paired_difference
 
 METHODS = ("ce", "supcon+la")
@@ -41,13 +36,10 @@ def test_the_interval_by_hand():
     assert (found.mean, found.low, found.high) == pytest.approx((3, 3 - half, 3 + half), abs=1e-3)
 
 
-def test_one_seed_has_no_interval():
+def test_one_seed_and_equal_runs_have_no_interval_or_one_of_no_width():
     found = paired_difference([0.5], [0.7])
     assert found.mean == pytest.approx(0.2)
     assert (found.low, found.high) == (None, None)
-
-
-def test_runs_that_never_differ_have_an_interval_of_no_width():
     found = paired_difference([0.5, 0.6], [0.5, 0.6])
     assert (found.mean, found.low, found.high) == (0, 0, 0)
 
@@ -82,7 +74,7 @@ def test_what_a_comparison_writes(compared):
         if not math.isnan(expected.low):  # scipy gives NaN where no seed differs from another
             assert (difference["low"], difference["high"]) == pytest.approx((expected.low, expected.high))
     assert "difference" not in result["methods"]["ce"]["few"]
-    assert "t the 97.5 % quantile of Student's distribution with 1 degrees of freedom" in table
+    assert "over the differences d of the n = 2 seeds" in table
     page = (compared / "report.html").read_text(encoding="utf-8")
     assert "<h2>Over 2 seeds</h2>" in page
     assert "digits-lt: ce · supcon+la" in page
@@ -114,31 +106,11 @@ def test_it_goes_on_where_it_was_interrupted(compared, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_goes_on_from_its_checkpoint(tmp_path):
-    words = [sys.executable, "-m", "equipoise", *WORDS, "--epochs", "20", "--seeds", "1", "--out", f"{tmp_path}/out"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
-    checkpoint = tmp_path / "out" / "ce-seed-0" / "last.pt"
-    while not checkpoint.exists():
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    assert "equipoise: interrupted: step" in process.communicate()[1]
-    assert process.returncode == 130
-    assert not (checkpoint.parent / "metrics.json").exists()
-    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert json.loads((checkpoint.parent / "run.json").read_text())["resumed"]["after_step"] >= 6
-    assert "one seed, so no interval can be given" in done.stdout
-
-
-@pytest.mark.slow
 def test_other_recipes_and_other_data_are_refused(compared, tmp_path, capsys):
     words = [*WORDS, "--seeds", "2", "--out", str(compared)]
     said = refusal(capsys, *words, "--lr", "0.01")
     assert said == (
-        f"{compared / 'ce-seed-0'} was trained with optim.lr = 0.05, not 0.01: change it back, or name another folder "
-        "with --out"
+        f"{compared / 'ce-seed-0'} was trained with optim.lr = 0.05, not 0.01: change it back, or name another --out"
     )
     said = refusal(capsys, *words, "--schedule", "step")
     assert "ce-seed-0 was trained with optim.schedule = cosine, not step" in said
@@ -157,8 +129,8 @@ def test_other_recipes_and_other_data_are_refused(compared, tmp_path, capsys):
     ("words", "sentence"),
     [
         (["--methods", "bcl,cee"], "no method is called 'cee'; did you mean ce"),
-        (["--methods", "bcl"], "--methods needs two or more different methods, separated by commas, not 'bcl'"),
-        (["--methods", "ce,ce"], "--methods needs two or more different methods, separated by commas, not 'ce,ce'"),
+        (["--methods", "bcl"], "--methods needs two or more different methods, separated by commas, not bcl"),
+        (["--methods", "ce,ce"], "--methods needs two or more different methods, separated by commas, not ce,ce"),
         (["--seeds", "0"], "--seeds must be 1 to 1,000, not 0"),
         (["--seeds", "1000000000"], "--seeds must be 1 to 1,000, not 1000000000"),
         (["--method", "bcl"], "compare trains the methods of --methods; drop --method"),
@@ -191,19 +163,13 @@ def test_groups_without_classes_are_left_out_and_one_seed_has_no_sd():
         "x: 1 seed (3), test part, last checkpoint; accuracy in percent",
         "",
         "| method | overall | few |",
-        "|---|---|---|",
+        "| --- | --- | --- |",
         "| bcl | 50.0 | 50.0 |",
         "| ce | 50.0 | 50.0 |",
         "",
         "Difference to bcl, percentage points, one seed, so no interval can be given:",
         "",
         "| method | overall | few |",
-        "|---|---|---|",
+        "| --- | --- | --- |",
         "| ce | -25.0 | -25.0 |",
     ]
-
-
-def test_report_of_runs_takes_the_methods_names(compared, tmp_path):
-    folders = [compared / "ce-seed-0", compared / "ce-seed-1"]
-    page = write_report(folders, tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "ce, seed 0 · ce, seed 1</h1>" in page

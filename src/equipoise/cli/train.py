@@ -110,22 +110,19 @@ def _plans(world: "World", options: argparse.Namespace, recipe: Recipe, out: str
 
 
 def _carry_out(plan: "Plan", remark: str) -> "Run":
-    """Train. The plan is shown once nothing can be refused any more."""
-    from equipoise.training.loop import fit
-
-    return fit(plan, begins=lambda begun: _begin(begun, remark))
-
-
-def _begin(plan: "Plan", remark: str) -> None:
+    """Show the plan, once nothing can be refused any more, and train."""
     from equipoise.cli.tables import print_plan
     from equipoise.runs.folder import AUTHORS_NAMES
+    from equipoise.training.session import start
 
-    if remark:
-        print(remark)
-    print_plan(plan.describe())
-    if plan.world.is_first:
-        for name in AUTHORS_NAMES.values():  # they are of the run as it was
-            (plan.folder / name).unlink(missing_ok=True)
+    with start(plan) as session:
+        if remark:
+            print(remark)
+        print_plan(session.plan.describe())
+        if plan.world.is_first:
+            for name in AUTHORS_NAMES.values():  # they are of the run as it was
+                (session.plan.folder / name).unlink(missing_ok=True)
+        return session.run()
 
 
 def _show(runs: "Sequence[Run]") -> None:
@@ -133,12 +130,13 @@ def _show(runs: "Sequence[Run]") -> None:
     from equipoise.cli.tables import print_metrics, print_post_hoc, print_unreadable
 
     part = "test" if runs[0].metrics["test"] else "validation"
-    results: list[tuple[str, Any]] = [
-        (run.metrics["method"] + (f" {checkpoint}" if run.metrics["best"] else ""), run.metrics[checkpoint][part])
-        for run in runs
-        for checkpoint in ("last", "best")
-        if run.metrics[checkpoint] and run.metrics[checkpoint][part]
-    ]
+    results: list[tuple[str, Any]] = []
+    for run in runs:
+        for checkpoint in ("last", "best"):
+            scored = run.metrics[checkpoint]
+            if scored and scored[part]:
+                which = f" {checkpoint}" if run.metrics["best"] else ""
+                results.append((run.metrics["method"] + which, scored[part]))
     if results:
         print_metrics(results, f"accuracy on the {part} part, percent", runs[0].metrics)
     for run in runs:

@@ -6,7 +6,7 @@ Nothing is computed here, and much may be missing: a run that stopped early has 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import numpy as np
@@ -20,7 +20,6 @@ from equipoise.report.charts import Name
 from equipoise.report.svg import shortened
 from equipoise.runs.folder import LOG, METRICS, OBSERVED, RECIPE, RECORD
 from equipoise.runs.records import read_metrics, read_record
-
 
 Array = npt.NDArray[Any]
 
@@ -104,7 +103,7 @@ def _read_run(path: Path, name: Name, recipe: Recipe) -> RunRead:
     run = RunRead(path, name, recipe, record, log, list(record["class_counts"]), counts, groups)
     if not (path / METRICS).is_file():
         return run
-    metrics: Mapping[str, Any] = read_metrics(path / METRICS)
+    metrics = cast("Mapping[str, Any]", read_metrics(path / METRICS))
     checkpoint, part = chosen(metrics)
     block = metrics[checkpoint]
     if block[part] is None:

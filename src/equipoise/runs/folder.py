@@ -1,12 +1,26 @@
-"""A run folder: the names of its files."""
+"""A run folder: the names of its files, and its lock: it belongs to one process at a time."""
 
+import contextlib
 import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from importlib import metadata
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+from equipoise import __version__
 from equipoise.authors.flags import AUTHORS_BEST, AUTHORS_LAST
 from equipoise.base.errors import UserError
-from equipoise.base.files import atomic_file
+from equipoise.base.files import UNFINISHED, atomic_file
+from equipoise.config.recipe import Recipe, recipe_toml
 
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"  # the checkpoints
 RECIPE, RECORD, METRICS, LOCK = "recipe.toml", "run.json", "metrics.json", "run.lock"
@@ -47,3 +61,107 @@ def write_json(path: Path, value: Any) -> None:
     with atomic_file(path) as file:
         # A file name that is no UTF-8 is kept readable rather than refused.
         file.write((json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
+
+
+class RunFolder:
+    """A context in which one folder, once `take` has got it, is this process's own.
+
+    A block that ends with an error of the user's or of the system leaves nothing behind, unless there is a checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self._path = Path()
+        self._lock: FileLock | None = None
+        self._created = self._kept = False
+
+    def take(self, path: Path, goes_on: bool) -> bool:
+        """Make the folder `path`, or take an empty one; with `goes_on`, one that holds a run. Returns False where
+        another process has it. Raises UserError where it cannot be made or written into."""
+        try:
+            created = not path.exists()
+            path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(path / LOCK)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                return False
+            if not goes_on and (path / RECORD).exists():  # another run has been here since this one was planned
+                lock.release()
+                return False
+        except OSError as error:
+            cannot = "written into" if goes_on else "made"
+            reason = (error.strerror or str(error)).lower()
+            raise UserError(f"the run folder {path} cannot be {cannot} ({reason}); name another with --out") from None
+        self._path, self._lock, self._created, self._kept = path, lock, created, goes_on
+        for leftover in path.glob(f".*{UNFINISHED}"):  # files that a killed run was writing
+            if leftover.is_file():
+                leftover.unlink()
+        return True
+
+    def keep(self) -> None:
+        """Leave the folder even if the run fails: its log shows why."""
+        self._kept = True
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._lock is None:
+            return
+        # A bug leaves its evidence. SystemExit comes from rich, where nobody reads what it prints.
+        failed = isinstance(error, UserError | OSError | KeyboardInterrupt | SystemExit)
+        removed = failed and not self._kept and not (self._path / LAST).exists()
+        if removed:
+            _empty(self._path)
+        (self._path / LOCK).unlink(missing_ok=True)  # last: from here on another process may take the folder
+        if removed and self._created:
+            with contextlib.suppress(OSError):  # another process has taken it already
+                self._path.rmdir()
+        self._lock.release()
+
+
+def _empty(folder: Path) -> None:
+    """Remove everything from a folder but its lock."""
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        elif entry.name != LOCK:
+            entry.unlink(missing_ok=True)
+
+
+def is_used(folder: Path) -> bool:
+    """Whether a folder holds more than a run leaves that was killed in its first moment."""
+    return any(entry.name not in (LOCK, RECIPE) and not entry.name.endswith(UNFINISHED) for entry in folder.iterdir())
+
+
+def write_record(folder: Path, recipe: Recipe, about: dict[str, Any]) -> None:
+    """Write `recipe.toml` and `run.json`: `about` this run, with command, start, versions and commit."""
+    with atomic_file(folder / RECIPE) as file:
+        file.write(recipe_toml(recipe).encode())
+    versions = {name: metadata.version(name) for name in ("torch", "torchvision", "timm", "numpy")}
+    record = {
+        "command": shlex.join(sys.argv),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "versions": {"python": platform.python_version(), "equipoise": __version__, **versions},
+        "git": commit_of(Path(__file__)),
+        **about,
+    }
+    write_json(folder / RECORD, record)
+
+
+def commit_of(file: Path) -> dict[str, Any] | None:
+    """The commit of a source file's repository, and whether that has changes; None where git does not know the file:
+    in an installed package, whose version says it all."""
+    # In a git hook, these variables name another repository.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        done = subprocess.run(command, cwd=file.parent, env=environment, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", file.name)  # an environment may lie within another project's repository
+        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -43,16 +43,16 @@ class Step:
         if recipe.compile:
             network.encoder.compile()  # in its place: the names of its weights stay
         self._forward: nn.Module = _Forward(network, recipe.micro_batch)
-        # A graph of kernels that are chosen for their bits, and of several ranks, has not been tried.
+        # Graphs have not been tried with deterministic kernels, nor with several ranks.
         graphed = recipe.cuda_graph and device.type == "cuda" and world.size == 1 and not recipe.deterministic
         graphed = graphed and not recipe.micro_batch and not recipe.compile
         self._graph = StepGraph(self._losses, network, recipe.batch_size) if graphed else None
         if world.size > 1:
-            # Buffers stay each rank's own while training: see World.first_buffers. torch has a new word for it.
+            # Buffers stay each rank's own while training: see World.first_buffers. Newer torch has renamed the option.
             parallel = nn.parallel.DistributedDataParallel
-            words = ("forward_sync_buffers", "broadcast_buffers")
-            word = next(word for word in words if word in inspect.signature(parallel).parameters)
-            options: dict[str, Any] = {word: False}
+            names = ("forward_sync_buffers", "broadcast_buffers")
+            name = next(name for name in names if name in inspect.signature(parallel).parameters)
+            options: dict[str, Any] = {name: False}
             self._forward = parallel(self._forward, gradient_as_bucket_view=True, **options)
 
     def __call__(self, batch: Batch, votes: Sequence[int] = ()) -> tuple[dict[str, float], list[float]]:
@@ -82,7 +82,7 @@ class Step:
 
 
 class _Forward(nn.Module):
-    """What DistributedDataParallel wraps: it looks after the calls of `forward` alone."""
+    """What DistributedDataParallel wraps: it exchanges gradients only of calls of `forward`."""
 
     def __init__(self, network: TwoBranchNetwork, micro_batch: int) -> None:
         super().__init__()

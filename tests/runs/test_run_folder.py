@@ -1,0 +1,128 @@
+"""A run folder belongs to one process at a time, and is left as it was where nothing came of a run."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import equipoise
+from equipoise import UserError
+from equipoise.runs.folder import RunFolder, commit_of, is_used
+
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from equipoise.runs.folder import RunFolder
+with RunFolder() as folder:
+    print(folder.take(Path(sys.argv[1]), goes_on=False), flush=True)
+    if os.fork() == 0:  # as torch starts its loader processes, which live for seconds after the death of this one
+        time.sleep(20)
+        os._exit(0)
+    time.sleep(60)
+"""
+
+
+def take(path: Path, goes_on: bool = False) -> bool:
+    with RunFolder() as folder:
+        return folder.take(path, goes_on)
+
+
+@pytest.mark.slow
+def test_a_folder_belongs_to_one_process_until_it_is_killed(tmp_path):
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "True\n"
+        assert not take(tmp_path / "run")
+        assert not take(tmp_path / "run", goes_on=True)
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()
+    assert take(tmp_path / "run"), "a dead process holds nothing, whatever processes it has left behind"
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_folder_that_another_run_has_used_meanwhile_is_not_taken(tmp_path):
+    (tmp_path / "run.json").touch()
+    assert not take(tmp_path)
+    assert take(tmp_path, goes_on=True)
+
+
+def fail_in(path: Path, error: type[BaseException], goes_on: bool = False, keep: bool = False, more: str = "") -> None:
+    def run() -> None:
+        with RunFolder() as folder:
+            folder.take(path, goes_on)
+            for name in ("recipe.toml", *more.split()):
+                (path / name).touch()
+            (path / "tensorboard").mkdir()
+            if keep:
+                folder.keep()
+            raise error
+
+    with pytest.raises(error):
+        run()
+
+
+@pytest.mark.parametrize("error", [UserError, OSError, KeyboardInterrupt])
+def test_what_a_failed_run_has_written_is_removed(error, tmp_path):
+    fail_in(tmp_path / "new", error)
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "empty").mkdir()
+    fail_in(tmp_path / "empty", error)
+    assert list((tmp_path / "empty").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "how", [{"goes_on": True}, {"keep": True}, {"more": "last.pt"}, {"error": RuntimeError}], ids=str
+)
+def test_a_run_with_a_past_or_a_checkpoint_or_a_bug_stays(how, tmp_path):
+    fail_in(tmp_path / "run", **{"error": UserError, **how})
+    assert (tmp_path / "run" / "recipe.toml").exists()
+    assert not (tmp_path / "run" / "run.lock").exists()
+
+
+def test_only_what_a_killed_run_was_writing_is_cleared_away(tmp_path):
+    for name in (".notes.txt", ".last.pt.original", ".last.pt.x7.equipoise-part", ".recipe.toml.a.equipoise-part"):
+        (tmp_path / name).write_text("mine")
+    (tmp_path / ".mine.equipoise-part").mkdir()
+    assert take(tmp_path, goes_on=True)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [
+        ".last.pt.original", ".mine.equipoise-part", ".notes.txt",
+    ]  # fmt: skip
+
+
+def test_a_run_killed_in_its_first_moment_is_no_obstacle(tmp_path):
+    for name in ("run.lock", "recipe.toml", ".recipe.toml.x7.equipoise-part", ".run.json.abc.equipoise-part"):
+        (tmp_path / name).touch()
+    assert not is_used(tmp_path)
+    assert take(tmp_path)
+    (tmp_path / "notes.txt").touch()
+    assert is_used(tmp_path)
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_a_folder_that_cannot_be_had_is_refused(goes_on, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"the run folder .*run cannot be .*; name another with --out"):
+        take(tmp_path / "file" / "run", goes_on)
+    (tmp_path / "run" / "run.lock").mkdir(parents=True)
+    with pytest.raises(UserError, match="cannot be"):
+        take(tmp_path / "run", goes_on)
+
+
+def test_the_commit_is_that_of_the_code(tmp_path, monkeypatch):
+    def git(*arguments: str, folder: Path) -> str:
+        return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout
+
+    source = Path(equipoise.__file__)
+    ours = git("rev-parse", "HEAD", folder=source.parent).strip()
+    git("init", folder=tmp_path)
+    git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "--allow-empty", "-m", "another", folder=tmp_path)
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))  # as in a hook
+    assert commit_of(source)["commit"] == ours
+    monkeypatch.delenv("GIT_DIR")
+    installed = tmp_path / "lib" / "folder.py"  # in an environment within another project's repository
+    installed.parent.mkdir()
+    installed.touch()
+    assert commit_of(installed) is None
