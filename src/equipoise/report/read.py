@@ -6,7 +6,7 @@ Nothing is computed here, and much may be missing: a run that stopped early has 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -96,22 +96,23 @@ def _labels(paths: Sequence[Path], recipes: Sequence[Recipe]) -> list[str]:
 
 
 def _read_run(path: Path, name: Name, recipe: Recipe) -> RunRead:
-    record: Mapping[str, Any] = read_record(path / RECORD)
+    record = read_record(path / RECORD)
     log = _read_log(path / LOG) if (path / LOG).is_file() else []
     counts = list(record["class_counts"].values())
     groups = [shot_group(count) for count in counts]
     run = RunRead(path, name, recipe, record, log, list(record["class_counts"]), counts, groups)
     if not (path / METRICS).is_file():
         return run
-    metrics = cast("Mapping[str, Any]", read_metrics(path / METRICS))
+    metrics = read_metrics(path / METRICS)
     checkpoint, part = chosen(metrics)
-    block = metrics[checkpoint]
-    if block[part] is None:
+    block = metrics["best"] or metrics["last"]
+    scores = block[part]
+    if scores is None:
         return run  # there was nothing to score it on
-    observed = _read_observed(path / OBSERVED, part) if (path / OBSERVED).is_file() else {}
     tau = block["post_hoc"]["tau"] if block["post_hoc"] else None
+    observed = _read_observed(path / OBSERVED, part) if (path / OBSERVED).is_file() else {}
     return ScoredRun(
-        **vars(run), checkpoint=checkpoint, part=part, metrics=block, scores=block[part], tau=tau, observed=observed
+        **vars(run), checkpoint=checkpoint, part=part, metrics=block, scores=scores, tau=tau, observed=observed
     )
 
 
