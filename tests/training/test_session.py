@@ -39,7 +39,7 @@ def run(finished, tmp_path) -> Path:
 @pytest.mark.long
 def test_a_killed_run_ends_where_an_undisturbed_one_ends(tmp_path):
     """The short form of `make crash-test`."""
-    assert sum(crash(tmp_path, kills=3, epochs=20, seed=3).values()) == 3
+    assert sum(crash(tmp_path, 3, 3, "digits-lt", "--precision", "fp32", "--epochs", "20").values()) == 3
 
 
 def test_a_session_holds_its_folder_until_it_ends(tmp_path, monkeypatch):
