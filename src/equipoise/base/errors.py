@@ -89,11 +89,6 @@ def out_of_memory(error: Exception) -> bool:
     return not isinstance(error, ValueError) and _OUT_OF_MEMORY.search(str(error)) is not None
 
 
-def lacks_memory(error: Exception, most: int) -> bool:
-    """Only until its callers change."""
-    return out_of_memory(error)
-
-
 # What only the programmers of a library understand: addresses, classes, places in its source.
 _INTERNAL = re.compile(r"0x[0-9a-f]{5,}|<[\w.]+ |<class|\w(Error|Exception)\b|\w::\w|\.(cc|cpp|rs|py):\d")
 _OF_PROGRAMMERS = (LookupError, TypeError, AttributeError, AssertionError, UnicodeError, ArithmeticError)
