@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+import warnings
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -66,12 +67,22 @@ def start_reading(*tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
 @contextmanager
 def exact_float32() -> Generator[None]:
     """In this context a GPU's convolutions compute in float32, and not in TF32, which torch allows them elsewhere."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
+    if not torch.cuda.is_available():
+        yield
+        return
+    before = _set_tf32(False)
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = before
+        _set_tf32(before)
+
+
+def _set_tf32(allowed: bool) -> bool:
+    """Whether cuDNN may use TF32; returns what was before."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch 2.9 and later have a newer name for it, earlier ones have not
+        before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, allowed
+    return before
 
 
 @contextmanager
@@ -81,12 +92,12 @@ def deterministic(wanted: bool) -> Generator[None]:
         yield
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
-    before = torch.are_deterministic_algorithms_enabled()
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def choose_precision(name: str, device: torch.device) -> str:

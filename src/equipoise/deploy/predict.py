@@ -31,7 +31,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from equipoise.base.device import choose_device
+from equipoise.base.device import choose_device, exact_float32
 from equipoise.base.errors import UserError, reason, shown
 from equipoise.base.files import atomic_file
 from equipoise.config.recipe import load_recipe, nearest
@@ -150,7 +150,8 @@ class Classifier:
     def scores(self, views_BSS3: Pixels) -> Tensor:
         """`[B, C]` scores of a batch of views, on the CPU."""
         images_B3SS = torch.from_numpy(views_BSS3).permute(0, 3, 1, 2).to(self.device)
-        return self.calibrated(images_B3SS).float().cpu()
+        with exact_float32():
+            return self.calibrated(images_B3SS).float().cpu()
 
     def _batches(self, files: Sequence[str]) -> Iterator[tuple[int, list[Pixels | UserError]]]:
         """The number of the first file, and the views of a batch of files, or errors. Threads decode the next batch

@@ -115,7 +115,8 @@ class Trainer:
             raise Stopped(stopped, self._state(), self._plan.resume_command())
 
     def _end_epoch(self, log: RunLog) -> None:
-        """Validate, and save where the epoch is the best or the last, or saving takes little of the time."""
+        """Validate, and save. Without validation, epochs may be so short that saving takes much of the time: then it is
+        left out, but for the last one."""
         world = self._plan.world
         world.first_buffers(self._network)
         if self._validation is not None:
@@ -124,10 +125,9 @@ class Trainer:
             if self.best is None or mean_per_class > self.best[0]:
                 self.best = (mean_per_class, self.epoch + 1)
         self.epoch += 1
-        is_best = self.best is not None and self.best[1] == self.epoch
-        # Epochs may be shorter than a second. Ranks must agree, and their clocks do not.
+        # Ranks must agree, and their clocks do not.
         is_cheap = world.size > 1 or time.monotonic() - self._saved_at > 20 * self._saving_took
-        if is_best or self.epoch == self._plan.recipe.epochs or is_cheap:
+        if self._validation is not None or self.epoch == self._plan.recipe.epochs or is_cheap:
             self._save(log)
             _, stopped = self.requests.read(world.sum(torch.tensor(self.requests.votes()).double()).tolist())
             if stopped is not None:
