@@ -109,10 +109,10 @@ def test_what_a_stage_has_started_ends_with_it(tmp_path):
     """A child in a process group of its own, as torchrun's ranks are."""
     program = "import subprocess, sys, time; child = subprocess.Popen(['sleep', '600'], start_new_session=True); "
     program += "print(child.pid, flush=True); time.sleep(600)"
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, start_new_session=True)
-    assert process.stdout is not None
-    child = int(process.stdout.readline())
-    end_with_all(process)
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, start_new_session=True) as process:
+        assert process.stdout is not None
+        child = int(process.stdout.readline())
+        end_with_all(process)
     assert process.returncode == -9
     status = Path(f"/proc/{child}/stat")
     assert not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"

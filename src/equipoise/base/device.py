@@ -51,7 +51,7 @@ def start_reading(*tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
     GPU goes on with what is queued."""
     if tensors[0].device.type != "cuda":
         return lambda: tuple(tensor.cpu() for tensor in tensors)
-    on_host = tuple(torch.empty_like(tensor, device="cpu", pin_memory=True) for tensor in tensors)
+    on_host = tuple(torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors)
     for copy, tensor in zip(on_host, tensors, strict=True):
         copy.copy_(tensor, non_blocking=True)
     arrived = torch.cuda.Event()

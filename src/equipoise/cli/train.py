@@ -141,8 +141,10 @@ def _show(runs: "Sequence[Run]") -> None:
         print_metrics(results, f"accuracy on the {part} part, percent", runs[0].metrics)
     for run in runs:
         print_post_hoc(run.metrics)
-        print_unreadable(run.metrics)
+    for run in runs:
         print(f"run folder: {run.path}")
+    for run in runs:
+        print_unreadable(run.metrics)
 
 
 def _export_for_authors(run: Path) -> None:

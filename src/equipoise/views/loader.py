@@ -30,7 +30,7 @@ from equipoise.views.views import ViewSettings, evaluation_view, photo_views, sm
 Indices = npt.NDArray[np.int64]
 
 _SECONDS_AFTER_SIGTERM = 60
-# Processes that make the views of small images: on a GPU six at most, since a step of ResNet-32 takes 4 ms there; on a
+# Processes that make the views of small images: on a GPU six at most, since a step of ResNet-32 takes 11 ms there; on a
 # CPU one is many times faster than the step.
 _SMALL_WORKERS = {"cuda": 6}
 _LESS_MEMORY = "take fewer of them (--workers) or smaller images"
