@@ -423,8 +423,6 @@ READERS = {
     "checkpoint": Reader("last.pt", lambda: [_saved(_checkpoint()), _saved(_authors_checkpoint())], _read_checkpoint),
     "checkpoint-old": Reader("last.pt", lambda: [_saved(table, zipped=False) for table in
                                                  (_checkpoint(), _authors_checkpoint())], _read_checkpoint),
-    "checkpoint-table": Reader("last.pt", lambda: [_program(_checkpoint()), _program(_authors_checkpoint())],
-                               _read_checkpoint, _around_program),
     "weights": Reader("weights.pth", lambda: [_program({"state_dict": {"a": torch.ones(2, 4)}})], _read_weights,
                       _around_program),
     "safetensors": Reader("weights.safetensors", lambda: [_safetensors()], _read_weights),
