@@ -259,7 +259,8 @@ def _refuse_different_ranks(plan: Plan) -> None:
             one, two = first.get(name), other.get(name)
             if one != two:
                 raise SharedError(
-                    f"rank {rank} has {name} = {two}, but rank 0 has {one}: start all ranks with the same recipe and data"
+                    f"rank {rank} has {name} = {two}, but rank 0 has {one}: start all ranks with the same recipe "
+                    "and data"
                 )
 
 
