@@ -31,11 +31,14 @@ setup: .venv/.setup
 demo: setup
 	$(BIN)/equipoise train
 
+# Two at a time, one thread each; the tests of a file stay together, since they share what takes long to make.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: .venv/.test
-	$(BIN)/python -m pytest -m "not long"
+	$(PYTEST) -m "not long"
 
 test-all: .venv/.test
-	$(BIN)/python -m pytest --durations=20
+	$(PYTEST) --durations=20
 
 check: .venv/.check
 	$(BIN)/ruff format --check .
