@@ -35,6 +35,7 @@ from equipoise.training.place import (
     differing,
     find_place,
 )
+from equipoise.training.step import is_recorded
 from equipoise.views.loader import steps_per_epoch
 from equipoise.views.views import view_settings
 
@@ -77,6 +78,9 @@ class Plan:
         most, fewest = max(counts), min(counts)
         others = [f", {len(part):,} for {name}" for name, part in parts.named().items() if name != "train"]
         ranks = f", {self.world.size} processes, BatchNorm {recipe.model.batch_norm}" if self.world.size > 1 else ""
+        if self.device.type == "cuda" and torch.cuda.device_count() < self.world.local_size:
+            ranks += ", which share GPUs (by gloo, slowly)"
+        recorded = ", steps recorded as CUDA graphs" if is_recorded(recipe, self.device, self.world) else ""
         said = {
             "recipe": f"{recipe.name}, method {recipe.method}, seed {recipe.seed}",
             "data": f"{recipe.data.path} ({parts.kind})",
@@ -86,7 +90,7 @@ class Plan:
             "classes": f"{len(counts):,}, from {most:,} images ({names[counts.index(most)]}) to {fewest:,} "
             f"({names[counts.index(fewest)]}): imbalance factor {imbalance_factor(counts):.4g}",
             "network": f"{recipe.model.encoder} at {recipe.views.size} pixels, {recipe.model.classifier} classifier",
-            "device": f"{self.device}, {self.precision}{ranks}",
+            "device": f"{self.device}, {self.precision}{ranks}{recorded}",
             "steps": f"{several(recipe.epochs, 'epoch')} of {self.steps_per_epoch:,}: {several(self.steps, 'step')} "
             f"of {recipe.batch_size} images{self._micro_batches()}",
             "goes on": self._goes_on(),

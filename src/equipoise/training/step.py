@@ -25,6 +25,13 @@ from equipoise.training.graph import StepGraph, Terms
 from equipoise.views.loader import Batch
 
 
+def is_recorded(recipe: Recipe, device: torch.device, world: World) -> bool:
+    """Whether the steps of full batches are recorded as CUDA graphs: where the recipe says so, and nothing else in it
+    stands against it that was not tried together."""
+    against = recipe.deterministic or recipe.micro_batch or recipe.compile
+    return recipe.cuda_graph and device.type == "cuda" and world.size == 1 and not against
+
+
 class Step:
     """Computes the gradients of one batch into the network's parameters; with several ranks, those of the batch that
     they hold together, on every rank."""
@@ -43,10 +50,8 @@ class Step:
         if recipe.compile:
             network.encoder.compile()  # in its place: the names of its weights stay
         self._forward: nn.Module = _Forward(network, recipe.micro_batch)
-        # Graphs have not been tried with deterministic kernels, nor with several ranks.
-        graphed = recipe.cuda_graph and device.type == "cuda" and world.size == 1 and not recipe.deterministic
-        graphed = graphed and not recipe.micro_batch and not recipe.compile
-        self._graph = StepGraph(self._losses, network, recipe.batch_size) if graphed else None
+        recorded = is_recorded(recipe, device, world)
+        self._graph = StepGraph(self._losses, network, recipe.batch_size) if recorded else None
         if world.size > 1:
             # Buffers stay each rank's own while training: see World.first_buffers. Newer torch has renamed the option.
             parallel = nn.parallel.DistributedDataParallel
