@@ -362,13 +362,6 @@ def _arrays() -> dict[str, bytes]:
     return {name: file.getvalue() for name, file in files.items()}
 
 
-def _around_array(content: bytes) -> bytes:
-    """One array among the others: the first byte says which."""
-    arrays = _arrays()
-    name = list(arrays)[content[0] % len(arrays)] if content else "labels_N"
-    return _npz({**arrays, name: content[1:]})
-
-
 def _read_run_folder(file: Path) -> object:
     """A folder of which the file is one, as `report`, `predict` and `export` read it."""
     recipe = load_recipe("digits-lt", data="nowhere")  # its encoder needs no timm, nor its data scikit-learn
@@ -429,10 +422,6 @@ READERS = {
     "metrics": Reader("metrics.json", lambda: [json.dumps(_metrics()).encode()], _read_run_folder, share=0.5),
     "record": Reader("run.json", lambda: [json.dumps(_record()).encode()], _read_run_folder, share=0.5),
     "log": Reader("metrics.jsonl", lambda: [_log()], _read_run_folder, share=0.5),
-    "observed": Reader("observed.npz", lambda: [_npz(_arrays())], _read_run_folder, share=0.5),
-    "observed-array": Reader("observed.npz", lambda: [bytes([number]) + content for number, content in
-                                                      enumerate(_arrays().values())],
-                             _read_run_folder, _around_array, share=0.5),
     "bad-images": Reader("bad-images.json", lambda: [b'{"train": {"a.jpg": "empty"}}'], read_bad_images, share=0.3),
     "packed": Reader("train.pack", lambda: [_packed()], _read_table),
     "hub-config": Reader("config.json", lambda: [_hub_config()], _read_hub_config, share=0.5),

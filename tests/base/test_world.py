@@ -291,7 +291,7 @@ def test_bad_images_of_all_ranks_are_replaced_and_counted(tmp_path):
         done = torchrun(processes, *arguments, "--out", str(run))
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("6 images could not be read and were replaced by others of the same class") == 1
-        assert done.stdout.count("2 images of the test part could not be read and were left out of its figures") == 1
+        assert done.stdout.count("2 images of the test part could not be read and were left out of its metrics") == 1
         metrics = json.loads((run / "metrics.json").read_text())
         assert metrics["test"]["images"] == 302
         assert metrics["bad_images"] == json.loads((run / "bad-images.json").read_text())
