@@ -149,3 +149,8 @@ def test_an_imagenet_tree_can_be_trained_as_class_folders(imagenet):
 def test_a_folder_of_no_data_set_is_refused_with_the_reason(tmp_path):
     with pytest.raises(UserError, match="there is no file or folder at"):
         chosen("--dataset imagenet", tmp_path / "none")
+
+
+def test_the_value_of_an_option_keeps_its_underscores():
+    assert _dashed("--batch_size=8") == "--batch-size=8"
+    assert _dashed("--data=my_pictures") == "--data=my_pictures"

@@ -54,3 +54,12 @@ def test_a_link_stays_a_link(tmp_path):
 def test_no_folder(tmp_path):
     with pytest.raises(FileNotFoundError), atomic_file(tmp_path / "none" / "x"):
         pass
+
+
+def test_the_content_is_on_the_disk_before_it_has_the_name(tmp_path, monkeypatch):
+    synced: list[tuple[int, list[str]]] = []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append((os.fstat(handle).st_size, os.listdir(tmp_path))))
+    with atomic_file(tmp_path / "x") as file:
+        file.write(b"after")
+    assert synced[0][0] == len(b"after")
+    assert "x" not in synced[0][1]

@@ -186,3 +186,8 @@ def test_the_written_file_is_complete():
     assert written == {field.key for field in recipe_fields()}
     assert recipe_from_table(table, "here") == Recipe()
     assert override(Recipe(), find_field("seed"), 4).seed == 4
+
+
+def test_a_byte_order_mark_is_no_part_of_a_recipe(tmp_path):
+    (tmp_path / "mine.toml").write_text("epochs = 3", encoding="utf-8-sig")
+    assert load_recipe(tmp_path / "mine.toml").epochs == 3

@@ -169,3 +169,10 @@ def test_links_inside_the_folder_and_the_folder_itself_a_link(pictures, tmp_path
     (pictures / "also").symlink_to("ant")
     (tmp_path / "link").symlink_to(pictures)
     assert len(open_parts(str(tmp_path / "link")).train) == 21 + 1 + 13
+
+
+def test_a_folder_whose_name_begins_like_the_datas_is_outside(pictures):
+    draw_folder(pictures.with_name(f"{pictures.name} 2"), {"ant": 1})
+    (pictures / "ant" / "x.png").symlink_to(f"../../{pictures.name} 2/ant/0.png")
+    with pytest.raises(UserError, match=r"ant/x\.png leads over a link out of the data folder"):
+        open_parts(str(pictures))

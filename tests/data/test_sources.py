@@ -211,7 +211,8 @@ def test_absent_images_of_a_list(imagenet, tmp_path):
 def test_training_and_test_that_overlap(imagenet, tmp_path):
     train = imagenet / "ImageNet_LT_train.txt"
     (tmp_path / "test.txt").write_text(train.read_text().splitlines()[0] + "\n")
-    source = Source(str(imagenet), lists={"train": str(train), "test": str(tmp_path / "test.txt")})
+    lists = {"train": str(train), "validation": f"{imagenet}/ImageNet_LT_val.txt", "test": str(tmp_path / "test.txt")}
+    source = Source(str(imagenet), lists=lists)
     with pytest.raises(UserError, match=r"1 images of .*test.txt are in .*ImageNet_LT_train.txt too \(first: train/n0"):
         open_parts(source)
 

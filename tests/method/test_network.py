@@ -109,3 +109,11 @@ def test_dropout_is_the_same_when_a_micro_batch_is_computed_again(micro_batch, s
     model.classifier(hidden).square().sum().backward()
     for name, parameter in model.named_parameters():
         assert torch.allclose(gradient[name], parameter.grad, rtol=1e-3, atol=1e-4), name
+
+
+def test_the_length_of_a_class_weight_does_not_matter():
+    model = network().eval()
+    before = model(IMAGES)
+    with torch.no_grad():
+        model.classifier.weight *= torch.arange(1.0, 6.0)[:, None]
+    assert torch.allclose(model(IMAGES), before, atol=1e-4)

@@ -184,3 +184,7 @@ def test_names_on_the_map_do_not_cover_each_other():
     assert "<title>&lt;a&gt; taken for a long name 4</title>" in svg
     many = charts.feature_map(places, labels, predicted, ["many"] * 13, [*names, *"1234567"])
     assert texts(many, "place") == []
+
+
+def test_a_group_of_the_trend_has_the_geometric_mean_of_its_counts():
+    assert np.allclose(charts.trend([1, 100], [0.2, 0.9], groups=1), [(10, 55)])

@@ -81,3 +81,10 @@ def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
         log.write("train", 1, 0, {"loss": 1.0})
         log.sync()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_line_can_be_read_as_soon_as_it_is_written(tmp_path):
+    """Who follows a run sees where it is, and `sync` finds it in the file."""
+    with RunLog(tmp_path, 0, 0) as log:
+        log.write("train", 1, 0, {"loss": 1.0})
+        assert lines_of(tmp_path) == LINES[:1]

@@ -126,3 +126,9 @@ def test_the_commit_is_that_of_the_code(tmp_path, monkeypatch):
     installed.parent.mkdir()
     installed.touch()
     assert commit_of(installed) is None
+
+
+@pytest.mark.parametrize("name", ["run.json", "metrics.json", "last.pt"])
+def test_a_folder_with_anything_of_a_run_is_used(name, tmp_path):
+    (tmp_path / name).touch()
+    assert is_used(tmp_path)
