@@ -7,6 +7,8 @@ import numpy as np
 import onnxruntime
 from PIL import Image, ImageOps
 
+if len(sys.argv) < 3:
+    raise SystemExit(__doc__)
 session = onnxruntime.InferenceSession(sys.argv[1])
 names, view = (json.loads(session.get_modelmeta().custom_metadata_map[key]) for key in ("class_names", "preprocessing"))
 for path in sys.argv[2:]:

@@ -97,7 +97,7 @@ def test_what_pack_says(tmp_path, capsys, monkeypatch):
     draw_folder(data / "train", {"ant": 2, "bee": 1})
     words = ["pack", str(data), "--out", str(out), "--workers", "0"]
     said = refusal(capsys, *words, "--set", "data.on_bad_image=skip")
-    assert said == "pack leaves out no bad image: equipoise data DATA --check lists them; repair or remove them"
+    assert said == "pack leaves out no bad image: equipoise data FOLDER --check lists them; repair or remove them"
     assert main(words) == 0
     command = capsys.readouterr().out.splitlines()[-1].removeprefix("train on it: ")
     assert shlex.split(command)[1:] == ["train", "--data", str(out)]

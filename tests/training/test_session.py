@@ -260,6 +260,6 @@ def test_a_folder_that_is_removed_under_a_run(tmp_path):
     moved = run.rename(tmp_path / "moved")
     _, said = process.communicate(timeout=100)
     assert process.returncode == 2, said
-    assert said.count("\n") == 1
-    assert "could not be written" in said
+    (line,) = [line for line in said.splitlines() if line.startswith("equipoise: ")]  # TensorBoard's thread speaks too
+    assert "could not be written" in line
     assert load_checkpoint(moved / "last.pt").step >= 6

@@ -65,7 +65,7 @@ def pack(options: argparse.Namespace) -> None:
         raise UserError(f"--short-side must be at least 8 pixels, not {options.short_side}")
     recipe = flags.with_overrides(Recipe(), options)
     if recipe.data.on_bad_image == "skip":
-        raise UserError("pack leaves out no bad image: equipoise data DATA --check lists them; repair or remove them")
+        raise UserError("pack leaves out no bad image: equipoise data FOLDER --check lists them; repair or remove them")
 
     from equipoise.data.pack import pack as write_packed_parts
     from equipoise.data.sources import as_recognised, find_parts, source_of

@@ -106,7 +106,7 @@ def _encoded(images: ImageList, short_side: int, workers: int) -> Generator[byte
 
 
 def _unpackable(error: BadImageError) -> UserError:
-    return UserError(f"{error.fault}; repair or remove it (equipoise data DATA --check lists all such images)")
+    return UserError(f"{error.fault}; repair or remove it (equipoise data FOLDER --check lists all such images)")
 
 
 _work: tuple[ImageList, int]  # of this process

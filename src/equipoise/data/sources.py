@@ -171,7 +171,8 @@ def _existing(path: str) -> Path:
         root.stat()
     except (OSError, ValueError):  # missing, no permission, too long, a zero byte in it
         raise UserError(
-            f"there is no file or folder at {root}; correct the path, or of data that have moved, name it with --data"
+            f"there is no file or folder at {root}; correct the path; if the data have moved, give the new folder with "
+            "--data"
         ) from None
     return root
 

@@ -126,7 +126,8 @@ class Plan:
         if place.start is None:
             return "from its beginning: it had no checkpoint yet"
         done, remark = place.start.checkpoint, place.start.remark
-        after = f"step {done.step}" if done.step % self.steps_per_epoch else f"epoch {done.epoch}"
+        epoch, steps = divmod(done.step, self.steps_per_epoch)
+        after = f"step {done.step}" if steps else f"epoch {epoch or done.epoch}"
         said = f"from {place.start.path}, after {after}{f' ({remark})' if remark else ''}"
         if isinstance(place, WarmStart):
             return said
