@@ -38,7 +38,8 @@ test: .venv/.test
 	$(PYTEST) -m "not long"
 
 test-all: .venv/.test
-	$(PYTEST) --durations=20
+	$(PYTEST) -m "not long"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long --durations=20
 
 check: .venv/.check
 	$(BIN)/ruff format --check .
