@@ -37,15 +37,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", default=str(CIFAR))
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--workers", type=int, default=1, help="loader processes; 0 makes the views between two steps")
     options = parser.parse_args()
     steps: int = options.steps
     say_where()
     plan = prepare(equipoise.load_recipe("cifar10-lt", data=options.folder), "runs/not-written")
     recipe = plan.recipe
     _, take_step, optimizer = training(plan)
-    batches = open_batches(plan.parts.train, view_settings(recipe), plan.device).training(
-        0, recipe.batch_size, range(steps)
-    )
+    opened = open_batches(plan.parts.train, view_settings(recipe), plan.device, options.workers)
+    batches = opened.training(0, recipe.batch_size, range(steps))
     waiting, whole = [], []
     for _ in range(steps):
         start = time.perf_counter()
@@ -56,6 +56,7 @@ def main() -> None:
         optimizer.step()
         waiting.append(arrived - start)
         whole.append(time.perf_counter() - start)
+    opened.close()
     share = statistics.median(waiting[2:]) / statistics.median(whole[2:])
     print(f"median of {steps - 2} steps of {recipe.batch_size} images, {torch.get_num_threads()} threads:", end=" ")
     print(f"views and loading {1000 * statistics.median(waiting[2:]):.0f} ms of {statistics.median(whole[2:]):.2f} s")

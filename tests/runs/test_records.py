@@ -120,7 +120,7 @@ def test_a_record_that_was_changed(place, value, tmp_path):
 @pytest.mark.parametrize("read", [read_metrics, read_record, read_bad_images])
 def test_a_file_that_is_something_else(read, content, tmp_path):
     (tmp_path / "file.json").write_bytes(content)
-    refused(read, tmp_path / "file.json")
+    assert "file.json is damaged" in refused(read, tmp_path / "file.json")
 
 
 def test_a_file_that_cannot_be_read(tmp_path):
