@@ -15,7 +15,6 @@ from equipoise.base.errors import UserError
 from equipoise.config.recipe import Field, Recipe, find_field, nearest
 
 LOG = "log"  # their default of --root_log
-AUTHORS_BEST, AUTHORS_LAST = "bcl_ckpt.best.pth.tar", "bcl_ckpt.pth.tar"
 DATASETS = {
     "imagenet": "imagenet-lt",
     "inat": "inat2018",

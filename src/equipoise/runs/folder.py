@@ -17,7 +17,6 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from equipoise import __version__
-from equipoise.authors.flags import AUTHORS_BEST, AUTHORS_LAST
 from equipoise.base.errors import UserError
 from equipoise.base.files import UNFINISHED, atomic_file
 from equipoise.config.recipe import Recipe, recipe_toml
@@ -27,7 +26,8 @@ RECIPE, RECORD, METRICS, LOCK = "recipe.toml", "run.json", "metrics.json", "run.
 LOG, CURVES = "metrics.jsonl", "tensorboard"
 BAD_IMAGES = "bad-images.json"  # the images that could not be read so far
 OBSERVED = "observed.npz"  # what the report draws beside the metrics
-AUTHORS_NAMES = {LAST: AUTHORS_LAST, BEST: AUTHORS_BEST}  # our name -> the name that the authors' code gives it
+# Our name -> the name that the authors' code gives it.
+AUTHORS_NAMES = {LAST: "bcl_ckpt.pth.tar", BEST: "bcl_ckpt.best.pth.tar"}
 
 
 def our_name(file: Path) -> str:
