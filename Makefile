@@ -1,5 +1,6 @@
 # Everything starts from `make setup`: a virtual environment in .venv with the package, editable, and its command.
 # Each step is done once; what it made is newer than pyproject.toml until that changes, so a second call needs no network.
+# --no-compile: compiling every module of torch took a third of the time of installing; Python compiles what it imports.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -85,28 +86,28 @@ audit: .venv/.audit
 
 .venv/.setup: pyproject.toml | .venv/bin/python
 	@echo "installing into .venv, once: first torch, the largest part (up to 3 GB; a minute from a near disk) ..."
-	@$(BIN)/python -m pip install --quiet $(TORCH)
+	@$(BIN)/python -m pip install --quiet --no-compile $(TORCH)
 	@echo "... then what is smaller: timm, opencv, scikit-learn and others ..."
-	@$(BIN)/python -m pip install --quiet --editable .
+	@$(BIN)/python -m pip install --quiet --no-compile --editable .
 	@echo "... done"
 	@touch $@
 
 .venv/.test: .venv/.setup
 	@echo "installing what the tests need ..."
-	@$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@$(BIN)/python -m pip install --quiet --no-compile --editable '.[test]'
 	@touch $@
 
 .venv/.check: .venv/.test
 	@echo "installing ruff, pyright and import-linter ..."
-	@$(BIN)/python -m pip install --quiet --editable '.[check]'
+	@$(BIN)/python -m pip install --quiet --no-compile --editable '.[check]'
 	@touch $@
 
 .venv/.fuzz: .venv/.setup
-	@$(BIN)/python -m pip install --quiet --editable '.[fuzz]'
+	@$(BIN)/python -m pip install --quiet --no-compile --editable '.[fuzz]'
 	@touch $@
 
 .venv/.audit: .venv/.setup
-	@$(BIN)/python -m pip install --quiet --editable '.[audit]'
+	@$(BIN)/python -m pip install --quiet --no-compile --editable '.[audit]'
 	@touch $@
 
 clean:
