@@ -269,7 +269,7 @@ def _packed() -> bytes:
             path = Path(folder) / "data" / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
-        pack(find_parts(f"{folder}/data"), "", Path(folder) / "out", 256, 0)
+        pack(find_parts(f"{folder}/data"), Path(folder) / "out", 256, 0)
         return (Path(folder) / "out" / "train.pack").read_bytes()
 
 
