@@ -5,23 +5,12 @@ import random
 import subprocess
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from equipoise import UserError
 from equipoise.config.recipe import Data
 from equipoise.data.images import missing_files
-from equipoise.data.lists import (
-    BENCHMARKS,
-    PUBLISHED,
-    departures,
-    find_list,
-    git_blob,
-    identity,
-    image_lists,
-    overlap,
-    read_list,
-)
+from equipoise.data.lists import BENCHMARKS, PUBLISHED, describe, find_list, git_blob, open_lists, read_list
 from equipoise.data.sources import find_parts
 
 
@@ -31,6 +20,12 @@ def write(path: Path, text: str | bytes) -> Path:
     return path
 
 
+def opened(root: Path, **texts: str | bytes):
+    """Lists of these texts, by part."""
+    files = {part: str(write(root / f"{part}.txt", text)) for part, text in texts.items()}
+    return open_lists(root, files, "", allow_outside=False)
+
+
 def test_a_list(tmp_path):
     """Line ends of both kinds, a path with a space, an empty line, a longer way to say a path; a byte order mark."""
     content = b"\xef\xbb\xbftrain/a b/1.jpg 0\r\n\n./train//c/2.jpg\t1\ntrain/c/3.jpg 1"
@@ -38,11 +33,11 @@ def test_a_list(tmp_path):
     assert read.blob == git_blob(content)
     assert read.paths_N.tolist() == [b"train/a b/1.jpg", b"train/c/2.jpg", b"train/c/3.jpg"]
     assert read.labels_N.tolist() == [0, 1, 1]
-    lists, notes = image_lists({"train": read}, tmp_path)
-    assert lists["train"].class_names == ("a b", "c")
-    assert lists["train"].class_counts == (1, 2)
-    assert lists["train"].images.name(1) == str(tmp_path / "train/c/2.jpg")
-    assert notes == []
+    found = opened(tmp_path, train=content)
+    assert found.parts["train"].class_names == ("a b", "c")
+    assert found.parts["train"].class_counts == (1, 2)
+    assert found.parts["train"].images.name(1) == str(tmp_path / "train/c/2.jpg")
+    assert found.notes == ()
 
 
 IMAGES = '{"images": [{"id": 1, "file_name": "%s"}], "annotations": [%s]}'
@@ -102,15 +97,13 @@ def test_the_fingerprint_is_gits(text, tmp_path):
 
 
 def test_one_set_of_classes(tmp_path):
-    train = read_list(write(tmp_path / "train.txt", "train/ant/1.jpg 0\ntrain/cat/1.jpg 2\ntrain/cat/2.jpg 2\n"))
-    test = read_list(write(tmp_path / "test.txt", "val/bee/1.jpg 1\nval/cat/9.jpg 2\n"))
-    lists, notes = image_lists({"train": train, "test": test}, tmp_path)
-    assert lists["train"].class_names == lists["test"].class_names == ("ant", "bee", "cat")
-    assert lists["test"].class_counts == (0, 1, 1)
-    assert notes == departures(train) == departures(test) == []
-    other = read_list(write(tmp_path / "other.txt", "v/a/1.jpg 3\n"))
-    with pytest.raises(UserError, match=r"other.txt has label 3, but the training list's classes are 0 to 2"):
-        image_lists({"train": train, "test": other}, tmp_path)
+    train = "train/ant/1.jpg 0\ntrain/cat/1.jpg 2\ntrain/cat/2.jpg 2\n"
+    found = opened(tmp_path, train=train, test="val/bee/1.jpg 1\nval/cat/9.jpg 2\n")
+    assert found.parts["train"].class_names == found.parts["test"].class_names == ("ant", "bee", "cat")
+    assert found.parts["test"].class_counts == (0, 1, 1)
+    assert found.notes == ()
+    with pytest.raises(UserError, match=r"test.txt has label 3, but the training list's classes are 0 to 2"):
+        opened(tmp_path, train=train, test="v/a/1.jpg 3\n")
 
 
 @pytest.mark.parametrize(
@@ -119,33 +112,24 @@ def test_one_set_of_classes(tmp_path):
     ids=["all images in one folder", "one class in two folders", "two classes in one folder"],
 )
 def test_folders_that_do_not_name_classes(text, tmp_path):
-    read = read_list(write(tmp_path / "train.txt", text))
-    assert image_lists({"train": read}, tmp_path)[0]["train"].class_names == ("0", "1")
+    assert opened(tmp_path, train=text).parts["train"].class_names == ("0", "1")
 
 
 def test_lists_that_disagree_about_a_label_are_noted(tmp_path):
-    train = read_list(write(tmp_path / "train.txt", "train/ant/1.jpg 0\ntrain/bee/1.jpg 1\n"))
-    test = read_list(write(tmp_path / "test.txt", "val/bee/1.jpg 0\nval/ant/1.jpg 1\n"))
-    lists, notes = image_lists({"train": train, "test": test}, tmp_path)
-    assert lists["train"].class_names == ("0", "1")
-    assert notes == [f"{test.file}: label 0 is bee, but ant in another list; do they belong together?"]
+    train, test = "train/ant/1.jpg 0\ntrain/bee/1.jpg 1\n", "val/bee/1.jpg 0\nval/ant/1.jpg 1\n"
+    found = opened(tmp_path, train=train, test=test)
+    assert found.parts["train"].class_names == ("0", "1")
+    said = f"{tmp_path}/test.txt: label 0 is bee, but ant in another list; do they belong together?"
+    assert found.notes == (said,)
 
 
-# ---- what is wrong
-
-
-def test_repeated_absent_and_overlapping_images(tmp_path):
-    text = "t/b/2.jpg 1\nt/b/1.jpg 1\nt/a/1.jpg 0\nt/b/2.jpg 0\nt/a/1.jpg 0\n"
-    train = read_list(write(tmp_path / "train.txt", text))
-    assert departures(train) == [f"{train.file}: 2 images are in it more than once (first: t/b/2.jpg)"]
-    test = read_list(write(tmp_path / "test.txt", "./t/b/1.jpg 1\nv/b/1.jpg 1\n"))
-    lists, _ = image_lists({"train": train, "test": test}, tmp_path)
-    assert "1 images of" in (overlap(lists["train"], lists["test"]) or "")
-    assert overlap(lists["test"].take(np.array([1])), lists["train"]) is None
+def test_repeated_and_absent_images(tmp_path):
     write(tmp_path / "t/a/1.jpg", "")
     (tmp_path / "t" / "b").mkdir()
-    assert missing_files(lists["train"], tmp_path) == [0, 1, 3]
-    assert missing_files(lists["test"], tmp_path) == [0, 1]
+    found = opened(tmp_path, train="t/b/2.jpg 1\nt/b/1.jpg 1\nt/a/1.jpg 0\nt/b/2.jpg 0\nt/a/1.jpg 0\nv/1.jpg 0\n")
+    assert found.notes == (f"{tmp_path}/train.txt: 2 images are in it more than once (first: t/b/2.jpg)",)
+    assert missing_files(found.parts["train"], tmp_path) == [0, 1, 3, 5]
+    assert found.faults["train"].startswith(f"{tmp_path}/t/b/2.jpg is not there, and 4 of the 6 images of")
 
 
 # ---- published lists
@@ -159,19 +143,19 @@ def test_published_lists_are_known(name, shared_data, tmp_path):
     known = PUBLISHED[f"{name}.txt"]
     assert read.blob == known.blob
     assert (len(read.paths_N), len(set(read.labels_N.tolist()))) == (known.images, known.classes)
-    assert identity(read) == f"{read.file}: the published {name}.txt (git blob {known.blob})"
-    lists, notes = image_lists({"test": read}, tmp_path)
-    assert notes == []
-    assert not lists["test"].class_names[0].isdigit(), "folders name the classes"
-    assert departures(read) == []
+    assert describe(read) == (f"{read.file}: the published {name}.txt (git blob {known.blob})", [])
+    found = open_lists(tmp_path, {"test": str(read.file)}, "", allow_outside=False)
+    assert found.notes == ()
+    assert not found.parts["test"].class_names[0].isdigit(), "folders name the classes"
 
 
 def test_a_published_list_that_departs(shared_data, tmp_path):
     content = (shared_data / "lists" / "ImageNet_LT_val.txt").read_bytes()
     shorter = read_list(write(tmp_path / "ImageNet_LT_val.txt", b"".join(content.splitlines(keepends=True)[:-20])))
     known = PUBLISHED["ImageNet_LT_val.txt"].blob
-    assert identity(shorter) == f"{shorter.file}: git blob {shorter.blob}, no published list that is known here"
-    assert departures(shorter) == [
+    identity, odd = describe(shorter)
+    assert identity == f"{shorter.file}: git blob {shorter.blob}, no published list that is known here"
+    assert odd == [
         f"{shorter.file} is not the published ImageNet_LT_val.txt (git blob {known}): that has 20,000 images of 1,000 "
         "classes, this one 19,980 of 999"
     ]

@@ -181,8 +181,6 @@ def _named(source: ImageFiles | EncodedImages, index: int) -> Iterator[None]:
         raise
     except UnidentifiedImageError:
         why = "it is no image: not JPEG, PNG, GIF, BMP, TIFF, WebP or PPM"
-    except Image.DecompressionBombError:
-        why = f"it claims more than {Image.MAX_IMAGE_PIXELS:,} pixels: a decompression bomb?"
     except Exception as error:  # decoders raise what they like
         why = reason(error, library=True)
     else:

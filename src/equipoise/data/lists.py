@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from equipoise.base.errors import UserError, reason
-from equipoise.data.images import ImageFiles, ImageList, Indices
+from equipoise.data.images import Found, ImageFiles, ImageList, Indices, missing_files
 
 _MOST_DIGITS = 6  # of a label: a larger one is a mistake, as a year or the id of an image
 
@@ -78,26 +78,6 @@ class ListFile:
 def git_blob(content: bytes) -> str:
     """The id by which git knows a file of this content."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
-
-
-def find_list(root: Path, known: Published) -> Path | None:
-    """The published list, or the official JSON, below `root`, or the list where the authors' code has it; None where
-    there is neither."""
-    official = [root / known.official, root / "annotations" / known.official] if known.official else []
-    of_authors = Path("dataset") / known.folder / known.name
-    places = [root / known.name, root / known.folder / known.name, *official, of_authors]
-    return next((place for place in places if place.is_file()), None)
-
-
-def absent_list(root: Path, part: str, known: Published) -> str:
-    """What to say where `find_list` finds none."""
-    fingerprint = f", git blob {known.blob}" if known.blob else ""
-    official = f" (or {known.official})" if known.official else ""
-    return (
-        f"the list {known.name} ({known.images:,} images of {known.classes:,} classes{fingerprint}){official} is not "
-        f"in {root}, {root / known.folder} or dataset/{known.folder}; put it there, or name it with "
-        f"--{part.replace('validation', 'val')}-list FILE"
-    )
 
 
 # ---------------------------------------------------------------------------------------------- reading
@@ -171,21 +151,70 @@ def _from_annotations(content: bytes, file: Path) -> bytes:
         ) from None
 
 
-def image_lists(files: Mapping[str, ListFile], root: Path) -> tuple[dict[str, ImageList], list[str]]:
-    """The lists of a data set's parts, with one set of classes, and what is odd about them.
+# ---------------------------------------------------------------------------------------------- lists of one data set
+
+
+def open_lists(root: Path, named: Mapping[str, str], benchmark: str, allow_outside: bool) -> Found:
+    """The images below `root` of the lists `named` by part, or else of a benchmark's lists, wherever these are found.
 
     The classes are 0 to the largest label of the training list (of all, where there is none). They take the name of
-    the folder that holds their images, where all agree. Raises UserError for a label that training does not know.
+    the folder that holds their images, where all agree. Raises UserError for a label that training does not know, and
+    where no list is found.
     """
-    leading = [files["train"]] if "train" in files else files.values()
+    files = {part: Path(os.path.expanduser(file)) for part, file in named.items()}
+    published = {} if files else BENCHMARKS[benchmark]
+    faults: dict[str, str] = {}
+    for part, known in published.items():
+        if file := find_list(root, known):
+            files[part] = file
+        elif known.blob:  # one without a known fingerprint is not to be had everywhere: go without
+            faults[part] = absent_list(root, part, known)
+    if not files:
+        raise UserError(next(iter(faults.values())))
+    lists = {part: read_list(file, allow_outside) for part, file in files.items()}
+    leading = [lists["train"]] if "train" in lists else lists.values()
     classes = 1 + max(int(read.labels_N.max()) for read in leading)
-    names, notes = _class_names(files.values(), classes)
-    lists: dict[str, ImageList] = {}
-    for part, read in files.items():
+    names, notes = _class_names(lists.values(), classes)
+    parts: dict[str, ImageList] = {}
+    described: list[str] = []
+    for part, read in lists.items():
         if (largest := int(read.labels_N.max())) >= classes:
             raise UserError(f"{read.file} has label {largest}, but the training list's classes are 0 to {classes - 1}")
-        lists[part] = ImageList(str(read.file), ImageFiles(root, read.paths_N), read.labels_N, names)
-    return lists, notes
+        images = ImageList(str(read.file), ImageFiles(root, read.paths_N), read.labels_N, names)
+        if fault := _fault(images, parts.values(), None if allow_outside else root):
+            faults[part] = fault
+        identity, odd = describe(read, published.get(part))
+        described.append(identity)
+        notes += odd
+        parts[part] = images
+    return Found(
+        f"list files of {benchmark}" if published else "list files",
+        parts,
+        divided=True,
+        named=False,  # labels are numbers, the same in all lists of a benchmark: names of folders are for people
+        notes=tuple(notes),
+        faults=faults,
+        described=tuple(described),
+        benchmark=benchmark if published else "",
+    )
+
+
+def find_list(root: Path, known: Published) -> Path | None:
+    """The published list, or the official JSON, below `root`, or the list where the authors' code has it; None where
+    there is neither."""
+    official = [root / known.official, root / "annotations" / known.official] if known.official else []
+    of_authors = Path("dataset") / known.folder / known.name
+    places = [root / known.name, root / known.folder / known.name, *official, of_authors]
+    return next((place for place in places if place.is_file()), None)
+
+
+def absent_list(root: Path, part: str, known: Published) -> str:
+    """What to say where `find_list` finds none."""
+    official = f" (or {known.official})" if known.official else ""
+    return (
+        f"the list {known.name} (git blob {known.blob or 'unknown'}){official} is not in {root}, {root / known.folder} "
+        f"or dataset/{known.folder}; put it there, or name it with --{part.replace('validation', 'val')}-list FILE"
+    )
 
 
 def _class_names(files: Iterable[ListFile], classes: int) -> tuple[tuple[str, ...], list[str]]:
@@ -210,43 +239,43 @@ def _class_names(files: Iterable[ListFile], classes: int) -> tuple[tuple[str, ..
     return tuple(names.get(label, str(label)) for label in range(classes)), []
 
 
-# ---------------------------------------------------------------------------------------------- what is wrong
+def _fault(images: ImageList, others: Iterable[ImageList], bounds: Path | None) -> str | None:
+    """Why the images of a list must not be used: some are missing, or are in another list too."""
+    assert isinstance(images.images, ImageFiles)
+    if missing := missing_files(images, bounds):
+        return (
+            f"{images.images.name(missing[0])} is not there, and {len(missing):,} of the {len(images):,} images of "
+            f"{images.origin} are missing; its paths are looked for below the folder given as data"
+        )
+    for other in others:
+        assert isinstance(other.images, ImageFiles)
+        shared = set(other.images.paths_N.tolist()).intersection(images.images.paths_N.tolist())
+        if shared:
+            return (
+                f"{len(shared):,} images of {images.origin} are in {other.origin} too (first: "
+                f"{os.fsdecode(min(shared))}): figures on them would be too good"
+            )
+    return None
 
 
-def overlap(one: ImageList, other: ImageList) -> str | None:
-    """One line about images that are in both lists; None where there are none."""
-    assert isinstance(one.images, ImageFiles)
-    assert isinstance(other.images, ImageFiles)
-    shared = set(one.images.paths_N.tolist()).intersection(other.images.paths_N.tolist())
-    if not shared:
-        return None
-    return (
-        f"{len(shared):,} images of {other.origin} are in {one.origin} too (first: {os.fsdecode(min(shared))}): "
-        "figures on them would be too good"
-    )
-
-
-def identity(read: ListFile) -> str:
-    """Which published list this is, by its fingerprint."""
+def describe(read: ListFile, expected: Published | None = None) -> tuple[str, list[str]]:
+    """Which published list this is, by its fingerprint; and what is odd about it: that it is another one than the
+    published list that is expected, or than that of its name; the same image more than once."""
     known = next((known for known in PUBLISHED.values() if known.blob == read.blob), None)
-    if known is None:
-        return f"{read.file}: git blob {read.blob}, no published list that is known here"
-    return f"{read.file}: the published {known.name} (git blob {known.blob})"
-
-
-def departures(read: ListFile, expected: Published | None = None) -> list[str]:
-    """What is odd about a list: that it is another one than the published list that is expected, or than that of its
-    name; the same image more than once."""
-    found: list[str] = []
     expected = expected or PUBLISHED.get(read.file.name)
+    identity = f"git blob {read.blob}, no published list that is known here"
+    if known:
+        identity = f"the published {known.name} (git blob {known.blob})"
+    odd: list[str] = []
     if expected and expected.blob not in ("", read.blob):
-        found.append(
+        odd.append(
             f"{read.file} is not the published {expected.name} (git blob {expected.blob}): that has "
             f"{expected.images:,} images of {expected.classes:,} classes, this one {len(read.paths_N):,} of "
             f"{len(np.unique(read.labels_N)):,}"
         )
     repeated = [path for path, count in Counter(read.paths_N.tolist()).items() if count > 1]
     if repeated:
-        first = os.fsdecode(repeated[0])
-        found.append(f"{read.file}: {len(repeated):,} images are in it more than once (first: {first})")
-    return found
+        odd.append(
+            f"{read.file}: {len(repeated):,} images are in it more than once (first: {os.fsdecode(repeated[0])})"
+        )
+    return f"{read.file}: {identity}", odd

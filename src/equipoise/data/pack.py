@@ -17,7 +17,6 @@ from equipoise.base.files import UNFINISHED, atomic_file
 from equipoise.data.decode import BadImageError, bad_images, decode
 from equipoise.data.images import EncodedImages, Found, ImageFiles, ImageList, PixelArrays, import_pyarrow
 from equipoise.data.packed import KEY, SUFFIX, About, columns, read_packed
-from equipoise.data.sources import disagreements
 
 _LONGEST_JPEG = 65_500  # pixels: libjpeg writes no longer side. Such a strip stays as it is
 _QUALITY = 90  # of JPEG: short sides of 256 pixels take 30 kB
@@ -35,8 +34,8 @@ def pack(found: Found, out: Path, short_side: int, threads: int) -> list[str]:
     appears only when it is complete.
     """
     import_pyarrow(out)
-    if problems := [*found.absent.values(), *disagreements(found)]:
-        raise UserError(problems[0])
+    if found.faults:
+        raise UserError(next(iter(found.faults.values())))
     for part in found.parts.values():
         if isinstance(part.images, PixelArrays) or (isinstance(part.images, EncodedImages) and part.images.packed):
             raise UserError(f"{part.origin} needs no packing: its images are in one file already")

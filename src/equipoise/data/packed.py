@@ -37,12 +37,6 @@ def columns(pa: Any) -> Any:
     return pa.schema(list(kinds.items()))
 
 
-def packed_files(root: Path) -> list[Path]:
-    if root.is_file():
-        return [root] if root.suffix == SUFFIX else []
-    return sorted(root.glob(f"*{SUFFIX}"))
-
-
 def read_packed(path: Path) -> tuple[About, ImageList]:
     """What a packed file says of itself, and its images. Raises UserError where it is none, or damaged."""
     pa = import_pyarrow(path)

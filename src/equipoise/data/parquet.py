@@ -11,12 +11,6 @@ from equipoise.base.errors import UserError, reason
 from equipoise.data.images import PART_NAMES, EncodedImages, Found, ImageList, import_pyarrow
 
 
-def parquet_files(root: Path) -> list[Path]:
-    if root.is_file():
-        return [root] if root.suffix == ".parquet" else []
-    return sorted([*root.glob("*.parquet"), *root.glob("data/*.parquet")])
-
-
 def open_parquet(files: list[Path], image_column: str, label_column: str) -> Found:
     """The images of the files, by part where their names begin with that of one. An empty name of a column finds it.
     Raises UserError for what cannot be read, and for labels that do not fit."""

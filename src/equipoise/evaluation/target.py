@@ -89,7 +89,7 @@ def _with_classes_of(checkpoint: Checkpoint, source: Data, part: str | None, pat
     """A checkpoint of the authors' with the class names of the data, and its training counts where it has a training
     part. Raises UserError where the number of classes differs."""
     found = find_parts(source)
-    part = part or ("test" if "test" in {**found.parts, **found.absent} or not found.divided else "validation")
+    part = part or ("test" if "test" in {**found.parts, **found.faults} or not found.divided else "validation")
     images = part_of(found, part, source.path)
     classes, known = len(checkpoint.class_names), len(images.class_names)
     if known > classes or (known < classes and found.named):
