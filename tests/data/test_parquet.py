@@ -40,10 +40,10 @@ def test_columns_that_are_not_plain(tmp_path):
     write_parquet(path, [0, 1], label_column="fine_label", coarse_label=pa.array([0, 0], pa.int64()))
     assert opened(path).train.class_counts == (1, 1), "CIFAR-100's own names: the fine label"
     for column in ({"label_column": "labels"}, {"image_column": "coarse_label"}):
-        with pytest.raises(UserError, match=r"which column is data.\w+_column\? name it with --set .*; of its type there is \w+"):
+        with pytest.raises(UserError, match=r"which column is data.\w+_column\? name it with --set .*there is \w+"):
             opened(path, **column)
     write_parquet(path, [0, 1], label_column="fine", coarse=pa.array([0, 0], pa.int64()))
-    with pytest.raises(UserError, match=r"name it with --set data.label_column=NAME; of its type there is fine, coarse"):
+    with pytest.raises(UserError, match=r"with --set data.label_column=NAME; of its type there is fine, coarse"):
         opened(path)
     assert opened(path, label_column="fine").train.class_counts == (1, 1)
     pq.write_table(pa.table({"label": [0, 1]}), path)

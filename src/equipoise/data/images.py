@@ -200,7 +200,7 @@ class Found:
     divided: bool  # into parts by their names; else all of it is called 'train'
     named: bool = True  # the classes have names, not just numbers
     notes: tuple[str, ...] = ()  # what is odd, but no error
-    faults: Mapping[str, str] = field(default_factory=dict[str, str])  # part -> why it must not be used, or is not there
+    faults: Mapping[str, str] = field(default_factory=dict[str, str])  # part -> why it must not be used, or is missing
     described: tuple[str, ...] = ()  # which files these are
     benchmark: str = ""  # the published data set that they are
 

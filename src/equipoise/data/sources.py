@@ -51,7 +51,7 @@ def named_lists(data: Data) -> dict[str, str]:
 
 
 def _files(root: Path, suffix: str) -> list[Path]:
-    """The files of this kind at `root`: itself, or what it or its `data/` holds, where the `datasets` library puts it."""
+    """The files of this kind at `root`: itself, or those in it or in its `data/`, as the `datasets` library has it."""
     if root.is_file():
         return [root] if root.suffix == suffix else []
     return sorted([*root.glob(f"*{suffix}"), *root.glob(f"data/*{suffix}")])
