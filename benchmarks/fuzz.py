@@ -55,7 +55,7 @@ with _instrumented():
     from equipoise.data.cifar import CifarArchive, open_cifar
     from equipoise.data.decode import decode
     from equipoise.data.images import ImageFiles, ImageList
-    from equipoise.data.lists import departures, identity, image_lists, read_list
+    from equipoise.data.lists import open_lists
     from equipoise.data.pack import pack
     from equipoise.data.sources import find_parts
     from equipoise.deploy.hub import model_card, read_hub_folder
@@ -240,11 +240,11 @@ def _decode(file: Path) -> object:
 
 
 def _read_list(file: Path) -> object:
-    read = read_list(file)
-    lists, notes = image_lists({"train": read}, file.parent)
-    assert sum(lists["train"].class_counts) == len(read.paths_N)
-    assert not any(path.startswith((b"/", b"../")) for path in read.paths_N.tolist())
-    return [*notes, identity(read), *departures(read)]
+    found = open_lists(file.parent, {"train": str(file)}, "", allow_outside=False)
+    images = found.parts["train"]
+    assert sum(images.class_counts) == len(images)
+    assert not any(path.startswith((b"/", b"../")) for path in images.images.paths_N.tolist())
+    return found
 
 
 def _read_recipe(file: Path) -> object:
@@ -269,7 +269,7 @@ def _packed() -> bytes:
             path = Path(folder) / "data" / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
-        pack(find_parts(f"{folder}/data"), "", Path(folder) / "out", 256, 0)
+        pack(find_parts(f"{folder}/data"), Path(folder) / "out", 256, 0)
         return (Path(folder) / "out" / "train.pack").read_bytes()
 
 

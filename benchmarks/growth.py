@@ -28,8 +28,9 @@ from equipoise.report.svg import linear_axis, log_axis
 OPEN = """
 import sys, time
 start = time.perf_counter()
-from equipoise.data.sources import Source, find_parts
-images = find_parts(Source(sys.argv[1], lists={"train": sys.argv[1] + "/list.txt"})).parts["train"]
+from equipoise.config.recipe import Data
+from equipoise.data.sources import find_parts
+images = find_parts(Data(sys.argv[1], train_list=sys.argv[1] + "/list.txt")).parts["train"]
 peak = next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(time.perf_counter() - start, peak)
 """
@@ -64,11 +65,11 @@ def list_seconds(lines: int, folder: Path) -> tuple[float, float]:
 
 def images_a_second(workers: int, data: Path) -> float:
     """Photographs a second, three views of 224 pixels each, as they reach the training loop."""
-    from equipoise.data.sources import open_parts
+    from equipoise.data.sources import find_parts
     from equipoise.views.loader import open_batches, steps_per_epoch
     from equipoise.views.views import ViewSettings
 
-    images = open_parts(str(data)).train
+    images = find_parts(str(data)).parts["train"]
     batches = open_batches(images, ViewSettings("photos", ("cls", "sim", "sim"), 224), torch.device("cpu"), workers)
     per_epoch = steps_per_epoch(len(images), 32)
     epochs = (range(first, first + per_epoch) for first in itertools.count(0, per_epoch))

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.input import BATCH, NAMES, PHOTOS, SIZE, child, read_photos, report, write_folder
 from benchmarks.timing import say_where
-from equipoise.data.decode import content_of, decode
+from equipoise.data.decode import decode
 from equipoise.data.pack import pack
 from equipoise.data.sources import find_parts
 
@@ -36,10 +36,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data, out = Path(folder) / "data", Path(folder) / "packed"
         write_folder(contents, data)
-        pack(find_parts(str(data)), "", out, options.short_side, os.cpu_count() or 1)
+        pack(find_parts(str(data)), out, options.short_side, os.cpu_count() or 1)
         images = find_parts(str(out)).parts["train"]
         before = sum(map(len, contents)) / len(contents) / 1000
-        after = sum(len(content_of(images, index)) for index in range(len(images))) / len(images) / 1000
+        after = sum(len(images.images.content(index)) for index in range(len(images))) / len(images) / 1000
         print(
             f"{len(images)} photographs of {before:.0f} kB, packed {after:.0f} kB, short sides of at most "
             f"{options.short_side}, three views of {SIZE} pixels, batches of {BATCH}"

@@ -19,7 +19,7 @@ from benchmarks.timing import answer, apart, finish, ratio, say_times, say_where
 from equipoise.base.device import choose_device, keep_freed_memory
 from equipoise.base.errors import UserError
 from equipoise.data.images import ImageList
-from equipoise.data.sources import open_parts
+from equipoise.data.sources import find_parts
 from equipoise.views.loader import open_batches, steps_per_epoch
 from equipoise.views.views import ViewSettings
 
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     try:
-        images = open_parts(options.folder).train
+        images = find_parts(options.folder).parts["train"]
     except UserError as error:
         raise SystemExit(str(error)) from None
     images = images.take(np.arange(min(IMAGES, len(images))))

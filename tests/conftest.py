@@ -43,6 +43,14 @@ def write_parquet(path, labels, column="img", label_column="label", metadata=Non
     pq.write_table(table.replace_schema_metadata(metadata), path)
 
 
+def opened(path, **fields):
+    """The data at a path, to train on, with nothing held out unless that is asked for."""
+    from equipoise.config.recipe import Data
+    from equipoise.data.sources import open_data
+
+    return open_data(Data(str(path), **{"holdout": 0, **fields}))
+
+
 def refusal(capsys, *words: str) -> str:
     """What a refused command says: one line, on stderr, with exit code 2."""
     from equipoise.cli.main import main

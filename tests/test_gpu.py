@@ -340,7 +340,7 @@ def test_a_run_of_a_gpu_is_used_and_scored_on_a_cpu(run, no_tf32):
     assert {tensor.device for tensor in [*checkpoint.weights.values(), *momentum]} == {CPU}
     assert all(bool(tensor.isfinite().all()) for tensor in [*checkpoint.weights.values(), *momentum])
 
-    test = open_data(run.recipe).test
+    test = open_data(run.recipe.data).test
     assert test is not None
     images = next(iter(open_batches(test, view_settings(run.recipe), CPU).evaluation(500))).images_VB3SS[0]
     with torch.inference_mode():

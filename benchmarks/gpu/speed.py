@@ -16,7 +16,7 @@ from benchmarks.step import CLASSES, our_step, plain_step
 from benchmarks.waiting import training
 from equipoise.base.device import choose_precision
 from equipoise.config.recipe import load_recipe
-from equipoise.data.sources import open_parts
+from equipoise.data.sources import find_parts
 from equipoise.training.plan import Plan, prepare
 from equipoise.views.loader import Batch, open_batches, worker_count
 from equipoise.views.views import ViewSettings, small_views, view_settings
@@ -169,7 +169,7 @@ def input_speed(task: Task) -> None:
     contents = read_photos(task.photos, most=320)
     copies = 32 if rehearse else 4096
     write_folder([contents[n % len(contents)] for n in range(copies)], task.work / "photographs")
-    images = open_parts(str(task.work / "photographs")).train
+    images = find_parts(str(task.work / "photographs")).parts["train"]
     size, batch = (32, 8) if rehearse else (224, 256)
     settings = ViewSettings("photos", ("cls", "sim", "sim"), size)
     batches = open_batches(images, settings, device, worker_count(-1))

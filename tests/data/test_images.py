@@ -9,22 +9,14 @@ import pytest
 from conftest import GOLDEN, draw_folder
 
 from equipoise import UserError
-from equipoise.data.images import (
-    ImageFiles,
-    ImageList,
-    PixelArrays,
-    hold_out,
-    long_tail_counts,
-    long_tailed,
-    of_classes,
-)
+from equipoise.data.images import ImageFiles, ImageList, PixelArrays, hold_out, long_tail_counts, long_tailed
 from equipoise.data.sources import find_parts
 
 
 def image_list(counts: list[int]) -> ImageList:
-    labels = np.repeat(np.arange(len(counts)), counts)
-    labels = np.random.default_rng(0).permutation(labels)
-    pixels = np.zeros((len(labels), 1, 1, 3), np.uint8)
+    """In a random order; the pixel of each image is its number."""
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)), counts))
+    pixels = np.arange(len(labels), dtype=np.uint8).repeat(3).reshape(-1, 1, 1, 3)
     return ImageList("test", PixelArrays("test", pixels), labels, tuple(f"c{i}" for i in range(len(counts))))
 
 
@@ -36,10 +28,11 @@ def test_fingerprint_changes_with_content_labels_and_names(tmp_path):
         base.take(np.array([0, 1])),
         ImageList("x", base.images, base.labels_N, ("other", "names")),
         ImageList("x", PixelArrays("x", base.images.pixels_NHW3 + 1), base.labels_N, base.class_names),
+        ImageList("x", base.images, base.labels_N[::-1].copy(), base.class_names),
     ]
     draw_folder(tmp_path, {"c0": 3, "c1": 2})
     others.append(find_parts(str(tmp_path)).parts["train"])
-    assert len({base.fingerprint(), *(other.fingerprint() for other in others)}) == 6
+    assert len({base.fingerprint(), *(other.fingerprint() for other in others)}) == 7
 
 
 NAMES = ["a/1.jpg", "b/é 2.jpg", "a/1.jpg", "\udcff.png"]
@@ -53,12 +46,6 @@ def test_files_below_a_folder(names):
     assert files.digest() == hashlib.sha256(os.fsencode("\0".join(names))).hexdigest()
     taken = np.arange(len(names))[::-2]
     assert [files.take(taken).name(index) for index in range(len(taken))] == [f"root/{name}" for name in names[::-2]]
-
-
-def test_images_of_each_class():
-    images = image_list([3, 0, 2, 0])
-    of_each = [np.flatnonzero(images.labels_N == label).tolist() for label in range(4)]
-    assert [indices.tolist() for indices in of_classes(images)] == of_each
 
 
 @pytest.mark.parametrize("name", GOLDEN["long_tail_counts"])
@@ -78,8 +65,6 @@ def test_long_tailed_is_the_benchmarks_subset():
         indices = np.where(full.labels_N == label)[0]
         np.random.shuffle(indices)
         expected += indices[:count].tolist()
-    full = ImageList("x", PixelArrays("x", np.arange(120, dtype=np.uint8).repeat(3).reshape(120, 1, 1, 3)),
-                     full.labels_N, full.class_names)  # fmt: skip
     subset = long_tailed(full, 10, "exponential")
     assert subset.images.pixels_NHW3[:, 0, 0, 0].tolist() == expected
     assert subset.class_counts == (40, 12, 4)
@@ -95,6 +80,8 @@ def test_hold_out():
     train, validation = hold_out(full, 0.1)
     assert validation.class_counts == (10, 1, 1, 0, 0)
     assert train.class_counts == (90, 11, 2, 2, 1)
+    numbers = [part.images.pixels_NHW3[:, 0, 0, 0].tolist() for part in (train, validation)]
+    assert sorted(numbers[0] + numbers[1]) == list(range(118)), "each image is in one of the two"
     assert hold_out(full, 0.1)[1].fingerprint() == validation.fingerprint()
     with pytest.raises(UserError, match=r"no class has three images, .* set --holdout 0"):
         hold_out(image_list([2, 2]), 0.5)

@@ -2,23 +2,27 @@
 
 import io
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from conftest import draw_folder
+from conftest import draw_folder, opened, refusal
 from PIL import Image
 from torchvision.transforms import v2
 
+from benchmarks.rehearsal import build_imagenet
 from equipoise import UserError
 from equipoise.cli.main import main
-from equipoise.data.decode import content_of, decode
+from equipoise.config.recipe import Data
+from equipoise.data.decode import decode
 from equipoise.data.pack import pack
-from equipoise.data.sources import Source, as_recognised, find_parts, open_parts, recognise
+from equipoise.data.sources import as_recognised, find_parts, recognise
 
 
 def large_pictures(root: Path, size: tuple[int, int] = (90, 130)) -> Path:
@@ -34,16 +38,19 @@ def large_pictures(root: Path, size: tuple[int, int] = (90, 130)) -> Path:
     return root
 
 
-def packed(data: Path, out: Path, short_side: int = 48, workers: int = 0) -> list[str]:
-    source, _ = as_recognised(Source(str(data)))
-    return pack(find_parts(source), source.benchmark, out, short_side, workers)
+def packed(data: Path, out: Path, short_side: int = 48, threads: int = 0) -> list[str]:
+    return pack(find_parts(as_recognised(Data(str(data)))[0]), out, short_side, threads)
+
+
+def contents(images) -> list[bytes]:
+    return [images.images.content(index) for index in range(len(images))]
 
 
 def test_large_images_become_smaller(tmp_path):
     data, out = large_pictures(tmp_path / "data"), tmp_path / "out"
     told = packed(data, out)
     assert [line.partition(" (")[0] for line in told] == [f"written: {out}/{p}.pack" for p in ("train", "validation")]
-    before, after = open_parts(str(data)), open_parts(str(out))
+    before, after = opened(data), opened(out)
     assert after.kind == "packed class folders"
     for mine, theirs in zip(after.named().values(), before.named().values(), strict=True):
         assert mine.labels_N.tolist() == theirs.labels_N.tolist()
@@ -57,20 +64,12 @@ def test_large_images_become_smaller(tmp_path):
 
 
 def test_small_images_stay_byte_for_byte(pictures, tmp_path):
-    packed(pictures, tmp_path / "out")
+    Image.new("RGB", (90_000, 40), (200, 10, 10)).save(pictures / "cat" / "strip.png")  # longer than JPEG may be
+    packed(pictures, tmp_path / "out", short_side=32)
     before, after = find_parts(str(pictures)).parts["train"], find_parts(str(tmp_path / "out")).parts["train"]
-    assert [content_of(after, index) for index in range(21)] == [content_of(before, index) for index in range(21)]
+    assert contents(after) == contents(before)
     assert after.images.name(13) == f"bee/1.png in {tmp_path}/out/train.pack"
     assert not find_parts(str(tmp_path / "out")).divided, "and so a part is held out, as of the folders"
-
-
-def test_a_strip_longer_than_jpeg_may_be_stays_as_it_is(tmp_path):
-    data = large_pictures(tmp_path / "data")
-    strip = data / "train" / "ant" / "strip.png"
-    Image.new("RGB", (90_000, 20), (200, 10, 10)).save(strip)
-    packed(data, tmp_path / "out", short_side=16)
-    train = open_parts(str(tmp_path / "out")).train
-    assert strip.read_bytes() in [content_of(train, index) for index in range(len(train))]
 
 
 def test_exif_orientation_is_kept_or_applied(tmp_path):
@@ -89,36 +88,25 @@ def test_exif_orientation_is_kept_or_applied(tmp_path):
     assert np.abs(decode(after, 0).astype(int) - np.asarray(small)).mean() < 3
 
 
-@pytest.mark.slow
-def test_workers_change_no_byte(tmp_path):
+def test_threads_change_no_byte(tmp_path):
     data = large_pictures(tmp_path / "data")
-    for workers in (0, 2):
-        packed(data, tmp_path / str(workers), workers=workers)
+    for threads in (0, 3):
+        packed(data, tmp_path / str(threads), threads=threads)
     for part in ("train", "validation"):
-        assert (tmp_path / f"0/{part}.pack").read_bytes() == (tmp_path / f"2/{part}.pack").read_bytes()
+        assert (tmp_path / f"0/{part}.pack").read_bytes() == (tmp_path / f"3/{part}.pack").read_bytes()
 
 
 def test_a_published_data_set_is_recognised_packed(tmp_path):
     """Classes are numbers of its lists, parts are theirs, and no list is asked for any more."""
-    root = tmp_path / "imagenet"
-    for part, folders in (("train", "train"), ("val", "train"), ("test", "val")):
-        lines = ""
-        for label in range(2):
-            for number in range(3):
-                path = root / folders / f"n0000000{label}" / f"{part}{number}.jpg"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.new("RGB", (60, 50), (90 * label, 40 * number, 0)).save(path)
-                lines += f"{path.relative_to(root)} {label}\n"
-        (root / f"ImageNet_LT_{part}.txt").write_text(lines)
+    root, out = build_imagenet(tmp_path / "imagenet", counts=(3, 2)), str(tmp_path / "out")
     packed(root, tmp_path / "out")
-    assert recognise(str(tmp_path / "out")) == recognise(str(root)) == "imagenet-lt"
-    source = Source(str(root), benchmark="imagenet-lt")
-    before, after = open_parts(source), open_parts(Source(str(tmp_path / "out"), benchmark="imagenet-lt"))
+    assert recognise(out) == recognise(str(root)) == "imagenet-lt"
+    before, after = opened(root, benchmark="imagenet-lt"), opened(out, benchmark="imagenet-lt")
     assert list(before.named()) == list(after.named()) == ["train", "validation", "test"]
     assert before.train.class_names == after.train.class_names
-    assert not find_parts(str(tmp_path / "out")).named
+    assert not find_parts(out).named
     with pytest.raises(UserError, match="is packed: its parts are in its files, and no list can divide it otherwise"):
-        find_parts(Source(str(tmp_path / "out"), lists={"train": "x.txt"}))
+        find_parts(Data(out, train_list="x.txt"))
 
 
 # ---- what goes wrong
@@ -141,10 +129,9 @@ def test_a_broken_image_is_named_and_nothing_is_left(tmp_path):
     data = large_pictures(tmp_path / "data")
     whole = (data / "train/bee/1.png").read_bytes()
     (data / "train/bee/1.png").write_bytes(whole[: len(whole) // 2])  # its header is good
-    for workers in (0, 2):
-        with pytest.raises(UserError, match=r"train/bee/1.png cannot be read"):
-            packed(data, tmp_path / "out", workers=workers)
-        assert list((tmp_path / "out").iterdir()) == []
+    with pytest.raises(UserError, match=r"train/bee/1.png cannot be read .*--check lists all such images"):
+        packed(data, tmp_path / "out", threads=2)
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_refusals(pictures, tmp_path, capsys):
@@ -154,8 +141,23 @@ def test_refusals(pictures, tmp_path, capsys):
     (tmp_path / "out" / "thesis.tex").write_text("precious")
     with pytest.raises(UserError, match=r"out holds other files; name a folder of its own with --out"):
         packed(pictures, tmp_path / "out")
-    assert main(["pack", str(pictures), "--out", str(tmp_path / "o"), "--short-side", "4"]) == 2
-    assert capsys.readouterr().err == "equipoise: --short-side must be at least 8 pixels, not 4\n"
+    words = ["pack", str(pictures), "--out", str(tmp_path / "o")]
+    assert refusal(capsys, *words, "--short-side", "4") == "--short-side must be at least 8 pixels, not 4"
+    assert "pack leaves out no bad image" in refusal(capsys, *words, "--set", "data.on_bad_image=skip")
+
+
+def test_what_pack_says(tmp_path, capsys, monkeypatch):
+    data, out = tmp_path / "my pictures", tmp_path / "it's packed"
+    draw_folder(data / "train", {"ant": 2, "bee": 1})
+    words = ["pack", str(data), "--out", str(out), "--workers", "0"]
+    assert main(words) == 0
+    command = capsys.readouterr().out.splitlines()[-1].removeprefix("train on it: ")
+    assert shlex.split(command)[1:] == ["train", "--data", str(out)]
+    draw_folder(data / "test", {"ant": 2, "bee": 1})
+    monkeypatch.setattr("equipoise.data.pack._write", Mock(side_effect=OSError(28, "No space left on device")))
+    said = refusal(capsys, *words)
+    assert said.startswith(f"{out}/test.pack could not be written (no space left on device); make room there")
+    assert [path.name for path in out.iterdir()] == ["train.pack"]
 
 
 @pytest.mark.slow
@@ -170,16 +172,15 @@ def test_interrupted_it_leaves_no_file(tmp_path):
             (tmp_path / "data" / name / f"{number}.jpg").write_bytes(noise.getvalue())
     command = [sys.executable, "-m", "equipoise", "pack", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
     process = subprocess.Popen(
-        [*command, "--workers", "1"],
+        command,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a job in the background ignores
     )
     while not (tmp_path / "out").is_dir() or not any(path.stat().st_size for path in (tmp_path / "out").iterdir()):
         assert process.poll() is None
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGINT)
+    os.kill(process.pid, signal.SIGINT)
     process.communicate()
     assert process.returncode == 130
     assert list((tmp_path / "out").iterdir()) == []

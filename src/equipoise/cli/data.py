@@ -19,7 +19,6 @@ def add_data_options(command: argparse.ArgumentParser) -> None:
         help="a data set, as for train: a folder, Parquet, a CIFAR archive, 'digits'; a list file",
     )
     add("--images", metavar="FOLDER", help="PATH is a list file: the folder that its paths start from")
-    add("--write-lists", metavar="FOLDER", help="write iNaturalist's JSON as the list files of the literature")
     add("--check", action="store_true", help="decode every image, list all bad ones; exit code 1 if there are any")
     flags.add_list_flags(command, ("train", "val", "test"))
     flags.add_field(command, find_field("data.allow_outside"))
@@ -28,23 +27,17 @@ def add_data_options(command: argparse.ArgumentParser) -> None:
 
 def data(options: argparse.Namespace) -> int:
     """1 where `--check` has found bad images."""
-    recipe = flags.with_overrides(Recipe(), options)
+    meant = replace(flags.with_overrides(Recipe(), options).data, path=options.path)
 
     from equipoise.cli.tables import print_data
-    from equipoise.data.sources import Source, source_of, survey, write_lists
+    from equipoise.data.sources import survey
 
     path = Path(options.path)
     if path.is_file() and path.suffix in (".txt", ".lst", ".json"):
-        folder = options.images or str(path.absolute().parent)
-        source = Source(folder, lists={"train": str(path)}, allow_outside=recipe.data.allow_outside)
+        meant = replace(meant, path=options.images or str(path.absolute().parent), train_list=options.path)
     elif options.images:
         raise UserError("--images goes with a list file as PATH; for a folder, name its lists with --train-list")
-    else:
-        source = source_of(replace(recipe, data=replace(recipe.data, path=options.path)))
-    if options.write_lists:
-        print("\n".join(write_lists(source, Path(options.write_lists))))
-        return 0
-    found, problems, bad = survey(source, options.check)
+    found, problems, bad = survey(meant, options.check)
     print_data(options.path, found, problems, bad, options.check)
     return 1 if options.check and bad else 0
 
@@ -55,7 +48,7 @@ def add_pack_options(command: argparse.ArgumentParser) -> None:
     add("--out", metavar="FOLDER", required=True, help="then: equipoise train --data FOLDER")
     help = "larger images are resized to it, and become JPEG [256: for training at 224 pixels]"
     add("--short-side", type=int, default=256, metavar="PIXELS", help=help)
-    add("--workers", type=int, default=-1, help="processes (default: one for each core)")
+    add("--workers", type=int, default=-1, help="threads (default: one for each core)")
     flags.add_list_flags(command, ("train", "val", "test"))
     flags.add_set(command)
 
@@ -63,15 +56,14 @@ def add_pack_options(command: argparse.ArgumentParser) -> None:
 def pack(options: argparse.Namespace) -> None:
     if options.short_side < 8:
         raise UserError(f"--short-side must be at least 8 pixels, not {options.short_side}")
-    recipe = flags.with_overrides(Recipe(), options)
-    if recipe.data.on_bad_image == "skip":
+    meant = replace(flags.with_overrides(Recipe(), options).data, path=options.path)
+    if meant.on_bad_image == "skip":
         raise UserError("pack leaves out no bad image: equipoise data FOLDER --check lists them; repair or remove them")
 
     from equipoise.data.pack import pack as write_packed_parts
-    from equipoise.data.sources import as_recognised, find_parts, source_of
+    from equipoise.data.sources import as_recognised, find_parts
     from equipoise.views.loader import worker_count
 
-    source, _ = as_recognised(source_of(replace(recipe, data=replace(recipe.data, path=options.path))))
     out, workers = Path(os.path.expanduser(options.out)), worker_count(options.workers)
-    lines = write_packed_parts(find_parts(source), source.benchmark, out, options.short_side, workers)
+    lines = write_packed_parts(find_parts(as_recognised(meant)[0]), out, options.short_side, workers)
     print("\n".join([*lines, f"train on it: {own_command()} train --data {shlex.quote(str(out))}"]))

@@ -31,21 +31,18 @@ _KNOWN = {
 }
 # MD5 of the published pickles, as in torchvision/datasets/cifar.py. MD5 suffices: it is easy to make two files with the
 # same one, but nobody can make a second file with that of a given one.
-CHECKSUMS: Mapping[int, Mapping[str, str]] = {
-    10: {
-        "data_batch_1": "c99cafc152244af753f735de768cd75f",
-        "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
-        "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
-        "data_batch_4": "634d18415352ddfa80567beed471001a",
-        "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
-        "test_batch": "40351d587109b95175f43aff81a1287e",
-        "batches.meta": "5ff9c542aee3614f3951f8cda6e48888",
-    },
-    100: {
-        "train": "16019d7e3df5f24257cddd939b257f8d",
-        "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
-        "meta": "7973b15100ade9c7d40fb424638fde48",
-    },
+CHECKSUMS: Mapping[str, str] = {
+    "data_batch_1": "c99cafc152244af753f735de768cd75f",
+    "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+    "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+    "data_batch_4": "634d18415352ddfa80567beed471001a",
+    "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+    "test_batch": "40351d587109b95175f43aff81a1287e",
+    "batches.meta": "5ff9c542aee3614f3951f8cda6e48888",
+    # CIFAR-100
+    "train": "16019d7e3df5f24257cddd939b257f8d",
+    "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
+    "meta": "7973b15100ade9c7d40fb424638fde48",
 }
 
 
@@ -60,19 +57,14 @@ class CifarArchive:
 
 def find_cifar(root: Path) -> CifarArchive | None:
     """The archive at `root`: its `.tar.gz`, its unpacked folder, or a folder that holds one of these; None where there
-    is none. Names alone are looked at. Raises UserError where both CIFAR-10 and CIFAR-100 are there."""
-    found: list[CifarArchive] = []
+    is none. Names alone are looked at."""
     for (classes, form), (folder, _) in _KNOWN.items():
         archive = f"cifar-{classes}-{form}.tar.gz"
-        names = {root.name, root.resolve().name}  # `.` has no name of its own, and a link may have another
-        if (folder in names and root.is_dir()) or (archive in names and root.is_file()):
-            return CifarArchive(root, classes, form)
-        found += [CifarArchive(path, classes, form) for path in (root / folder, root / archive) if path.exists()]
-    if len({archive.classes for archive in found}) > 1:
-        raise UserError(
-            f"{root} holds both CIFAR-10 and CIFAR-100; name one of them: {found[0].path} or {found[-1].path}"
-        )
-    return found[0] if found else None
+        # `.` has no name of its own, and a link may have another.
+        for path in (root, root.resolve(), root / folder, root / archive):
+            if path.name in (folder, archive) and path.exists():
+                return CifarArchive(path, classes, form)
+    return None
 
 
 def open_cifar(archive: CifarArchive) -> dict[str, ImageList]:
@@ -143,7 +135,7 @@ def _names(archive: CifarArchive, content: Mapping[str, bytes], name: str) -> tu
 
 def _unpickle(archive: CifarArchive, content: Mapping[str, bytes], name: str) -> Any:
     """What a published pickle says. Raises UserError for any other; nothing of that is run."""
-    if hashlib.md5(content[name], usedforsecurity=False).hexdigest() != CHECKSUMS[archive.classes][name]:
+    if hashlib.md5(content[name], usedforsecurity=False).hexdigest() != CHECKSUMS[name]:
         raise UserError(
             f"{archive.path}/{name} is not the published file (its MD5 differs); a pickle is a program, so nothing of "
             "it was run; take the archive anew, or its binary version"

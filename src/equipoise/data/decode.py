@@ -7,9 +7,9 @@ import contextlib
 import io
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -17,10 +17,9 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from equipoise.base.errors import UserError, one_line, reason
-from equipoise.data.images import EncodedImages, ImageFiles, ImageList, PackedImages, PixelArrays
+from equipoise.data.images import EncodedImages, ImageFiles, ImageList, PixelArrays
 
 Pixels = npt.NDArray[np.uint8]
-T = TypeVar("T")
 
 # Pillow knows more, and some of those run a program of the system's (EPS: Ghostscript).
 _KINDS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
@@ -52,9 +51,11 @@ class BadImageError(UserError):
 
 def decode(images: ImageList, index: int) -> Pixels:
     """The image at `index`, upright (its EXIF orientation applied). Raises BadImageError naming the file."""
-    if isinstance(images.images, PixelArrays):
-        return images.images.pixels_NHW3[index]
-    return _named(images, index, lambda: decode_bytes(content_of(images, index)))
+    source = images.images
+    if isinstance(source, PixelArrays):
+        return source.pixels_NHW3[index]
+    with _named(source, index):
+        return decode_bytes(source.content(index))
 
 
 def decode_bytes(content: bytes) -> Pixels:
@@ -72,15 +73,6 @@ def decode_bytes(content: bytes) -> Pixels:
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
         return np.array(_as_rgb(image))  # a copy: torch wants to be able to write
-
-
-def content_of(images: ImageList, index: int) -> bytes:
-    """The image's file, as bytes. Raises OSError or ValueError where it cannot be had."""
-    source = images.images
-    if isinstance(source, ImageFiles):
-        return source.path(index).read_bytes()
-    assert isinstance(source, EncodedImages)
-    return source.content(index)
 
 
 def decode_all(images: ImageList, size: int, skip: bool = False) -> tuple[Pixels, dict[int, BadImageError]]:
@@ -115,20 +107,22 @@ def bad_images(images: ImageList, decoded: bool = False) -> Iterator[BadImageErr
     """For each image of the list, in its order, the error if it is a bad one, else None. With `decoded` every pixel is
     decoded, in a thread for each core; else the file is opened and its header read: most bad files, in no time. Nothing
     for images in memory, nor, without `decoded`, for packed ones: they were decoded when they were packed."""
-
-    def open_header(index: int) -> None:
-        source = images.images  # of a file, only the header is read
-        _opened(source.name(index) if isinstance(source, ImageFiles) else io.BytesIO(content_of(images, index))).close()
+    source = images.images
+    if isinstance(source, PixelArrays) or (isinstance(source, EncodedImages) and source.packed and not decoded):
+        return
 
     def look(index: int) -> BadImageError | None:
         try:
-            decode(images, index) if decoded else _named(images, index, lambda: open_header(index))
+            if decoded:
+                decode(images, index)
+            else:
+                with _named(source, index):
+                    file = source.path(index) if isinstance(source, ImageFiles) else io.BytesIO(source.content(index))
+                    _opened(file).close()
         except BadImageError as error:
             return error
         return None
 
-    if isinstance(images.images, PixelArrays if decoded else PixelArrays | PackedImages):
-        return
     with ThreadPoolExecutor(usable_cores() if decoded else 8) as pool:
         # Block by block: the pool keeps an object for everything it is given.
         for start in range(0, len(images), _BLOCK):
@@ -140,14 +134,6 @@ def stand_ins(images: ImageList, index: int) -> list[int]:
     round to the beginning. So it is the same one in every run and in every loader process."""
     of_class = np.flatnonzero(images.labels_N == images.labels_N[index])
     return np.roll(of_class, -1 - int(np.searchsorted(of_class, index)))[:-1].tolist()
-
-
-def decode_another(images: ImageList, index: int) -> Pixels:
-    """What stands in for the bad image at `index`. Raises UserError if no image of its class can be read."""
-    for other in stand_ins(images, index):
-        with contextlib.suppress(BadImageError):
-            return decode(images, other)
-    raise no_image_left(images, int(images.labels_N[index]))
 
 
 def no_image_left(images: ImageList, label: int) -> UserError:
@@ -164,7 +150,7 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _opened(file: io.BytesIO | str) -> Image.Image:
+def _opened(file: io.BytesIO | Path) -> Image.Image:
     """The image, of which the header has been read. Raises ValueError for one that must not be decoded."""
     image = Image.open(file, formats=_KINDS)
     width, height = image.size
@@ -186,16 +172,17 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _named(images: ImageList, index: int, read: Callable[[], T]) -> T:
-    """What `read` returns. Raises BadImageError, which names the image, for whatever a decoder raises."""
+@contextlib.contextmanager
+def _named(source: ImageFiles | EncodedImages, index: int) -> Iterator[None]:
+    """Raise BadImageError, which names the image, for whatever a decoder raises."""
     try:
-        return read()
+        yield
     except MemoryError:
         raise
     except UnidentifiedImageError:
         why = "it is no image: not JPEG, PNG, GIF, BMP, TIFF, WebP or PPM"
-    except Image.DecompressionBombError:
-        why = f"it claims more than {Image.MAX_IMAGE_PIXELS:,} pixels: a decompression bomb?"
     except Exception as error:  # decoders raise what they like
         why = reason(error, library=True)
-    raise BadImageError(images.images.name(index), why)
+    else:
+        return
+    raise BadImageError(source.name(index), why)

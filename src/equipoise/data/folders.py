@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from equipoise.base.errors import UserError, reason, several
-from equipoise.data.images import PART_NAMES, Found, ImageFiles, ImageList, refuse_outside
+from equipoise.data.images import PART_NAMES, Found, ImageFiles, ImageList, missing_files
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
 _ENDINGS_SHOWN = 5
@@ -23,14 +23,13 @@ def open_class_folders(root: Path, allow_outside: bool = False) -> Found:
         raise UserError(f"{root} has no sub-folders; put the images of each class in a folder of its own there")
     notes: list[str] = []
     part_folders = _part_folders(root, folders, notes)
-    if not allow_outside:
-        refuse_outside(root, part_folders.values())
     first = part_folders.get("train", next(iter(part_folders.values()))) if part_folders else root
     names = tuple(folder.name for folder in _subfolders(first))
-    lists = {
-        part: _class_folders(folder, names, notes, None if allow_outside else root)
-        for part, folder in (part_folders or {"train": root}).items()
-    }
+    lists: dict[str, ImageList] = {}
+    for part, folder in (part_folders or {"train": root}).items():
+        lists[part] = _class_folders(folder, names, notes)
+        if not allow_outside:
+            missing_files(lists[part], bounds=root)
     return Found("class folders", lists, divided=bool(part_folders), notes=tuple(notes))
 
 
@@ -52,8 +51,8 @@ def _part_folders(root: Path, folders: list[Path], notes: list[str]) -> dict[str
     return parts
 
 
-def _class_folders(root: Path, names: tuple[str, ...], notes: list[str], bounds: Path | None) -> ImageList:
-    """The images below `root`, in the order of their paths. Raises UserError for one out of the folder `bounds`."""
+def _class_folders(root: Path, names: tuple[str, ...], notes: list[str]) -> ImageList:
+    """The images below `root`, in the order of their paths."""
     unknown = [folder.name for folder in _subfolders(root) if folder.name not in names]
     if unknown:
         raise UserError(f"{root / unknown[0]} is no class of the training part ({len(names)} classes); remove it")
@@ -61,16 +60,16 @@ def _class_folders(root: Path, names: tuple[str, ...], notes: list[str], bounds:
     labels: list[int] = []
     others: Counter[str] = Counter()
     for label, name in enumerate(names):
-        files, links = _below(root, name) if (root / name).is_dir() else ([], [])
-        if bounds is not None:
-            refuse_outside(bounds, [root / link for link in links])
-        images = [file for file in files if _is_image(file)]
-        others.update(posixpath.splitext(file)[1].lower() or "none" for file in files if not _is_image(file))
-        paths += images
-        labels += [label] * len(images)
-    loose = sum(_is_image(entry.name) and not entry.is_dir() for entry in _entries(root))
+        for path in _files_below(root, name) if (root / name).is_dir() else ():
+            ending = posixpath.splitext(path)[1].lower()
+            if ending in SUFFIXES:
+                paths.append(path)
+                labels.append(label)
+            else:
+                others[ending or "none"] += 1
+    loose = [entry for entry in _entries(root) if not entry.is_dir() and Path(entry.name).suffix.lower() in SUFFIXES]
     if loose:
-        notes.append(f"{root}: {several(loose, 'image')} beside the folders of the classes: passed over")
+        notes.append(f"{root}: {several(len(loose), 'image')} beside the folders of the classes: passed over")
     if others:
         endings = ", ".join(ending for ending, _ in others.most_common(_ENDINGS_SHOWN))
         notes.append(f"{root}: {several(others.total(), 'file')} passed over, no images by their ending ({endings})")
@@ -79,12 +78,11 @@ def _class_folders(root: Path, names: tuple[str, ...], notes: list[str], bounds:
     return ImageList(str(root), ImageFiles.of(root, paths), np.array(labels, np.int64), names)
 
 
-def _below(root: Path, name: str) -> tuple[list[str], list[str]]:
-    """The files in the folder `name` and its sub-folders, by paths relative to `root` and in their order; and what may
-    lead out of it: the folder itself and files that are links. Links to folders below it are not followed, and what is
-    hidden is passed over: thumbnails and notebook checkpoints are copies of images that are there already."""
+def _files_below(root: Path, name: str) -> list[str]:
+    """The files in the folder `name` and its sub-folders, by paths relative to `root` and in their order. Links to
+    folders below it are not followed, and what is hidden is passed over: thumbnails and notebook checkpoints are copies
+    of images that are there already."""
     files: list[str] = []
-    links: list[str] = [name]
     waiting = [name]
     while waiting:
         folder = waiting.pop()
@@ -94,8 +92,7 @@ def _below(root: Path, name: str) -> tuple[list[str], list[str]]:
                 waiting.append(path)
             elif not entry.is_dir():
                 files.append(path)
-                links += [path] if entry.is_symlink() else []
-    return sorted(files, key=lambda path: path.split("/")), links
+    return sorted(files, key=lambda path: path.split("/"))
 
 
 def _subfolders(folder: Path) -> list[Path]:
@@ -109,7 +106,3 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
             return [entry for entry in entries if not entry.name.startswith(".")]
     except OSError as error:
         raise UserError(f"the folder {folder} cannot be read ({reason(error)})") from None
-
-
-def _is_image(path: str) -> bool:
-    return posixpath.splitext(path)[1].lower() in SUFFIXES

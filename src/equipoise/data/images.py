@@ -4,6 +4,7 @@ A list reads no pixels: `decode.py` does. `sources.py` makes lists of files; her
 are cut out of them. Shape suffix: N images.
 """
 
+import contextlib
 import hashlib
 import os
 import shlex
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -38,23 +39,18 @@ PART_NAMES = {
 Indices = npt.NDArray[np.int64]
 
 
-class Images(Protocol):
-    """Where the images of a list are. `name` is what a message calls one, `digest` changes when they change."""
+# ---------------------------------------------------------------------------------------------- where images are
 
-    def __len__(self) -> int: ...
-    def take(self, indices_N: Indices) -> "Images": ...
-    def name(self, index: int) -> str: ...
-    def digest(self) -> str: ...
+# Each kind has `take` (a subset), `name` (what a message calls an image) and `digest` (it changes when they change).
 
 
 @dataclass(frozen=True)
 class ImageFiles:
     """Files below a folder. `paths_N`: their paths relative to it, as bytes: one array, which processes share after a
-    fork (each string would be copied as soon as it is read). `blob`: git blob id of the list file that names them."""
+    fork (each string would be copied as soon as it is read)."""
 
     root: Path
     paths_N: npt.NDArray[np.bytes_]
-    blob: str = ""
 
     @classmethod
     def of(cls, root: Path, paths: Iterable[str]) -> "ImageFiles":
@@ -72,76 +68,74 @@ class ImageFiles:
     def name(self, index: int) -> str:
         return str(self.path(index))
 
+    def content(self, index: int) -> bytes:
+        return self.path(index).read_bytes()
+
     def digest(self) -> str:
         return _sha256(b"\0".join(self.paths_N.tolist()))
 
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """Image files as bytes in the rows of a Parquet column, in memory once however often they are subset."""
+    """Image files as bytes in rows of a table, which is in memory once however often it is subset. Its columns are
+    `image` and, if it is a packed file (see `packed.py`), `name`, `crc32` and `label`."""
 
     origin: str
-    column: "pa.ChunkedArray"
+    table: "pa.Table"
     rows_N: Indices
+
+    @property
+    def packed(self) -> bool:
+        return "crc32" in self.table.column_names
 
     def __len__(self) -> int:
         return len(self.rows_N)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.packed:
+            return map_packed, (self.origin, self.rows_N)  # another process maps the file itself
+        return EncodedImages, (self.origin, self.table, self.rows_N)
 
     def take(self, indices_N: Indices) -> "EncodedImages":
         return replace(self, rows_N=self.rows_N[indices_N])
 
     def name(self, index: int) -> str:
-        return f"row {self.rows_N[index]} of {self.origin}"
+        row = int(self.rows_N[index])
+        if self.packed:
+            return f"{os.fsdecode(self.table['name'][row].as_py())} in {self.origin}"
+        return f"row {row} of {self.origin}"
 
     def content(self, index: int) -> bytes:
-        """The image file's bytes. Raises ValueError where the row holds none."""
-        value: bytes | None = self.column[int(self.rows_N[index])].as_py()
-        if value is None:
+        """The image file's bytes. Raises ValueError where the row has none, or not those that were packed."""
+        row = int(self.rows_N[index])
+        content: bytes | None = self.table["image"][row].as_py()
+        if content is None:
             raise ValueError("it has no bytes")
-        return value
+        if self.packed and zlib.crc32(content) != self.table["crc32"][row].as_py():
+            raise ValueError("its bytes have changed since they were packed")
+        return content
 
     def digest(self) -> str:
+        if self.packed:
+            names, checksums = self.table["name"].to_pylist(), self.table["crc32"].to_numpy()
+            return _sha256(b"\0".join([*names, checksums.tobytes(), self.rows_N.tobytes()]))
         hasher = hashlib.sha256(self.rows_N.tobytes())
-        for chunk in self.column.chunks:
+        for chunk in self.table["image"].chunks:
             for buffer in chunk.buffers():
                 hasher.update(buffer or b"")
         return hasher.hexdigest()
 
 
-@dataclass(frozen=True)
-class PackedImages(EncodedImages):
-    """Image files in rows of a packed file, see `packed.py`. `origin`: its path; `table`: it, mapped into memory."""
-
-    table: "pa.Table"
-
-    @classmethod
-    def of(cls, path: Path, rows_N: Indices | None = None) -> "PackedImages":
-        """These rows of a file, or all. Raises UserError without pyarrow, and pyarrow's errors for a damaged file."""
-        pa = import_pyarrow(path)
-        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-        table.validate(full=True)  # looks at offsets, not at images
-        rows_N = np.arange(table.num_rows) if rows_N is None else rows_N
-        return cls(str(path), table["image"], rows_N, table)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return PackedImages.of, (Path(self.origin), self.rows_N)  # another process maps the file itself
-
-    def name(self, index: int) -> str:
-        return f"{os.fsdecode(self.table['name'][int(self.rows_N[index])].as_py())} in {self.origin}"
-
-    def content(self, index: int) -> bytes:
-        """The image file's bytes. Raises ValueError where they are not those that were packed."""
-        content = super().content(index)
-        if zlib.crc32(content) != self.table["crc32"][int(self.rows_N[index])].as_py():
-            raise ValueError("its bytes have changed since they were packed")
-        return content
-
-    def digest(self) -> str:
-        names, checksums = self.table["name"].to_pylist(), self.table["crc32"].to_numpy()
-        return _sha256(b"\0".join([*names, checksums.tobytes(), self.rows_N.tobytes()]))
+def map_packed(path: str, rows_N: Indices | None = None) -> EncodedImages:
+    """These rows of a packed file, or all, mapped into memory. Raises UserError without pyarrow, and pyarrow's errors
+    for a damaged file."""
+    pa = import_pyarrow(path)
+    table = pa.ipc.open_file(pa.memory_map(path)).read_all()
+    table.validate(full=True)  # looks at offsets, not at images
+    return EncodedImages(path, table, np.arange(table.num_rows) if rows_N is None else rows_N)
 
 
-def import_pyarrow(path: Path) -> Any:
+def import_pyarrow(path: str | Path) -> Any:
     """The library pyarrow, which the file at `path` needs. Raises UserError where it is not installed."""
     try:
         import_module("pyarrow.parquet")
@@ -175,7 +169,7 @@ class ImageList:
     """Labelled images. `labels_N` index `class_names`; a class may have no image in a test part."""
 
     origin: str
-    images: Images
+    images: ImageFiles | EncodedImages | PixelArrays
     labels_N: Indices
     class_names: tuple[str, ...]
 
@@ -206,9 +200,9 @@ class Found:
     divided: bool  # into parts by their names; else all of it is called 'train'
     named: bool = True  # the classes have names, not just numbers
     notes: tuple[str, ...] = ()  # what is odd, but no error
-    of_lists: bool = False  # list files name the images, which may be missing
-    absent: Mapping[str, str] = field(default_factory=dict[str, str])  # parts that should be there -> why they are not
+    faults: Mapping[str, str] = field(default_factory=dict[str, str])  # part -> why it must not be used, or is missing
     described: tuple[str, ...] = ()  # which files these are
+    benchmark: str = ""  # the published data set that they are
 
 
 @dataclass(frozen=True)
@@ -228,29 +222,47 @@ class Parts:
         return {name: part for name, part in parts.items() if part is not None}
 
 
-def refuse_outside(root: Path, paths: Iterable[Path]) -> None:
-    """Raise UserError for a path below the data folder `root` that links lead out of it."""
-    real_root = Path(os.path.realpath(root))
-    for path in paths:
-        real = Path(os.path.realpath(path))
-        if not real.is_relative_to(real_root):
-            if not os.path.lexists(real):
-                raise UserError(f"{path} is a link to nothing (to {real}); remove it")
-            raise UserError(
-                f"{path} leads over a link out of the data folder {root}, to {real}; if that is meant, allow it with "
-                "--allow-outside"
-            )
+def missing_files(images: ImageList, bounds: Path | None) -> list[int]:
+    """Indices of the files that are not there. Each folder is listed once; no file is opened. Raises UserError for a
+    file or a folder that a link leads out of the folder `bounds`."""
+    files = images.images
+    assert isinstance(files, ImageFiles)
+    absent: list[int] = []
+    is_link: dict[bytes, dict[bytes, bool]] = {}  # folder -> name of each file in it -> whether that is a link
+    for index, path in enumerate(files.paths_N.tolist()):
+        folder, _, name = path.rpartition(b"/")
+        if folder not in is_link:
+            is_link[folder] = {}
+            if bounds:
+                refuse_outside(bounds, files.root / os.fsdecode(folder))
+            with contextlib.suppress(OSError), os.scandir(os.path.join(os.fsencode(files.root), folder)) as entries:
+                is_link[folder] = {entry.name: entry.is_symlink() for entry in entries}
+        if name not in is_link[folder]:
+            absent.append(index)
+        elif bounds and is_link[folder][name]:
+            refuse_outside(bounds, files.path(index))
+    return absent
 
 
-def training_problems(train: ImageList) -> list[str]:
-    """Why `train` cannot be trained on; empty where it can."""
+def refuse_outside(root: Path, path: Path) -> None:
+    """Raise UserError for a path below the data folder `root` that a link leads out of it."""
+    real = Path(os.path.realpath(path))
+    if not real.is_relative_to(os.path.realpath(root)):
+        raise UserError(
+            f"{path} leads over a link out of the data folder {root}, to {real}; if that is meant, allow it with "
+            "--allow-outside"
+        )
+
+
+def training_problem(train: ImageList) -> str | None:
+    """Why `train` cannot be trained on; None where it can."""
     if len(train.class_names) == 1:
-        return [f"{train.origin} has one class only ('{train.class_names[0]}'); a classifier needs two or more"]
-    return [
-        f"{train.origin}: class '{name}' has no training images; add some or remove the class"
-        for name, count in zip(train.class_names, train.class_counts, strict=True)
-        if count == 0
-    ]
+        return f"{train.origin} has one class only ('{train.class_names[0]}'); a classifier needs two or more"
+    empty = [train.class_names[label] for label in np.flatnonzero(np.array(train.class_counts) == 0)]
+    if not empty:
+        return None
+    more = f" ({len(empty) - 1:,} more have none either)" if len(empty) > 1 else ""
+    return f"{train.origin}: class '{empty[0]}' has no training images{more}; add some or remove the class"
 
 
 # ---------------------------------------------------------------------------------------------- subsets

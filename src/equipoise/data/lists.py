@@ -5,14 +5,12 @@ The fingerprint is git's blob id, by which the same file is the same in every re
 """
 
 import codecs
-import contextlib
 import hashlib
 import io
-import itertools
 import os
 import posixpath
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,59 +19,57 @@ import numpy as np
 import numpy.typing as npt
 
 from equipoise.base.errors import UserError, reason
-from equipoise.data.images import ImageFiles, ImageList, Indices
+from equipoise.data.images import Found, ImageFiles, ImageList, Indices, missing_files
 
 _MOST_DIGITS = 6  # of a label: a larger one is a mistake, as a year or the id of an image
 
 
 @dataclass(frozen=True)
 class Published:
-    """A list file that the literature shares. `blob`: its git blob id, where it is known."""
+    """A list file that the literature shares. `blob`: its git blob id, where it is known. `official`: the JSON file
+    that says the same."""
 
     name: str
     images: int
     classes: int
     blob: str = ""
+    official: str = ""
 
-
-@dataclass(frozen=True)
-class Benchmark:
-    """A published data set whose parts are list files. `folder`: where the authors' code keeps them, below `dataset/`.
-    `annotations`: the official JSON files that say the same as the lists."""
-
-    folder: str
-    lists: Mapping[str, Published]
-    annotations: Mapping[str, str]
+    @property
+    def folder(self) -> str:
+        """Where the authors' code keeps it, below `dataset/`."""
+        return self.name.rpartition("_")[0]
 
 
 # fmt: off
-BENCHMARKS: Mapping[str, Benchmark] = {
-    "imagenet-lt": Benchmark("ImageNet_LT", {
+BENCHMARKS: Mapping[str, Mapping[str, Published]] = {
+    "imagenet-lt": {
         "train": Published("ImageNet_LT_train.txt", 115_846, 1000, "a063f095fcd475db4cf8b0658c4b73955535bbf9"),
         "validation": Published("ImageNet_LT_val.txt", 20_000, 1000, "3ed3188b2f44829ce2dec1cc27040d8d40984088"),
         "test": Published("ImageNet_LT_test.txt", 50_000, 1000, "76a2fb9749d6cd29e765cc4f8c270f2504131e2f"),
-    }, {}),
+    },
     # The validation list is the literature's test set; there is no other with labels.
-    "inat2018": Benchmark("iNaturalist18", {
-        "train": Published("iNaturalist18_train.txt", 437_513, 8142, "4accdb7584d2f0a5106c40a33ed6afa392189bcc"),
-        "test": Published("iNaturalist18_val.txt", 24_426, 8142, "4c23900857fd0f5adcd4cc0dffef345039eeb05f"),
-    }, {"train": "train2018.json", "test": "val2018.json"}),
-    "places-lt": Benchmark("Places_LT", {
+    "inat2018": {
+        "train": Published("iNaturalist18_train.txt", 437_513, 8142, "4accdb7584d2f0a5106c40a33ed6afa392189bcc",
+                           "train2018.json"),
+        "test": Published("iNaturalist18_val.txt", 24_426, 8142, "4c23900857fd0f5adcd4cc0dffef345039eeb05f",
+                          "val2018.json"),
+    },
+    "places-lt": {
         "train": Published("Places_LT_train.txt", 62_500, 365, "6392252f8ae867bc8a5e841cc1b29e5b8ef4b636"),
         "validation": Published("Places_LT_val.txt", 7_300, 365),
         "test": Published("Places_LT_test.txt", 36_500, 365, "e732e58b8aa718a2c1c11933375f5710652c2b93"),
-    }, {}),
+    },
 }
 # fmt: on
-PUBLISHED = {known.name: known for benchmark in BENCHMARKS.values() for known in benchmark.lists.values()}
+PUBLISHED = {known.name: known for lists in BENCHMARKS.values() for known in lists.values()}
 
 
 @dataclass(frozen=True)
 class ListFile:
-    """A list file as it was read. `blob`: the git blob id of `content`."""
+    """A list file as it was read. `blob`: its git blob id."""
 
     file: Path
-    content: bytes
     blob: str
     paths_N: npt.NDArray[np.bytes_]
     labels_N: Indices
@@ -85,36 +81,6 @@ def git_blob(content: bytes) -> str:
 
 
 # ---------------------------------------------------------------------------------------------- reading
-
-
-def list_places(root: Path, benchmark: str, part: str) -> list[Path]:
-    """Where the list of a benchmark's part is looked for below `root`, in this order: the list, or the official
-    annotations that say the same."""
-    known = BENCHMARKS[benchmark]
-    name, official = known.lists[part].name, known.annotations.get(part)
-    annotations = [root / official, root / "annotations" / official] if official else []
-    return [root / name, root / known.folder / name, *annotations]
-
-
-def find_list(root: Path, benchmark: str, part: str) -> Path | None:
-    """The list of a benchmark's part, below `root` or where the authors' code has it; None where it is missing."""
-    known = BENCHMARKS[benchmark]
-    of_authors = Path("dataset") / known.folder / known.lists[part].name
-    return next((place for place in [*list_places(root, benchmark, part), of_authors] if place.is_file()), None)
-
-
-def absent_list(root: Path, benchmark: str, part: str) -> str:
-    """What to say where `find_list` finds none."""
-    known, folder = BENCHMARKS[benchmark].lists[part], BENCHMARKS[benchmark].folder
-    official = BENCHMARKS[benchmark].annotations.get(part)
-    fingerprint = f", git blob {known.blob}" if known.blob else ""
-    instead = f", put the official {official} into {root}" if official else ""
-    as_folders = "; to train on all images of its class folders, name the recipe: train pictures --data FOLDER"
-    return (
-        f"the list {known.name} ({known.images:,} images of {known.classes:,} classes{fingerprint}) is not in {root}, "
-        f"{root / folder} or dataset/{folder}; put it there{instead}, or name it with "
-        f"--{part.replace('validation', 'val')}-list FILE{as_folders if part == 'train' and not official else ''}"
-    )
 
 
 def read_list(file: Path, allow_outside: bool = False) -> ListFile:
@@ -129,20 +95,18 @@ def read_list(file: Path, allow_outside: bool = False) -> ListFile:
         raise UserError(f"the list {file} cannot be read ({reason(error)}); name another, or mend that") from None
     if file.suffix == ".json":
         content = _from_annotations(content, file)
-    if b"\0" in content:
-        raise UserError(f"the list {file} is no text: it has zero bytes in it; name another")
     paths: list[bytes] = []
     labels: list[int] = []
     for number, line in enumerate(io.BytesIO(content.removeprefix(codecs.BOM_UTF8)), 1):
         words = line.strip().rsplit(None, 1)
         if not words:
             continue
-        if len(words) != 2 or not words[1].isdigit():
+        if len(words) != 2 or not words[1].isdigit() or len(words[1]) > _MOST_DIGITS or b"\0" in line:
             shown = line[:60].decode("utf-8", "replace").strip()
-            raise UserError(f"{file}, line {number}: '{shown}' is not 'path label' with a label of 0 or more")
-        path, label = words
-        if len(label) > _MOST_DIGITS:
-            raise UserError(f"{file}, line {number}: label {label[:20].decode()} is out of range")
+            raise UserError(
+                f"{file}, line {number}: '{shown}' is not 'path label' with a label of at most {_MOST_DIGITS} digits"
+            )
+        path = words[0]
         if path[0] in b"./\\" or b"/." in path or b"//" in path:  # to be made shorter, or leads elsewhere
             if not allow_outside and (path[0] in b"/\\" or b".." in path.split(b"/")):
                 raise UserError(
@@ -151,10 +115,10 @@ def read_list(file: Path, allow_outside: bool = False) -> ListFile:
                 )
             path = posixpath.normpath(path)
         paths.append(path)
-        labels.append(int(label))
+        labels.append(int(words[1]))
     if not paths:
         raise UserError(f"the list {file} names no images")
-    return ListFile(file, content, git_blob(content), np.array(paths, np.bytes_), np.array(labels, np.int64))
+    return ListFile(file, git_blob(content), np.array(paths, np.bytes_), np.array(labels, np.int64))
 
 
 class _Image(msgspec.Struct):
@@ -180,34 +144,77 @@ def _from_annotations(content: bytes, file: Path) -> bytes:
         table = msgspec.json.decode(content, type=_Annotations)
         categories = {of.image_id: of.category_id for of in table.annotations}
         return "".join(f"{image.file_name} {categories[image.id]}\n" for image in table.images).encode()
-    except KeyError as error:
-        raise UserError(f"{file} has no annotation of the image {error}: the test part has no labels") from None
-    except (ValueError, RecursionError) as error:
+    except (LookupError, ValueError, RecursionError) as error:
         raise UserError(
-            f"{file} is not iNaturalist's JSON with images and annotations ({reason(error, library=True)}); take the "
-            "official file anew (that of the test part has no labels)"
+            f"{file} is not iNaturalist's JSON with images and an annotation of each "
+            f"({reason(error, library=True)}); take the official file anew (that of the test part has no labels)"
         ) from None
 
 
-def image_lists(files: Mapping[str, ListFile], root: Path) -> tuple[dict[str, ImageList], list[str]]:
-    """The lists of a data set's parts, with one set of classes, and what is odd about them.
+# ---------------------------------------------------------------------------------------------- lists of one data set
+
+
+def open_lists(root: Path, named: Mapping[str, str], benchmark: str, allow_outside: bool) -> Found:
+    """The images below `root` of the lists `named` by part, or else of a benchmark's lists, wherever these are found.
 
     The classes are 0 to the largest label of the training list (of all, where there is none). They take the name of
-    the folder that holds their images, where all agree. Raises UserError for a label that training does not know.
+    the folder that holds their images, where all agree. Raises UserError for a label that training does not know, and
+    where no list is found.
     """
-    leading = files.get("train")
-    classes = 1 + max(int(part.labels_N.max()) for part in ([leading] if leading else files.values()))
-    if leading and classes > len(leading.paths_N):
-        raise UserError(
-            f"{leading.file}: label {classes - 1} is out of range: there are {len(leading.paths_N)} images only"
-        )
-    names, notes = _class_names(files.values(), classes)
-    lists: dict[str, ImageList] = {}
-    for part, read in files.items():
+    files = {part: Path(os.path.expanduser(file)) for part, file in named.items()}
+    published = {} if files else BENCHMARKS[benchmark]
+    faults: dict[str, str] = {}
+    for part, known in published.items():
+        if file := find_list(root, known):
+            files[part] = file
+        elif known.blob:  # one without a known fingerprint is not to be had everywhere: go without
+            faults[part] = absent_list(root, part, known)
+    if not files:
+        raise UserError(next(iter(faults.values())))
+    lists = {part: read_list(file, allow_outside) for part, file in files.items()}
+    leading = [lists["train"]] if "train" in lists else lists.values()
+    classes = 1 + max(int(read.labels_N.max()) for read in leading)
+    names, notes = _class_names(lists.values(), classes)
+    parts: dict[str, ImageList] = {}
+    described: list[str] = []
+    for part, read in lists.items():
         if (largest := int(read.labels_N.max())) >= classes:
             raise UserError(f"{read.file} has label {largest}, but the training list's classes are 0 to {classes - 1}")
-        lists[part] = ImageList(str(read.file), ImageFiles(root, read.paths_N, read.blob), read.labels_N, names)
-    return lists, notes
+        images = ImageList(str(read.file), ImageFiles(root, read.paths_N), read.labels_N, names)
+        if fault := _fault(images, parts.values(), None if allow_outside else root):
+            faults[part] = fault
+        identity, odd = describe(read, published.get(part))
+        described.append(identity)
+        notes += odd
+        parts[part] = images
+    return Found(
+        f"list files of {benchmark}" if published else "list files",
+        parts,
+        divided=True,
+        named=False,  # labels are numbers, the same in all lists of a benchmark: names of folders are for people
+        notes=tuple(notes),
+        faults=faults,
+        described=tuple(described),
+        benchmark=benchmark if published else "",
+    )
+
+
+def find_list(root: Path, known: Published) -> Path | None:
+    """The published list, or the official JSON, below `root`, or the list where the authors' code has it; None where
+    there is neither."""
+    official = [root / known.official, root / "annotations" / known.official] if known.official else []
+    of_authors = Path("dataset") / known.folder / known.name
+    places = [root / known.name, root / known.folder / known.name, *official, of_authors]
+    return next((place for place in places if place.is_file()), None)
+
+
+def absent_list(root: Path, part: str, known: Published) -> str:
+    """What to say where `find_list` finds none."""
+    official = f" (or {known.official})" if known.official else ""
+    return (
+        f"the list {known.name} (git blob {known.blob or 'unknown'}){official} is not in {root}, {root / known.folder} "
+        f"or dataset/{known.folder}; put it there, or name it with --{part.replace('validation', 'val')}-list FILE"
+    )
 
 
 def _class_names(files: Iterable[ListFile], classes: int) -> tuple[tuple[str, ...], list[str]]:
@@ -232,95 +239,43 @@ def _class_names(files: Iterable[ListFile], classes: int) -> tuple[tuple[str, ..
     return tuple(names.get(label, str(label)) for label in range(classes)), []
 
 
-# ---------------------------------------------------------------------------------------------- what is wrong
-
-
-def absent_images(images: ImageList) -> list[int]:
-    """Indices of images whose files are missing. Each folder is listed once; no image is opened."""
+def _fault(images: ImageList, others: Iterable[ImageList], bounds: Path | None) -> str | None:
+    """Why the images of a list must not be used: some are missing, or are in another list too."""
     assert isinstance(images.images, ImageFiles)
-    listed = _listings(images.images)
-    split = (path.rpartition(b"/") for path in images.images.paths_N.tolist())
-    return [index for index, (folder, _, name) in enumerate(split) if name not in listed[folder]]
-
-
-def links(images: ImageList) -> Iterator[Path]:
-    """What may lead out of the data folder: the folders of the images, and the images that are links."""
-    assert isinstance(images.images, ImageFiles)
-    listed = _listings(images.images)
-    with_links = {folder for folder, names in listed.items() if any(names.values())}
-    split = (path.rpartition(b"/") for path in (images.images.paths_N.tolist() if with_links else ()))
-    linked = (folder + slash + name for folder, slash, name in split if listed[folder].get(name))
-    for path in itertools.chain(listed, linked):
-        yield images.images.root / os.fsdecode(path)
-
-
-def _listings(files: ImageFiles) -> dict[bytes, dict[bytes, bool]]:
-    """Folder of images -> name of each file in it -> whether that is a link. A missing folder has no files."""
-    listed: dict[bytes, dict[bytes, bool]] = {}
-    for folder in dict.fromkeys(path.rpartition(b"/")[0] for path in files.paths_N.tolist()):
-        listed[folder] = {}
-        with contextlib.suppress(OSError), os.scandir(os.path.join(os.fsencode(files.root), folder)) as entries:
-            listed[folder] = {entry.name: entry.is_symlink() for entry in entries}
-    return listed
-
-
-def absence(images: ImageList) -> str | None:
-    """One line about the images of a list that are missing; None where none are."""
-    assert isinstance(images.images, ImageFiles)
-    absent = absent_images(images)
-    if not absent:
-        return None
-    return (
-        f"{images.images.name(absent[0])} is not there, and {len(absent):,} of the {len(images):,} images of "
-        f"{images.origin} (git blob {images.images.blob}) are missing; its paths are looked for below the folder given "
-        "as data"
-    )
-
-
-def overlap(one: ImageList, other: ImageList) -> str | None:
-    """One line about images that are in both lists; None where there are none."""
-    assert isinstance(one.images, ImageFiles)
-    assert isinstance(other.images, ImageFiles)
-    paths = other.images.paths_N.tolist()
-    shared = set(paths).intersection(one.images.paths_N.tolist())
-    if not shared:
-        return None
-    first = os.fsdecode(next(path for path in paths if path in shared))
-    return (
-        f"{len(shared):,} images of {other.origin} are in {one.origin} too (first: {first}): figures on them would be "
-        "too good"
-    )
-
-
-def identity(read: ListFile) -> str:
-    """Which published list this is, by its fingerprint."""
-    known = next((known for known in PUBLISHED.values() if known.blob == read.blob), None)
-    if known is None:
-        return f"{read.file}: git blob {read.blob}, no published list that is known here"
-    return f"{read.file}: the published {known.name} (git blob {known.blob})"
-
-
-def departures(read: ListFile, expected: Published | None = None) -> list[str]:
-    """What is odd about a list: that it is another one than the published list that is expected, or than that of its
-    name; the same image more than once."""
-    found: list[str] = []
-    expected = expected or PUBLISHED.get(read.file.name)
-    if expected and expected.blob not in ("", read.blob):
-        other = f"{read.file} is not the published {expected.name} (git blob {expected.blob}): "
-        stripped = b"\n".join(line.strip() for line in read.content.split(b"\n"))
-        if git_blob(stripped) == expected.blob:
-            found.append(f"{other}it differs in white space alone (line ends)")
-        else:
-            found.append(
-                f"{other}that has {expected.images:,} images of {expected.classes:,} classes, this one "
-                f"{len(read.paths_N):,} of {len(np.unique(read.labels_N)):,}"
-            )
-    paths = read.paths_N.tolist()
-    if len(set(paths)) < len(paths):
-        repeated = [path for path, count in Counter(paths).items() if count > 1]
-        first = os.fsdecode(repeated[0])
-        labels = ", ".join(map(str, np.unique(read.labels_N[read.paths_N == repeated[0]])))
-        found.append(
-            f"{read.file}: {len(repeated):,} images are in it more than once (first: {first}, labelled {labels})"
+    if missing := missing_files(images, bounds):
+        return (
+            f"{images.images.name(missing[0])} is not there, and {len(missing):,} of the {len(images):,} images of "
+            f"{images.origin} are missing; its paths are looked for below the folder given as data"
         )
-    return found
+    for other in others:
+        assert isinstance(other.images, ImageFiles)
+        shared = set(other.images.paths_N.tolist()).intersection(images.images.paths_N.tolist())
+        if shared:
+            return (
+                f"{len(shared):,} images of {images.origin} are in {other.origin} too (first: "
+                f"{os.fsdecode(min(shared))}): figures on them would be too good"
+            )
+    return None
+
+
+def describe(read: ListFile, expected: Published | None = None) -> tuple[str, list[str]]:
+    """Which published list this is, by its fingerprint; and what is odd about it: that it is another one than the
+    published list that is expected, or than that of its name; the same image more than once."""
+    known = next((known for known in PUBLISHED.values() if known.blob == read.blob), None)
+    expected = expected or PUBLISHED.get(read.file.name)
+    identity = f"git blob {read.blob}, no published list that is known here"
+    if known:
+        identity = f"the published {known.name} (git blob {known.blob})"
+    odd: list[str] = []
+    if expected and expected.blob not in ("", read.blob):
+        odd.append(
+            f"{read.file} is not the published {expected.name} (git blob {expected.blob}): that has "
+            f"{expected.images:,} images of {expected.classes:,} classes, this one {len(read.paths_N):,} of "
+            f"{len(np.unique(read.labels_N)):,}"
+        )
+    repeated = [path for path, count in Counter(read.paths_N.tolist()).items() if count > 1]
+    if repeated:
+        odd.append(
+            f"{read.file}: {len(repeated):,} images are in it more than once (first: {os.fsdecode(repeated[0])})"
+        )
+    return f"{read.file}: {identity}", odd

@@ -8,13 +8,7 @@ import msgspec
 import numpy as np
 
 from equipoise.base.errors import UserError, reason
-from equipoise.data.images import PART_NAMES, EncodedImages, Found, ImageList, Indices, import_pyarrow
-
-
-def parquet_files(root: Path) -> list[Path]:
-    if root.is_file():
-        return [root] if root.suffix == ".parquet" else []
-    return sorted([*root.glob("*.parquet"), *root.glob("data/*.parquet")])
+from equipoise.data.images import PART_NAMES, EncodedImages, Found, ImageList, import_pyarrow
 
 
 def open_parquet(files: list[Path], image_column: str, label_column: str) -> Found:
@@ -26,45 +20,39 @@ def open_parquet(files: list[Path], image_column: str, label_column: str) -> Fou
         by_part.setdefault(part, []).append(file)
     others = by_part.pop("", [])
     notes = [f"{file}: no part's name (train, val, test) begins its own, passed over" for file in others if by_part]
-    columns = {
+    parts = {
         part: _read(part_files, image_column, label_column)
         for part, part_files in (by_part or {"train": others}).items()
     }
-    _, labels_N, named = columns.get("train", next(iter(columns.values())))
-    if not named and labels_N.max() >= len(labels_N):
-        raise UserError(f"{files[0]}: label {labels_N.max()} is out of range: there are {len(labels_N)} rows only")
-    names = named or tuple(map(str, range(int(labels_N.max()) + 1)))
-    parts: dict[str, ImageList] = {}
-    for part, (column, labels_N, own_names) in columns.items():
-        origin = ", ".join(map(str, by_part.get(part, others)))
-        wrong = np.flatnonzero((labels_N < 0) | (labels_N >= len(names)))
+    leading = parts.get("train", next(iter(parts.values())))
+    names, largest = leading.class_names, int(leading.labels_N.max())
+    if not names and largest >= len(leading):
+        raise UserError(f"{leading.origin}: label {largest} is out of range: there are {len(leading)} rows only")
+    all_names = names or tuple(map(str, range(largest + 1)))
+    for part, images in parts.items():
+        if images.class_names != names:
+            raise UserError(f"{images.origin} names its classes differently from the training part; make them agree")
+        wrong = np.flatnonzero((images.labels_N < 0) | (images.labels_N >= len(all_names)))
         if len(wrong):
             raise UserError(
-                f"{origin}: row {wrong[0]} has label {labels_N[wrong[0]]}, which is out of range: the classes are "
-                f"0 to {len(names) - 1}"
+                f"{images.origin}: row {wrong[0]} has label {images.labels_N[wrong[0]]}, which is out of range: the "
+                f"classes are 0 to {len(all_names) - 1}"
             )
-        if own_names != named:
-            raise UserError(f"{origin} names its classes differently from the training part; make them agree")
-        images = EncodedImages(origin, column, np.arange(len(labels_N)))
-        parts[part] = ImageList(origin, images, labels_N, names)
-    return Found("Parquet", parts, bool(by_part), bool(named), tuple(notes))
+        parts[part] = ImageList(images.origin, images.images, images.labels_N, all_names)
+    return Found("Parquet", parts, divided=bool(by_part), named=bool(names), notes=tuple(notes))
 
 
-def _read(files: Sequence[Path], image_column: str, label_column: str) -> tuple[Any, Indices, tuple[str, ...]]:
-    """The column of encoded images, the labels, and the class names (empty where the file gives none)."""
+def _read(files: Sequence[Path], image_column: str, label_column: str) -> ImageList:
+    """The images of one part, with the class names that the file gives, if any."""
     file, pa = files[0], import_pyarrow(files[0])
     try:
         schema = pa.parquet.read_schema(file)
-        image_column = image_column or _only(
-            [field.name for field in schema if _holds_bytes(pa, field.type)], file, "images (bytes)", "image_column"
-        )
+        holding = [field.name for field in schema if _holds_bytes(pa, field.type)]
+        image_column = _chosen(image_column, holding, file, "image_column")
         integers = [field.name for field in schema if pa.types.is_integer(field.type)]
-        # CIFAR-100 as published: its classes are the fine ones.
-        integers = ["fine_label"] if sorted(integers) == ["coarse_label", "fine_label"] else integers
-        label_column = label_column or _only(integers, file, "labels (integers)", "label_column")
-        for column in (image_column, label_column):
-            if column not in schema.names:
-                raise UserError(f"{file} has no column '{column}'; it has {', '.join(schema.names)}")
+        if sorted(integers) == ["coarse_label", "fine_label"]:  # CIFAR-100 as published: its classes are the fine ones
+            label_column = label_column or "fine_label"
+        label_column = _chosen(label_column, integers, file, "label_column")
         table = pa.concat_tables(pa.parquet.read_table(one, columns=[image_column, label_column]) for one in files)
     except UserError:
         raise
@@ -73,14 +61,15 @@ def _read(files: Sequence[Path], image_column: str, label_column: str) -> tuple[
         raise UserError(f"{file} cannot be read as Parquet ({why}); take the file anew") from None
     if table.num_rows == 0:
         raise UserError(f"{file} has no rows")
-    images, labels = table[image_column], table[label_column]
-    if not _holds_bytes(pa, images.type):
-        raise UserError(f"{file}: column '{image_column}' holds {images.type}, not image bytes")
-    if pa.types.is_struct(images.type):
-        images = pa.chunked_array([chunk.field("bytes") for chunk in images.chunks])
-    if not pa.types.is_integer(labels.type) or labels.null_count:
+    encoded, labels = table[image_column], table[label_column]
+    if pa.types.is_struct(encoded.type):
+        encoded = pa.chunked_array([chunk.field("bytes") for chunk in encoded.chunks])
+    if labels.null_count:
         raise UserError(f"{file}: column '{label_column}' must hold a whole number in every row")
-    return images, labels.to_numpy().astype(np.int64), _class_names(schema.metadata or {}, label_column)
+    origin = ", ".join(map(str, files))
+    images = EncodedImages(origin, pa.table({"image": encoded}), np.arange(table.num_rows))
+    names = _class_names(schema.metadata or {}, label_column)
+    return ImageList(origin, images, labels.to_numpy().astype(np.int64), names)
 
 
 def _holds_bytes(pa: Any, kind: Any) -> bool:
@@ -91,11 +80,16 @@ def _holds_bytes(pa: Any, kind: Any) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
-def _only(columns: list[str], file: Path, what: str, field: str) -> str:
-    if len(columns) == 1:
-        return columns[0]
-    found = f"several columns that could be {what}: {', '.join(columns)}" if columns else f"no column of {what}"
-    raise UserError(f"{file} has {found}; name it with --set data.{field}=NAME")
+def _chosen(name: str, fitting: list[str], file: Path, field: str) -> str:
+    """The column `name`, or without a name the only one that fits. Raises UserError where that is none."""
+    if not name and len(fitting) == 1:
+        return fitting[0]
+    if name not in fitting:
+        raise UserError(
+            f"{file}: which column is data.{field}? name it with --set data.{field}=NAME; of its type there is "
+            f"{', '.join(fitting) or 'none'}"
+        )
+    return name
 
 
 def _class_names(metadata: dict[bytes, bytes], label_column: str) -> tuple[str, ...]:

@@ -129,7 +129,7 @@ def _own_images(classifier: Classifier) -> ImageList:
     if not classifier.checkpoint.class_counts or not recipe.data.path:
         raise UserError(f"{classifier.origin} does not name its data; {advice}")
     try:
-        parts = open_data(recipe).named()
+        parts = open_data(recipe.data).named()
     except UserError as error:
         raise UserError(f"{error}; or {advice}") from None
     return next(parts[part] for part in ("test", "validation", "train") if part in parts)

@@ -203,7 +203,7 @@ def load(path: str | Path, device: str = "auto") -> Classifier:
         return Classifier(path, checkpoint, checkpoint.build().to(where), temperature, None, where)
     file = chosen_checkpoint(path)
     checkpoint = load_checkpoint(file)
-    if not checkpoint.class_counts and len(checkpoint.class_names) == BENCHMARKS["inat2018"].lists["train"].classes:
+    if not checkpoint.class_counts and len(checkpoint.class_names) == BENCHMARKS["inat2018"]["train"].classes:
         # The authors' files do not name their data, but those of 8,142 classes are of iNaturalist: it has its own mean.
         checkpoint = replace(checkpoint, recipe=replace(checkpoint.recipe, views=load_recipe("inat2018").views))
     metrics = figures_of(file, checkpoint)

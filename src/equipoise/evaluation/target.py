@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from equipoise.base.errors import UserError
-from equipoise.config.recipe import Field, field_value, find_field, load_recipe, override
+from equipoise.config.recipe import Data, Field, field_value, find_field, load_recipe, override
 from equipoise.data.images import ImageList, Parts
 from equipoise.data.lists import BENCHMARKS
-from equipoise.data.sources import LISTS, Source, find_parts, open_data, open_part, part_of, recognise, source_of
+from equipoise.data.sources import LISTS, find_parts, named_lists, open_data, open_part, part_of, recognise
 from equipoise.runs.checkpoint import Checkpoint, changed_part, load_checkpoint
 
 
@@ -56,7 +56,7 @@ def with_overrides(checkpoint: Checkpoint, overrides: Sequence[tuple[Field, Any]
 def unchanged_data(checkpoint: Checkpoint, path: Path) -> Parts:
     """The data that the checkpoint was trained and scored on. Raises UserError if it has changed since: labels would
     shift, and images trained on would be held out."""
-    parts = open_data(checkpoint.recipe)
+    parts = open_data(checkpoint.recipe.data)
     changed = changed_part(parts, checkpoint)
     if changed:
         raise UserError(
@@ -76,8 +76,8 @@ def _on_other_data(
         checkpoint = replace(checkpoint, recipe=replace(checkpoint.recipe, views=load_recipe(benchmark).views))
     no_lists: list[tuple[Field, Any]] = [(find_field(key), "") for key in LISTS.values()]  # its own are of its data
     checkpoint = with_overrides(checkpoint, [*no_lists, *overrides], path)
-    source = replace(source_of(checkpoint.recipe), path=data)
-    if not source.lists:
+    source = replace(checkpoint.recipe.data, path=data)
+    if not named_lists(source):
         source = replace(source, benchmark=benchmark)
     if of_authors:
         return _with_classes_of(checkpoint, source, part, path)
@@ -85,14 +85,14 @@ def _on_other_data(
     return Target(checkpoint, part, open_part(source, part, checkpoint.class_names))
 
 
-def _with_classes_of(checkpoint: Checkpoint, source: Source, part: str | None, path: Path) -> Target:
+def _with_classes_of(checkpoint: Checkpoint, source: Data, part: str | None, path: Path) -> Target:
     """A checkpoint of the authors' with the class names of the data, and its training counts where it has a training
     part. Raises UserError where the number of classes differs."""
     found = find_parts(source)
-    part = part or ("test" if "test" in {**found.parts, **found.absent} or not found.divided else "validation")
+    part = part or ("test" if "test" in {**found.parts, **found.faults} or not found.divided else "validation")
     images = part_of(found, part, source.path)
     classes, known = len(checkpoint.class_names), len(images.class_names)
-    if known > classes or (known < classes and not found.of_lists):
+    if known > classes or (known < classes and found.named):
         raise UserError(
             f"{path} knows {classes:,} classes, but {source.path} has {known:,}: it was trained on other data"
         )

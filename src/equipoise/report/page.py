@@ -153,7 +153,7 @@ def _confusions(run: ScoredRun, most: int) -> tuple[ScoredRun, list[tuple[Pair, 
 def _images(run: ScoredRun) -> tuple[ImageList | None, str]:
     """The scored part's images, or why they cannot be shown."""
     try:
-        images = open_data(run.recipe).named().get(run.part)
+        images = open_data(run.recipe.data).named().get(run.part)
     except UserError as error:
         return None, str(error).partition(";")[0]  # what follows is advice for other commands
     if images is None or images.fingerprint() != run.record["data"]["fingerprints"].get(run.part):

@@ -19,7 +19,7 @@ from equipoise.config.recipe import Recipe, field_value, recipe_fields
 from equipoise.data.decode import bad_images, no_image_left
 from equipoise.data.images import DIGITS, ImageList, Parts, imbalance_factor
 from equipoise.data.lists import BENCHMARKS, find_list
-from equipoise.data.sources import LISTS, open_data, source_of
+from equipoise.data.sources import LISTS, named_lists, open_data
 from equipoise.runs.checkpoint import changed_part
 from equipoise.runs.folder import METRICS
 from equipoise.training.place import (
@@ -163,7 +163,7 @@ def _plan(recipe: Recipe, place: Place, world: World) -> Plan:
         raise UserError(f"the run folder {place.folder} would lie inside the data; name one outside with --out")
     if 1 < world.local_size <= torch.cuda.device_count() and recipe.device.startswith("cuda:"):
         raise UserError(f"{world.local_size} processes on this host cannot all take {recipe.device}; set --device cuda")
-    parts = open_data(recipe)
+    parts = open_data(recipe.data)
     refuse_batches(recipe, len(parts.train), world)
     device = choose_device(recipe.device, world.local_rank)
     precision = choose_precision(recipe.precision, device)
@@ -182,9 +182,9 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
 
     data = recipe.data
     files = {name: absolute(getattr(data, name)) for name in DATA_FILES}
-    if data.benchmark and not source_of(recipe).lists:
-        lists = BENCHMARKS[data.benchmark].lists
-        found = {part: find_list(Path(files["path"]), data.benchmark, part) for part in lists}
+    if data.benchmark and not named_lists(data):
+        lists = BENCHMARKS[data.benchmark]
+        found = {part: find_list(Path(files["path"]), known) for part, known in lists.items()}
         complete = all(found[part] or not known.blob for part, known in lists.items())
         if complete and any(file and not file.is_absolute() for file in found.values()):
             files |= {LISTS[part].removeprefix("data."): str(file.resolve()) for part, file in found.items() if file}
