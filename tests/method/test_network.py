@@ -4,14 +4,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from equipoise.config.recipe import Model, Views
 from equipoise.method.network import TwoBranchNetwork
 
 IMAGES = torch.randint(0, 256, (12, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
 
-def network(**settings) -> TwoBranchNetwork:
+def network(classifier="cosine", **branches) -> TwoBranchNetwork:
     torch.manual_seed(0)
-    return TwoBranchNetwork("resnet8", 5, **{"size": 16, "hidden_dim": 24, "feature_dim": 8, **settings})
+    model = Model("resnet8", classifier=classifier, hidden_dim=24, feature_dim=8)
+    return TwoBranchNetwork(model, Views(size=16), 5, **branches)
 
 
 def test_cosine_classifier_is_scale_thirty():

@@ -145,7 +145,7 @@ def test_perfect_runs_and_features_that_are_all_the_same(tmp_path, report):
     [
         ("run.json", b"", "run.json is damaged ("),
         ("metrics.json", b"{", "metrics.json is damaged ("),
-        ("metrics.jsonl", b'{"kind": "train"}\n', "metrics.jsonl, line 1 is damaged (Object missing required field"),
+        ("metrics.jsonl", b'{"kind": "train"}\n', "metrics.jsonl is damaged (Object missing required field"),
         ("observed.npz", b"PK", "observed.npz is damaged (its content makes no sense); write it anew: equipoise eval"),
     ],
 )
@@ -171,28 +171,18 @@ def test_a_pickle_in_the_observations_is_not_run(runs, tmp_path, report, monkeyp
         with pytest.raises(UserError, match=r"observed.npz is damaged \("):
             report(run)
     assert not (tmp_path / "executed").exists()
-    pickle.loads(content)
-    assert (tmp_path / "executed").exists(), "it would have run"
-
-
-def test_what_is_no_run_folder(runs, tmp_path):
-    """Also where the report would be written into it."""
-    (tmp_path / "file").touch()
-    (tmp_path / "folder").mkdir()
-    for name, fault in {"nowhere": "there is no", "file": "file is not a", "folder": "folder is not a"}.items():
-        with pytest.raises(UserError, match=f"{fault} run folder.*; name one that equipoise train wrote"):
-            write_report([tmp_path / name], tmp_path / name / "report.html")
-    with pytest.raises(UserError, match=f"run.json; name one within it, as {runs[0]}$"):
-        write_report([runs[0].parent], tmp_path / "report.html")
 
 
 def test_what_cannot_be_shown(runs, tmp_path, report):
+    """Also where the report would be written into it."""
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "nowhere", tmp_path / "file", tmp_path):
+        with pytest.raises(UserError, match=f"{path} is not a run folder: .*; name one that equipoise train wrote"):
+            write_report([path], path / "report.html")
     with pytest.raises(UserError, match=r"other has other classes than .*bcl; report each alone"):
         report(runs[0], write_run(tmp_path / "other", (50, 5)))
     with pytest.raises(UserError, match="7 runs cannot be told apart in one figure; name 6 at most"):
         report(*[runs[0]] * 7)
-    with pytest.raises(UserError, match="the report must be a file in a folder that is there, not "):
-        write_report([runs[0]], tmp_path / "nowhere" / "report.html")
 
 
 @pytest.mark.slow
@@ -308,7 +298,7 @@ def look_at(browser, page) -> int:
 @pytest.mark.slow
 def test_ten_classes_and_seeds_in_a_browser(browser, runs, tmp_path):
     assert look_at(browser, write_report(runs, tmp_path / "report.html")) == 2 + 6 + 1 + 2 + 4 + 4 + 2 + 2
-    assert look_at(browser, write_report(runs[:2], tmp_path / "report.html", comparison(3))) == 2 + 23
+    assert look_at(browser, write_report(runs[:2], tmp_path / "report.html", comparison(3))) == 1 + 23
 
 
 @pytest.mark.long

@@ -95,10 +95,8 @@ def _timm_encoder(name: str, size: int, pretrained: bool) -> nn.Module:
         why = reason(error, library=True, otherwise="timm does not say why")
         if not pretrained:
             raise UserError(f"timm cannot build {name} at {size} pixels ({why}); change --size or --arch") from None
-        raise UserError(
-            f"the pretrained weights of {name} could not be had ({why}); connect to the network, name a file of "
-            "them with --weights FILE, or set --pretrained false"
-        ) from None
+        advice = "connect to the network, name a file of them with --weights FILE, or set --pretrained false"
+        raise UserError(f"the pretrained weights of {name} could not be had ({why}); {advice}") from None
 
 
 def _load_weights(encoder: nn.Module, name: str, file: Path) -> None:
@@ -110,43 +108,28 @@ def _load_weights(encoder: nn.Module, name: str, file: Path) -> None:
     if not isinstance(encoder, SmallResNet):
         state = _in_timms_names(state, encoder)
     # Other keys, those of a classifier above the encoder, are ignored.
-    missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
-    differing = [key for key in expected if key in state and state[key].shape != expected[key].shape]
-    for keys, how in ((missing, "are not in it"), (differing, "have another shape in it")):
+    found = [key for key in expected if key in state]
+    faults = {
+        "are not in it": [key for key in expected if key not in state and not key.endswith("num_batches_tracked")],
+        "have another shape in it": [key for key in found if state[key].shape != expected[key].shape],
+        "hold numbers that are not finite": [key for key in found if not bool(state[key].isfinite().all())],
+    }
+    for fault, keys in faults.items():
         if keys:
-            raise UserError(
-                f"{file} does not hold the weights of {name}: {len(keys):,} of {len(expected):,} {how} "
-                f"(first: {keys[0]})"
-            )
-    spoilt = [key for key in expected if key in state and not bool(state[key].isfinite().all())]
-    if spoilt:
-        raise UserError(f"{file} holds weights that are not finite numbers (first: {spoilt[0]}); take another")
+            how = f"{len(keys):,} of {len(expected):,} {fault} (first: {keys[0]})"
+            raise UserError(f"{file} does not hold the weights of {name}: {how}; take another")
     encoder.load_state_dict({key: state.get(key, value) for key, value in expected.items()})
 
 
 def _read_weights(file: Path) -> dict[str, Tensor]:
     """The tensors of a file by name, without the wrappings that training programs put around them."""
-    table: Any = _read_safetensors(file) if file.suffix == ".safetensors" else load_tensors(file, "file of weights")
+    table: Any = load_tensors(file, "file of weights")
     for wrapping in ("state_dict_ema", "model_ema", "state_dict", "model", "weights"):
         if isinstance(table, dict) and isinstance(table.get(wrapping), dict):
             table = table[wrapping]
     if not isinstance(table, dict) or not all(isinstance(value, Tensor) for value in table.values()):
         raise UserError(f"{file} does not hold tensors by name, as a file of weights does")
     return {str(key).removeprefix("module."): value for key, value in table.items()}
-
-
-def _read_safetensors(file: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(file)
-    except FileNotFoundError:
-        raise UserError(f"there is no file of weights at {file}") from None
-    except Exception as error:  # of a damaged file, of any kind; nothing in one can be executed
-        why = reason(error, library=True)
-        raise UserError(
-            f"{file} is no file of weights that can be read ({why}); take another, or copy it anew"
-        ) from None
 
 
 def _in_timms_names(state: dict[str, Tensor], encoder: nn.Module) -> dict[str, Tensor]:
@@ -182,18 +165,15 @@ class SmallResNet(nn.Module):
 class _Block(nn.Module):
     def __init__(self, width_in: int, width: int) -> None:
         super().__init__()
-        stride = 1 if width == width_in else 2
-        self.conv1 = nn.Conv2d(width_in, width, 3, stride=stride, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(width_in, width, 3, stride=1 if width == width_in else 2, padding=1, bias=False)
         self.norm1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(width)
-        self.stride = stride
-        self.padding = (width - width_in) // 2
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.norm1(self.conv1(x)), inplace=True)
         y = self.norm2(self.conv2(y))
-        if self.stride > 1:
-            # Option A of the paper: every second pixel, new channels zero. It adds no parameters.
-            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
+        new = y.shape[1] - x.shape[1]
+        if new:  # option A of the paper: every second pixel, new channels zero. It adds no parameters
+            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, new // 2, new // 2))
         return F.relu(torch.add(x, y), inplace=True)

@@ -3,6 +3,7 @@
 Shapes: C classes, G shot groups, K bins of a cosine, M images of the map, N of the scored part.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,7 @@ def write_report(runs: Sequence[Path], out: Path, comparison: Mapping[str, Any] 
     """
     if len(runs) > MOST_RUNS:
         raise UserError(f"{len(runs)} runs cannot be told apart in one figure; name {MOST_RUNS} at most")
-    read = read_runs(runs)  # first: `out` may lie in what is no run folder
-    if not out.absolute().parent.is_dir() or out.is_dir():
-        raise UserError(f"the report must be a file in a folder that is there, not {out}")
+    read = read_runs(runs)
     for run in read[1:]:
         if run.class_names != read[0].class_names:
             raise UserError(f"{run.path} has other classes than {read[0].path}; report each alone")
@@ -71,7 +70,7 @@ def _content(runs: Sequence[RunRead], comparison: Mapping[str, Any] | None) -> d
         "group_limits": GROUP_LIMITS,
         "rarest": next((group for group in reversed(GROUPS) if scored and scored[0].scores[group] is not None), None),
         "comparison": comparison,
-        "seeds": _seeds(comparison["methods"], runs) if comparison else [],
+        "seeds": _seeds(comparison["methods"], runs) if comparison else None,
         "table": {"top-1": "top1", **FURTHER},
         "bars": charts.group_bars([(run.name, run.scores) for run in scored], group_sizes) if scored else None,
         "by_count": charts.accuracy_by_count(per_class, runs[0].class_names) if scored else [],
@@ -86,14 +85,11 @@ def _content(runs: Sequence[RunRead], comparison: Mapping[str, Any] | None) -> d
     }
 
 
-def _seeds(methods: Mapping[str, Any], runs: Sequence[RunRead]) -> Titled:
+def _seeds(methods: Mapping[str, Any], runs: Sequence[RunRead]) -> Markup:
     names = {run.recipe.method: run.name for run in runs}
-    first = next(iter(methods))
-    rows = {
-        "overall" if key == "top1" else key: [(names[method], row[key]) for method, row in methods.items()]
-        for key in methods[first]
-    }
-    return [("accuracy", charts.over_seeds(rows)), (f"difference to {first}", charts.differences(rows))]
+    of_methods = [(names[method], of_method) for method, of_method in methods.items()]
+    rows = {key: [(name, of_method[key]) for name, of_method in of_methods] for key in of_methods[0][1]}
+    return charts.over_seeds({"overall" if key == "top1" else key: row for key, row in rows.items()})
 
 
 def _curves(runs: Sequence[RunRead]) -> Titled:
@@ -134,11 +130,12 @@ def _taken_for(run: ScoredRun, c: int) -> str:
     """What a run takes a class for most often, as a sentence; empty if that is not known."""
     if not run.observed:
         return ""
-    said_C = np.bincount(run.observed["predicted_N"][run.observed["labels_N"] == c], minlength=len(run.counts))
-    images, said_C[c] = said_C.sum(), 0
-    other = int(said_C.argmax())
-    said = f"{100 * said_C[other] / images:.0f} % for {shortened(run.class_names[other], 24)}"
-    return f"{run.name.label} takes {said}" if said_C[other] else ""
+    said = run.observed["predicted_N"][run.observed["labels_N"] == c].tolist()
+    for other, images in Counter(said).most_common(2):
+        if other != c:
+            other_name = shortened(run.class_names[other], 24)
+            return f"{run.name.label} takes {100 * images / len(said):.0f} % for {other_name}"
+    return ""
 
 
 def _confusions(run: ScoredRun, most: int) -> tuple[ScoredRun, list[tuple[Pair, list[list[Markup]]]], str]:
@@ -159,7 +156,7 @@ def _images(run: ScoredRun) -> tuple[ImageList | None, str]:
     if images is None or images.fingerprint() != run.record["data"]["fingerprints"].get(run.part):
         return None, f"the data at {run.recipe.data.path} has changed since the run"
     if len(images) != len(run.observed["labels_N"]):
-        return None, "some images could not be read, so it is not known which are which"
+        return None, "some images could not be read"  # so which row is which image is not known
     return images, ""
 
 

@@ -78,10 +78,9 @@ def read_runs(paths: Sequence[Path]) -> list[RunRead]:
 def _read_recipe(path: Path) -> Recipe:
     if (path / RECIPE).is_file() and (path / RECORD).is_file():
         return load_recipe(path / RECIPE)
-    fault = f"{path} is not a run folder: it has no {RECIPE} or no {RECORD}"
-    within = min(path.glob(f"*/{RECORD}"), default=None)
-    advice = f"name one within it, as {within.parent}" if within else "name one that equipoise train wrote"
-    raise UserError(f"{fault if path.exists() else f'there is no run folder at {path}'}; {advice}")
+    raise UserError(
+        f"{path} is not a run folder: it has no {RECIPE} or no {RECORD}; name one that equipoise train wrote"
+    )
 
 
 def _labels(paths: Sequence[Path], recipes: Sequence[Recipe]) -> list[str]:
@@ -122,17 +121,14 @@ def _read_observed(file: Path, part: str) -> dict[str, Array]:
         with np.load(file, allow_pickle=False) as arrays:  # so that nothing in it is executed
             observed = {key.removeprefix(f"{part}/"): arrays[key] for key in arrays.files if key.startswith(f"{part}/")}
     except Exception as error:  # numpy, zipfile and zlib raise errors of many kinds
-        fault = f"{file} is damaged ({reason(error)})"
-        raise UserError(f"{fault}; write it anew: equipoise evaluate {file.parent}") from None
+        advice = f"write it anew: equipoise evaluate {file.parent}"
+        raise UserError(f"{file} is damaged ({reason(error)}); {advice}") from None
     return observed if "confidence_N" in observed else {}
 
 
 def _read_log(file: Path) -> list[LogLine]:
-    *lines, _ = file.read_bytes().split(b"\n")  # the last is empty, or half a line if the run was killed
-    decoder, log = msgspec.json.Decoder(LogLine), list[LogLine]()
-    for number, line in enumerate(lines, 1):
-        try:
-            log.append(decoder.decode(line))
-        except ValueError as error:
-            raise UserError(f"{file}, line {number} is damaged ({error}); remove that line") from None
-    return log
+    lines, _, _ = file.read_bytes().rpartition(b"\n")  # without half a line, which a killed run may leave
+    try:
+        return msgspec.json.Decoder(LogLine).decode_lines(lines)
+    except ValueError as error:
+        raise UserError(f"{file} is damaged ({error}); remove it, and the report is without curves") from None
