@@ -4,7 +4,6 @@ The CIFAR family of He et al. (CVPR 2016, section 4.2: 16/32/64 channels, parame
 because no library keeps it; everything else is timm's.
 """
 
-import difflib
 import itertools
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from equipoise.base.errors import UserError, reason
 from equipoise.base.tensors import load_tensors
+from equipoise.config.recipe import nearest
 
 _BLOCKS_PER_STAGE = {"resnet8": 1, "resnet20": 3, "resnet32": 5}
 _AUTHORS_ENCODERS = ("resnet50", "resnext50_32x4d")
@@ -84,8 +84,7 @@ def _timm_encoder(name: str, size: int, pretrained: bool) -> nn.Module:
 
     if name.split(".")[0] not in timm.list_models():
         valid = [*_BLOCKS_PER_STAGE, *timm.list_models()]
-        close = difflib.get_close_matches(name, valid, n=3) or ["resnet32", "resnet50", "resnext50_32x4d"]
-        raise UserError(f"no encoder is called '{name}'; did you mean {' or '.join(close)}?")
+        raise UserError(f"no encoder is called '{name}'{nearest(name, valid)}")
     try:
         _, options = timm_arguments(name, size) or ("", {})
         if not pretrained and name in _AUTHORS_ENCODERS:
@@ -105,8 +104,7 @@ def _load_weights(encoder: nn.Module, name: str, file: Path) -> None:
     if not any(key.startswith("encoder.") for key in expected):
         # In a checkpoint of a network with two branches, the encoder is a part.
         state = {key.removeprefix("encoder."): value for key, value in state.items()}
-    if not isinstance(encoder, SmallResNet):
-        state = _in_timms_names(state, encoder)
+    state = _in_timms_names(state, encoder)
     # Other keys, those of a classifier above the encoder, are ignored.
     found = [key for key in expected if key in state]
     faults = {
@@ -143,8 +141,6 @@ def _in_timms_names(state: dict[str, Tensor], encoder: nn.Module) -> dict[str, T
 
 class SmallResNet(nn.Module):
     """ResNet for small images: a 3x3 stem and three stages of 16, 32 and 64 channels; 6 n + 2 layers."""
-
-    width = 64
 
     def __init__(self, blocks_per_stage: int) -> None:
         super().__init__()
