@@ -61,7 +61,7 @@ def test_everything_is_there_and_nothing_from_elsewhere(runs, report):
     assert "regular simplex, with cosine \u22121/(C\u22121) = \u22120.11" in page
     for said in ("equipoise train --method bcl", "test test-10", "torch 2.14.1", "method = &#34;bcl&#34;"):
         assert said in section(page, "Where this comes from")
-    assert "not scored: stopped in epoch 10 of 20" in page
+    assert "no; its log ends in epoch 10 of 20" in page
     assert "No example pictures: there is no file or folder at no-such-folder." in page
     # Names stay text.
     assert ODD not in page
@@ -117,15 +117,12 @@ def test_one_run_that_stopped_early_has_its_curves(tmp_path, report):
     assert "Nothing was logged" in report(run)
 
 
-def test_a_run_scored_before_there_was_a_report(runs, tmp_path, report):
+def test_a_run_without_what_was_observed_has_its_curves(runs, tmp_path, report):
     old = shutil.copytree(runs[0], tmp_path / "old")
-    np.savez_compressed(old / "observed.npz", **{"test/labels_N": np.zeros(3)})
-    assert "adds what is missing here" in report(old)
     (old / "observed.npz").unlink()
-    page = report(old)
-    assert f"<code>equipoise evaluate {old}</code> adds what is missing here" in page
-    assert section(page, "The worst classes")
-    assert "A map of the features" not in page
+    page = report(runs[1], old)
+    assert f"lacks observed.npz, which <code>equipoise evaluate {old}</code> writes" in page
+    assert page.count('dot run1') == 6
 
 
 def test_perfect_runs_and_features_that_are_all_the_same(tmp_path, report):
