@@ -40,7 +40,7 @@ def accuracy_by_count(runs: Sequence[PerClass], class_names: Sequence[str]) -> l
     trends = [(name, trend(of_run, shares)) for name, of_run, shares in runs]
     figures: list[Markup] = []
     for dotted in [runs] if together else [[run] for run in runs]:
-        figure = Figure(axis, 320 if together else 260, (46, _room(runs), 40, 34), PERCENT)
+        figure = Figure(axis, 320 if together else 260, (60, _room(runs), 40, 34), PERCENT)
         _name_groups(figure, {shot_group(count) for count in counts})
         for run in dotted:
             _dot_classes(figure, run, class_names)
@@ -48,25 +48,23 @@ def accuracy_by_count(runs: Sequence[PerClass], class_names: Sequence[str]) -> l
         for name, points in trends:
             figure.path(points, f"line {name.look}" if name in names else f"line {name.look} thin")
         figure.labels([(points[-1][1], name) for name, points in trends])
-        labels = ", ".join(name.label for name in names)
-        figures.append(figure.svg(f"accuracy of each class against its training images: {labels}"))
+        figures.append(figure.svg("accuracy of each class against its training images"))
     return figures
 
 
 def _name_groups(figure: Figure, groups: Collection[str]) -> None:
-    """Lines between the shot groups, and beside them the names of those that have classes. Where medium's part of the
-    axis is narrow, on a phone, the other names move outwards until they are clear of its name."""
-    axis, size = figure.x, 12
+    """Lines between the shot groups, and the names of those that have classes: few and many beside the lines, medium a
+    line of text higher, since there may be little room between the two."""
+    axis = figure.x
     for limit in (FEW_BELOW, MANY_ABOVE):
         if axis.low < limit < axis.high:
             figure.rule(limit, "rule")
     few, many = (axis.share(min(max(limit, axis.low), axis.high)) for limit in (FEW_BELOW, MANY_ABOVE))
-    overlap = (svg.width_of("medium", size) + size - (many - few) * figure.phone_width) / 2
-    gap = max(6, overlap) if "medium" in groups else 6
-    places = {"few": (few, "end", -gap), "medium": ((few + many) / 2, "middle", 0), "many": (many, "start", gap)}
-    for group, (share, anchor, dx) in places.items():
+    middle = (few + many) / 2
+    places = {"few": (few, -10, "end", -6), "medium": (middle, -24, "middle", 0), "many": (many, -10, "start", 6)}
+    for group, (share, y, anchor, dx) in places.items():
         if group in groups:
-            figure.text(share, -8, group, "axis", anchor, dx)
+            figure.text(share, y, group, "axis", anchor, dx)
 
 
 def _dot_classes(figure: Figure, run: PerClass, class_names: Sequence[str]) -> None:
@@ -249,24 +247,13 @@ def feature_map(
         if wrong_M[row]:
             look, title = f"{look} ring", f"{title} taken for {shortened(class_names[said])}"
         figure.dot(float(points_M2[row, 0]), float(points_M2[row, 1]), look, 3, title)
-    if len(class_names) <= _NAMED:
-        present = [(name, points_M2[labels_M == c]) for c, name in enumerate(class_names) if (labels_M == c).any()]
-        _name_places(figure, [(name, *np.median(points, axis=0).tolist()) for name, points in present])
+    for c, class_name in enumerate(class_names if len(class_names) <= _NAMED else ()):
+        of_class_M = labels_M == c
+        if of_class_M.any():
+            x, y = np.median(points_M2[of_class_M], axis=0).tolist()
+            anchor = "start" if x < 0.25 else "end" if x > 0.75 else "middle"  # a long name stays on a phone
+            figure.text(x, y + 5, shortened(class_name, 16), "place", anchor)
     return figure.svg("a map of the encoder's features in two dimensions")
-
-
-def _name_places(figure: Figure, names: Sequence[tuple[str, float, float]]) -> None:
-    """(name, x, y): names over their places. One that would cover one before it, on a phone, is left out."""
-    taken: list[tuple[float, float, float]] = []  # left, right, y
-    for name, x, y in names:
-        text = shortened(name, 16)
-        width = svg.width_of(text, 13)
-        # A long name at a side stays on a phone.
-        anchor, before = ("start", 0.0) if x < 0.25 else ("end", 1.0) if x > 0.75 else ("middle", 0.5)
-        left = x * figure.phone_width - before * width
-        if all(left >= end or left + width <= start or abs(y - other) >= svg.LINE for start, end, other in taken):
-            taken.append((left, left + width, y))
-            figure.text(x, y + 5, text, "place", anchor)
 
 
 def over_seeds(rows: ByHeading) -> Markup:

@@ -24,8 +24,7 @@ class Name(NamedTuple):
 Point = tuple[float, float]
 Margins = tuple[int, int, int, int]  # top, right, bottom, left; pixels
 ByHeading = Mapping[str, Sequence[tuple[Name, Any]]]  # below each heading a value of each run
-LINE = 15  # pixels from one line of text to the next
-_PHONE = 328  # pixels; the narrowest page that a figure with its margins is made for
+_LINE = 15  # pixels from one line of text to the next
 
 
 @dataclass(frozen=True)
@@ -80,8 +79,6 @@ class Figure:
 
     def __init__(self, x: Axis, height: int, margins: Margins, y: Axis | None = None):
         self.x, self.height, self._y_axis, self._margins = x, height, y, margins
-        # Pixels across on a phone. Texts that are clear of each other there are so on any wider page.
-        self.phone_width = _PHONE - margins[1] - margins[3]
         self._marks: list[Markup] = []
         for value, text in x.ticks:
             if y is None:
@@ -141,9 +138,9 @@ class Figure:
     def labels(self, labels: Iterable[tuple[float, Name]]) -> None:
         """The runs' labels beside the right end, moved apart where they would cover each other."""
         ordered = sorted((self._down(y), name) for y, name in labels)
-        ys = list(accumulate((y for y, _ in ordered), lambda above, y: max(y, above + LINE)))
+        ys = list(accumulate((y for y, _ in ordered), lambda above, y: max(y, above + _LINE)))
         # What was pushed below the last pixel moves up again, and pushes up what it meets.
-        ys = list(accumulate(reversed(ys), lambda below, y: min(y, below - LINE), initial=float(self.height + LINE)))
+        ys = list(accumulate(reversed(ys), lambda below, y: min(y, below - _LINE), initial=float(self.height + _LINE)))
         for y, (_, name) in zip(reversed(ys[1:]), ordered, strict=True):
             self.label(y, name)
 
@@ -171,11 +168,6 @@ def row_figure(
     for heading, top in tops.items():
         figure.text(0, top - 10, heading, "row")
     return figure, places
-
-
-def width_of(text: str, size: float) -> float:
-    """About how many pixels a text takes in letters of that size: rather too many, as no font is known."""
-    return size * sum(1 if letter.isupper() or letter > "\u2e80" else 0.7 for letter in text)  # Chinese and the like
 
 
 def shortened(text: str, length: int = 30) -> str:
