@@ -1,4 +1,4 @@
-"""What several test files use: golden numbers, small pictures on disk, and shape checks switched on."""
+"""What several test files use: golden numbers and small pictures on disk."""
 
 import json
 import os

@@ -12,7 +12,7 @@ from pathlib import Path
 
 KIT = Path(".gpu-kit")
 PYTHON = "3.12"
-PACKAGES = ("tomli-w", "beartype", "msgspec")  # which need nothing themselves
+PACKAGES = ("tomli-w", "msgspec")  # which need nothing themselves
 PHOTOS = 40
 MOST = 60 * 2**20  # bytes: lent machines take little more
 

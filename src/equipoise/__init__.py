@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"  # pyproject.toml takes it from here
 
-if TYPE_CHECKING:
-    from equipoise.base.errors import UserError
-    from equipoise.config.recipe import Recipe, load_recipe
-    from equipoise.deploy.predict import Classifier, load
-    from equipoise.evaluation.run import Run
-    from equipoise.method.losses import BalancedContrastiveLoss, LogitAdjustedCrossEntropy
-    from equipoise.runs.checkpoint import load_checkpoint
-    from equipoise.training.session import train
+if TYPE_CHECKING:  # the same names, for editors and type checkers
+    from equipoise.base.errors import UserError as UserError
+    from equipoise.config.recipe import Recipe as Recipe
+    from equipoise.config.recipe import load_recipe as load_recipe
+    from equipoise.deploy.predict import Classifier as Classifier
+    from equipoise.deploy.predict import load as load
+    from equipoise.evaluation.run import Run as Run
+    from equipoise.method.losses import BalancedContrastiveLoss as BalancedContrastiveLoss
+    from equipoise.method.losses import LogitAdjustedCrossEntropy as LogitAdjustedCrossEntropy
+    from equipoise.runs.checkpoint import load_checkpoint as load_checkpoint
+    from equipoise.training.session import train as train
 
 _HOME = {
     "BalancedContrastiveLoss": "method.losses",
@@ -29,19 +32,7 @@ _HOME = {
     "load_recipe": "config.recipe",
     "train": "training.session",
 }
-__all__ = [
-    "BalancedContrastiveLoss",
-    "Classifier",
-    "LogitAdjustedCrossEntropy",
-    "Recipe",
-    "Run",
-    "UserError",
-    "__version__",
-    "load",
-    "load_checkpoint",
-    "load_recipe",
-    "train",
-]
+__all__ = ["__version__", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __dir__() -> list[str]:

@@ -10,6 +10,7 @@ from torchvision.models import resnet50, resnext50_32x4d
 
 from equipoise import UserError
 from equipoise.authors.checkpoints import from_authors, is_authors_table, to_authors
+from equipoise.config.recipe import Model, Views
 from equipoise.method.network import TwoBranchNetwork
 from equipoise.runs.checkpoint import load_checkpoint
 
@@ -112,7 +113,8 @@ def test_the_logits_are_theirs(arch, is_cosine):
     assert (read.arch, read.classes, read.hidden_dim, read.feature_dim) == (arch, CLASSES, 2048, FEATURE_DIM)
     assert read.classifier == ("cosine" if is_cosine else "linear")
     assert read.epoch == 90
-    network = TwoBranchNetwork(arch, CLASSES, size=64, classifier=read.classifier, feature_dim=FEATURE_DIM).eval()
+    settings = Model(arch, classifier=read.classifier, feature_dim=FEATURE_DIM)
+    network = TwoBranchNetwork(settings, Views(size=64), CLASSES).eval()
     network.load_state_dict(read.weights)
     images = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():

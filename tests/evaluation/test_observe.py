@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from equipoise.evaluation.metrics import GROUPS, Predictions, shot_group
 from equipoise.evaluation.observe import COSINE_BINS, Observation, confidence_at, count_cosines
+from equipoise.config.recipe import Model, Views
 from equipoise.method.network import TwoBranchNetwork
 
 COUNTS = (300, 150, 60, 25, 19, 3)
@@ -17,7 +18,7 @@ TEMPERATURE = 1.7
 @pytest.fixture
 def network() -> TwoBranchNetwork:
     torch.manual_seed(0)
-    return TwoBranchNetwork("resnet8", CLASSES, size=16, feature_dim=12).eval()
+    return TwoBranchNetwork(Model("resnet8", feature_dim=12), Views(size=16), CLASSES).eval()
 
 
 @pytest.fixture
@@ -112,7 +113,7 @@ def test_the_map_takes_the_first_images_of_each_class():
     observation = Observation(4)
     for part in labels.split(700):
         observation.add(part, torch.zeros(len(part), 4), torch.ones(len(part), 3), None)
-    network = TwoBranchNetwork("resnet8", 4, size=16, contrastive=False)
+    network = TwoBranchNetwork(Model("resnet8"), Views(size=16), 4, contrastive=False)
     assert observation.geometry(network, (5, 5, 5, 5))["map_rows_M"].tolist() == list(range(600))
 
 
@@ -120,7 +121,7 @@ def test_the_map_of_many_classes_is_evenly_spaced():
     labels = torch.arange(2500)
     observation = Observation(2500)
     observation.add(labels, torch.zeros(2500, 2500), torch.ones(2500, 3), None)
-    network = TwoBranchNetwork("resnet8", 2500, size=16, contrastive=False)
+    network = TwoBranchNetwork(Model("resnet8"), Views(size=16), 2500, contrastive=False)
     rows = observation.geometry(network, [5] * 2500)["map_rows_M"]
     assert len(np.unique(rows)) == 600
     assert set(np.diff(rows)) == {4, 5}

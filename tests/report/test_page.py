@@ -61,7 +61,7 @@ def test_everything_is_there_and_nothing_from_elsewhere(runs, report):
     assert "regular simplex, with cosine \u22121/(C\u22121) = \u22120.11" in page
     for said in ("equipoise train --method bcl", "test test-10", "torch 2.14.1", "method = &#34;bcl&#34;"):
         assert said in section(page, "Where this comes from")
-    assert "not scored: stopped in epoch 10 of 20" in page
+    assert "no; its log ends in epoch 10 of 20" in page
     assert "No example pictures: there is no file or folder at no-such-folder." in page
     # Names stay text.
     assert ODD not in page
@@ -117,15 +117,12 @@ def test_one_run_that_stopped_early_has_its_curves(tmp_path, report):
     assert "Nothing was logged" in report(run)
 
 
-def test_a_run_scored_before_there_was_a_report(runs, tmp_path, report):
+def test_a_run_without_what_was_observed_has_its_curves(runs, tmp_path, report):
     old = shutil.copytree(runs[0], tmp_path / "old")
-    np.savez_compressed(old / "observed.npz", **{"test/labels_N": np.zeros(3)})
-    assert "adds what is missing here" in report(old)
     (old / "observed.npz").unlink()
-    page = report(old)
-    assert f"<code>equipoise evaluate {old}</code> adds what is missing here" in page
-    assert section(page, "The worst classes")
-    assert "A map of the features" not in page
+    page = report(runs[1], old)
+    assert f"lacks observed.npz, which <code>equipoise evaluate {old}</code> writes" in page
+    assert page.count("dot run1") == 6
 
 
 def test_perfect_runs_and_features_that_are_all_the_same(tmp_path, report):
@@ -145,7 +142,7 @@ def test_perfect_runs_and_features_that_are_all_the_same(tmp_path, report):
     [
         ("run.json", b"", "run.json is damaged ("),
         ("metrics.json", b"{", "metrics.json is damaged ("),
-        ("metrics.jsonl", b'{"kind": "train"}\n', "metrics.jsonl, line 1 is damaged (Object missing required field"),
+        ("metrics.jsonl", b'{"kind": "train"}\n', "metrics.jsonl is damaged (Object missing required field"),
         ("observed.npz", b"PK", "observed.npz is damaged (its content makes no sense); write it anew: equipoise eval"),
     ],
 )
@@ -171,28 +168,18 @@ def test_a_pickle_in_the_observations_is_not_run(runs, tmp_path, report, monkeyp
         with pytest.raises(UserError, match=r"observed.npz is damaged \("):
             report(run)
     assert not (tmp_path / "executed").exists()
-    pickle.loads(content)
-    assert (tmp_path / "executed").exists(), "it would have run"
-
-
-def test_what_is_no_run_folder(runs, tmp_path):
-    """Also where the report would be written into it."""
-    (tmp_path / "file").touch()
-    (tmp_path / "folder").mkdir()
-    for name, fault in {"nowhere": "there is no", "file": "file is not a", "folder": "folder is not a"}.items():
-        with pytest.raises(UserError, match=f"{fault} run folder.*; name one that equipoise train wrote"):
-            write_report([tmp_path / name], tmp_path / name / "report.html")
-    with pytest.raises(UserError, match=f"run.json; name one within it, as {runs[0]}$"):
-        write_report([runs[0].parent], tmp_path / "report.html")
 
 
 def test_what_cannot_be_shown(runs, tmp_path, report):
+    """Also where the report would be written into it."""
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "nowhere", tmp_path / "file", tmp_path):
+        with pytest.raises(UserError, match=f"{path} is not a run folder: .*; name one that equipoise train wrote"):
+            write_report([path], path / "report.html")
     with pytest.raises(UserError, match=r"other has other classes than .*bcl; report each alone"):
         report(runs[0], write_run(tmp_path / "other", (50, 5)))
     with pytest.raises(UserError, match="7 runs cannot be told apart in one figure; name 6 at most"):
         report(*[runs[0]] * 7)
-    with pytest.raises(UserError, match="the report must be a file in a folder that is there, not "):
-        write_report([runs[0]], tmp_path / "nowhere" / "report.html")
 
 
 @pytest.mark.slow
@@ -251,7 +238,7 @@ const outside = [...document.querySelectorAll('main *')].filter(
 const covering = (one, other) => Math.min(one.right, other.right) - Math.max(one.left, other.left) > .5
     && Math.min(one.bottom, other.bottom) - Math.max(one.top, other.top) > 2;
 const covered = [...document.querySelectorAll('svg.figure')].flatMap(figure => {
-    const words = [...figure.querySelectorAll('text')];
+    const words = [...figure.querySelectorAll('text:not(.place)')];
     return words.filter((word, at) => words.slice(0, at).some(before => covering(box(word), box(before))));
 });
 return {
@@ -274,7 +261,8 @@ def brightness(colour: str) -> float:
 
 def look_at(browser, page) -> int:
     """Look at the page at three widths and in both schemes: all is drawn, nothing lies outside, no text over another,
-    the browser complains of nothing and asks for nothing. Returns the number of figures."""
+    the browser complains of nothing and asks for nothing; but names of classes on the map may cover each other. Returns
+    the number of figures."""
     figures = set[int]()
     for kind in ("browser", "performance"):
         browser.get_log(kind)  # reading it empties it of an earlier page's
@@ -308,7 +296,7 @@ def look_at(browser, page) -> int:
 @pytest.mark.slow
 def test_ten_classes_and_seeds_in_a_browser(browser, runs, tmp_path):
     assert look_at(browser, write_report(runs, tmp_path / "report.html")) == 2 + 6 + 1 + 2 + 4 + 4 + 2 + 2
-    assert look_at(browser, write_report(runs[:2], tmp_path / "report.html", comparison(3))) == 2 + 23
+    assert look_at(browser, write_report(runs[:2], tmp_path / "report.html", comparison(3))) == 1 + 23
 
 
 @pytest.mark.long

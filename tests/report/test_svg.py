@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from equipoise.report.svg import Axis, Figure, Name, RowFigure, linear_axis, log_axis, shortened, signed
+from equipoise.report.svg import Axis, Figure, Name, linear_axis, log_axis, row_figure, shortened, signed
 
 TENTHS = Axis("x", 0, 10, ((0, "0"), (10, "10")))
 
@@ -64,17 +64,11 @@ def test_labels_at_the_right_do_not_cover_each_other():
 
 def test_rows_lie_below_their_headings():
     rows = {"a": [(Name("one", "run0"), 1), (Name("two", "run1"), 2)], "b": [(Name("one", "run0"), 3)]}
-    figure = RowFigure(TENTHS, rows, (30, 20, 5), (4, 4, 4, 4))
-    assert [(y, heading, value) for y, heading, _, value in figure.places()] == [
-        (30, "a", 1),
-        (50, "a", 2),
-        (105, "b", 3),
-    ]
-    assert figure.height == 130
-    assert re.findall(r'class="row" x="0.00%" y="([\d.]+)"[^>]*>(\w)<', figure.svg("")) == [
-        ("20.0", "a"),
-        ("95.0", "b"),
-    ]
+    figure, places = row_figure(TENTHS, rows, 20, (4, 4, 4, 4))
+    assert [(y, heading, value) for y, heading, _, value in places] == [(26, "a", 1), (46, "a", 2), (102, "b", 3)]
+    assert figure.height == 132
+    headings = re.findall(r'class="row" x="0.00%" y="([\d.]+)"[^>]*>(\w)<', figure.svg(""))
+    assert headings == [("16.0", "a"), ("92.0", "b")]
 
 
 def test_words():

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
 from equipoise.base.errors import UserError
@@ -23,7 +22,7 @@ def batch_norms(network: nn.Module) -> list[_BatchNorm]:
 def resting_averages(network: nn.Module) -> Generator[None]:
     """In this context a forward pass uses the batch's statistics and leaves the running averages as they are."""
     before = [(module, module.momentum, module.num_batches_tracked) for module in batch_norms(network)]
-    for module, _, batches in before:
+    for module, _, batches in before:  # not by track_running_stats: the pass would save other tensors for the gradient
         module.momentum = 0.0  # the weight of the batch in the averages
         module.num_batches_tracked = None if batches is None else batches.clone()
     try:
@@ -42,10 +41,8 @@ def synchronise(network: nn.Module, device: torch.device) -> nn.Module:
         return convert_sync_batchnorm(network)
     for module in batch_norms(network):
         if type(module) not in (nn.BatchNorm1d, nn.BatchNorm2d):
-            raise UserError(
-                f"on a CPU, {type(module).__name__} cannot be synchronised; set model.batch_norm to per-rank, or "
-                "change --arch"
-            )
+            fault = f"on a CPU, {type(module).__name__} cannot be synchronised"
+            raise UserError(f"{fault}; set model.batch_norm to per-rank, or change --arch")
         module.__class__ = _OverRanks  # the same state, another forward pass
     return network
 
@@ -66,13 +63,12 @@ class _OverRanks(_BatchNorm):
         mean: Tensor = _Sum.apply(x.sum(axes)) / total  # pyright: ignore[reportOptionalOperand, reportAssignmentType]
         centred = x - mean.view(shape)
         variance: Tensor = _Sum.apply(centred.square().sum(axes)) / total  # pyright: ignore[reportOptionalOperand, reportAssignmentType]
-        if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
-            with torch.no_grad():
-                assert self.num_batches_tracked is not None
-                self.num_batches_tracked.add_(1)
-                momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-                self.running_mean.lerp_(mean, momentum)
-                self.running_var.lerp_(variance * (total / (total - 1)), momentum)
+        assert self.running_mean is not None and self.running_var is not None
+        assert self.num_batches_tracked is not None and self.momentum is not None
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * (total / (total - 1)), self.momentum)
         normalised = centred * (variance + self.eps).rsqrt().view(shape)
         return (normalised * self.weight.view(shape) + self.bias.view(shape)).to(input.dtype)
 
@@ -82,13 +78,10 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        gradient = gradients[0].clone()
-        dist.all_reduce(gradient)
-        return gradient
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _Sum.apply(gradient)  # pyright: ignore[reportReturnType]

@@ -4,7 +4,6 @@ The CIFAR family of He et al. (CVPR 2016, section 4.2: 16/32/64 channels, parame
 because no library keeps it; everything else is timm's.
 """
 
-import difflib
 import itertools
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from equipoise.base.errors import UserError, reason
 from equipoise.base.tensors import load_tensors
+from equipoise.config.recipe import nearest
 
 _BLOCKS_PER_STAGE = {"resnet8": 1, "resnet20": 3, "resnet32": 5}
 _AUTHORS_ENCODERS = ("resnet50", "resnext50_32x4d")
@@ -84,8 +84,7 @@ def _timm_encoder(name: str, size: int, pretrained: bool) -> nn.Module:
 
     if name.split(".")[0] not in timm.list_models():
         valid = [*_BLOCKS_PER_STAGE, *timm.list_models()]
-        close = difflib.get_close_matches(name, valid, n=3) or ["resnet32", "resnet50", "resnext50_32x4d"]
-        raise UserError(f"no encoder is called '{name}'; did you mean {' or '.join(close)}?")
+        raise UserError(f"no encoder is called '{name}'{nearest(name, valid)}")
     try:
         _, options = timm_arguments(name, size) or ("", {})
         if not pretrained and name in _AUTHORS_ENCODERS:
@@ -95,10 +94,8 @@ def _timm_encoder(name: str, size: int, pretrained: bool) -> nn.Module:
         why = reason(error, library=True, otherwise="timm does not say why")
         if not pretrained:
             raise UserError(f"timm cannot build {name} at {size} pixels ({why}); change --size or --arch") from None
-        raise UserError(
-            f"the pretrained weights of {name} could not be had ({why}); connect to the network, name a file of "
-            "them with --weights FILE, or set --pretrained false"
-        ) from None
+        advice = "connect to the network, name a file of them with --weights FILE, or set --pretrained false"
+        raise UserError(f"the pretrained weights of {name} could not be had ({why}); {advice}") from None
 
 
 def _load_weights(encoder: nn.Module, name: str, file: Path) -> None:
@@ -107,46 +104,30 @@ def _load_weights(encoder: nn.Module, name: str, file: Path) -> None:
     if not any(key.startswith("encoder.") for key in expected):
         # In a checkpoint of a network with two branches, the encoder is a part.
         state = {key.removeprefix("encoder."): value for key, value in state.items()}
-    if not isinstance(encoder, SmallResNet):
-        state = _in_timms_names(state, encoder)
+    state = _in_timms_names(state, encoder)
     # Other keys, those of a classifier above the encoder, are ignored.
-    missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
-    differing = [key for key in expected if key in state and state[key].shape != expected[key].shape]
-    for keys, how in ((missing, "are not in it"), (differing, "have another shape in it")):
+    found = [key for key in expected if key in state]
+    faults = {
+        "are not in it": [key for key in expected if key not in state and not key.endswith("num_batches_tracked")],
+        "have another shape in it": [key for key in found if state[key].shape != expected[key].shape],
+        "hold numbers that are not finite": [key for key in found if not bool(state[key].isfinite().all())],
+    }
+    for fault, keys in faults.items():
         if keys:
-            raise UserError(
-                f"{file} does not hold the weights of {name}: {len(keys):,} of {len(expected):,} {how} "
-                f"(first: {keys[0]})"
-            )
-    spoilt = [key for key in expected if key in state and not bool(state[key].isfinite().all())]
-    if spoilt:
-        raise UserError(f"{file} holds weights that are not finite numbers (first: {spoilt[0]}); take another")
+            how = f"{len(keys):,} of {len(expected):,} {fault} (first: {keys[0]})"
+            raise UserError(f"{file} does not hold the weights of {name}: {how}; take another")
     encoder.load_state_dict({key: state.get(key, value) for key, value in expected.items()})
 
 
 def _read_weights(file: Path) -> dict[str, Tensor]:
     """The tensors of a file by name, without the wrappings that training programs put around them."""
-    table: Any = _read_safetensors(file) if file.suffix == ".safetensors" else load_tensors(file, "file of weights")
+    table: Any = load_tensors(file, "file of weights")
     for wrapping in ("state_dict_ema", "model_ema", "state_dict", "model", "weights"):
         if isinstance(table, dict) and isinstance(table.get(wrapping), dict):
             table = table[wrapping]
     if not isinstance(table, dict) or not all(isinstance(value, Tensor) for value in table.values()):
         raise UserError(f"{file} does not hold tensors by name, as a file of weights does")
     return {str(key).removeprefix("module."): value for key, value in table.items()}
-
-
-def _read_safetensors(file: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(file)
-    except FileNotFoundError:
-        raise UserError(f"there is no file of weights at {file}") from None
-    except Exception as error:  # of a damaged file, of any kind; nothing in one can be executed
-        why = reason(error, library=True)
-        raise UserError(
-            f"{file} is no file of weights that can be read ({why}); take another, or copy it anew"
-        ) from None
 
 
 def _in_timms_names(state: dict[str, Tensor], encoder: nn.Module) -> dict[str, Tensor]:
@@ -160,8 +141,6 @@ def _in_timms_names(state: dict[str, Tensor], encoder: nn.Module) -> dict[str, T
 
 class SmallResNet(nn.Module):
     """ResNet for small images: a 3x3 stem and three stages of 16, 32 and 64 channels; 6 n + 2 layers."""
-
-    width = 64
 
     def __init__(self, blocks_per_stage: int) -> None:
         super().__init__()
@@ -182,18 +161,15 @@ class SmallResNet(nn.Module):
 class _Block(nn.Module):
     def __init__(self, width_in: int, width: int) -> None:
         super().__init__()
-        stride = 1 if width == width_in else 2
-        self.conv1 = nn.Conv2d(width_in, width, 3, stride=stride, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(width_in, width, 3, stride=1 if width == width_in else 2, padding=1, bias=False)
         self.norm1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(width)
-        self.stride = stride
-        self.padding = (width - width_in) // 2
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.norm1(self.conv1(x)), inplace=True)
         y = self.norm2(self.conv2(y))
-        if self.stride > 1:
-            # Option A of the paper: every second pixel, new channels zero. It adds no parameters.
-            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
+        new = y.shape[1] - x.shape[1]
+        if new:  # option A of the paper: every second pixel, new channels zero. It adds no parameters
+            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, new // 2, new // 2))
         return F.relu(torch.add(x, y), inplace=True)

@@ -61,12 +61,11 @@ def balanced_contrastive_loss(
     cannot be taken: to try (`create_graph=True`) raises RuntimeError. Raises ValueError where the shapes do not fit
     together.
     """
-    _check_shapes(features_BVD, labels_B)
+    features_KD, labels_K, anchors = _flat(features_BVD, labels_B, rows)
     width = prototypes_CD.shape[1]
-    if width != features_BVD.shape[2]:
-        raise ValueError(f"features have width {features_BVD.shape[2]} but prototypes {width}")
+    if width != features_KD.shape[1]:
+        raise ValueError(f"features have width {features_KD.shape[1]} but prototypes {width}")
     with torch.autocast(features_BVD.device.type, enabled=False):
-        features_KD, labels_K, anchors = _flat(features_BVD, labels_B, rows)
         prototypes_CD = prototypes_CD.to(features_KD.dtype)
         return _BalancedContrastive.apply(
             features_KD, labels_K, prototypes_CD, temperature, anchors.start, anchors.stop
@@ -82,9 +81,8 @@ def supervised_contrastive_loss(
     loss is 0. `rows`: see `balanced_contrastive_loss`. Computed in float32 at least. Raises ValueError where the
     shapes do not fit together.
     """
-    _check_shapes(features_BVD, labels_B)
+    features_KD, labels_K, anchors = _flat(features_BVD, labels_B, rows)
     with torch.autocast(features_BVD.device.type, enabled=False):
-        features_KD, labels_K, anchors = _flat(features_BVD, labels_B, rows)
         # A class goes by its first place among the sorted labels: how many there are, a GPU would have to be asked.
         sorted_K = labels_K.sort().values
         first_K = torch.searchsorted(sorted_K, labels_K)
@@ -132,10 +130,8 @@ def _value_and_gradients(
     """The balanced contrastive loss of the anchors `begin` to `end` and its gradients in the features and in the
     prototypes: in nearly the time of its matrix products, and in little memory.
 
-    All positives of an anchor have one weight, n = |P|, so L_i = -sum_p q_ip (log softmax_p - log q_ip) with the scores
-    s_ik - log w_ik and q = 1 / n on the positives. That is KL(q || softmax), and its gradient in the scores is
-    softmax - q. It is known as soon as the scores are: so a chunk of anchors is compared, its share of the gradients
-    added up, and its matrix written over by the next one. No [N, M] matrix is kept and none is computed twice.
+    The gradient in the scores is known as soon as the scores are: so a chunk of anchors is compared, its share of the
+    gradients added up, and its matrix written over by the next one. No [N, M] matrix is kept, none is computed twice.
     """
     features, classes = len(features_KD), len(prototypes_CD)
     # n, of each class: its features in the batch. Its columns are one more, the prototype (K of the paper).
@@ -149,39 +145,49 @@ def _value_and_gradients(
     memory_RM = features_KD.new_empty(min(rows, end - begin), features + classes)
     for first in range(begin, end, rows):
         chunk_RD = features_KD[first : min(first + rows, end)] / temperature
-        own_R1 = labels_K[first : first + len(chunk_RD), None]  # where the prototype of the anchor's class is
-        members_R1 = members_K[first : first + len(chunk_RD), None]
         scores_RM = memory_RM[: len(chunk_RD)]
         of_features_RK, of_prototypes_RC = scores_RM[:, :features], scores_RM[:, features:]
         torch.mm(chunk_RD, features_KD.T, out=of_features_RK)
         torch.mm(chunk_RD, prototypes_CD.T, out=of_prototypes_RC)
         scores_RM -= log_columns_M
-
-        # In the anchor's own class one column fewer counts, as the anchor itself does not.
-        target_R1 = 1 / members_R1  # q at the prototype; at the features:
-        target_RK = (own_R1 == labels_K) * target_R1
-        target_RK.diagonal(first).zero_()
-        of_features_RK.addcmul_(target_RK, members_R1 * target_R1.log1p())
-        of_prototypes_RC.scatter_add_(1, own_R1, target_R1.log1p())
-        at_positives_R1 = of_prototypes_RC.gather(1, own_R1) * target_R1
-        at_positives_R1 += torch.linalg.vecdot(of_features_RK, target_RK)[:, None]
-
-        of_features_RK.diagonal(first).fill_(float("-inf"))
-        highest_R1 = scores_RM.amax(1, keepdim=True)
-        # From here on the scores are their own gradients: softmax - q. The largest softmax is that of the highest
-        # score, and tells the logarithm of the sum.
-        torch.softmax(scores_RM, 1, out=scores_RM)
-        log_sum_R1 = highest_R1 - scores_RM.amax(1, keepdim=True).log_()
-        total += (log_sum_R1 - at_positives_R1 - members_R1.log()).sum()
-        of_features_RK -= target_RK
-        of_prototypes_RC.scatter_add_(1, own_R1, -target_R1)
-        del target_RK  # or it would stay beside the next chunk's
+        total += _divergence_and_gradient(scores_RM, labels_K, members_K, first)
         of_chunk_RD = grad_features_KD[first : first + len(chunk_RD)]
         of_chunk_RD.addmm_(of_features_RK, features_KD, alpha=1 / (temperature * features))
         of_chunk_RD.addmm_(of_prototypes_RC, prototypes_CD, alpha=1 / (temperature * features))
         grad_features_KD.addmm_(of_features_RK.T, chunk_RD, alpha=1 / features)  # the chunk's share as columns
         grad_prototypes_CD.addmm_(of_prototypes_RC.T, chunk_RD, alpha=1 / features)
     return total / features, grad_features_KD, grad_prototypes_CD
+
+
+def _divergence_and_gradient(scores_RM: Tensor, labels_K: Tensor, members_K: Tensor, first: int) -> Tensor:
+    """The sum of the losses L_i of a chunk of anchors, of which `first` is the first; `scores_RM` becomes its gradient.
+
+    All positives of an anchor have one weight, n = |P|, so L_i = -sum_p q_ip (log softmax_p - log q_ip) with the scores
+    s_ik - log w_ik and q = 1 / n on the positives. That is KL(q || softmax), and its gradient in the scores is
+    softmax - q. `scores_RM` come with the weights of another class; `members_K` is n of each feature's class.
+    """
+    features = len(labels_K)
+    of_features_RK, of_prototypes_RC = scores_RM[:, :features], scores_RM[:, features:]
+    own_R1 = labels_K[first : first + len(scores_RM), None]  # where the prototype of the anchor's class is
+    members_R1 = members_K[first : first + len(scores_RM), None]
+    target_R1 = 1 / members_R1  # q at the prototype; at the features:
+    target_RK = (own_R1 == labels_K) * target_R1
+    target_RK.diagonal(first).zero_()
+    # In the anchor's own class one column fewer counts, as the anchor itself does not.
+    of_features_RK.addcmul_(target_RK, members_R1 * target_R1.log1p())
+    of_prototypes_RC.scatter_add_(1, own_R1, target_R1.log1p())
+    at_positives_R1 = of_prototypes_RC.gather(1, own_R1) * target_R1
+    at_positives_R1 += torch.linalg.vecdot(of_features_RK, target_RK)[:, None]
+
+    of_features_RK.diagonal(first).fill_(float("-inf"))
+    highest_R1 = scores_RM.amax(1, keepdim=True)
+    # From here on the scores are their own gradients: softmax - q. The largest softmax is that of the highest score,
+    # and tells the logarithm of the sum.
+    torch.softmax(scores_RM, 1, out=scores_RM)
+    log_sum_R1 = highest_R1 - scores_RM.amax(1, keepdim=True).log_()
+    of_features_RK -= target_RK
+    of_prototypes_RC.scatter_add_(1, own_R1, -target_R1)
+    return (log_sum_R1 - at_positives_R1 - members_R1.log()).sum()
 
 
 class LogitAdjustedCrossEntropy(nn.Module):
@@ -218,13 +224,6 @@ class BalancedContrastiveLoss(nn.Module):
         return balanced_contrastive_loss(features_BVD, labels_B, prototypes_CD, self.temperature)
 
 
-def _check_shapes(features_BVD: Tensor, labels_B: Tensor) -> None:
-    if features_BVD.ndim != 3:
-        raise ValueError(f"features must be [B, V, D], not {list(features_BVD.shape)}")
-    if labels_B.shape != features_BVD.shape[:1]:
-        raise ValueError(f"{len(features_BVD)} images have features but labels are {list(labels_B.shape)}")
-
-
 def at_least_float32(x: Tensor) -> Tensor:
     """Half precision becomes float32; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
@@ -232,6 +231,10 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 def _flat(features_BVD: Tensor, labels_B: Tensor, rows: slice) -> tuple[Tensor, Tensor, slice]:
     """All features as `[K, D]`, in float32 at least, their labels `[K]`, and which of them are anchors."""
+    if features_BVD.ndim != 3:
+        raise ValueError(f"features must be [B, V, D], not {list(features_BVD.shape)}")
+    if labels_B.shape != features_BVD.shape[:1]:
+        raise ValueError(f"{len(features_BVD)} images have features but labels are {list(labels_B.shape)}")
     views = features_BVD.shape[1]
     first, end, _ = rows.indices(len(labels_B))
     anchors = slice(first * views, max(first, end) * views)

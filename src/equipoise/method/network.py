@@ -4,7 +4,6 @@ Shapes: B images, V contrastive views, C classes, D width of the contrastive fea
 N images that pass the encoder together.
 """
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import NamedTuple, cast
 
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from equipoise.config.recipe import Model, Views
 from equipoise.method.batchnorm import resting_averages, synchronise
 from equipoise.method.encoders import create_encoder
 from equipoise.method.losses import at_least_float32
@@ -39,33 +39,21 @@ class TwoBranchNetwork(nn.Module):
     std: Tensor
 
     def __init__(
-        self,
-        encoder: str,
-        classes: int,
-        *,
-        size: int,
-        classifier: str = "cosine",
-        contrastive: bool = True,
-        prototypes: bool = True,
-        hidden_dim: int = 0,
-        feature_dim: int = 128,
-        pretrained: bool = False,
-        weights: str = "",
-        mean: Sequence[float] = (0.485, 0.456, 0.406),
-        std: Sequence[float] = (0.229, 0.224, 0.225),
+        self, model: Model, views: Views, classes: int, contrastive: bool = True, prototypes: bool = True
     ) -> None:
-        """`size`: the side of the images, pixels. `contrastive` adds the projection, `prototypes` the second one.
+        """`model` and `views` are sections of a recipe; of the views, their size, mean and std count here.
+        `contrastive` adds the projection, `prototypes` the second one.
 
         Raises UserError for an encoder that is not known, or does not take that size, or whose weights cannot be had.
         """
         super().__init__()
-        self.encoder, width = create_encoder(encoder, size, pretrained, weights)
-        self.classifier = CosineClassifier(width, classes) if classifier == "cosine" else nn.Linear(width, classes)
-        hidden = hidden_dim or width
-        self.projection = _projection(width, hidden, feature_dim) if contrastive else None
-        self.prototype_projection = _projection(width, hidden, feature_dim) if contrastive and prototypes else None
-        self.register_buffer("mean", 255 * torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", 255 * torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.encoder, width = create_encoder(model.encoder, views.size, model.pretrained, model.weights)
+        linear = model.classifier == "linear"
+        self.classifier = nn.Linear(width, classes) if linear else CosineClassifier(width, classes)
+        self.projection = _projection(width, model) if contrastive else None
+        self.prototype_projection = _projection(width, model) if contrastive and prototypes else None
+        self.register_buffer("mean", 255 * torch.tensor(views.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(views.std).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images_N3HW: Tensor) -> Tensor:
         """`logits_NC` of uint8 images, with no prior added: their argmax is the prediction."""
@@ -137,8 +125,9 @@ class CosineClassifier(nn.Module):
         return COSINE_SCALE * F.linear(F.normalize(hidden_NF, dim=1), F.normalize(self.weight, dim=1))
 
 
-def _projection(width: int, hidden: int, feature_dim: int) -> nn.Sequential:
-    first, last = nn.Linear(width, hidden), nn.Linear(hidden, feature_dim)
+def _projection(width: int, model: Model) -> nn.Sequential:
+    hidden = model.hidden_dim or width
+    first, last = nn.Linear(width, hidden), nn.Linear(hidden, model.feature_dim)
     return nn.Sequential(first, nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), last)
 
 

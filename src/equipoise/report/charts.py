@@ -4,7 +4,8 @@ Shapes: C classes, G shot groups, K bins of a cosine, M images of the map, N ima
 """
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,13 +15,11 @@ from markupsafe import Markup
 
 from equipoise.evaluation.metrics import FEW_BELOW, GROUP_LIMITS, GROUPS, MANY_ABOVE, percent, shot_group
 from equipoise.report import svg
-from equipoise.report.svg import PERCENT, Axis, ByHeading, Figure, Name, Point, RowFigure, shortened, signed
+from equipoise.report.svg import PERCENT, Axis, ByHeading, Figure, Name, Point, row_figure, shortened, signed
 
 EACH_AS_DOT = 400  # classes; more are drawn as bubbles, each for all classes of about one count and accuracy
 _TOGETHER = 60  # classes; the dots of more would hide those of another run
 _NAMED = 12  # classes whose names fit on the map
-_RUNS, _METHODS = (26, 20, 10), (30, 36, 2)  # pixels of a heading, of a row, and of the gap below
-
 
 Array = npt.NDArray[Any]
 Curve = tuple[Name, Sequence[Point]]
@@ -41,7 +40,7 @@ def accuracy_by_count(runs: Sequence[PerClass], class_names: Sequence[str]) -> l
     trends = [(name, trend(of_run, shares)) for name, of_run, shares in runs]
     figures: list[Markup] = []
     for dotted in [runs] if together else [[run] for run in runs]:
-        figure = Figure(axis, 320 if together else 260, (46, _room(runs), 40, 34), PERCENT)
+        figure = Figure(axis, 320 if together else 260, (60, _room(runs), 40, 34), PERCENT)
         _name_groups(figure, {shot_group(count) for count in counts})
         for run in dotted:
             _dot_classes(figure, run, class_names)
@@ -49,26 +48,23 @@ def accuracy_by_count(runs: Sequence[PerClass], class_names: Sequence[str]) -> l
         for name, points in trends:
             figure.path(points, f"line {name.look}" if name in names else f"line {name.look} thin")
         figure.labels([(points[-1][1], name) for name, points in trends])
-        labels = ", ".join(name.label for name in names)
-        figures.append(figure.svg(f"accuracy of each class against its training images: {labels}"))
+        figures.append(figure.svg("accuracy of each class against its training images"))
     return figures
 
 
 def _name_groups(figure: Figure, groups: Collection[str]) -> None:
-    """Lines between the shot groups, and the names of those that have classes over the middles of their parts of the
-    axis. A name wider than its part, on a phone, moves outwards until it is clear of medium's."""
-    axis, size, limits = figure.x, 12, (FEW_BELOW, MANY_ABOVE)
-    for limit in limits:
+    """Lines between the shot groups, and the names of those that have classes: few and many beside the lines, medium a
+    line of text higher, since there may be little room between the two."""
+    axis = figure.x
+    for limit in (FEW_BELOW, MANY_ABOVE):
         if axis.low < limit < axis.high:
             figure.rule(limit, "rule")
-    edges = [axis.share(min(max(edge, axis.low), axis.high)) for edge in (axis.low, *limits, axis.high)]
-    medium = (edges[1] + edges[2]) / 2
-    for group, outwards, low, high in zip(reversed(GROUPS), (-1, 0, 1), edges[:-1], edges[1:], strict=True):
+    few, many = (axis.share(min(max(limit, axis.low), axis.high)) for limit in (FEW_BELOW, MANY_ABOVE))
+    middle = (few + many) / 2
+    places = {"few": (few, -10, "end", -6), "medium": (middle, -24, "middle", 0), "many": (many, -10, "start", 6)}
+    for group, (share, y, anchor, dx) in places.items():
         if group in groups:
-            middle, half = (low + high) / 2, svg.width_of(group, size) / 2
-            over_edge = half - (high - low) / 2 * figure.phone_width
-            over_medium = half + (svg.width_of("medium", size) + size) / 2 - abs(middle - medium) * figure.phone_width
-            figure.text(middle, -8, group, "axis", "middle", outwards * max(0, over_edge, over_medium))
+            figure.text(share, y, group, "axis", anchor, dx)
 
 
 def _dot_classes(figure: Figure, run: PerClass, class_names: Sequence[str]) -> None:
@@ -79,18 +75,14 @@ def _dot_classes(figure: Figure, run: PerClass, class_names: Sequence[str]) -> N
     known = [(counts[c], 100 * share, class_names[c]) for c, share in enumerate(shares) if share is not None]
     if len(known) <= EACH_AS_DOT:
         for count, y, class_name in known:
-            title = f"{class_name}: {count:,} training images, {name.label} {y:.1f} %"
-            figure.dot(count, y, look, 4 if len(known) <= _TOGETHER else 3, title)
+            figure.dot(count, y, look, 4, f"{class_name}: {count:,} training images, {name.label} {y:.1f} %")
         return
-    across, up = 24, 20
-    cells: dict[tuple[int, int], list[float]] = {}
-    for count, y, _ in known:
-        cells.setdefault((int(axis.share(count) * across), round(y / 100 * up)), []).append(y)
-    largest = max(map(len, cells.values()))
-    for (column, _), ys in cells.items():
-        count, y = axis.low * (axis.high / axis.low) ** ((column + 0.5) / across), float(np.mean(ys))
-        title = f"{len(ys):,} classes of about {count:,.0f} training images and {y:.0f} %"
-        figure.dot(count, y, look, 1 + 8 * math.sqrt(len(ys) / largest), title)
+    across, step = 24, 5  # columns, and percent of a row
+    cells = Counter((int(axis.share(count) * across), step * round(y / step)) for count, y, _ in known)
+    for (column, y), classes in cells.items():
+        count = axis.low * (axis.high / axis.low) ** ((column + 0.5) / across)
+        title = f"{classes:,} classes of about {count:,.0f} training images and {y} %"
+        figure.dot(count, y, look, 1 + 8 * math.sqrt(classes / max(cells.values())), title)
 
 
 def trend(counts: Sequence[int], accuracies: Sequence[float | None], groups: int = 12) -> list[Point]:
@@ -108,13 +100,12 @@ def group_bars(runs: Sequence[tuple[Name, Mapping[str, Any]]], classes: Mapping[
         noun = "class" if classes[group] == 1 else "classes"
         headings[group] = f"{group} · {classes[group]:,} {noun} with {limit} images"
     rows = {heading: [(name, scores[key]) for name, scores in runs] for key, heading in headings.items()}
-    rows = {heading: row for heading, row in rows.items() if any(share is not None for _, share in row)}
-    figure = RowFigure(Axis("", 0, 100), rows, _RUNS, (4, _room(runs, 6), 4, 0))
-    for y, _, name, share in figure.places():
-        if share is not None:
-            figure.bar(0, 100, y + 10, 14, "track")
-            figure.bar(0, 100 * share, y + 10, 14, name.look)
-            figure.label(y + 10, name, f"{percent(share)}  ")
+    rows = {heading: row for heading, row in rows.items() if all(share is not None for _, share in row)}
+    figure, places = row_figure(Axis("", 0, 100), rows, 20, (4, _room(runs, 6), 4, 0))
+    for y, _, name, share in places:
+        figure.bar(0, 100, y + 10, 14, "track")
+        figure.bar(0, 100 * share, y + 10, 14, name.look)
+        figure.label(y + 10, name, f"{percent(share)}  ")
     return figure.svg("accuracy by shot group, percent")
 
 
@@ -129,8 +120,7 @@ def worst_classes(rows: Sequence[tuple[str, int, str, Sequence[tuple[Name, float
         figure.bar(0, 100, track, 2, "track")
         known = [(name, 100 * share) for name, share in accuracies if share is not None]
         values = [value for _, value in known]
-        if known:
-            figure.bar(min(values), max(values), track, 3, "between")
+        figure.bar(min(values), max(values), track, 3, "between")
         for place, (name, value) in enumerate(known):
             hidden = sum(abs(value - other) < 1.5 for other in values[:place])  # dots that this one would hide
             figure.dot(value, track + 7 * hidden, name.look, 5, f"{class_name}: {name.label} {value:.1f} %")
@@ -138,25 +128,15 @@ def worst_classes(rows: Sequence[tuple[str, int, str, Sequence[tuple[Name, float
 
 
 def curves(runs: Sequence[Curve], heading: str, low: float | None) -> Markup:
-    """Lines over the epochs; the y axis begins at `low`, if given. One value alone, as after one epoch, is a dot with
-    its value."""
+    """Lines over the epochs, and a dot at the last value; the y axis begins at `low`, if given."""
     epochs = svg.linear_axis("epoch", [x for _, points in runs for x, _ in points], 0)
-    whole = tuple(tick for tick in epochs.ticks if tick[0].is_integer())
-    if len(whole) > 1:
-        epochs = replace(epochs, ticks=whole)
-    values = [y for _, points in runs for _, y in points]
-    if len(values) == len(runs):
-        values.append(0.0)  # one value alone has no range
-    labelled = [
-        (name if len(points) > 1 else name._replace(label=f"{name.label} {signed(f'{points[0][1]:.3g}')}"), points)
-        for name, points in runs
-    ]
-    figure = Figure(epochs, 150, (12, _room(labelled), 40, 44), svg.linear_axis("", values, low, 4))
+    axis = svg.linear_axis("", [y for _, points in runs for _, y in points], low, 4)
+    figure = Figure(epochs, 150, (12, _room(runs), 40, 44), axis)
     for name, points in runs:
         parts = np.array_split(np.array(points, dtype=float), min(len(points), 150))
         figure.path([part.mean(0).tolist() for part in parts], f"line {name.look}")
-        figure.dot(*points[-1], name.look, 2.5 if len(points) > 1 else 4)
-    figure.labels([(points[-1][1], name) for name, points in labelled])
+        figure.dot(*points[-1], name.look, 2.5, f"{name.label} {points[-1][1]:.3g}")
+    figure.labels([(points[-1][1], name) for name, points in runs])
     return figure.svg(f"{heading} over the epochs")
 
 
@@ -215,10 +195,7 @@ def cosines(runs: Sequence[tuple[Name, Array]], classes: int) -> Markup:
         shares = [(name, count / count.sum()) for name, count in counts if count.any()]
         scale = peak / max(share.max() for _, share in shares)
         for name, share in shares:
-            outline = _outline(share * scale, foot)
-            if len(runs) <= 2:  # more areas over each other show nothing
-                figure.path(outline, f"area {name.look}")
-            figure.path(outline, f"line {name.look} thin")
+            figure.path(_outline(share * scale, foot), f"line {name.look} thin area")
         figure.text(0, foot - peak - 4, GROUPS[group], "row")
     simplex = -1 / (classes - 1)
     figure.rule(simplex, "simplex")
@@ -244,8 +221,8 @@ def spread(runs: Sequence[tuple[Name, Sequence[str], Array]]) -> Markup:
             rows[group] = row
     values = np.concatenate([values for row in rows.values() for _, values in row])
     axis = svg.linear_axis("1 \N{MINUS SIGN} cosine", values.tolist(), 0)
-    figure = RowFigure(axis, rows, (26, 20, 8), (4, _room(runs, 6), 40, 10))
-    for y, group, name, values in figure.places():
+    figure, places = row_figure(axis, rows, 20, (4, _room(runs, 6), 40, 10))
+    for y, group, name, values in places:
         if len(values):
             low, start, middle, end, high = np.quantile(values, (0.05, 0.25, 0.5, 0.75, 0.95)).tolist()
             figure.bar(low, high, y + 10, 2, name.look)
@@ -270,65 +247,30 @@ def feature_map(
         if wrong_M[row]:
             look, title = f"{look} ring", f"{title} taken for {shortened(class_names[said])}"
         figure.dot(float(points_M2[row, 0]), float(points_M2[row, 1]), look, 3, title)
-    if len(class_names) <= _NAMED:
-        present = [(name, points_M2[labels_M == c]) for c, name in enumerate(class_names) if (labels_M == c).any()]
-        _name_places(figure, [(name, *np.median(points, axis=0).tolist()) for name, points in present])
+    for c, class_name in enumerate(class_names if len(class_names) <= _NAMED else ()):
+        of_class_M = labels_M == c
+        if of_class_M.any():
+            x, y = np.median(points_M2[of_class_M], axis=0).tolist()
+            anchor = "start" if x < 0.25 else "end" if x > 0.75 else "middle"  # a long name stays on a phone
+            figure.text(x, y + 5, shortened(class_name, 16), "place", anchor)
     return figure.svg("a map of the encoder's features in two dimensions")
 
 
-def _name_places(figure: Figure, names: Sequence[tuple[str, float, float]]) -> None:
-    """(name, x, y): names about their places, clear of each other on a phone. One that would cover one before it moves
-    a line up or down; where that is taken too it is left out."""
-    taken: list[tuple[float, float, float]] = []  # left, right, y
-    for name, x, middle in names:
-        text = shortened(name, 16)
-        width = svg.width_of(text, 13)
-        # A long name at a side stays on a phone.
-        anchor, before = ("start", 0.0) if x < 0.25 else ("end", 1.0) if x > 0.75 else ("middle", 0.5)
-        left = x * figure.phone_width - before * width
-        for y in (middle, middle - svg.LINE, middle + svg.LINE):
-            beside = [left >= end or left + width <= start or abs(y - other) >= svg.LINE for start, end, other in taken]
-            if all(beside) and 0 <= y <= figure.height:
-                taken.append((left, left + width, y))
-                figure.text(x, y + 5, text, "place", anchor)
-                break
-
-
 def over_seeds(rows: ByHeading) -> Markup:
-    """For each method its seeds as faint dots and their mean; the rows' values are those of `compare.json`."""
+    """For each method its seeds as faint dots, their mean and, below it, the paired difference to the first method with
+    its 95 % interval (none with one seed). The rows' values are those of `compare.json`."""
     axis = _accuracy_axis([100 * value for row in rows.values() for _, result in row for value in result["values"]])
-    figure = RowFigure(axis, rows, _METHODS, (4, 14, 40, 10))
-    for y, name, result in _method_rows(figure):
-        for value in result["values"]:
-            figure.dot(100 * value, y, f"{name.look} faint", 4, f"{name.label}: {percent(value)} %")
-        figure.dot(100 * result["mean"], y, name.look, 5.5)
-        sd = "" if result["sd"] is None else f" ± {percent(result['sd'])}"
-        figure.text(1, y - 10, percent(result["mean"]) + sd, "value", "end")
-    return figure.svg("accuracy over the seeds, percent")
-
-
-def differences(rows: ByHeading) -> Markup:
-    """For each method but the first: the paired difference to the first and its 95 % interval (none with one seed)."""
-    rows = {heading: [(name, result["difference"]) for name, result in row[1:]] for heading, row in rows.items()}
-    ends = [100 * end for row in rows.values() for _, result in row for end in result.values() if end is not None]
-    axis = svg.linear_axis("percentage points", [*ends, 0.0])
-    figure = RowFigure(axis, rows, _METHODS, (4, 14, 40, 10))
-    if axis.low < 0 < axis.high:
-        figure.rule(0, "rule")
-    for y, name, result in _method_rows(figure):
-        mean, low, high = (result[key] for key in ("mean", "low", "high"))
-        interval = ""
-        if low is not None:
-            figure.bar(100 * low, 100 * high, y, 3, name.look)
-            interval = f" [{100 * low:+.1f}, {100 * high:+.1f}]"
-        figure.dot(100 * mean, y, name.look, 5)
-        figure.text(1, y - 10, signed(f"{100 * mean:+.1f}{interval}"), "value", "end")
-    return figure.svg("paired differences to the first method, percentage points")
-
-
-def _method_rows(figure: RowFigure) -> Iterator[tuple[int, Name, Any]]:
-    """Write each method's name above a track; yield the track's height (pixels), the method and its value."""
-    for y, _, name, value in figure.places():
-        figure.bar(figure.x.low, figure.x.high, y + 20, 1, "track")
+    figure, places = row_figure(axis, rows, 52, (4, 14, 40, 10))
+    for y, _, name, result in places:
+        figure.bar(axis.low, axis.high, y + 20, 1, "track")
         figure.text(0, y + 10, name.label, f"name {name.look}")
-        yield y + 20, name, value
+        for value in result["values"]:
+            figure.dot(100 * value, y + 20, f"{name.look} faint", 4, f"{name.label}: {percent(value)} %")
+        figure.dot(100 * result["mean"], y + 20, name.look, 5.5)
+        sd = "" if result["sd"] is None else f" ± {percent(result['sd'])}"
+        figure.text(1, y + 10, percent(result["mean"]) + sd, "value", "end")
+        if "difference" in result:
+            mean, low, high = (result["difference"][key] for key in ("mean", "low", "high"))
+            interval = "" if low is None else f" [{100 * low:+.1f}, {100 * high:+.1f}]"
+            figure.text(1, y + 38, signed(f"difference {100 * mean:+.1f}{interval}"), "value", "end")
+    return figure.svg("accuracy over the seeds, percent")

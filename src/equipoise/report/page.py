@@ -3,6 +3,7 @@
 Shapes: C classes, G shot groups, K bins of a cosine, M images of the map, N of the scored part.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from equipoise.report import charts
 from equipoise.report.charts import Curve
 from equipoise.report.confusions import Pair, confused_pairs, thumbnails
 from equipoise.report.read import RunRead, ScoredRun, read_runs
-from equipoise.report.svg import shortened, signed
+from equipoise.report.svg import Name, Point, shortened, signed
 from equipoise.runs.folder import RECIPE
 from equipoise.views.loader import steps_per_epoch
 
@@ -38,9 +39,7 @@ def write_report(runs: Sequence[Path], out: Path, comparison: Mapping[str, Any] 
     """
     if len(runs) > MOST_RUNS:
         raise UserError(f"{len(runs)} runs cannot be told apart in one figure; name {MOST_RUNS} at most")
-    read = read_runs(runs)  # first: `out` may lie in what is no run folder
-    if not out.absolute().parent.is_dir() or out.is_dir():
-        raise UserError(f"the report must be a file in a folder that is there, not {out}")
+    read = read_runs(runs)
     for run in read[1:]:
         if run.class_names != read[0].class_names:
             raise UserError(f"{run.path} has other classes than {read[0].path}; report each alone")
@@ -56,14 +55,12 @@ def write_report(runs: Sequence[Path], out: Path, comparison: Mapping[str, Any] 
 def _content(runs: Sequence[RunRead], comparison: Mapping[str, Any] | None) -> dict[str, Any]:
     """What the template shows, section by section; empty where there is nothing to show."""
     scored = [run for run in runs if isinstance(run, ScoredRun)]
-    seen = [run for run in scored if run.observed]
     fields = [(field.key, [str(field_value(run.recipe, field)) for run in runs]) for field in recipe_fields()]
     per_class = [(run.name, run.counts, run.scores["per_class"]) for run in scored]
     group_sizes = {group: runs[0].groups.count(group) for group in GROUPS}
     return {
         "runs": runs,
         "scored": scored,
-        "seen": seen,
         "recipes": [(run.path / RECIPE).read_text(encoding="utf-8") for run in runs],
         "different": [(key, values) for key, values in fields if len(set(values)) > 1],
         "imbalance": imbalance_factor(runs[0].counts),
@@ -71,29 +68,26 @@ def _content(runs: Sequence[RunRead], comparison: Mapping[str, Any] | None) -> d
         "group_limits": GROUP_LIMITS,
         "rarest": next((group for group in reversed(GROUPS) if scored and scored[0].scores[group] is not None), None),
         "comparison": comparison,
-        "seeds": _seeds(comparison["methods"], runs) if comparison else [],
+        "seeds": _seeds(comparison["methods"], runs) if comparison else None,
         "table": {"top-1": "top1", **FURTHER},
         "bars": charts.group_bars([(run.name, run.scores) for run in scored], group_sizes) if scored else None,
         "by_count": charts.accuracy_by_count(per_class, runs[0].class_names) if scored else [],
         "many_classes": len(runs[0].counts) > charts.EACH_AS_DOT,
         "curves": _curves(runs),
         "worst": _worst(scored) if scored else None,
-        "confused": [_confusions(run, 6 if len(seen) <= 2 else 4) for run in seen],
-        "calibration": [_calibration(run) for run in seen],
+        "confused": [_confusions(run, 6 if len(scored) <= 2 else 4) for run in scored],
+        "calibration": [_calibration(run) for run in scored],
         "sweep": _sweep(scored),
-        "geometry": _geometry(seen, len(runs[0].counts)),
-        "maps": [(run, figure) for run in seen if (figure := _map(run))],
+        "geometry": _geometry(scored, len(runs[0].counts)),
+        "maps": [(run, figure) for run in scored if (figure := _map(run))],
     }
 
 
-def _seeds(methods: Mapping[str, Any], runs: Sequence[RunRead]) -> Titled:
+def _seeds(methods: Mapping[str, Any], runs: Sequence[RunRead]) -> Markup:
     names = {run.recipe.method: run.name for run in runs}
-    first = next(iter(methods))
-    rows = {
-        "overall" if key == "top1" else key: [(names[method], row[key]) for method, row in methods.items()]
-        for key in methods[first]
-    }
-    return [("accuracy", charts.over_seeds(rows)), (f"difference to {first}", charts.differences(rows))]
+    of_methods = [(names[method], of_method) for method, of_method in methods.items()]
+    rows = {key: [(name, of_method[key]) for name, of_method in of_methods] for key in of_methods[0][1]}
+    return charts.over_seeds({"overall" if key == "top1" else key: row for key, row in rows.items()})
 
 
 def _curves(runs: Sequence[RunRead]) -> Titled:
@@ -131,14 +125,13 @@ def _worst(scored: Sequence[ScoredRun]) -> dict[str, Any] | None:
 
 
 def _taken_for(run: ScoredRun, c: int) -> str:
-    """What a run takes a class for most often, as a sentence; empty if that is not known."""
-    if not run.observed:
-        return ""
-    said_C = np.bincount(run.observed["predicted_N"][run.observed["labels_N"] == c], minlength=len(run.counts))
-    images, said_C[c] = said_C.sum(), 0
-    other = int(said_C.argmax())
-    said = f"{100 * said_C[other] / images:.0f} % for {shortened(run.class_names[other], 24)}"
-    return f"{run.name.label} takes {said}" if said_C[other] else ""
+    """What a run takes a class for most often, as a sentence; empty if it takes it for no other."""
+    said = run.observed["predicted_N"][run.observed["labels_N"] == c].tolist()
+    for other, images in Counter(said).most_common(2):
+        if other != c:
+            other_name = shortened(run.class_names[other], 24)
+            return f"{run.name.label} takes {100 * images / len(said):.0f} % for {other_name}"
+    return ""
 
 
 def _confusions(run: ScoredRun, most: int) -> tuple[ScoredRun, list[tuple[Pair, list[list[Markup]]]], str]:
@@ -159,7 +152,7 @@ def _images(run: ScoredRun) -> tuple[ImageList | None, str]:
     if images is None or images.fingerprint() != run.record["data"]["fingerprints"].get(run.part):
         return None, f"the data at {run.recipe.data.path} has changed since the run"
     if len(images) != len(run.observed["labels_N"]):
-        return None, "some images could not be read, so it is not known which are which"
+        return None, "some images could not be read"  # so which row is which image is not known
     return images, ""
 
 
@@ -175,17 +168,18 @@ def _calibration(run: ScoredRun) -> tuple[ScoredRun, dict[str, float], Markup]:
 def _sweep(scored: Sequence[ScoredRun]) -> Titled:
     found: Titled = []
     for key, heading in ("mean_per_class", "mean over classes"), *zip(GROUPS, GROUPS, strict=True):
-        sweeps = [
-            (run.name, [(row["tau"], 100 * row[key]) for row in run.scores["prior_sweep"]], run.tau)
-            for run in scored
-            if run.scores["prior_sweep"] and run.scores[key] is not None
-        ]
+        sweeps: list[tuple[Name, list[Point], float | None]] = []
+        for run in scored:
+            rows, post_hoc = run.scores["prior_sweep"], run.metrics["post_hoc"]
+            if rows and run.scores[key] is not None:
+                points = [(row["tau"], 100 * row[key]) for row in rows]
+                sweeps.append((run.name, points, post_hoc["tau"] if post_hoc else None))
         if sweeps:
             found.append((heading, charts.prior_sweep(sweeps, key)))
     return found
 
 
-def _geometry(seen: Sequence[ScoredRun], classes: int) -> dict[str, Any]:
+def _geometry(scored: Sequence[ScoredRun], classes: int) -> dict[str, Any]:
     vectors = {
         "encoder_means": "class means of the encoder's features",
         "classifier": "class vectors of the classifier",
@@ -195,11 +189,11 @@ def _geometry(seen: Sequence[ScoredRun], classes: int) -> dict[str, Any]:
     cosines, spreads = Titled(), Titled()
     for space, heading in vectors.items() if classes > 2 else ():
         key = f"{space}_cosines_GK"
-        if counts := [(run.name, run.observed[key]) for run in seen if key in run.observed]:
+        if counts := [(run.name, run.observed[key]) for run in scored if key in run.observed]:
             cosines.append((heading, charts.cosines(counts, classes)))
     for space, heading in {"encoder": "the encoder's features", "contrastive": "the contrastive features"}.items():
         key = f"{space}_spread_C"
-        spread = [(run.name, run.groups, run.observed[key]) for run in seen if key in run.observed]
+        spread = [(run.name, run.groups, run.observed[key]) for run in scored if key in run.observed]
         if any(np.isfinite(values_C).any() for _, _, values_C in spread):
             spreads.append((heading, charts.spread(spread)))
     return {"cosines": cosines, "spreads": spreads, "simplex": signed(f"{-1 / (classes - 1):.2g}")}

@@ -19,7 +19,7 @@ from equipoise.evaluation.run import chosen
 from equipoise.report.charts import Name
 from equipoise.report.svg import shortened
 from equipoise.runs.folder import LOG, METRICS, OBSERVED, RECIPE, RECORD
-from equipoise.runs.records import read_metrics, read_record
+from equipoise.runs.records import CheckpointMetrics, RunRecord, read_metrics, read_record
 
 Array = npt.NDArray[Any]
 
@@ -40,13 +40,12 @@ class LogLine(msgspec.Struct):
 
 @dataclass(frozen=True, eq=False)
 class RunRead:
-    """What a run folder holds, whether the run has finished or not; of each class its training images (`counts`) and
-    its shot group."""
+    """A run, finished or not; of each class its training images (`counts`) and its shot group."""
 
     path: Path
     name: Name
     recipe: Recipe
-    record: Mapping[str, Any]
+    record: RunRecord
     log: list[LogLine]
     class_names: list[str]
     counts: list[int]
@@ -55,33 +54,25 @@ class RunRead:
 
 @dataclass(frozen=True, eq=False)
 class ScoredRun(RunRead):
-    """A run with the metrics of the checkpoint that speaks for it, their scores on the part that speaks for it, the tau
-    that validation chose, and what was observed on that part (arrays as `Observation` names them; none if an earlier
-    version scored the run)."""
+    """A run with the metrics of the checkpoint that speaks for it, its scores on the part that speaks for it, and what
+    was observed on that part (arrays as `Observation` names them)."""
 
     checkpoint: str
     part: str
-    metrics: Mapping[str, Any]
-    scores: Mapping[str, Any]
-    tau: float | None
+    metrics: CheckpointMetrics
+    scores: Mapping[str, Any]  # of `PartMetrics`
     observed: Mapping[str, Array]
 
 
 def read_runs(paths: Sequence[Path]) -> list[RunRead]:
-    """What the run folders hold. Raises UserError for a path that is no run folder, or has a file that cannot be
-    read."""
-    recipes = [_read_recipe(path) for path in paths]
+    """What the run folders hold. Raises UserError for a path that is no run folder, and for a damaged file."""
+    for path in paths:
+        if not (path / RECIPE).is_file() or not (path / RECORD).is_file():
+            fault = f"{path} is not a run folder: it has no {RECIPE} or no {RECORD}"
+            raise UserError(f"{fault}; name one that equipoise train wrote")
+    recipes = [load_recipe(path / RECIPE) for path in paths]
     names = [Name(label, f"run{number}") for number, label in enumerate(_labels(paths, recipes))]
     return [_read_run(*run) for run in zip(paths, names, recipes, strict=True)]
-
-
-def _read_recipe(path: Path) -> Recipe:
-    if (path / RECIPE).is_file() and (path / RECORD).is_file():
-        return load_recipe(path / RECIPE)
-    fault = f"{path} is not a run folder: it has no {RECIPE} or no {RECORD}"
-    within = min(path.glob(f"*/{RECORD}"), default=None)
-    advice = f"name one within it, as {within.parent}" if within else "name one that equipoise train wrote"
-    raise UserError(f"{fault if path.exists() else f'there is no run folder at {path}'}; {advice}")
 
 
 def _labels(paths: Sequence[Path], recipes: Sequence[Recipe]) -> list[str]:
@@ -101,38 +92,30 @@ def _read_run(path: Path, name: Name, recipe: Recipe) -> RunRead:
     counts = list(record["class_counts"].values())
     groups = [shot_group(count) for count in counts]
     run = RunRead(path, name, recipe, record, log, list(record["class_counts"]), counts, groups)
-    if not (path / METRICS).is_file():
+    if not (path / METRICS).is_file() or not (path / OBSERVED).is_file():
         return run
     metrics = read_metrics(path / METRICS)
     checkpoint, part = chosen(metrics)
     block = metrics["best"] or metrics["last"]
-    scores = block[part]
-    if scores is None:
+    scores, observed = block[part], _read_observed(path / OBSERVED, part)
+    if scores is None or not observed:
         return run  # there was nothing to score it on
-    tau = block["post_hoc"]["tau"] if block["post_hoc"] else None
-    observed = _read_observed(path / OBSERVED, part) if (path / OBSERVED).is_file() else {}
-    return ScoredRun(
-        **vars(run), checkpoint=checkpoint, part=part, metrics=block, scores=scores, tau=tau, observed=observed
-    )
+    return ScoredRun(**vars(run), checkpoint=checkpoint, part=part, metrics=block, scores=scores, observed=observed)
 
 
 def _read_observed(file: Path, part: str) -> dict[str, Array]:
-    """The arrays of a part; none where an earlier version wrote the file."""
+    """The arrays of a part."""
     try:
         with np.load(file, allow_pickle=False) as arrays:  # so that nothing in it is executed
-            observed = {key.removeprefix(f"{part}/"): arrays[key] for key in arrays.files if key.startswith(f"{part}/")}
+            return {key.removeprefix(f"{part}/"): arrays[key] for key in arrays.files if key.startswith(f"{part}/")}
     except Exception as error:  # numpy, zipfile and zlib raise errors of many kinds
-        fault = f"{file} is damaged ({reason(error)})"
-        raise UserError(f"{fault}; write it anew: equipoise evaluate {file.parent}") from None
-    return observed if "confidence_N" in observed else {}
+        advice = f"write it anew: equipoise evaluate {file.parent}"
+        raise UserError(f"{file} is damaged ({reason(error)}); {advice}") from None
 
 
 def _read_log(file: Path) -> list[LogLine]:
-    *lines, _ = file.read_bytes().split(b"\n")  # the last is empty, or half a line if the run was killed
-    decoder, log = msgspec.json.Decoder(LogLine), list[LogLine]()
-    for number, line in enumerate(lines, 1):
-        try:
-            log.append(decoder.decode(line))
-        except ValueError as error:
-            raise UserError(f"{file}, line {number} is damaged ({error}); remove that line") from None
-    return log
+    lines, _, _ = file.read_bytes().rpartition(b"\n")  # without half a line, which a killed run may leave
+    try:
+        return msgspec.json.Decoder(LogLine).decode_lines(lines)
+    except ValueError as error:
+        raise UserError(f"{file} is damaged ({error}); remove it, and the report is without curves") from None

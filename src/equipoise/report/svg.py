@@ -6,8 +6,7 @@ which the page gives a colour, in light and in dark.
 """
 
 import math
-import unicodedata
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -25,8 +24,7 @@ class Name(NamedTuple):
 Point = tuple[float, float]
 Margins = tuple[int, int, int, int]  # top, right, bottom, left; pixels
 ByHeading = Mapping[str, Sequence[tuple[Name, Any]]]  # below each heading a value of each run
-LINE = 15  # pixels from one line of text to the next
-_PHONE = 328  # pixels; the narrowest page that a figure with its margins is made for
+_LINE = 15  # pixels from one line of text to the next
 
 
 @dataclass(frozen=True)
@@ -81,8 +79,6 @@ class Figure:
 
     def __init__(self, x: Axis, height: int, margins: Margins, y: Axis | None = None):
         self.x, self.height, self._y_axis, self._margins = x, height, y, margins
-        # Pixels across on a phone. Texts that are clear of each other there are so on any wider page.
-        self.phone_width = _PHONE - margins[1] - margins[3]
         self._marks: list[Markup] = []
         for value, text in x.ticks:
             if y is None:
@@ -142,9 +138,9 @@ class Figure:
     def labels(self, labels: Iterable[tuple[float, Name]]) -> None:
         """The runs' labels beside the right end, moved apart where they would cover each other."""
         ordered = sorted((self._down(y), name) for y, name in labels)
-        ys = list(accumulate((y for y, _ in ordered), lambda above, y: max(y, above + LINE)))
+        ys = list(accumulate((y for y, _ in ordered), lambda above, y: max(y, above + _LINE)))
         # What was pushed below the last pixel moves up again, and pushes up what it meets.
-        ys = list(accumulate(reversed(ys), lambda below, y: min(y, below - LINE), initial=float(self.height + LINE)))
+        ys = list(accumulate(reversed(ys), lambda below, y: min(y, below - _LINE), initial=float(self.height + _LINE)))
         for y, (_, name) in zip(reversed(ys[1:]), ordered, strict=True):
             self.label(y, name)
 
@@ -157,31 +153,21 @@ class Figure:
         ).format(top, right, bottom, left, description, self.height, Markup("").join(self._marks))
 
 
-class RowFigure(Figure):
-    """Rows below headings, one for each run; `heights` are those of a heading, of a row, and of the gap below the last
-    row of a heading, in pixels."""
-
-    def __init__(self, x: Axis, rows: ByHeading, heights: tuple[int, int, int], margins: Margins):
-        self._rows, self._heights = rows, heights
-        heading, row, gap = heights
-        super().__init__(x, sum(heading + row * len(of_heading) + gap for of_heading in rows.values()), margins)
-
-    def places(self) -> Iterator[tuple[int, str, Name, Any]]:
-        """Write the headings, and yield each row's top (pixels), heading, run and value."""
-        (height, row, gap), y = self._heights, 0
-        for heading, of_heading in self._rows.items():
-            self.text(0, y + height - 10, heading, "row")
-            y += height
-            for name, value in of_heading:
-                yield y, heading, name, value
-                y += row
-            y += gap
-
-
-def width_of(text: str, size: float) -> float:
-    """About how many pixels a text takes in letters of that size: rather too many, as no font is known."""
-    wide = sum(letter.isupper() or unicodedata.east_asian_width(letter) in "FW" for letter in text)
-    return size * (wide + 0.7 * (len(text) - wide))
+def row_figure(
+    x: Axis, rows: ByHeading, row_height: int, margins: Margins
+) -> tuple[Figure, list[tuple[int, str, Name, Any]]]:
+    """A figure of rows below headings, one for each run, and of each row its top (pixels), heading, run and value."""
+    places: list[tuple[int, str, Name, Any]] = []
+    tops: dict[str, int] = {}
+    y = 0
+    for heading, of_heading in rows.items():
+        y = tops[heading] = y + 26
+        places += [(y + row_height * at, heading, name, value) for at, (name, value) in enumerate(of_heading)]
+        y += row_height * len(of_heading) + 10
+    figure = Figure(x, y, margins)
+    for heading, top in tops.items():
+        figure.text(0, top - 10, heading, "row")
+    return figure, places
 
 
 def shortened(text: str, length: int = 30) -> str:

@@ -265,20 +265,10 @@ def create_network(recipe: Recipe, classes: int, start: bool) -> TwoBranchNetwor
                 f"the pretrained weights of {model.encoder} are of images of another mean and std than the recipe's; "
                 f"add --mean {mean} --std {std}"
             )
-    return TwoBranchNetwork(
-        model.encoder,
-        classes,
-        classifier=model.classifier,
-        size=views.size,
-        contrastive=recipe.method in ("bcl", "supcon+la"),
-        prototypes=recipe.method == "bcl",
-        hidden_dim=model.hidden_dim,
-        feature_dim=model.feature_dim,
-        pretrained=start and model.pretrained,
-        weights=model.weights if start else "",
-        mean=views.mean,
-        std=views.std,
-    )  # model.batch_norm says how the network is trained, not what it is
+    if not start:
+        model = replace(model, pretrained=False, weights="")
+    contrastive, prototypes = recipe.method in ("bcl", "supcon+la"), recipe.method == "bcl"
+    return TwoBranchNetwork(model, views, classes, contrastive, prototypes)
 
 
 def state_on_cpu(module: nn.Module) -> dict[str, Tensor]:
