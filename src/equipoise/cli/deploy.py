@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +9,7 @@ from equipoise.base.errors import UserError, several
 from equipoise.cli import flags
 
 if TYPE_CHECKING:
-    from equipoise.deploy.predict import Classifier, Predicted
+    from equipoise.deploy.predict import Classifier
 
 _FORMS = {
     "authors": "the layout of the BCL authors' code",
@@ -44,40 +43,31 @@ def predict(options: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
-    from equipoise.deploy.predict import load
+    from equipoise.cli.tables import print_predictions
+    from equipoise.deploy.predict import load, predictions_table, write_csv
+    from equipoise.runs.folder import write_json
 
     classifier = load(options.target, options.device)
-    start = time.monotonic()
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("predicting", total=None)
         show = lambda done, files: progress.update(task, completed=done, total=files)  # noqa: E731
         predicted = classifier.predict(options.paths, options.top, options.prior, show)
-    seconds = time.monotonic() - start
     for error in predicted.errors:
         print(f"passed over: {error}", file=sys.stderr)
     if not len(predicted):
         raise UserError("nothing was predicted: no image could be read")
-    _show_or_write(predicted, classifier, options)
-    epoch = classifier.checkpoint.epoch
-    print(f"{classifier.origin}, epoch {epoch}; class prior: {options.prior}; {_calibration(classifier)}")
-    passed_over = f", {len(predicted.errors):,} passed over" if predicted.errors else ""
-    rate = len(predicted) / seconds
-    print(f"{several(len(predicted), 'image')} predicted in {seconds:.1f} s ({rate:,.0f} a second){passed_over}")
-
-
-def _show_or_write(predicted: "Predicted", classifier: "Classifier", options: argparse.Namespace) -> None:
-    from equipoise.cli.tables import print_predictions
-    from equipoise.deploy.predict import predictions_table, write_csv
-    from equipoise.runs.folder import write_json
-
     if options.csv:
         write_csv(Path(options.csv), predicted)
     elif options.json:
         write_json(Path(options.json), predictions_table(predicted, classifier, options.prior))
     else:
         print_predictions(predicted)
-        return
-    print(f"written: {options.csv or options.json}")
+    if options.csv or options.json:
+        print(f"written: {options.csv or options.json}")
+    epoch = classifier.checkpoint.epoch
+    print(f"{classifier.origin}, epoch {epoch}; class prior: {options.prior}; {_calibration(classifier)}")
+    passed_over = f", {len(predicted.errors):,} passed over" if predicted.errors else ""
+    print(f"{several(len(predicted), 'image')} predicted{passed_over}")
 
 
 def _calibration(classifier: "Classifier") -> str:

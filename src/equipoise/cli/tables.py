@@ -39,39 +39,37 @@ def print_metrics(results: Sequence[tuple[str, Mapping[str, Any]]], title: str, 
     their training images, none where the training data are not known.
     """
     names, counts = run["class_names"], run["train_counts"]
+    figures = [metrics for _, metrics in results]
     table = Table(box=SIMPLE, title=title, title_justify="left", title_style="bold")
     table.add_column("")  # in a narrow terminal the names of the classes are cut, not the numbers
-    table.add_column("training\nimages", justify="right", no_wrap=True)
-    for heading, _ in results:
-        table.add_column(heading.replace(" ", "\n"), justify="right", no_wrap=True)
+    for heading in ("training\nimages", *(heading.replace(" ", "\n") for heading, _ in results)):
+        table.add_column(heading, justify="right", no_wrap=True)
 
-    def add_row(label: str | Text, images: str, field: str) -> None:
-        table.add_row(label, images, *(percent(metrics[field]) for _, metrics in results))
+    def add_row(label: str | Text, images: str, shares: Sequence[float | None]) -> None:
+        table.add_row(label, images, *map(percent, shares))
 
-    add_row("overall (top-1)", f"{sum(counts):,}" if counts else "?", "top1")
+    add_row("overall (top-1)", f"{sum(counts):,}" if counts else "?", [of["top1"] for of in figures])
     for group, limits in GROUP_LIMITS.items():
         classes = sum(count > 0 and shot_group(count) == group for count in counts)
         if classes:
-            add_row(f"{group} ({classes:,} {'class' if classes == 1 else 'classes'})", limits, group)
+            noun = "class" if classes == 1 else "classes"
+            add_row(f"{group} ({classes:,} {noun})", limits, [of[group] for of in figures])
     table.add_section()
     for label, field in FURTHER.items():
-        if any(metrics[field] is not None for _, metrics in results):
-            add_row(label, "", field)
+        shares = [of[field] for of in figures]
+        if shares != [None] * len(shares):
+            add_row(label, "", shares)
     table.add_section()
-    scored = [label for label, _ in enumerate(names) if any(found["per_class"][label] is not None for _, found in results)]
-    for label in _ends(scored, counts or [0] * len(names)):
-        if label is None:
-            table.add_row("…")
-            continue
+    # A class that no image was scored of has no row.
+    scored = [label for label in range(len(names)) if any(of["per_class"][label] is not None for of in figures)]
+    for label in _ends(scored, counts):
         name = Text(one_line(str(names[label])), no_wrap=True, overflow="ellipsis")
-        shares = (percent(metrics["per_class"][label]) for _, metrics in results)
-        table.add_row(name, f"{counts[label]:,}" if counts else "?", *shares)
-    console = Console()
-    console.print(table)
+        add_row(name, f"{counts[label]:,}" if counts else "?", [of["per_class"][label] for of in figures])
+    Console().print(table)
     if not counts:
-        console.print("(the data has no training part: many, medium and few are not known)")
+        print("(the data has no training part: many, medium and few are not known)")
     if len(scored) > _ROWS_SHOWN:
-        console.print(f"({_ROWS_SHOWN} of {len(names):,} classes; all of them are in the file)")
+        print(f"({_ROWS_SHOWN} of {len(names):,} classes; all of them are in the file)")
 
 
 def print_post_hoc(metrics: Mapping[str, Any]) -> None:
@@ -135,12 +133,11 @@ def _print_counts(console: Console, part: str, images: ImageList) -> None:
     table.add_column()
     table.add_column(justify="right")
     for label in _ends(range(len(counts)), counts):
-        if label is None:
-            table.add_row("…")
-        else:
-            bar = Bar(max(counts), 0, counts[label], width=_BAR)
-            table.add_row(_plain(images.class_names[label]), f"{counts[label]:,}", bar)
+        bar = Bar(max(counts), 0, counts[label], width=_BAR)
+        table.add_row(_plain(images.class_names[label]), f"{counts[label]:,}", bar)
     console.print(table)
+    if len(counts) > _ROWS_SHOWN:
+        print(f"({_ROWS_SHOWN} of {len(counts):,} classes, the largest and the smallest)")
 
 
 def print_predictions(predicted: "Predicted") -> None:
@@ -159,12 +156,12 @@ def print_predictions(predicted: "Predicted") -> None:
         print(f"({_ROWS_SHOWN} of {len(predicted):,} images; --csv FILE or --json FILE writes all of them)")
 
 
-def _ends(labels: Sequence[int], counts: Sequence[int]) -> list[int | None]:
-    """Which classes to show: all, or the largest and the smallest with a gap (None) between them."""
+def _ends(labels: Sequence[int], counts: Sequence[int]) -> Sequence[int]:
+    """Which classes to show: all, or the largest and the smallest."""
     if len(labels) <= _ROWS_SHOWN:
-        return list(labels)
-    by_size = sorted(labels, key=lambda label: -counts[label])
-    return [*by_size[: _ROWS_SHOWN // 2], None, *by_size[-_ROWS_SHOWN // 2 :]]
+        return labels
+    by_size = sorted(labels, key=lambda label: -counts[label]) if counts else labels
+    return [*by_size[: _ROWS_SHOWN // 2], *by_size[-_ROWS_SHOWN // 2 :]]
 
 
 def _plain(text: str) -> str:

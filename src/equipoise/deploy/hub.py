@@ -17,7 +17,7 @@ from typing import Any
 import jinja2
 import msgspec
 
-from equipoise.base.errors import UserError, in_words, several
+from equipoise.base.errors import UserError, in_words, reason, several
 from equipoise.config.recipe import Data, recipe_from_table, recipe_table
 from equipoise.data.images import imbalance_factor
 from equipoise.evaluation.metrics import FURTHER, GROUP_LIMITS, GROUPS, percent, shot_group
@@ -79,7 +79,7 @@ def write_hub_folder(
             (written / CARD).write_text(card, encoding="utf-8", errors="backslashreplace")
             os.replace(written, folder)
     except OSError as error:
-        raise UserError(f"{folder} could not be written ({in_words(error)}); name another folder with --out") from None
+        raise UserError(f"{folder} could not be written ({reason(error)}); name another folder with --out") from None
 
 
 def read_hub_folder(folder: Path) -> tuple[Checkpoint, float | None]:

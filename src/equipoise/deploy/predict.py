@@ -17,7 +17,6 @@ import csv
 import io
 import json
 import os
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -138,19 +137,15 @@ class Classifier:
             read += [file for file, view in zip(files[start:], batch, strict=False) if not isinstance(view, UserError)]
             errors += [error for error in batch if isinstance(error, UserError)]
             if views:
-                scores_BC = self._scores(np.stack(views)).double() + log_prior_C
+                images_B3SS = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).to(self.device)
+                with torch.inference_mode(), exact_float32():
+                    scores_BC = self.calibrated(images_B3SS).cpu().double() + log_prior_C
                 sorted_BC = scores_BC.softmax(1).sort(dim=1, descending=True, stable=True)
                 ranked.append(sorted_BC.indices[:, :top])
                 probability.append(sorted_BC.values[:, :top])
             progress(start + len(batch), len(files))
         names = self.checkpoint.class_names
         return Predicted(tuple(read), names, torch.cat(ranked).numpy(), torch.cat(probability).numpy(), tuple(errors))
-
-    @torch.inference_mode()
-    def _scores(self, views_BSS3: Pixels) -> Tensor:
-        images_B3SS = torch.from_numpy(views_BSS3).permute(0, 3, 1, 2).to(self.device)
-        with exact_float32():
-            return self.calibrated(images_B3SS).float().cpu()
 
     def _batches(self, files: Sequence[str]) -> Iterator[tuple[int, list[Pixels | UserError]]]:
         """The number of the first file, and the views of a batch of files, or errors. Threads decode the next batch
@@ -182,7 +177,7 @@ class Classifier:
             weights_C = in_class_order(prior, names, "the prior")
         else:
             weights_C = in_class_order(read_weights(Path(os.path.expanduser(prior))), names, str(prior))
-        return torch.tensor(weights_C, dtype=torch.float64).log()  # weights are of any scale: 1e300 is no float32
+        return torch.from_numpy(weights_C).log()
 
 
 def load(path: str | Path, device: str = "auto") -> Classifier:
@@ -202,7 +197,7 @@ def load(path: str | Path, device: str = "auto") -> Classifier:
         # The authors' files do not name their data, but those of 8,142 classes are of iNaturalist: it has its own mean.
         checkpoint = replace(checkpoint, recipe=replace(checkpoint.recipe, views=load_recipe("inat2018").views))
     metrics = figures_of(file, checkpoint)
-    temperature = metrics.get("temperature") if metrics else None
+    temperature = metrics["temperature"] if metrics else None
     return Classifier(file, checkpoint, checkpoint.build().to(where), temperature, metrics, where)
 
 
@@ -261,23 +256,25 @@ def read_weights(file: Path) -> dict[str, float]:
     return weights
 
 
-def in_class_order(weights: Mapping[str, float], class_names: Sequence[str], where: str) -> list[float]:
+def in_class_order(
+    weights: Mapping[str, float], class_names: Sequence[str], where: str
+) -> npt.NDArray[np.float64]:
     """The weights in the order of the classes. Raises UserError unless there is one finite number, 0 or more, for each
     class, and one above 0."""
-    for name, weight in weights.items():
-        if name not in class_names:
-            raise UserError(f"{where} names a class {shown(name)} that is not the model's{nearest(name, [*class_names])}")
-        if not 0 <= weight <= sys.float_info.max:
-            raise UserError(f"{where}: the weight of {shown(name)} must be a number, 0 or more, not {weight}")
+    unknown = sorted(weights.keys() - set(class_names))
+    if unknown:
+        hint = nearest(unknown[0], [*class_names])
+        raise UserError(f"{where} names a class {shown(unknown[0])} that the model does not know{hint}")
     missing = [name for name in class_names if name not in weights]
     if missing:
         raise UserError(
             f"{where} lacks {len(missing):,} of the {len(class_names):,} classes (first: {shown(missing[0])}); give "
             "each class a weight, 0 where it does not occur"
         )
-    if not any(weights.values()):
-        raise UserError(f"{where}: one weight at least must be above 0")
-    return [float(weights[name]) for name in class_names]
+    weights_C = np.array([weights[name] for name in class_names], np.float64)
+    if not np.isfinite(weights_C).all() or weights_C.min() < 0 or not weights_C.any():
+        raise UserError(f"{where}: each weight must be a finite number, 0 or more, and one at least above 0")
+    return weights_C
 
 
 # ---------------------------------------------------------------------------------------------- output
