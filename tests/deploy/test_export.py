@@ -203,14 +203,6 @@ def test_missing_packages(package, odd_run, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_network_beyond_the_format(odd_run, tmp_path):
-    classifier = load(odd_run, "cpu")
-    classifier.model.register_buffer("large", torch.empty(1).expand(2**29))  # 2 GiB without memory
-    with pytest.raises(UserError, match=r"the network has 2\.1 GB, an ONNX file at most 2; take --to torch-export"):
-        export_file(classifier, "onnx", tmp_path / "model.onnx")
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_images_to_check_with(odd_run, tmp_path):
     """The run's own, or those that are named; without any, the error says how to name some."""
     classifier = load(odd_run, "cpu")

@@ -55,40 +55,39 @@ def test_an_existing_folder_is_not_written_over(tmp_path):
     (tmp_path / "hub").mkdir()
     write_hub_folder(tmp_path / "hub", untrained(), None, None)  # an empty one is
     before = (tmp_path / "hub" / "model.safetensors").stat().st_mtime_ns
-    with pytest.raises(UserError, match="hub exists and is not empty; name another folder with --out"):
+    with pytest.raises(UserError, match=r"hub could not be written \(directory not empty\); name another folder"):
         write_hub_folder(tmp_path / "hub", untrained(), None, None)
     assert (tmp_path / "hub" / "model.safetensors").stat().st_mtime_ns == before
     assert os.listdir(tmp_path) == ["hub"]
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "reason"),
+    ("file", "content", "reason"),
     [
-        ("class_names", None, "Expected `array`, got `null` - at `$.equipoise.class_names`"),
-        ("class_names", ["a", 3, "b", "c"], "Expected `str`, got `int` - at `$.equipoise.class_names[1]`"),
-        ("class_names", ["a", "b"], "there must be one class count for each class"),
-        ("class_counts", [1, 2, 0, 4], "Expected `int` >= 1 - at `$.equipoise.class_counts[2]`"),
-        ("temperature", "hot", "at `$.equipoise.temperature`"),
-        ("recipe", {"epochs": -3}, "epochs must be at least 1"),
-        ("head.safetensors", b"half", "is not a folder that equipoise export --to safetensors wrote, or it is damaged"),
-        ("model.safetensors", None, "is not a folder that equipoise export --to safetensors wrote, or it is damaged"),
+        ("head.safetensors", b"half", "(Error while deserializing header"),
+        ("model.safetensors", None, "(no such file or directory: "),
         ("config.json", b'{"architecture": "resnet18"}', "missing required field `equipoise`"),
-        ("config.json", b"{", "or it is damaged (Expecting property name"),
+        ("config.json", b"{", "(Expecting property name"),
+        ("recipe", {"epochs": -3}, "epochs must be at least 1"),
+        ("temperature", "hot", "at `$.equipoise.temperature`"),
+        ("class_names", ["a", 3, "b", "c"], "Expected `str`, got `int` - at `$.equipoise.class_names[1]`"),
+        ("class_names", ["a", "b"], "the checkpoint's weights do not fit the resnet8 and 2 classes"),
     ],
 )
-def test_damaged_folders(key, value, reason, tmp_path):
+def test_damaged_folders(file, content, reason, tmp_path):
     folder = tmp_path / "hub"
     write_hub_folder(folder, untrained(), 1.5, None)
-    if "." in key:
-        (folder / key).unlink() if value is None else (folder / key).write_bytes(value)
+    if content is None:
+        (folder / file).unlink()
+    elif "." in file:
+        (folder / file).write_bytes(content)
     else:
         config = json.loads((folder / "config.json").read_text())
-        config["equipoise"][key] = value
+        config["equipoise"][file] = content
         (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError) as refused:
         load(folder)
     assert reason in str(refused.value)
-    assert str(folder) in str(refused.value)
     assert "\n" not in str(refused.value)
 
 

@@ -3,7 +3,6 @@
 import argparse
 import os
 import shlex
-from dataclasses import replace
 from pathlib import Path
 
 from equipoise.base.errors import UserError, own_command
@@ -13,11 +12,8 @@ from equipoise.config.recipe import Recipe, find_field
 
 def add_data_options(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    add(
-        "path",
-        metavar="PATH",
-        help="a data set, as for train: a folder, Parquet, a CIFAR archive, 'digits'; a list file",
-    )
+    data = "a data set, as for train: a folder, Parquet, a CIFAR archive, 'digits'; a list file"
+    add("data.path", metavar="PATH", help=data)
     add("--images", metavar="FOLDER", help="PATH is a list file: the folder that its paths start from")
     add("--write-lists", metavar="FOLDER", help="write iNaturalist's JSON as the list files of the literature")
     add("--check", action="store_true", help="decode every image, list all bad ones; exit code 1 if there are any")
@@ -33,25 +29,25 @@ def data(options: argparse.Namespace) -> int:
     from equipoise.cli.tables import print_data
     from equipoise.data.sources import Source, source_of, survey, write_lists
 
-    path = Path(options.path)
+    path = Path(recipe.data.path)
     if path.is_file() and path.suffix in (".txt", ".lst", ".json"):
         folder = options.images or str(path.absolute().parent)
         source = Source(folder, lists={"train": str(path)}, allow_outside=recipe.data.allow_outside)
     elif options.images:
         raise UserError("--images goes with a list file as PATH; for a folder, name its lists with --train-list")
     else:
-        source = source_of(replace(recipe, data=replace(recipe.data, path=options.path)))
+        source = source_of(recipe)
     if options.write_lists:
         print("\n".join(write_lists(source, Path(options.write_lists))))
         return 0
     found, problems, bad = survey(source, options.check)
-    print_data(options.path, found, problems, bad, options.check)
+    print_data(recipe.data.path, found, problems, bad, options.check)
     return 1 if options.check and bad else 0
 
 
 def add_pack_options(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    add("path", metavar="DATA", help="any data that `train` takes as files of images")
+    add("data.path", metavar="DATA", help="any data that `train` takes as files of images")
     add("--out", metavar="FOLDER", required=True, help="then: equipoise train --data FOLDER")
     help = "larger images are resized to it, and become JPEG [256: for training at 224 pixels]"
     add("--short-side", type=int, default=256, metavar="PIXELS", help=help)
@@ -71,7 +67,7 @@ def pack(options: argparse.Namespace) -> None:
     from equipoise.data.sources import as_recognised, find_parts, source_of
     from equipoise.views.loader import worker_count
 
-    source, _ = as_recognised(source_of(replace(recipe, data=replace(recipe.data, path=options.path))))
+    source, _ = as_recognised(source_of(recipe))
     out, workers = Path(os.path.expanduser(options.out)), worker_count(options.workers)
     lines = write_packed_parts(find_parts(source), source.benchmark, out, options.short_side, workers)
     print("\n".join([*lines, f"train on it: {own_command()} train --data {shlex.quote(str(out))}"]))

@@ -61,8 +61,6 @@ def write_hub_folder(
     """
     from safetensors.torch import save
 
-    if folder.is_symlink() or folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise UserError(f"{folder} exists and is not empty; name another folder with --out")
     weights = {name: value.clone() for name, value in checkpoint.weights.items()}  # no two may share memory
     encoder = {name.removeprefix(_ENCODER): value for name, value in weights.items() if name.startswith(_ENCODER)}
     head = {name: value for name, value in weights.items() if not name.startswith(_ENCODER)}
