@@ -27,7 +27,7 @@ def add_train_options(command: argparse.ArgumentParser, arguments: Sequence[str]
     default = f"without one: {flags.DEMO}, or with --data what is recognised there, else {flags.OWN_FOLDER}"
     recipe = f"a shipped recipe ({', '.join(shipped_recipes())}) or a TOML file; {default}"
     add("recipe", nargs="?", metavar="RECIPE", help=recipe)
-    add("--out", metavar="FOLDER", help="the run folder (default: runs/RECIPE-METHOD-TIME)")
+    add("--out", metavar="FOLDER", help="the run folder [runs/RECIPE-METHOD-TIME]; of --reload, the file of the metrics")
     beside = "train this method too, under the same recipe, and show both (the demo: ce)"
     add("--beside", choices=get_args(Method), help=beside)
     flags.add_set(command)
@@ -127,10 +127,8 @@ def _show(runs: "Sequence[Run]") -> None:
         print_metrics(results, f"accuracy on the {part} part, percent", runs[0].metrics)
     for run in runs:
         print_post_hoc(run.metrics)
-    for run in runs:
-        print(f"run folder: {run.path}")
-    for run in runs:
         print_unreadable(run.metrics)
+        print(f"run folder: {run.path}")
 
 
 def _export_for_authors(run: Path) -> None:
