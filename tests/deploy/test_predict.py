@@ -331,7 +331,7 @@ def test_priors_of_any_scale(weights, odd_run, tmp_path):
     ("name", "content", "sentence"),
     [
         ("absent.csv", None, "cannot be read (no such file or directory)"),
-        ("p.csv", b"\xff\xfe", "must hold class names and weights, in two columns of CSV or as one JSON object ('utf-8'"),
+        ("p.csv", b"\xff\xfe", "in two columns of CSV or as one JSON object ('utf-8' codec"),
         ("p.json", b"{", "must hold class names and weights"),
         ("p.json", b"[1, 2]", "must hold class names and weights"),
         ("p.csv", b"class 0,1\nclass 1,x", "(could not convert string to float: 'x')"),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from equipoise.base.errors import UserError, own_command
 from equipoise.cli import flags
-from equipoise.config.recipe import Recipe, find_field
+from equipoise.config.recipe import Recipe
 
 
 def add_data_options(command: argparse.ArgumentParser) -> None:
@@ -17,8 +17,7 @@ def add_data_options(command: argparse.ArgumentParser) -> None:
     add("--images", metavar="FOLDER", help="PATH is a list file: the folder that its paths start from")
     add("--write-lists", metavar="FOLDER", help="write iNaturalist's JSON as the list files of the literature")
     add("--check", action="store_true", help="decode every image, list all bad ones; exit code 1 if there are any")
-    flags.add_list_flags(command, ("train", "val", "test"))
-    flags.add_field(command, find_field("data.allow_outside"))
+    flags.add_fields(command, "data.train_list", "data.val_list", "data.test_list", "data.allow_outside")
     flags.add_set(command)
 
 
@@ -52,7 +51,7 @@ def add_pack_options(command: argparse.ArgumentParser) -> None:
     help = "larger images are resized to it, and become JPEG [256: for training at 224 pixels]"
     add("--short-side", type=int, default=256, metavar="PIXELS", help=help)
     add("--workers", type=int, default=-1, help="processes (default: one for each core)")
-    flags.add_list_flags(command, ("train", "val", "test"))
+    flags.add_fields(command, "data.train_list", "data.val_list", "data.test_list")
     flags.add_set(command)
 
 

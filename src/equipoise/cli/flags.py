@@ -24,6 +24,8 @@ from equipoise.config.recipe import (
     shipped_recipes,
 )
 
+Overrides = list[tuple[Field, Any]]  # fields of a recipe, and their values as text
+
 DEMO = "digits-lt"
 OWN_FOLDER = "pictures"
 # What `sources.recognise` returns: the recipe for it, and its name in a message.
@@ -59,12 +61,10 @@ def add_device(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
 
 
-def add_list_flags(command: argparse.ArgumentParser, parts: Sequence[str]) -> None:
-    """`--train-list FILE` and the like."""
-    for part in parts:
-        command.add_argument(
-            f"--{part}-list", dest=f"data.{part}_list", metavar="FILE", help="a list file of that part"
-        )
+def add_fields(command: argparse.ArgumentParser, *keys: str) -> None:
+    """Flags for fields of a recipe."""
+    for key in keys:
+        _add_field(command, find_field(key))
 
 
 def add_recipe_flags(command: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
@@ -77,10 +77,10 @@ def add_recipe_flags(command: argparse.ArgumentParser, arguments: Sequence[str])
         group = command.add_argument_group(f"{section} (shown: {named})")
         for field in fields:
             if field.key not in ("name", "summary"):
-                add_field(group, field, field_value(shown, field))
+                _add_field(group, field, field_value(shown, field))
 
 
-def add_field(group: Any, field: Field, default: Any = None) -> None:
+def _add_field(group: Any, field: Field, default: Any = None) -> None:
     """A flag for a field of a recipe; its help shows the default, where there is one."""
     # One letter works with one dash or two: the authors' README writes `--p`.
     flags = [flag for name in field.names for flag in ([f"-{name}", f"--{name}"] if len(name) == 1 else [f"--{name}"])]
@@ -98,9 +98,9 @@ def add_field(group: Any, field: Field, default: Any = None) -> None:
     group.add_argument(*flags, dest=field.key, default=None, help=text, **arguments)
 
 
-def overrides_of(options: argparse.Namespace) -> list[tuple[Field, Any]]:
+def overrides_of(options: argparse.Namespace) -> Overrides:
     """Fields set on the command line. Raises UserError where `--set` and a flag set one field to different values."""
-    settings: list[tuple[Field, Any]] = []
+    settings: Overrides = []
     for text in options.set:
         key, equals, value = text.partition("=")
         if not equals:
@@ -126,6 +126,9 @@ def with_overrides(recipe: Recipe, options: argparse.Namespace) -> Recipe:
 
 def chosen_recipe(options: argparse.Namespace) -> tuple[Recipe, str]:
     """The recipe with its overrides, and a remark where neither it nor its data set was named."""
+    of_run = _resumed_recipe(options)
+    if of_run:
+        return of_run, ""
     path = data_path(options)
     name, remark = options.recipe, ""
     if options.dataset is not None:
@@ -155,7 +158,7 @@ def data_path(options: argparse.Namespace) -> str | None:
     return {field.key: value for field, value in overrides_of(options)}.get("data.path")
 
 
-def resumed_recipe(options: argparse.Namespace) -> Recipe | None:
+def _resumed_recipe(options: argparse.Namespace) -> Recipe | None:
     """The run's own recipe, for `--resume` without a recipe and without data; with data too if the run goes on in its
     folder, since then the data have moved."""
     if not options.resume or options.resume == "auto" or options.recipe or options.dataset:

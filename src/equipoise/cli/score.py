@@ -4,11 +4,11 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from equipoise.base.errors import UserError
 from equipoise.cli import flags
-from equipoise.config.recipe import Field, Method, find_field
+from equipoise.config.recipe import Method
 
 
 def add_evaluate_options(command: argparse.ArgumentParser) -> None:
@@ -19,10 +19,8 @@ def add_evaluate_options(command: argparse.ArgumentParser) -> None:
     add("--split", choices=("train", "validation", "test"), help=split)
     add("--out", metavar="FILE", help="where to write the metrics (default: beside the checkpoint)")
     add("--logits", metavar="FILE", help="write the logits of every image too, as .npz")
-    flags.add_list_flags(command, ("val", "test"))
+    flags.add_fields(command, "data.val_list", "data.test_list", "data.on_bad_image", "data.allow_outside")
     flags.add_device(command)
-    for key in ("data.on_bad_image", "data.allow_outside"):
-        flags.add_field(command, find_field(key))
     flags.add_set(command)
 
 
@@ -59,12 +57,7 @@ def evaluate(options: argparse.Namespace) -> None:
 
 
 def score_checkpoint(
-    target: Path,
-    data: str | None,
-    part: str | None,
-    overrides: Sequence[tuple[Field, Any]],
-    out: str | None = None,
-    logits: str | None = None,
+    target: Path, data: str | None, part: str | None, overrides: flags.Overrides, out: str | None, logits: str | None
 ) -> None:
     """Score one checkpoint (of a run: the last); show and write its metrics. See `evaluate_checkpoint`."""
     from equipoise.runs.folder import LAST, METRICS, find_checkpoint, write_json
@@ -103,7 +96,8 @@ def add_compare_options(command: argparse.ArgumentParser, arguments: Sequence[st
     add("--methods", default=",".join(get_args(Method)), help=methods)
     add("--seeds", type=int, default=3, help="how many, from --seed on [%(default)s]")
     add("--out", metavar="FOLDER", help="for the run folders; finished runs are kept (default: runs/compare-RECIPE)")
-    command.set_defaults(dataset=None, use_norm=None, cos=None, gpu=None)  # options of `train` that it does not have
+    # Options of `train` that it does not have.
+    command.set_defaults(dataset=None, resume=None, use_norm=None, cos=None, gpu=None)
     flags.add_set(command)
     flags.add_recipe_flags(command, arguments)
 

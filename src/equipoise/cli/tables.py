@@ -100,9 +100,7 @@ def print_unreadable(metrics: Mapping[str, Any]) -> None:
         print(one_line(f"{said}: {first}{more}"))
 
 
-def print_data(
-    path: str, found: Found, problems: Sequence[str], bad: Sequence[BadImageError], checked: bool
-) -> None:
+def print_data(path: str, found: Found, problems: Sequence[str], bad: Sequence[BadImageError], checked: bool) -> None:
     """The data at `path`: format, parts, a bar for each class, imbalance factor, problems. `checked`: every image was
     decoded; then all problems are shown."""
     console = Console()

@@ -27,7 +27,7 @@ def add_train_options(command: argparse.ArgumentParser, arguments: Sequence[str]
     default = f"without one: {flags.DEMO}, or with --data what is recognised there, else {flags.OWN_FOLDER}"
     recipe = f"a shipped recipe ({', '.join(shipped_recipes())}) or a TOML file; {default}"
     add("recipe", nargs="?", metavar="RECIPE", help=recipe)
-    add("--out", metavar="FOLDER", help="the run folder [runs/RECIPE-METHOD-TIME]; of --reload, the file of the metrics")
+    add("--out", metavar="FOLDER", help="the run folder [runs/RECIPE-METHOD-TIME]; of --reload, a file for metrics")
     beside = "train this method too, under the same recipe, and show both (the demo: ce)"
     add("--beside", choices=get_args(Method), help=beside)
     flags.add_set(command)
@@ -43,18 +43,12 @@ def train(options: argparse.Namespace) -> None:
         _score_resumed(options, "test" if reload else "validation")
         return
     # A process alone refuses bad options before torch is imported.
-    chosen = _choose(options) if "WORLD_SIZE" not in os.environ else None
+    chosen = flags.chosen_recipe(options) if "WORLD_SIZE" not in os.environ else None
 
     from equipoise.base.world import join
 
     with join() as world, contextlib.redirect_stdout(sys.stdout if world.is_first else io.StringIO()):
-        _train(world, options, *(chosen or world.each_makes(lambda: _choose(options))))
-
-
-def _choose(options: argparse.Namespace) -> tuple[Recipe, str]:
-    """The recipe to train, and a remark where it was not named."""
-    of_run = flags.resumed_recipe(options)
-    return (of_run, "") if of_run else flags.chosen_recipe(options)
+        _train(world, options, *(chosen or world.each_makes(lambda: flags.chosen_recipe(options))))
 
 
 def _train(world: "World", options: argparse.Namespace, recipe: Recipe, remark: str) -> None:
@@ -127,8 +121,8 @@ def _show(runs: "Sequence[Run]") -> None:
         print_metrics(results, f"accuracy on the {part} part, percent", runs[0].metrics)
     for run in runs:
         print_post_hoc(run.metrics)
-        print_unreadable(run.metrics)
         print(f"run folder: {run.path}")
+        print_unreadable(run.metrics)
 
 
 def _export_for_authors(run: Path) -> None:
@@ -160,4 +154,4 @@ def _score_resumed(options: argparse.Namespace, part: str) -> None:
         named, own = flags.chosen_recipe(options)[0].name, recipe_of(checkpoint).name
         if named != own:
             raise UserError(f"{checkpoint} was trained by the recipe {own}, not {named}: name other data with --data")
-    score_checkpoint(checkpoint, data, part, flags.overrides_of(options), options.out)
+    score_checkpoint(checkpoint, data, part, flags.overrides_of(options), options.out, None)

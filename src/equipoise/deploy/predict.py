@@ -256,9 +256,7 @@ def read_weights(file: Path) -> dict[str, float]:
     return weights
 
 
-def in_class_order(
-    weights: Mapping[str, float], class_names: Sequence[str], where: str
-) -> npt.NDArray[np.float64]:
+def in_class_order(weights: Mapping[str, float], class_names: Sequence[str], where: str) -> npt.NDArray[np.float64]:
     """The weights in the order of the classes. Raises UserError unless there is one finite number, 0 or more, for each
     class, and one above 0."""
     unknown = sorted(weights.keys() - set(class_names))
