@@ -479,13 +479,8 @@ def test_a_run_of_lists_is_scored_on_others(tmp_path, capsys):
     assert json.loads((tmp_path / "x.json").read_text())["test"]["images"] == 1
 
 
-def test_what_cannot_be_resumed(imagenet_run, capsys, tmp_path):
+def test_a_run_does_not_go_on_with_other_data(imagenet_run, capsys, tmp_path):
     run_folder, _ = imagenet_run
-    assert "has trained 1 epoch already, of 1; set --epochs higher" in refusal(
-        capsys, "train", "--resume", str(run_folder)
-    )
-    said = refusal(capsys, "train", "--resume", str(run_folder), "--epochs", "2", "--lr", "3")
-    assert "was trained with optim.lr = 0.1, not 3.0: a run goes on under its own recipe" in said
     other = build_imagenet(tmp_path / "other", counts=(5, 2))
     arguments = ["--data", str(other), "--epochs", "2", "-b", "4", "--out", str(tmp_path / "run")]
     said = refusal(capsys, "train", *arguments, "--resume", str(run_folder))
