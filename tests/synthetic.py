@@ -16,6 +16,7 @@ from equipoise.evaluation.observe import Observation, confidence_at
 from equipoise.evaluation.predictions import predict
 from equipoise.method.losses import log_prior
 from equipoise.method.network import CosineClassifier
+from equipoise.runs.checkpoint import Checkpoint, create_network, state_on_cpu
 from equipoise.runs.folder import METRICS, OBSERVED, RECIPE, RECORD, write_json
 from equipoise.views.loader import Batch, steps_per_epoch
 
@@ -145,3 +146,12 @@ def write_figures(folder, counts, names, method, images_per_class, validation, g
         folder / METRICS,
         {"method": method, **block, "last": block, "best": None, "class_names": names, "train_counts": counts},
     )
+
+
+def untrained(counts=(9, 5, 1), names=(), recipe="pictures", epoch=1, step=1, **fields) -> Checkpoint:
+    """A checkpoint of random weights; `fields` are the recipe's."""
+    torch.manual_seed(0)
+    recipe = load_recipe(recipe, **{"arch": "resnet8", "size": 24, "hidden_dim": 16, "feature_dim": 8, **fields})
+    weights = state_on_cpu(create_network(recipe, len(counts), start=False))
+    names = names or tuple(f"class {label}" for label in range(len(counts)))
+    return Checkpoint(recipe, names, counts, epoch, step, None, weights, {"state": {}, "param_groups": []}, {})

@@ -34,6 +34,7 @@ def test_help_imports_nothing_heavy():
     code = f"import sys, equipoise.cli.main as cli; cli.main(['recipes']); print({heavy} & set(sys.modules))"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.splitlines()[-1] == "set()"
+    assert re.fullmatch(r"equipoise \d+\.\d+\.\d+\n", run("--version").stdout)
 
 
 def test_public_names():
@@ -58,13 +59,6 @@ def test_recipes(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(shipped_recipes())
     assert all(load_recipe(line.split()[0]).summary in line for line in lines)
-
-
-def test_version(capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["--version"])
-    assert stop.value.code == 0
-    assert re.fullmatch(r"equipoise \d+\.\d+\.\d+\n", capsys.readouterr().out)
 
 
 # ---- train
@@ -98,8 +92,9 @@ def test_train_without_arguments_is_the_demo(tmp_path):
 
 
 @pytest.mark.slow
-def test_train_own_pictures_then_evaluate(pictures, tmp_path, capsys, monkeypatch):
-    """A folder with a space in its name; settings by flag, by --set, and in the authors' spelling."""
+def test_train_own_pictures_then_evaluate_and_report(pictures, tmp_path, capsys, monkeypatch):
+    """A folder with a space in its name; settings by flag, by --set, and in the authors' spelling. With validation and
+    without a test part, the best checkpoint speaks for the run."""
     monkeypatch.setenv("COLUMNS", "100")
 
     def said(*arguments: str) -> str:
@@ -127,6 +122,14 @@ def test_train_own_pictures_then_evaluate(pictures, tmp_path, capsys, monkeypatc
     assert scored["test"]["images"] == 21
     assert scored["train_counts"] == before["train_counts"]
     assert json.loads((out / "metrics.json").read_text()) == before
+
+    assert said("report", str(out)).splitlines()[-1] == f"report: {out / 'report.html'}"
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert f"best checkpoint (after epoch {before['best']['epoch']}), validation part" in page
+    pictures.rename(tmp_path / "elsewhere")
+    said("report", str(out), "--out", str(tmp_path / "other.html"))
+    assert f"No example pictures: there is no file or folder at {pictures}." in (tmp_path / "other.html").read_text()
+    assert "elsewhere is not a run folder: " in refusal(capsys, "report", str(tmp_path / "elsewhere"))
 
 
 @pytest.mark.long
@@ -156,7 +159,6 @@ def test_every_shipped_recipe_trains(name, tmp_path, capsys):
     ("arguments", "sentence"),
     [
         (["train", "digit-lt"], "no recipe is called 'digit-lt'; did you mean digits-lt or"),
-        (["train", "--lr", "-0.1"], "optim.lr must be above 0, not '-0.1'"),
         (["train", "--set", "optim.lr=-1"], "optim.lr must be above 0, not '-1'"),
         (["train", "--lr", "0.1", "--set", "optim.lr=0.2"], "--set optim.lr=0.2, but a flag says 0.1; drop one of"),
         (["train", "--set", "optim.milestones=3", "--schedule", "6", "8"], "optim.milestones=3, but a flag says 6 8"),
@@ -168,11 +170,9 @@ def test_every_shipped_recipe_trains(name, tmp_path, capsys):
         (["train", "--data", "absent"], "there is no file or folder at"),
         (["train", "cifar10-lt"], "this recipe needs data: name a folder with --data FOLDER"),
         (["train", "--batch-size", "5000"], "batch_size (5000) is larger than the training part (342 images)"),
-        (["train", "--method", "bcl2"], "method must be one of bcl, ce, logit-adjusted, supcon+la, not 'bcl2'"),
-        (["train", "--device", "tpu"], "device must be one of auto, cpu, cuda, cuda:N, mps, not 'tpu'"),
-        (["train", "--beside", "none"], "argument --beside: invalid choice: 'none'"),
         (["train", "--out", ""], "--out names no folder"),
-        (["train", "--epochs"], "argument --epochs: expected one argument"),
+        (["train", "--data"], "argument --data: expected one argument"),
+        (["train", "-b"], "argument --batch-size: expected one argument"),
         (["evaluate", "nowhere"], "there is no run folder or checkpoint at nowhere"),
         (["data", "nowhere"], "there is no file or folder at nowhere"),
         (["data"], "the following arguments are required: PATH"),
@@ -271,44 +271,14 @@ def test_data_of_a_folder_with_problems(capsys, tmp_path):
     assert bars == {"ant": 30, "[bold]bee": 7}
 
 
-@pytest.mark.slow
-def test_report_of_own_pictures_and_of_data_that_is_gone(pictures, tmp_path, capsys):
-    """With validation, without a test part: the best checkpoint speaks for the run."""
-    out = tmp_path / "run"
-    arguments = ["--epochs", "2", "--batch-size", "4", "--arch", "resnet8", "--set", "views.size=16"]
-    arguments += ["--set", "optim.warmup_epochs=0"]
-    assert main(["train", "--data", str(pictures), "--out", str(out), *arguments]) == 0
-    assert main(["report", str(out)]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == f"report: {out / 'report.html'}"
-    page = (out / "report.html").read_text(encoding="utf-8")
-    metrics = json.loads((out / "metrics.json").read_text())
-    assert f"best checkpoint (after epoch {metrics['best']['epoch']}), validation part" in page
-    assert f"gets {100 * metrics['best']['validation']['few']:.1f}\N{NO-BREAK SPACE}% right" in page
-    pictures.rename(tmp_path / "elsewhere")
-    other = tmp_path / "other.html"
-    assert main(["report", str(out), "--out", str(other)]) == 0
-    page = other.read_text(encoding="utf-8")
-    assert f"No example pictures: there is no file or folder at {pictures}." in page
-    assert refusal(capsys, "report", str(tmp_path / "elsewhere")) == (
-        f"{tmp_path / 'elsewhere'} is not a run folder: it has no recipe.toml or no run.json; name one that equipoise "
-        "train wrote"
-    )
-
-
-def test_data_of_the_digits(capsys):
-    assert main(["data", "digits"]) == 0
-    text = capsys.readouterr().out
-    assert "embedded digits" in text
-    assert "test: 500 images, 10 classes, imbalance factor 1" in text
-    assert "no problems found" in text
-
-
 def test_data_of_many_classes_shows_the_ends(capsys, tmp_path):
     draw_folder(tmp_path, {f"class{number:02}": 1 + number % 5 for number in range(50)})
     assert main(["data", str(tmp_path)]) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("class", "…"))]
-    assert len(lines) == 41
-    assert lines[20].startswith("…")
+    said = capsys.readouterr().out
+    assert [line.split()[1] for line in said.splitlines() if re.match(r"class\d", line)] == [
+        *["5"] * 10, *["4"] * 10, *["2"] * 10, *["1"] * 10
+    ]  # fmt: skip
+    assert "(40 of 50 classes, the largest and the smallest)" in said
 
 
 # ---- the authors' experiments
@@ -404,12 +374,8 @@ def test_data_names_lists_and_says_how_they_depart(capsys, tmp_path, shared_data
     assert "62,500 of the 62,500 images" in said
 
     data = build_imagenet(tmp_path / "data", counts=(4, 3))
-    train = data / "ImageNet_LT_train.txt"
-    train.write_text(train.read_text() + train.read_text().splitlines(keepends=True)[0])
     assert main(["data", str(data)]) == 0
-    said = capsys.readouterr().out
-    assert "ImageNet_LT_train.txt is not the published ImageNet_LT_train.txt (git blob" in said
-    assert "ImageNet_LT_train.txt: 1 images are in it more than once" in said
+    assert "ImageNet_LT_train.txt is not the published ImageNet_LT_train.txt (git blob" in capsys.readouterr().out
     (tmp_path / "list.csv").write_text("a.jpg,3\n")
     assert "is a file, but no Parquet file" in refusal(capsys, "data", str(tmp_path / "list.csv"))
     assert "--images goes with a list file as PATH" in refusal(capsys, "data", str(data), "--images", str(data))
@@ -430,12 +396,7 @@ def test_a_run_goes_on_where_its_data_have_moved(tmp_path, capsys):
         "train",
         "--data",
         str(data),
-        "--arch=resnet8",
-        "--method=ce",
-        "--size=16",
-        "-b6",
-        "-j0",
-        "--device=cpu",
+        *["--arch=resnet8", "--method=ce", "--size=16", "-b6", "-j0", "--device=cpu"],
     ]
     assert main([*arguments, "--epochs=1", "--out", str(run_folder)]) == 0
     data.rename(moved)
@@ -523,13 +484,8 @@ def test_a_run_of_lists_is_scored_on_others(tmp_path, capsys):
     assert json.loads((tmp_path / "x.json").read_text())["test"]["images"] == 1
 
 
-def test_what_cannot_be_resumed(imagenet_run, capsys, tmp_path):
+def test_a_run_does_not_go_on_with_other_data(imagenet_run, capsys, tmp_path):
     run_folder, _ = imagenet_run
-    assert "has trained 1 epoch already, of 1; set --epochs higher" in refusal(
-        capsys, "train", "--resume", str(run_folder)
-    )
-    said = refusal(capsys, "train", "--resume", str(run_folder), "--epochs", "2", "--lr", "3")
-    assert "was trained with optim.lr = 0.1, not 3.0: a run goes on under its own recipe" in said
     other = build_imagenet(tmp_path / "other", counts=(5, 2))
     arguments = ["--data", str(other), "--epochs", "2", "-b", "4", "--out", str(tmp_path / "run")]
     said = refusal(capsys, "train", *arguments, "--resume", str(run_folder))

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,21 +12,19 @@ from conftest import ODD_NAMES, draw_picture
 from markdown_it import MarkdownIt
 from PIL import Image
 from safetensors.torch import load_file
+from synthetic import untrained
 
-from equipoise import UserError, load, load_recipe
+from equipoise import UserError, load
 from equipoise.deploy.hub import is_hub_folder, read_hub_folder, write_hub_folder
-from equipoise.runs.checkpoint import Checkpoint, create_network, state_on_cpu
+from equipoise.runs.checkpoint import Checkpoint
 from equipoise.views.views import short_side
 
 NAMES = ("<b>x & y</b>", "a|b `c` *d* _e_ [f](g) #1 $2$ ~h~ !i", "<script>alert(1)</script>\n\n# no heading", "\\<i>")
 
 
-def untrained(arch="resnet8", size=24, names=NAMES, **fields) -> Checkpoint:
-    torch.manual_seed(0)
-    recipe = load_recipe("pictures", arch=arch, size=size, hidden_dim=16, feature_dim=8, **fields)
-    network = create_network(recipe, len(names), start=False)
+def sample(names=NAMES, **fields) -> Checkpoint:
     counts = tuple(range(130, 130 - 35 * len(names), -35))
-    return Checkpoint(recipe, names, counts, 7, 70, None, state_on_cpu(network), {"state": {}, "param_groups": []}, {})
+    return untrained(counts, names, epoch=7, step=70, **fields)
 
 
 def figures(per_class) -> dict:
@@ -35,7 +34,7 @@ def figures(per_class) -> dict:
 
 
 def test_round_trip(tmp_path):
-    checkpoint = untrained(data="/home/somebody/secret", weights="/home/somebody/start.pth", lr=0.123)
+    checkpoint = sample(data="/home/somebody/secret", weights="/home/somebody/start.pth", lr=0.123)
     write_hub_folder(tmp_path / "hub", checkpoint, 1.25, None)
     assert is_hub_folder(tmp_path / "hub")
     read, temperature = read_hub_folder(tmp_path / "hub")
@@ -43,7 +42,7 @@ def test_round_trip(tmp_path):
     assert (read.class_names, read.class_counts, read.epoch, read.step) == (NAMES, (130, 95, 60, 25), 7, 70)
     assert read.weights.keys() == checkpoint.weights.keys()
     assert all(torch.equal(read.weights[name], value) for name, value in checkpoint.weights.items())
-    assert read.recipe == untrained(data="", lr=0.123).recipe
+    assert read.recipe == sample(data="", lr=0.123).recipe
     for file in (tmp_path / "hub").iterdir():
         assert b"somebody" not in file.read_bytes(), "paths of the machine are nobody's business"
         assert file.stat().st_mode & 0o777 == 0o644
@@ -53,48 +52,47 @@ def test_round_trip(tmp_path):
 
 def test_an_existing_folder_is_not_written_over(tmp_path):
     (tmp_path / "hub").mkdir()
-    write_hub_folder(tmp_path / "hub", untrained(), None, None)  # an empty one is
+    write_hub_folder(tmp_path / "hub", sample(), None, None)  # an empty one is
     before = (tmp_path / "hub" / "model.safetensors").stat().st_mtime_ns
-    with pytest.raises(UserError, match="hub exists and is not empty; name another folder with --out"):
-        write_hub_folder(tmp_path / "hub", untrained(), None, None)
+    with pytest.raises(UserError, match=r"hub could not be written \(directory not empty\); name another folder"):
+        write_hub_folder(tmp_path / "hub", sample(), None, None)
     assert (tmp_path / "hub" / "model.safetensors").stat().st_mtime_ns == before
     assert os.listdir(tmp_path) == ["hub"]
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "reason"),
+    ("file", "content", "reason"),
     [
-        ("class_names", None, "Expected `array`, got `null` - at `$.equipoise.class_names`"),
-        ("class_names", ["a", 3, "b", "c"], "Expected `str`, got `int` - at `$.equipoise.class_names[1]`"),
-        ("class_names", ["a", "b"], "there must be one class count for each class"),
-        ("class_counts", [1, 2, 0, 4], "Expected `int` >= 1 - at `$.equipoise.class_counts[2]`"),
-        ("temperature", "hot", "at `$.equipoise.temperature`"),
-        ("recipe", {"epochs": -3}, "epochs must be at least 1"),
-        ("head.safetensors", b"half", "is not a folder that equipoise export --to safetensors wrote, or it is damaged"),
-        ("model.safetensors", None, "is not a folder that equipoise export --to safetensors wrote, or it is damaged"),
+        ("head.safetensors", b"half", "(Error while deserializing header"),
+        ("model.safetensors", None, "(no such file or directory: "),
         ("config.json", b'{"architecture": "resnet18"}', "missing required field `equipoise`"),
-        ("config.json", b"{", "or it is damaged (Expecting property name"),
+        ("config.json", b"{", "(Expecting property name"),
+        ("recipe", {"epochs": -3}, "epochs must be at least 1"),
+        ("temperature", "hot", "at `$.equipoise.temperature`"),
+        ("class_names", ["a", 3, "b", "c"], "Expected `str`, got `int` - at `$.equipoise.class_names[1]`"),
+        ("class_names", ["a", "b"], "the checkpoint's weights do not fit the resnet8 and 2 classes"),
     ],
 )
-def test_damaged_folders(key, value, reason, tmp_path):
+def test_damaged_folders(file, content, reason, tmp_path):
     folder = tmp_path / "hub"
-    write_hub_folder(folder, untrained(), 1.5, None)
-    if "." in key:
-        (folder / key).unlink() if value is None else (folder / key).write_bytes(value)
+    write_hub_folder(folder, sample(), 1.5, None)
+    if content is None:
+        (folder / file).unlink()
+    elif "." in file:
+        (folder / file).write_bytes(content)
     else:
         config = json.loads((folder / "config.json").read_text())
-        config["equipoise"][key] = value
+        config["equipoise"][file] = content
         (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError) as refused:
         load(folder)
     assert reason in str(refused.value)
-    assert str(folder) in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
 def test_class_names_that_are_no_utf8(tmp_path):
     """As the folder of a class may be called."""
-    checkpoint = untrained(names=(os.fsdecode(b"\xff"), "b"))
+    checkpoint = sample(names=(os.fsdecode(b"\xff"), "b"))
     write_hub_folder(tmp_path / "hub", checkpoint, None, figures([0.5, 0.5]))
     assert read_hub_folder(tmp_path / "hub")[0].class_names == checkpoint.class_names
 
@@ -102,7 +100,7 @@ def test_class_names_that_are_no_utf8(tmp_path):
 @pytest.mark.parametrize(("arch", "size"), [("resnet18", 48), ("vit_tiny_patch16_224.augreg_in21k", 32)])
 def test_timm_loads_the_encoder(arch, size, tmp_path):
     """By the two lines of the card; the same features, from a picture on the disk, as our network's encoder gives."""
-    write_hub_folder(tmp_path / "hub", untrained(arch, size), 1.0, None)
+    write_hub_folder(tmp_path / "hub", sample(arch=arch, size=size), 1.0, None)
     card = (tmp_path / "hub" / "README.md").read_text()
     lines = card.partition("```python\nencoder = ")[2].partition("```")[0]
     scope = {"timm": timm}
@@ -124,7 +122,7 @@ def test_timm_loads_the_encoder(arch, size, tmp_path):
 
 @pytest.mark.parametrize("size", [24, 128, 224, 443, 815, 1000])
 def test_timm_resizes_as_we_do(size, tmp_path):
-    write_hub_folder(tmp_path / "hub", untrained(size=size), None, None)
+    write_hub_folder(tmp_path / "hub", sample(size=size), None, None)
     crop = json.loads((tmp_path / "hub" / "config.json").read_text())["pretrained_cfg"]["crop_pct"]
     assert int(size / crop) == short_side(size)
     assert "timm" not in (tmp_path / "hub" / "README.md").read_text(), "a small encoder is not one of timm's"
@@ -149,7 +147,7 @@ def rendered(card: str) -> tuple[str, list[list[str]]]:
 
 
 def test_the_card_says_what_was_measured_and_how_long_the_tail_is(tmp_path):
-    write_hub_folder(tmp_path / "hub", untrained(), 1.234, figures([0.5, 0.25, None, 0.75]))
+    write_hub_folder(tmp_path / "hub", sample(), 1.234, figures([0.5, 0.25, None, 0.75]))
     card = (tmp_path / "hub" / "README.md").read_text()
     html, rows = rendered(card)
     for row in (
@@ -175,7 +173,7 @@ def test_the_card_says_what_was_measured_and_how_long_the_tail_is(tmp_path):
 
 def test_names_are_text_in_the_card(tmp_path):
     """Of a Markdown library that lets HTML through: no mark-up comes of a name, and the names are read back."""
-    write_hub_folder(tmp_path / "hub", untrained(), None, figures([0.1, 0.2, 0.3, 0.4]))
+    write_hub_folder(tmp_path / "hub", sample(), None, figures([0.1, 0.2, 0.3, 0.4]))
     html, rows = rendered((tmp_path / "hub" / "README.md").read_text())
     for mark in ("<b>", "<script", "<i>", "<em>x", "<a ", "<s>", "no heading</h1>"):
         assert mark not in html, mark
@@ -185,9 +183,7 @@ def test_names_are_text_in_the_card(tmp_path):
 
 
 def test_a_checkpoint_without_figures_or_counts(tmp_path):
-    checkpoint = untrained()
-    bare = Checkpoint(**{**vars(checkpoint), "class_counts": ()})
-    write_hub_folder(tmp_path / "hub", bare, None, None)
+    write_hub_folder(tmp_path / "hub", replace(sample(), class_counts=()), None, None)
     card = (tmp_path / "hub" / "README.md").read_text()
     assert "This checkpoint was exported without metrics." in card
     assert "The training images of each class are not known." in card

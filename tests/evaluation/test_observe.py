@@ -5,9 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from equipoise.config.recipe import Model, Views
 from equipoise.evaluation.metrics import GROUPS, Predictions, shot_group
 from equipoise.evaluation.observe import COSINE_BINS, Observation, confidence_at, count_cosines
-from equipoise.config.recipe import Model, Views
 from equipoise.method.network import TwoBranchNetwork
 
 COUNTS = (300, 150, 60, 25, 19, 3)

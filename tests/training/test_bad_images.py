@@ -233,7 +233,7 @@ def test_check_decodes_everything_and_names_every_bad_file(data, capsys):
         make(data / "ant" / f"{number}.png")
     assert main(["data", str(data), "--check"]) == 1
     said = capsys.readouterr().out
-    assert f"bad images ({len(kinds)})" in said
+    assert f"problems ({len(kinds)})" in said
     for number in range(len(kinds)):
         assert re.search(rf"- {data}/ant/{number}.png cannot be read \(.+\)\n", said)
     assert main(["data", str(data)]) == 0

@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +9,7 @@ from equipoise.base.errors import UserError, several
 from equipoise.cli import flags
 
 if TYPE_CHECKING:
-    from equipoise.deploy.predict import Classifier, Predicted
+    from equipoise.deploy.predict import Classifier
 
 _FORMS = {
     "authors": "the layout of the BCL authors' code",
@@ -20,7 +19,6 @@ _FORMS = {
 }
 _ENDINGS = {"onnx": ".onnx", "safetensors": "-safetensors", "torch-export": ".pt2"}
 _TARGET = "a run folder (its best checkpoint, or else its last), a checkpoint, or a folder from --to safetensors"
-_ERRORS_SHOWN = 20
 
 
 def add_predict_options(command: argparse.ArgumentParser) -> None:
@@ -39,54 +37,46 @@ def add_predict_options(command: argparse.ArgumentParser) -> None:
 def predict(options: argparse.Namespace) -> None:
     if options.top < 1:
         raise UserError(f"--top must be at least 1, not {options.top}")
-    flags.refuse_unwritable({"--csv": options.csv, "--json": options.json})
+    flags.refuse_unwritable("--csv", options.csv, ".csv")
+    flags.refuse_unwritable("--json", options.json, ".json")
 
     from rich.console import Console
     from rich.progress import Progress
 
-    from equipoise.deploy.predict import load
-
-    classifier = load(options.target, options.device)
-    start = time.monotonic()
-    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("predicting", total=None)
-
-        def show(done: int, files: int) -> None:
-            progress.update(task, completed=done, total=files)
-
-        predicted = classifier.predict(options.paths, options.top, options.prior, show)
-    seconds = time.monotonic() - start
-    for error in predicted.errors[:_ERRORS_SHOWN]:
-        print(f"passed over: {error}", file=sys.stderr)
-    if len(predicted.errors) > _ERRORS_SHOWN:
-        print(f"passed over: {len(predicted.errors) - _ERRORS_SHOWN:,} more", file=sys.stderr)
-    if not len(predicted):
-        raise UserError("nothing was predicted: no image could be read")
-    _show_or_write(predicted, classifier, options)
-    temperature, why = (
-        classifier.temperature,
-        "plain softmax, since there is no validation part, or it fits no temperature",
-    )
-    calibrated = f"calibrated (temperature {temperature:.3g})" if temperature else f"not calibrated: {why}"
-    print(f"{classifier.origin}, epoch {classifier.checkpoint.epoch}; class prior: {options.prior}; {calibrated}")
-    passed_over = f", {len(predicted.errors):,} passed over" if predicted.errors else ""
-    rate = len(predicted) / seconds
-    print(f"{several(len(predicted), 'image')} predicted in {seconds:.1f} s ({rate:,.0f} a second){passed_over}")
-
-
-def _show_or_write(predicted: "Predicted", classifier: "Classifier", options: argparse.Namespace) -> None:
     from equipoise.cli.tables import print_predictions
-    from equipoise.deploy.predict import predictions_table, write_csv
+    from equipoise.deploy.predict import load, predictions_table, write_csv
     from equipoise.runs.folder import write_json
 
+    classifier = load(options.target, options.device)
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("predicting", total=None)
+        show = lambda done, files: progress.update(task, completed=done, total=files)  # noqa: E731
+        predicted = classifier.predict(options.paths, options.top, options.prior, show)
+    for error in predicted.errors:
+        print(f"passed over: {error}", file=sys.stderr)
+    if not len(predicted):
+        raise UserError("nothing was predicted: no image could be read")
     if options.csv:
         write_csv(Path(options.csv), predicted)
     elif options.json:
         write_json(Path(options.json), predictions_table(predicted, classifier, options.prior))
     else:
         print_predictions(predicted)
-        return
-    print(f"written: {options.csv or options.json}")
+    if options.csv or options.json:
+        print(f"written: {options.csv or options.json}")
+    epoch = classifier.checkpoint.epoch
+    print(f"{classifier.origin}, epoch {epoch}; class prior: {options.prior}; {_calibration(classifier)}")
+    passed_over = f", {len(predicted.errors):,} passed over" if predicted.errors else ""
+    print(f"{several(len(predicted), 'image')} predicted{passed_over}")
+
+
+def _calibration(classifier: "Classifier") -> str:
+    if classifier.temperature:
+        return f"calibrated (temperature {classifier.temperature:.3g})"
+    if not classifier.metrics:
+        return "not calibrated"
+    why = "no temperature fits" if classifier.metrics["validation"] else "there is no validation part"
+    return f"not calibrated: {why}"
 
 
 def add_export_options(command: argparse.ArgumentParser) -> None:
@@ -113,14 +103,11 @@ def export(options: argparse.Namespace) -> None:
 
     classifier = load(target, "cpu")
     origin = classifier.origin.resolve()
-    stem = origin.name if origin.is_dir() else origin.name.partition(".pt")[0]
-    out = Path(options.out or origin.with_name(stem + _ENDINGS[form]))
+    out = Path(options.out or origin.with_name(origin.name.partition(".pt")[0] + _ENDINGS[form]))
     if form == "safetensors":
-        if not out.absolute().parent.is_dir():
-            raise UserError(f"--out must be in a folder that exists, not {out}")
         write_hub_folder(out, classifier.checkpoint, classifier.temperature, classifier.metrics)
     else:
-        flags.refuse_unwritable({"--out": str(out)})
+        flags.refuse_unwritable("--out", out, _ENDINGS[form])
         print(export_file(classifier, form, out, [Path(path) for path in options.images]))
     print(f"written: {out}")
 

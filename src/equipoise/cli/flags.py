@@ -6,7 +6,8 @@ recipe is named, the data at `--data` decides.
 
 import argparse
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -23,6 +24,8 @@ from equipoise.config.recipe import (
     shipped_recipes,
 )
 
+Overrides = list[tuple[Field, Any]]  # fields of a recipe, and their values as text
+
 DEMO = "digits-lt"
 OWN_FOLDER = "pictures"
 # What `sources.recognise` returns: the recipe for it, and its name in a message.
@@ -36,23 +39,16 @@ _RECOGNISED = {
 }
 
 
-# What a command may write again. Any other file with the name of an output was named by mistake: a model, a picture.
-_REPLACED = (".csv", ".json", ".npz", ".npy", ".html", ".onnx", ".pt2", ".txt")
-_OF_RUNS = ("run.json", "metrics.json", "bad-images.json", "observed.npz", "compare.json", "config.json")
-
-
-def refuse_unwritable(files: Mapping[str, str | None]) -> None:
-    """Raise UserError for an option whose file could not be written, or is another file: before the work, not after."""
-    for option, file in files.items():
-        if file is None:
-            continue
-        path = Path(file).resolve()
-        if not path.parent.is_dir() or path.is_dir():
-            raise UserError(f"{option} must be a file in a folder that exists, not {file}")
-        if not os.access(path.parent, os.W_OK):
-            raise UserError(f"{option} must be a file in a folder that may be written, not {file}")
-        if path.exists() and (path.suffix not in _REPLACED or path.name in _OF_RUNS):
-            raise UserError(f"{option} would replace {file}, which is something else; name another file")
+def refuse_unwritable(option: str, file: str | Path | None, suffix: str) -> None:
+    """Raise UserError where the file of an option cannot be written, or is a file of another kind, named by mistake:
+    before the work, not after it."""
+    if file is None:
+        return
+    path = Path(file).resolve()
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"{option} must be a file in a folder that exists and may be written, not {file}")
+    if path.exists() and path.suffix != suffix:
+        raise UserError(f"{option} would replace {file}, which is no {suffix} file; name another file")
 
 
 def add_set(command: argparse.ArgumentParser) -> None:
@@ -65,12 +61,10 @@ def add_device(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
 
 
-def add_list_flags(command: argparse.ArgumentParser, parts: Sequence[str]) -> None:
-    """`--train-list FILE` and the like."""
-    for part in parts:
-        command.add_argument(
-            f"--{part}-list", dest=f"data.{part}_list", metavar="FILE", help="a list file of that part"
-        )
+def add_fields(command: argparse.ArgumentParser, *keys: str) -> None:
+    """Flags for fields of a recipe."""
+    for key in keys:
+        _add_field(command, find_field(key))
 
 
 def add_recipe_flags(command: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
@@ -79,17 +73,14 @@ def add_recipe_flags(command: argparse.ArgumentParser, arguments: Sequence[str])
     default = OWN_FOLDER if "--data" in arguments else DEMO
     named = next((argument for argument in arguments if argument in shipped_recipes()), default)
     shown = load_recipe(named) if {"-h", "--help"} & set(arguments) else Recipe()
-    groups: dict[str, Any] = {}
-    for field in recipe_fields():
-        if field.key in ("name", "summary"):
-            continue
-        section = field.path[0] if len(field.path) == 2 else "run"
-        if section not in groups:
-            groups[section] = command.add_argument_group(f"{section} (shown: {named})")
-        add_field(groups[section], field, field_value(shown, field))
+    for section, fields in groupby(recipe_fields(), lambda field: field.path[0] if len(field.path) == 2 else "run"):
+        group = command.add_argument_group(f"{section} (shown: {named})")
+        for field in fields:
+            if field.key not in ("name", "summary"):
+                _add_field(group, field, field_value(shown, field))
 
 
-def add_field(group: Any, field: Field, default: Any = None) -> None:
+def _add_field(group: Any, field: Field, default: Any = None) -> None:
     """A flag for a field of a recipe; its help shows the default, where there is one."""
     # One letter works with one dash or two: the authors' README writes `--p`.
     flags = [flag for name in field.names for flag in ([f"-{name}", f"--{name}"] if len(name) == 1 else [f"--{name}"])]
@@ -107,19 +98,16 @@ def add_field(group: Any, field: Field, default: Any = None) -> None:
     group.add_argument(*flags, dest=field.key, default=None, help=text, **arguments)
 
 
-def overrides_of(options: argparse.Namespace) -> list[tuple[Field, Any]]:
+def overrides_of(options: argparse.Namespace) -> Overrides:
     """Fields set on the command line. Raises UserError where `--set` and a flag set one field to different values."""
-    settings: list[tuple[Field, Any]] = []
+    settings: Overrides = []
     for text in options.set:
         key, equals, value = text.partition("=")
         if not equals:
             raise UserError(f"--set takes SECTION.FIELD=VALUE, not '{text}'")
         settings.append((find_field(key.strip()), value.strip()))
-    flags: list[tuple[Field, Any]] = []
-    for field in recipe_fields():
-        value = getattr(options, field.key, None)
-        if value is not None and field.key != "optim.schedule":
-            flags.append((field, value))
+    given = [(field, getattr(options, field.key, None)) for field in recipe_fields()]
+    flags = [(field, value) for field, value in given if value is not None and field.key != "optim.schedule"]
     if hasattr(options, "use_norm"):
         flags += [*milestones_of(options), *authors_overrides(options)]
     for field, value in flags:
@@ -137,8 +125,11 @@ def with_overrides(recipe: Recipe, options: argparse.Namespace) -> Recipe:
 
 
 def chosen_recipe(options: argparse.Namespace) -> tuple[Recipe, str]:
-    """The recipe with its overrides, and a remark where it was not named."""
-    path = {field.key: value for field, value in overrides_of(options)}.get("data.path")
+    """The recipe with its overrides, and a remark where neither it nor its data set was named."""
+    of_run = _resumed_recipe(options)
+    if of_run:
+        return of_run, ""
+    path = data_path(options)
     name, remark = options.recipe, ""
     if options.dataset is not None:
         of_dataset = recipe_of_dataset(options.dataset)
@@ -162,13 +153,18 @@ def chosen_recipe(options: argparse.Namespace) -> tuple[Recipe, str]:
     return with_overrides(load_recipe(name), options), remark
 
 
-def resumed_recipe(options: argparse.Namespace) -> Recipe | None:
+def data_path(options: argparse.Namespace) -> str | None:
+    """The data that the command line names, by `--data` or `--set`."""
+    return {field.key: value for field, value in overrides_of(options)}.get("data.path")
+
+
+def _resumed_recipe(options: argparse.Namespace) -> Recipe | None:
     """The run's own recipe, for `--resume` without a recipe and without data; with data too if the run goes on in its
     folder, since then the data have moved."""
-    moved = not options.out and Path(options.resume or "", "recipe.toml").is_file()
-    of_data = "data.path" in {field.key for field, _ in overrides_of(options)}
-    named = options.recipe or options.dataset or (of_data and not moved)
-    if not options.resume or options.resume == "auto" or named:
+    if not options.resume or options.resume == "auto" or options.recipe or options.dataset:
+        return None
+    moved = not options.out and Path(options.resume, "recipe.toml").is_file()
+    if data_path(options) and not moved:
         return None
 
     from equipoise.runs.checkpoint import recipe_of

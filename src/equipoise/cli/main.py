@@ -6,6 +6,7 @@ Nothing heavy is imported before it is needed: `equipoise --help` does not impor
 import argparse
 import io
 import os
+import re
 import signal
 import sys
 import threading
@@ -84,6 +85,8 @@ class _Parser(argparse.ArgumentParser):
     """One whose errors are a UserError of one line."""
 
     def error(self, message: str) -> NoReturn:
+        # Of the several names of an option, 'argument --path/--data: ...', the last long one.
+        message = re.sub(r"^argument (?:\S+/)?(--\w[\w-]+)[^\s:]*", r"argument \1", message)
         raise UserError(f"{message} (see {self.prog} --help)")
 
 

@@ -4,11 +4,11 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from equipoise.base.errors import UserError
 from equipoise.cli import flags
-from equipoise.config.recipe import Field, Method, find_field
+from equipoise.config.recipe import Method
 
 
 def add_evaluate_options(command: argparse.ArgumentParser) -> None:
@@ -19,10 +19,8 @@ def add_evaluate_options(command: argparse.ArgumentParser) -> None:
     add("--split", choices=("train", "validation", "test"), help=split)
     add("--out", metavar="FILE", help="where to write the metrics (default: beside the checkpoint)")
     add("--logits", metavar="FILE", help="write the logits of every image too, as .npz")
-    flags.add_list_flags(command, ("val", "test"))
+    flags.add_fields(command, "data.val_list", "data.test_list", "data.on_bad_image", "data.allow_outside")
     flags.add_device(command)
-    for key in ("data.on_bad_image", "data.allow_outside"):
-        flags.add_field(command, find_field(key))
     flags.add_set(command)
 
 
@@ -30,18 +28,17 @@ def evaluate(options: argparse.Namespace) -> None:
     target = Path(options.target)
     overrides = flags.overrides_of(options)
     other_data = options.data or options.split or any(field.path[-1].endswith("_list") for field, _ in overrides)
-    flags.refuse_unwritable({"--out": options.out, "--logits": options.logits})
-    if not options.out:
-        _refuse_read_only(target if target.is_dir() else target.parent, "the metrics")
     if not target.is_dir() or other_data or options.out or options.logits or options.set:
-        overrides.append((find_field("device"), options.device))
         score_checkpoint(target, options.data, options.split, overrides, options.out, options.logits)
         return
+
+    from equipoise.runs.folder import METRICS
+
+    flags.refuse_unwritable("--out", target / METRICS, ".json")
 
     from equipoise.base.world import join
     from equipoise.cli.tables import print_metrics, print_post_hoc, print_unreadable
     from equipoise.evaluation.score import evaluate_run
-    from equipoise.runs.folder import METRICS
 
     with join() as world:
         metrics = evaluate_run(target, device=options.device, world=world, overrides=overrides)
@@ -59,27 +56,20 @@ def evaluate(options: argparse.Namespace) -> None:
     print(f"written: {target / METRICS}")
 
 
-def _refuse_read_only(folder: Path, what: str) -> None:
-    if folder.is_dir() and not os.access(folder, os.W_OK):
-        raise UserError(f"{what} cannot be written into {folder}; name a file elsewhere with --out FILE")
-
-
 def score_checkpoint(
-    target: Path,
-    data: str | None,
-    part: str | None,
-    overrides: Sequence[tuple[Field, Any]],
-    out: str | None = None,
-    logits: str | None = None,
+    target: Path, data: str | None, part: str | None, overrides: flags.Overrides, out: str | None, logits: str | None
 ) -> None:
-    """Score one checkpoint (of a run: the last); show and write its metrics. They are only shown where `out` is None
-    and the folder of the checkpoint is read-only. See `evaluate_checkpoint`."""
+    """Score one checkpoint (of a run: the last); show and write its metrics. See `evaluate_checkpoint`."""
+    from equipoise.runs.folder import LAST, METRICS, find_checkpoint, write_json
+
+    checkpoint = target / LAST if target.is_dir() else find_checkpoint(target)
+    flags.refuse_unwritable("--out", out or checkpoint.with_name(METRICS), ".json")
+    flags.refuse_unwritable("--logits", logits, ".npz")
+
     from equipoise.base.world import join
     from equipoise.cli.tables import print_metrics, print_unreadable
     from equipoise.evaluation.score import evaluate_checkpoint, write_logits
-    from equipoise.runs.folder import LAST, find_checkpoint, write_json
 
-    checkpoint = target / LAST if target.is_dir() else find_checkpoint(target)
     with join() as world:
         metrics, predictions = evaluate_checkpoint(
             checkpoint, data, part, overrides, keep_logits=logits is not None, world=world
@@ -95,9 +85,6 @@ def score_checkpoint(
     of_data = f"-{Path(data).resolve().name}" if data else ""
     stem = checkpoint.name.partition(".pt")[0]
     written = Path(out or checkpoint.with_name(f"metrics-{stem}{of_data}-{scored}.json"))
-    if out is None and not os.access(written.parent, os.W_OK):
-        print(f"not written: {written.parent} is read-only")
-        return
     write_json(written, metrics)
     print(f"written: {written}")
 
@@ -109,7 +96,8 @@ def add_compare_options(command: argparse.ArgumentParser, arguments: Sequence[st
     add("--methods", default=",".join(get_args(Method)), help=methods)
     add("--seeds", type=int, default=3, help="how many, from --seed on [%(default)s]")
     add("--out", metavar="FOLDER", help="for the run folders; finished runs are kept (default: runs/compare-RECIPE)")
-    command.set_defaults(dataset=None, use_norm=None, cos=None, gpu=None)  # options of `train` that it does not have
+    # Options of `train` that it does not have.
+    command.set_defaults(dataset=None, resume=None, use_norm=None, cos=None, gpu=None)
     flags.add_set(command)
     flags.add_recipe_flags(command, arguments)
 
@@ -139,11 +127,11 @@ def add_report_options(command: argparse.ArgumentParser) -> None:
 
 
 def report(options: argparse.Namespace) -> None:
-    flags.refuse_unwritable({"--out": options.out})
     runs = [Path(run) for run in options.runs]
-    if not options.out:
-        _refuse_read_only(runs[0], "the report")
+    out = Path(options.out or runs[0] / "report.html")
+    if options.out or runs[0].is_dir():
+        flags.refuse_unwritable("--out", out, ".html")
 
     from equipoise.report.page import write_report
 
-    print(f"report: {write_report(runs, Path(options.out) if options.out else runs[0] / 'report.html')}")
+    print(f"report: {write_report(runs, out)}")

@@ -4,13 +4,14 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from rich.bar import Bar
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from equipoise.base.errors import one_line
+from equipoise.base.errors import one_line, several
 from equipoise.data.decode import BadImageError
 from equipoise.data.images import Found, ImageList, imbalance_factor
 from equipoise.evaluation.metrics import FURTHER, GROUP_LIMITS, percent, shot_group
@@ -38,44 +39,37 @@ def print_metrics(results: Sequence[tuple[str, Mapping[str, Any]]], title: str, 
     their training images, none where the training data are not known.
     """
     names, counts = run["class_names"], run["train_counts"]
+    figures = [metrics for _, metrics in results]
     table = Table(box=SIMPLE, title=title, title_justify="left", title_style="bold")
-    table.add_column("", no_wrap=True)
-    table.add_column("training\nimages", justify="right", no_wrap=True)
-    for heading, _ in results:
-        table.add_column(heading.replace(" ", "\n"), justify="right")
+    table.add_column("")  # in a narrow terminal the names of the classes are cut, not the numbers
+    for heading in ("training\nimages", *(heading.replace(" ", "\n") for heading, _ in results)):
+        table.add_column(heading, justify="right", no_wrap=True)
 
-    def add_row(label: str | Text, images: str, field: str) -> None:
-        table.add_row(label, images, *(percent(metrics[field]) for _, metrics in results))
+    def add_row(label: str | Text, images: str, shares: Sequence[float | None]) -> None:
+        table.add_row(label, images, *map(percent, shares))
 
-    add_row("overall (top-1)", f"{sum(counts):,}" if counts else "?", "top1")
+    add_row("overall (top-1)", f"{sum(counts):,}" if counts else "?", [of["top1"] for of in figures])
     for group, limits in GROUP_LIMITS.items():
         classes = sum(count > 0 and shot_group(count) == group for count in counts)
         if classes:
-            add_row(f"{group} ({classes:,} {'class' if classes == 1 else 'classes'})", limits, group)
+            noun = "class" if classes == 1 else "classes"
+            add_row(f"{group} ({classes:,} {noun})", limits, [of[group] for of in figures])
     table.add_section()
     for label, field in FURTHER.items():
-        if any(metrics[field] is not None for _, metrics in results):
-            add_row(label, "", field)
+        shares = [of[field] for of in figures]
+        if shares != [None] * len(shares):
+            add_row(label, "", shares)
     table.add_section()
-    console = Console()
-    # In a narrow terminal the names of the classes are cut, not the numbers.
-    room = max(24, console.width - 20 - sum(2 + max(5, *map(len, heading.split(" "))) for heading, _ in results))
-    scored = [any(metrics["per_class"][label] is not None for _, metrics in results) for label in range(len(names))]
-    shown = [label for label in range(len(names)) if scored[label] or len(names) <= _ROWS_SHOWN]
-    for position in _ends([counts[label] if counts else 0 for label in shown]):
-        if position is None:
-            table.add_row("…")
-            continue
-        label = shown[position]
-        name = Text(one_line(str(names[label])))
-        name.truncate(room, overflow="ellipsis")
-        shares = (percent(metrics["per_class"][label]) for _, metrics in results)
-        table.add_row(name, f"{counts[label]:,}" if counts else "?", *shares)
-    console.print(table)
+    # A class that no image was scored of has no row.
+    scored = [label for label in range(len(names)) if any(of["per_class"][label] is not None for of in figures)]
+    for label in _ends(scored, counts):
+        name = Text(one_line(str(names[label])), no_wrap=True, overflow="ellipsis")
+        add_row(name, f"{counts[label]:,}" if counts else "?", [of["per_class"][label] for of in figures])
+    Console().print(table)
     if not counts:
-        console.print("(the data has no training part: many, medium and few are not known)")
-    if len(shown) > _ROWS_SHOWN:
-        console.print(f"({_ROWS_SHOWN} of {len(names):,} classes; all of them are in the file)")
+        print("(the data has no training part: many, medium and few are not known)")
+    if len(scored) > _ROWS_SHOWN:
+        print(f"({_ROWS_SHOWN} of {len(names):,} classes; all of them are in the file)")
 
 
 def print_post_hoc(metrics: Mapping[str, Any]) -> None:
@@ -85,7 +79,7 @@ def print_post_hoc(metrics: Mapping[str, Any]) -> None:
         if chosen and chosen["tau"] > 0:
             part = "test" if "test" in chosen else "validation"
             before, after = (percent(of["mean_per_class"]) for of in (metrics[checkpoint][part], chosen[part]))
-            _print_line(
+            print(
                 f"{metrics['method']}, {checkpoint} checkpoint: subtracting {chosen['tau']:g} x log prior from the "
                 f"logits (chosen on validation) moves the mean over classes on {part} from {before} to {after}"
             )
@@ -94,36 +88,38 @@ def print_post_hoc(metrics: Mapping[str, Any]) -> None:
 def print_unreadable(metrics: Mapping[str, Any]) -> None:
     """The best checkpoint, if it could not be read; how many images could not be read, and the first of them."""
     if lost := metrics.get("best_lost"):
-        _print_line(f"{lost}: the metrics are of the last checkpoint")
+        print(one_line(f"{lost}: the metrics are of the last checkpoint"))
     for part, bad in metrics["bad_images"].items():
-        count, were = (f"{len(bad):,} images", "were") if len(bad) > 1 else ("1 image", "was")
+        count, were = several(len(bad), "image"), "was" if len(bad) == 1 else "were"
         if part == "train":
             said = f"{count} could not be read and {were} replaced by others of the same class"
         else:
             said = f"{count} of the {part} part could not be read and {were} left out of its metrics"
         first = "; ".join(f"{name} ({reason})" for name, reason in islice(bad.items(), _BAD_SHOWN))
         more = f"; and {len(bad) - _BAD_SHOWN:,} more" if len(bad) > _BAD_SHOWN else ""
-        _print_line(f"{said}: {first}{more}")
+        print(one_line(f"{said}: {first}{more}"))
 
 
-def print_data(
-    path: str, found: Found, problems: Sequence[str], bad: Sequence[BadImageError], checked: bool = False
-) -> None:
+def print_data(path: str, found: Found, problems: Sequence[str], bad: Sequence[BadImageError], checked: bool) -> None:
     """The data at `path`: format, parts, a bar for each class, imbalance factor, problems. `checked`: every image was
-    decoded; then all bad images are shown."""
+    decoded; then all problems are shown."""
     console = Console()
     console.print(f"[bold]{_plain(path)}[/bold]: {found.kind}", highlight=False)
     for line in found.described:
-        _print_line(line)
+        print(one_line(line))
     for part, images in found.parts.items():
         _print_counts(console, part, images)
-    faults = [error.fault for error in bad]
-    _print_some("problems", problems if checked else [*problems, *faults], _ROWS_SHOWN)
-    if checked:
-        _print_some("bad images", faults, len(faults))
-    if not problems and not bad:
+    faults = [*problems, *(error.fault for error in bad)]
+    if not faults:
         read = "every image was decoded" if checked else "images were not decoded: --check does it"
         console.print(f"\nno problems found ({read})")
+        return
+    console.print(f"\n[bold]problems ({len(faults):,})[/bold]")
+    shown = faults if checked else faults[:_ROWS_SHOWN]
+    for fault in shown:
+        print(one_line(f"- {fault}"))
+    if len(faults) > len(shown):
+        print(f"… and {len(faults) - len(shown):,} more: --check shows all")
 
 
 def _print_counts(console: Console, part: str, images: ImageList) -> None:
@@ -134,24 +130,12 @@ def _print_counts(console: Console, part: str, images: ImageList) -> None:
     table = Table.grid(padding=(0, 1))
     table.add_column()
     table.add_column(justify="right")
-    for label in _ends(counts):
-        if label is None:
-            table.add_row("…")
-            continue
-        length = counts[label] / max(counts) * _BAR
-        # A class with images has a bar, however short.
-        bar = "█" * int(length) + ("▌" if length % 1 >= 0.5 or 0 < length < 1 else "")
+    for label in _ends(range(len(counts)), counts):
+        bar = Bar(max(counts), 0, counts[label], width=_BAR)
         table.add_row(_plain(images.class_names[label]), f"{counts[label]:,}", bar)
     console.print(table)
-
-
-def _print_some(what: str, lines: Sequence[str], most: int) -> None:
-    if lines:
-        Console().print(f"\n[bold]{what} ({len(lines):,})[/bold]")
-    for line in lines[:most]:
-        _print_line(f"- {line}")
-    if len(lines) > most:
-        _print_line(f"… and {len(lines) - most:,} more")
+    if len(counts) > _ROWS_SHOWN:
+        print(f"({_ROWS_SHOWN} of {len(counts):,} classes, the largest and the smallest)")
 
 
 def print_predictions(predicted: "Predicted") -> None:
@@ -162,22 +146,20 @@ def print_predictions(predicted: "Predicted") -> None:
     for file, ((name, share), *others) in islice(predicted, _ROWS_SHOWN):
         further = ", ".join(f"{other} {percent(of_other)}" for other, of_other in others)
         table.add_row(*(_plain(" ".join(cell.split())) for cell in (file, name, percent(share), further)))
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 10_000  # in a file or a pipe, a line an image
+    console.print(table)
     if len(predicted) > _ROWS_SHOWN:
-        _print_line(f"({_ROWS_SHOWN} of {len(predicted):,} images; --csv FILE or --json FILE writes all of them)")
+        print(f"({_ROWS_SHOWN} of {len(predicted):,} images; --csv FILE or --json FILE writes all of them)")
 
 
-def _ends(counts: Sequence[int]) -> list[int | None]:
-    """Which classes to show: all, or the largest and the smallest with a gap (None) between them."""
-    if len(counts) <= _ROWS_SHOWN:
-        return list(range(len(counts)))
-    by_size = sorted(range(len(counts)), key=lambda label: -counts[label])
-    return [*by_size[: _ROWS_SHOWN // 2], None, *by_size[-_ROWS_SHOWN // 2 :]]
-
-
-def _print_line(text: str) -> None:
-    """A message on one line, however long: names of files and classes may hold anything."""
-    Console().print(_plain(text), highlight=False, soft_wrap=True)
+def _ends(labels: Sequence[int], counts: Sequence[int]) -> Sequence[int]:
+    """Which classes to show: all, or the largest and the smallest."""
+    if len(labels) <= _ROWS_SHOWN:
+        return labels
+    by_size = sorted(labels, key=lambda label: -counts[label]) if counts else labels
+    return [*by_size[: _ROWS_SHOWN // 2], *by_size[-_ROWS_SHOWN // 2 :]]
 
 
 def _plain(text: str) -> str:

@@ -6,7 +6,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -27,21 +27,12 @@ def add_train_options(command: argparse.ArgumentParser, arguments: Sequence[str]
     default = f"without one: {flags.DEMO}, or with --data what is recognised there, else {flags.OWN_FOLDER}"
     recipe = f"a shipped recipe ({', '.join(shipped_recipes())}) or a TOML file; {default}"
     add("recipe", nargs="?", metavar="RECIPE", help=recipe)
-    add("--out", metavar="FOLDER", help="the run folder (default: runs/RECIPE-METHOD-TIME)")
+    add("--out", metavar="FOLDER", help="the run folder [runs/RECIPE-METHOD-TIME]; of --reload, a file for metrics")
     beside = "train this method too, under the same recipe, and show both (the demo: ce)"
     add("--beside", choices=get_args(Method), help=beside)
     flags.add_set(command)
     add_authors_flags(command)
     flags.add_recipe_flags(command, arguments)
-
-
-@dataclass(frozen=True)
-class _Chosen:
-    """What is to be trained."""
-
-    recipe: Recipe
-    remark: str  # to be shown where the recipe was not named
-    of_run: bool  # the recipe is that of the run that goes on
 
 
 def train(options: argparse.Namespace) -> None:
@@ -52,28 +43,25 @@ def train(options: argparse.Namespace) -> None:
         _score_resumed(options, "test" if reload else "validation")
         return
     # A process alone refuses bad options before torch is imported.
-    chosen = _choose(options) if "WORLD_SIZE" not in os.environ else None
+    chosen = flags.chosen_recipe(options) if "WORLD_SIZE" not in os.environ else None
 
     from equipoise.base.world import join
 
     with join() as world, contextlib.redirect_stdout(sys.stdout if world.is_first else io.StringIO()):
-        _train(world, options, chosen or world.each_makes(lambda: _choose(options)))
+        _train(world, options, *(chosen or world.each_makes(lambda: flags.chosen_recipe(options))))
 
 
-def _choose(options: argparse.Namespace) -> _Chosen:
-    of_run = flags.resumed_recipe(options)
-    return _Chosen(of_run, "", True) if of_run else _Chosen(*flags.chosen_recipe(options), False)
-
-
-def _train(world: "World", options: argparse.Namespace, chosen: _Chosen) -> None:
+def _train(world: "World", options: argparse.Namespace, recipe: Recipe, remark: str) -> None:
     from equipoise.runs.folder import AUTHORS_NAMES
 
-    root_log = _root_log(options, chosen)
-    out = options.out or (authors_folder(root_log, chosen.recipe) if root_log else None)
-    plans = _plans(world, options, chosen.recipe, out)
+    # The authors' commands name no recipe, and expect the run where their README looks for it.
+    authors_style = (remark or options.dataset) and recipe.data.benchmark in ("imagenet-lt", "inat2018")
+    root_log = options.root_log or (LOG if authors_style and not options.recipe else None)
+    out = options.out or (authors_folder(root_log, recipe) if root_log else None)
+    plans = _plans(world, options, recipe, out)
     # The authors' files of a run that goes on are written anew when it ends.
     had_authors_files = any((plans[0].folder / name).exists() for name in AUTHORS_NAMES.values())
-    runs = [_carry_out(plan, chosen.remark if plan is plans[0] else "") for plan in plans]
+    runs = [_carry_out(plan, remark if plan is plans[0] else "") for plan in plans]
     if not world.is_first:  # the files are rank 0's
         return
     _show(runs)
@@ -83,14 +71,6 @@ def _train(world: "World", options: argparse.Namespace, chosen: _Chosen) -> None
         from equipoise.report.page import write_report
 
         print(f"report: {write_report([run.path for run in runs], runs[0].path / 'report.html')}")
-
-
-def _root_log(options: argparse.Namespace, chosen: _Chosen) -> str | None:
-    """The folder in which the run folder gets the authors' name: their commands name no recipe, and expect the run
-    where their README looks for it."""
-    unnamed = not (options.recipe or chosen.of_run)
-    authors_style = unnamed and chosen.recipe.data.benchmark in ("imagenet-lt", "inat2018")
-    return options.root_log or (LOG if authors_style else None)
 
 
 def _plans(world: "World", options: argparse.Namespace, recipe: Recipe, out: str | Path | None) -> "list[Plan]":
@@ -141,9 +121,7 @@ def _show(runs: "Sequence[Run]") -> None:
         print_metrics(results, f"accuracy on the {part} part, percent", runs[0].metrics)
     for run in runs:
         print_post_hoc(run.metrics)
-    for run in runs:
         print(f"run folder: {run.path}")
-    for run in runs:
         print_unreadable(run.metrics)
 
 
@@ -162,26 +140,18 @@ def _export_for_authors(run: Path) -> None:
             print(f"written: {run / authors_name}")
 
 
-# ---------------------------------------------------------------------------------------------- --reload, --evaluate
-
-
 def _score_resumed(options: argparse.Namespace, part: str) -> None:
     """`--reload True --resume CHECKPOINT` scores the checkpoint and trains nothing."""
     flag = "--reload" if part == "test" else "--evaluate"
     if not options.resume:
         raise UserError(f"{flag} scores a checkpoint: name it with --resume CHECKPOINT")
-    if options.beside or options.out:
-        raise UserError(f"{flag} trains nothing: drop {'--beside' if options.beside else '--out'}")
+    if options.beside:
+        raise UserError(f"{flag} trains nothing: drop --beside")
+    checkpoint, data = Path(options.resume), flags.data_path(options)
+    if (options.recipe or options.dataset) and not data:
+        from equipoise.runs.checkpoint import recipe_of
 
-    from equipoise.runs.checkpoint import recipe_of
-
-    checkpoint, overrides = Path(options.resume), flags.overrides_of(options)
-    data = {field.key: value for field, value in overrides}.get("data.path")
-    if data or options.recipe or options.dataset:
-        named = flags.chosen_recipe(options)[0].name
-        if not data and named != (own := recipe_of(checkpoint).name):
-            raise UserError(
-                f"{checkpoint} was trained by the recipe {own}, not {named}: name other data to score it on with "
-                "--data FOLDER"
-            )
-    score_checkpoint(checkpoint, data, part, overrides)
+        named, own = flags.chosen_recipe(options)[0].name, recipe_of(checkpoint).name
+        if named != own:
+            raise UserError(f"{checkpoint} was trained by the recipe {own}, not {named}: name other data with --data")
+    score_checkpoint(checkpoint, data, part, flags.overrides_of(options), options.out, None)

@@ -31,7 +31,6 @@ from equipoise.views.views import short_side
 TOLERANCE = 1e-4  # of a logit
 NOTES = "equipoise.json"  # the file in a .pt2 that holds what an ONNX file has in its metadata
 _CHECKED = 16  # images
-_LARGEST_ONNX = 2**31 - 2**20  # bytes of weights: the format's limit, less the rest of the file
 
 Form = Literal["onnx", "torch-export"]
 Scorer = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]  # uint8 images [N, 3, S, S] to scores [N, C]
@@ -42,7 +41,7 @@ def export_file(classifier: Classifier, form: Form, out: Path, pictures: Sequenc
     it with (none: images that the run was trained and scored on).
 
     Raises UserError, and writes nothing, where there are no images to check with, the scores differ from the model's,
-    or the form cannot be had: its packages are missing, the network is too large for it, or torch cannot write it.
+    or the form cannot be had: its packages are missing, or torch cannot write it.
     """
     views_N3SS = checking_views(classifier, pictures)
     content, run = (_onnx if form == "onnx" else _torch_export)(classifier, views_N3SS[:2])
@@ -63,9 +62,6 @@ def _onnx(classifier: Classifier, example_N3SS: torch.Tensor) -> tuple[bytes, Sc
             f"the package {error.name} is missing; run: {shlex.quote(sys.executable)} -m pip install onnx onnxscript "
             "onnxruntime (the extra 'export')"
         ) from None
-    size = sum(tensor.nbytes for tensor in classifier.calibrated.state_dict().values())
-    if size > _LARGEST_ONNX:
-        raise UserError(f"the network has {size / 1e9:.1f} GB, an ONNX file at most 2; take --to torch-export")
     try:
         program = torch.onnx.export(
             classifier.calibrated,
@@ -84,7 +80,10 @@ def _onnx(classifier: Classifier, example_N3SS: torch.Tensor) -> tuple[bytes, Sc
     model = program.model_proto
     for node in (*model.graph.node, *(node for function in model.functions for node in function.node)):
         del node.metadata_props[:]  # stack traces with the paths of this machine
-    onnx.helper.set_model_props(model, {key: _text(value) for key, value in _notes(classifier).items()})
+    notes = _notes(classifier).items()
+    onnx.helper.set_model_props(
+        model, {key: value if isinstance(value, str) else json.dumps(value) for key, value in notes}
+    )
     content = model.SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     return content, lambda images: np.asarray(session.run(["scores"], {"images": images})[0])
@@ -120,7 +119,7 @@ def checking_views(classifier: Classifier, pictures: Sequence[Path]) -> torch.Te
         # Two at least: of a single example, torch would take the batch for one that always has one image.
         views = [classifier.view(decode(images, int(index))) for index in (*chosen, *chosen[:1])]
     except BadImageError as error:
-        raise UserError(f"{error.fault}; repair or remove it, or name other images with --images") from None
+        raise UserError(f"{error.fault}; name other images with --images") from None
     return torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).contiguous()
 
 
@@ -132,7 +131,7 @@ def _own_images(classifier: Classifier) -> ImageList:
         parts = open_data(recipe.data).named()
     except UserError as error:
         raise UserError(f"{error}; or {advice}") from None
-    return next(parts[part] for part in ("test", "validation", "train") if part in parts)
+    return parts.get("test") or parts.get("validation") or parts["train"]
 
 
 def check(classifier: Classifier, views_N3SS: torch.Tensor, run: Scorer) -> str:
@@ -178,10 +177,3 @@ def _notes(classifier: Classifier) -> dict[str, Any]:
         "epoch": checkpoint.epoch,
         "written_by": f"equipoise {__version__}",
     }
-
-
-def _text(value: Any) -> str:
-    """A note as the text that ONNX metadata take. Part of a class name may be no UTF-8: it becomes a JSON escape."""
-    if isinstance(value, str):
-        return value
-    return json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()

@@ -10,13 +10,14 @@ import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import jinja2
 import msgspec
 
-from equipoise.base.errors import UserError, in_words, several
+from equipoise.base.errors import UserError, in_words, reason, several
 from equipoise.config.recipe import Data, recipe_from_table, recipe_table
 from equipoise.data.images import imbalance_factor
 from equipoise.evaluation.metrics import FURTHER, GROUP_LIMITS, GROUPS, percent, shot_group
@@ -33,15 +34,11 @@ class _About(msgspec.Struct):
     """What `config.json` says under 'equipoise': a checkpoint without its tensors."""
 
     recipe: dict[str, Any]
-    class_names: Annotated[list[str], msgspec.Meta(min_length=1)]
-    class_counts: list[Annotated[int, msgspec.Meta(ge=1)]]  # empty where the training images are not known
-    epoch: Annotated[int, msgspec.Meta(ge=0)]
-    step: Annotated[int, msgspec.Meta(ge=0)]
-    temperature: Annotated[float, msgspec.Meta(gt=0)] | None
-
-    def __post_init__(self) -> None:
-        if self.class_counts and len(self.class_counts) != len(self.class_names):
-            raise ValueError("there must be one class count for each class")
+    class_names: tuple[str, ...]
+    class_counts: tuple[int, ...]  # empty where the training images are not known
+    epoch: int
+    step: int
+    temperature: float | None
 
 
 class _Config(msgspec.Struct):
@@ -64,8 +61,6 @@ def write_hub_folder(
     """
     from safetensors.torch import save
 
-    if folder.is_symlink() or folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise UserError(f"{folder} exists and is not empty; name another folder with --out")
     weights = {name: value.clone() for name, value in checkpoint.weights.items()}  # no two may share memory
     encoder = {name.removeprefix(_ENCODER): value for name, value in weights.items() if name.startswith(_ENCODER)}
     head = {name: value for name, value in weights.items() if not name.startswith(_ENCODER)}
@@ -82,7 +77,7 @@ def write_hub_folder(
             (written / CARD).write_text(card, encoding="utf-8", errors="backslashreplace")
             os.replace(written, folder)
     except OSError as error:
-        raise UserError(f"{folder} could not be written ({in_words(error)}); name another folder with --out") from None
+        raise UserError(f"{folder} could not be written ({reason(error)}); name another folder with --out") from None
 
 
 def read_hub_folder(folder: Path) -> tuple[Checkpoint, float | None]:
@@ -97,15 +92,14 @@ def read_hub_folder(folder: Path) -> tuple[Checkpoint, float | None]:
         weights = {_ENCODER + name: value for name, value in load_file(folder / WEIGHTS).items()}
         weights |= load_file(folder / HEAD)
     except (OSError, ValueError, SafetensorError) as error:
-        why = in_words(error) if isinstance(error, OSError) else error
         raise UserError(
-            f"{folder} is not a folder that equipoise export --to safetensors wrote, or it is damaged ({why}); export "
-            "the model anew"
+            f"{folder} is not a folder that equipoise export --to safetensors wrote, or it is damaged "
+            f"({in_words(error)}); export the model anew"
         ) from None
     checkpoint = Checkpoint(
         recipe=recipe_from_table(about.recipe, str(folder / CONFIG)),
-        class_names=tuple(about.class_names),
-        class_counts=tuple(about.class_counts),
+        class_names=about.class_names,
+        class_counts=about.class_counts,
         epoch=about.epoch,
         step=about.step,
         best=None,
@@ -125,8 +119,8 @@ def _config(checkpoint: Checkpoint, temperature: float | None) -> dict[str, Any]
     published = replace(recipe, data=Data(path=""), model=replace(recipe.model, weights=""))
     about = _About(
         recipe=recipe_table(published),
-        class_names=list(checkpoint.class_names),
-        class_counts=list(checkpoint.class_counts),
+        class_names=checkpoint.class_names,
+        class_counts=checkpoint.class_counts,
         epoch=checkpoint.epoch,
         step=checkpoint.step,
         temperature=temperature,
@@ -157,7 +151,7 @@ def _config(checkpoint: Checkpoint, temperature: float | None) -> dict[str, Any]
 _MARKED = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", **{mark: f"\\{mark}" for mark in "\\`*_[]|~#!$"}})
 _FIELDS = {
     "top-1": "top1",
-    **{f"{group} ({GROUP_LIMITS[group]} training images)": group for group in GROUPS},
+    **{f"{group} ({limits} training images)": group for group, limits in GROUP_LIMITS.items()},
     **FURTHER,
 }
 
@@ -167,35 +161,24 @@ def model_card(checkpoint: Checkpoint, temperature: float | None, metrics: Mappi
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("equipoise.deploy", "."), undefined=jinja2.StrictUndefined, trim_blocks=True
     )
-    environment.filters |= {"plain": _plain, "thousands": "{:,}".format}
-    recipe, counts, scored = checkpoint.recipe, checkpoint.class_counts, metrics or {}
-    parts = [part for part in ("validation", "test") if scored.get(part)]
-    rows = [
-        (label, [percent(scored[part][field], absent="") for part in parts])
-        for label, field in _FIELDS.items()
-        if any(scored[part][field] is not None for part in parts)
-    ]
+    environment.filters |= {"plain": _plain, "thousands": "{:,}".format, "percent": partial(percent, absent="")}
+    recipe, counts = checkpoint.recipe, checkpoint.class_counts
+    parts = {part: metrics[part] for part in ("validation", "test") if metrics and metrics[part]}
+    accuracy_C = [*parts.values()][-1]["per_class"] if parts and counts else []
+    scored = sorted((share, label) for label, share in enumerate(accuracy_C) if share is not None)
     return environment.get_template("card.md.jinja").render(
         recipe=recipe,
         names=checkpoint.class_names,
         counts=counts,
         epochs=several(checkpoint.epoch, "epoch"),
-        headings=[f"{part} ({scored[part]['images']:,} images)" for part in parts],
-        rows=rows,
+        parts=parts,
+        fields=_FIELDS,
         imbalance_factor=f"{imbalance_factor(counts):.4g}" if counts else "",
         groups={group: [count for count in counts if shot_group(count) == group] for group in GROUPS},
-        part=parts[-1] if parts else "",
-        worst=_worst(checkpoint, scored[parts[-1]]["per_class"]) if parts and counts else [],
+        worst=scored[:_SHOWN],
         temperature=temperature,
         in_timm=timm_arguments(recipe.model.encoder, recipe.views.size) is not None,
     )
-
-
-def _worst(checkpoint: Checkpoint, accuracy_C: list[float | None]) -> list[tuple[str, int, str]]:
-    """Name, training images and accuracy of the classes that are classified worst."""
-    scored = sorted((share, label) for label, share in enumerate(accuracy_C) if share is not None)
-    names, counts = checkpoint.class_names, checkpoint.class_counts
-    return [(names[label], counts[label], percent(share)) for share, label in scored[:_SHOWN]]
 
 
 def _plain(name: str) -> str:

@@ -17,10 +17,9 @@ import csv
 import io
 import json
 import os
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -138,7 +137,9 @@ class Classifier:
             read += [file for file, view in zip(files[start:], batch, strict=False) if not isinstance(view, UserError)]
             errors += [error for error in batch if isinstance(error, UserError)]
             if views:
-                scores_BC = self.scores(np.stack(views)).double() + log_prior_C
+                images_B3SS = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).to(self.device)
+                with torch.inference_mode(), exact_float32():
+                    scores_BC = self.calibrated(images_B3SS).cpu().double() + log_prior_C
                 sorted_BC = scores_BC.softmax(1).sort(dim=1, descending=True, stable=True)
                 ranked.append(sorted_BC.indices[:, :top])
                 probability.append(sorted_BC.values[:, :top])
@@ -146,48 +147,37 @@ class Classifier:
         names = self.checkpoint.class_names
         return Predicted(tuple(read), names, torch.cat(ranked).numpy(), torch.cat(probability).numpy(), tuple(errors))
 
-    @torch.inference_mode()
-    def scores(self, views_BSS3: Pixels) -> Tensor:
-        """`[B, C]` scores of a batch of views, on the CPU."""
-        images_B3SS = torch.from_numpy(views_BSS3).permute(0, 3, 1, 2).to(self.device)
-        with exact_float32():
-            return self.calibrated(images_B3SS).float().cpu()
-
     def _batches(self, files: Sequence[str]) -> Iterator[tuple[int, list[Pixels | UserError]]]:
         """The number of the first file, and the views of a batch of files, or errors. Threads decode the next batch
         meanwhile: decoding and resizing run outside Python's lock."""
-        images = as_list(files)
+        images, indices = as_list(files), range(len(files))
 
         def view(index: int) -> Pixels | UserError:
             try:
                 return self.view(decode(images, index))
             except BadImageError as error:
-                return UserError(f"{error.fault}; repair or remove it")
-
-        def submit(start: int) -> list[Future[Pixels | UserError]]:
-            return [pool.submit(view, index) for index in range(start, min(start + _BATCH, len(files)))]
+                return UserError(error.fault)
 
         with ThreadPoolExecutor(worker_count(-1)) as pool:
-            following = submit(0)
-            for start in range(0, len(files), _BATCH):
-                batch, following = following, submit(start + _BATCH)
-                yield start, [future.result() for future in batch]
+            following = pool.map(view, indices[:_BATCH])
+            for start in indices[::_BATCH]:
+                batch, following = following, pool.map(view, indices[start + _BATCH : start + 2 * _BATCH])
+                yield start, list(batch)
 
     def _log_prior(self, prior: Prior) -> Tensor:
         """`[C]`, float64: log of the class prior where the model is used, up to a constant."""
-        checkpoint = self.checkpoint
+        names, counts = self.checkpoint.class_names, self.checkpoint.class_counts
         if prior == "uniform":
-            return torch.zeros(len(checkpoint.class_names), dtype=torch.float64)
+            return torch.zeros(len(names), dtype=torch.float64)
         if prior == "train":
-            if not checkpoint.class_counts:
+            if not counts:
                 raise UserError(f"{self.origin} has no counts of its training images; name another --prior than train")
-            return log_prior(torch.tensor(checkpoint.class_counts))
+            return log_prior(torch.tensor(counts))
         if isinstance(prior, Mapping):
-            weights, where = prior, "the prior"
+            weights_C = in_class_order(prior, names, "the prior")
         else:
-            weights, where = read_weights(Path(os.path.expanduser(prior))), str(prior)
-        weights_C = in_class_order(weights, checkpoint.class_names, where)
-        return torch.tensor(weights_C, dtype=torch.float64).log()  # weights are of any scale: 1e300 is no float32
+            weights_C = in_class_order(read_weights(Path(os.path.expanduser(prior))), names, str(prior))
+        return torch.from_numpy(weights_C).log()
 
 
 def load(path: str | Path, device: str = "auto") -> Classifier:
@@ -207,7 +197,7 @@ def load(path: str | Path, device: str = "auto") -> Classifier:
         # The authors' files do not name their data, but those of 8,142 classes are of iNaturalist: it has its own mean.
         checkpoint = replace(checkpoint, recipe=replace(checkpoint.recipe, views=load_recipe("inat2018").views))
     metrics = figures_of(file, checkpoint)
-    temperature = metrics.get("temperature") if metrics else None
+    temperature = metrics["temperature"] if metrics else None
     return Classifier(file, checkpoint, checkpoint.build().to(where), temperature, metrics, where)
 
 
@@ -227,7 +217,6 @@ def find_images(paths: Sequence[str | Path]) -> tuple[list[str], list[UserError]
             str(entry)
             for entry in sorted(path.rglob("*"))
             if entry.suffix.lower() in SUFFIXES
-            and not entry.is_dir()
             and not any(part.startswith(".") for part in entry.relative_to(path).parts)  # thumbnails
         ]
         files += within
@@ -241,61 +230,49 @@ def as_list(files: Sequence[str]) -> ImageList:
     return ImageList("", ImageFiles.of(Path(), files), np.zeros(len(files), np.int64), ("",))
 
 
-def read_weights(file: Path) -> dict[str, Any]:
+def read_weights(file: Path) -> dict[str, float]:
     """Class name -> weight, of a JSON object or of a CSV file of two columns, with or without a heading. Raises
     UserError for another file; `in_class_order` checks the weights."""
-    of_json = file.suffix.lower() == ".json"
     try:
         text = file.read_text(encoding="utf-8-sig")
-        # Not a dict: it would hide a class that is named twice.
-        pairs: Any = json.loads(text, object_pairs_hook=list[Any]) if of_json else _csv_pairs(text)
+        if file.suffix.lower() == ".json":
+            pairs = json.loads(text, object_pairs_hook=list)  # a dict would hide a class that is named twice
+        else:
+            pairs = [row for row in csv.reader(io.StringIO(text)) if row]
+            if pairs and not any(letter.isdigit() for letter in pairs[0][-1]):
+                del pairs[0]  # the heading
+        weights = {str(name): float(weight) for name, weight in pairs}
     except OSError as error:
         raise UserError(
             f"--prior must be uniform, train, or a CSV or JSON file; {file} cannot be read ({reason(error)})"
         ) from None
-    except (ValueError, csv.Error) as error:
-        raise UserError(f"{file} is not valid {'JSON' if of_json else 'CSV'} ({error}); correct it") from None
-    if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
-        raise UserError(f'{file} must hold one object, {{"class name": weight, ...}}')
-    weights = dict(pairs)
+    except (TypeError, ValueError, csv.Error) as error:
+        raise UserError(
+            f"{file} must hold class names and weights, in two columns of CSV or as one JSON object ({error})"
+        ) from None
     if len(weights) < len(pairs):
         twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise UserError(f"{file} names the class {shown(twice)} twice")
     return weights
 
 
-def _csv_pairs(text: str) -> list[tuple[str, float | str]]:
-    """Raises ValueError where a line has not two columns."""
-    pairs: list[tuple[str, float | str]] = []
-    for row in filter(None, csv.reader(io.StringIO(text))):
-        if len(row) != 2:
-            raise ValueError(f"there must be two columns, class name and weight, not {len(row)}")
-        try:
-            pairs.append((row[0], float(row[1])))
-        except ValueError:
-            pairs.append((row[0], row[1]))
-    return pairs[1:] if pairs and isinstance(pairs[0][1], str) else pairs  # the first line may be a heading
-
-
-def in_class_order(weights: Mapping[str, Any], class_names: Sequence[str], where: str) -> list[float]:
+def in_class_order(weights: Mapping[str, float], class_names: Sequence[str], where: str) -> npt.NDArray[np.float64]:
     """The weights in the order of the classes. Raises UserError unless there is one finite number, 0 or more, for each
     class, and one above 0."""
-    for name, weight in weights.items():
-        if name not in class_names:
-            raise UserError(
-                f"{where} names a class {shown(name)} that the model does not know{nearest(name, [*class_names])}"
-            )
-        if not isinstance(weight, int | float) or not 0 <= weight <= sys.float_info.max:
-            raise UserError(f"{where}: the weight of {shown(name)} must be a number, 0 or more, not {shown(weight)}")
+    unknown = sorted(weights.keys() - set(class_names))
+    if unknown:
+        hint = nearest(unknown[0], [*class_names])
+        raise UserError(f"{where} names a class {shown(unknown[0])} that the model does not know{hint}")
     missing = [name for name in class_names if name not in weights]
     if missing:
         raise UserError(
             f"{where} lacks {len(missing):,} of the {len(class_names):,} classes (first: {shown(missing[0])}); give "
             "each class a weight, 0 where it does not occur"
         )
-    if not any(weights.values()):
-        raise UserError(f"{where}: one weight at least must be above 0")
-    return [float(weights[name]) for name in class_names]
+    weights_C = np.array([weights[name] for name in class_names], np.float64)
+    if not np.isfinite(weights_C).all() or weights_C.min() < 0 or not weights_C.any():
+        raise UserError(f"{where}: each weight must be a finite number, 0 or more, and one at least above 0")
+    return weights_C
 
 
 # ---------------------------------------------------------------------------------------------- output
