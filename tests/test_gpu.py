@@ -285,7 +285,7 @@ def test_a_recorded_step_trains_as_one_that_is_not(method, precision, no_tf32):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
-    [ViewSettings("photos", ("cls", "sim", "rand"), 24), ViewSettings("cifar", ("cls", "sim", "sim"), 32)],
+    [ViewSettings("photos", size=24, kinds=("cls", "sim", "rand")), ViewSettings("cifar", size=32, kinds=("cls", "sim", "sim"))],
     ids=["photos", "small"],
 )
 def test_batches_of_loader_processes_arrive_as_one_process_makes_them(settings, pictures):
