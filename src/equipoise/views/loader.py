@@ -25,9 +25,6 @@ from equipoise.views.draws import permutation
 from equipoise.views.views import ViewSettings, evaluation_view, photo_views, small_views
 
 _SECONDS_AFTER_SIGTERM = 60
-# Processes that make the views of small images: on a GPU six at most, since a step of ResNet-32 takes 11 ms there; on a
-# CPU one is many times faster than the step.
-_SMALL_WORKERS = {"cuda": 6}
 
 
 @dataclass(frozen=True)
@@ -93,8 +90,8 @@ def open_batches(
     Raises UserError naming an image that cannot be read, or with `skip` a class of which none can: here, or, of
     photographs, when their turn comes.
     """
-    if settings.policy == "cifar":
-        workers = min(workers, _SMALL_WORKERS.get(device.type, 1))
+    if settings.policy == "cifar":  # a step of ResNet-32 takes 11 ms on a GPU; on a CPU, far longer than its views
+        workers = min(workers, 6 if device.type == "cuda" else 1)
     if settings.policy == "digits":
         workers = 0  # their views are made in less time than a process takes to start
     return Batches(_Maker(images, settings, skip), device, workers, world)

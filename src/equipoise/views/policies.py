@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from equipoise.config.recipe import Views
 from equipoise.views.draws import Array, Numbers, Whole
 
 _CROP_ATTEMPTS = 10
@@ -102,23 +103,21 @@ def _argument_of_each(arguments: dict[str, Array], operation_B: Whole) -> Array:
 # ---------------------------------------------------------------------------------------------- RandAugment
 
 
-def rand_augment(
-    numbers: Numbers, side: int, mean: Sequence[float], count: int = 2, magnitude: float = 10
-) -> list[BatchOperation]:
-    """timm's RandAugment, `rand-n2-m10-mstd0.5`: `count` operations out of 15, each applied with p = .5.
+def rand_augment(numbers: Numbers, settings: Views) -> list[BatchOperation]:
+    """timm's RandAugment, by default `rand-n2-m10-mstd0.5`: `randaug_n` operations out of 15, each applied with p = .5.
 
-    The magnitude is normal(`magnitude`, .5), clipped to [0, 10]; geometry fills with the mean colour (`mean`, of 1);
-    resampling is bilinear or bicubic at random. `side`: that of the images, pixels.
+    The magnitude is normal(`randaug_m`, .5), clipped to [0, 10]; geometry fills with the mean colour; resampling is
+    bilinear or bicubic at random.
     """
-    fill = tuple(round(255 * value) for value in mean)
+    fill = tuple(round(255 * value) for value in settings.mean)
     chosen: list[BatchOperation] = []
-    for _ in range(count):
+    for _ in range(settings.randaug_n):
         which_B = numbers.whole(len(RAND_AUGMENT))
         applied_B = numbers.next() < 0.5
         # At least 2**-53: the normal quantile of 0 is -inf.
         normal_B = torch.special.ndtri(torch.from_numpy(np.maximum(numbers.next(), 2.0**-53))).numpy()
-        level_B = (magnitude + 0.5 * normal_B).clip(0, 10) / 10
-        arguments = rand_augment_arguments(level_B, numbers.sign() * level_B, side)
+        level_B = (settings.randaug_m + 0.5 * normal_B).clip(0, 10) / 10
+        arguments = rand_augment_arguments(level_B, numbers.sign() * level_B, settings.size)
         argument_B = _argument_of_each(arguments, which_B)
         resampling_B = np.where(numbers.next() < 0.5, RESAMPLINGS.index("bicubic"), RESAMPLINGS.index("bilinear"))
         chosen.append(BatchOperation(np.where(applied_B, which_B, -1), argument_B, resampling_B, fill))

@@ -108,17 +108,16 @@ def _crop(images_BSS3: Pixels, kind: str, numbers: Numbers) -> Pixels:
     """For 'cls' torchvision's RandomCrop of the image with a black margin (4 pixels at a side of 32), for the others
     its RandomResizedCrop; then a flip."""
     side = images_BSS3.shape[1]
+    sides_B = np.full(len(images_BSS3), side)
     if kind == "cls":
         margin = side // 8
-        tops, lefts = (numbers.whole(2 * margin + 1).tolist() for _ in range(2))
-        padded = np.pad(images_BSS3, ((0, 0), (margin, margin), (margin, margin), (0, 0)))
-        placed = zip(padded, tops, lefts, strict=True)
-        crops_BSS3 = np.stack([image[top : top + side, left : left + side] for image, top, left in placed])
+        images_BSS3 = np.pad(images_BSS3, ((0, 0), (margin, margin), (margin, margin), (0, 0)))
+        top_B, left_B = numbers.whole(2 * margin + 1), numbers.whole(2 * margin + 1)
+        boxes_B4 = np.stack([top_B, left_B, sides_B, sides_B], axis=1)
     else:
-        sides_B = np.full(len(images_BSS3), side)
         boxes_B4 = policies.random_boxes(numbers, sides_B, sides_B, smallest_share=0.2)
-        boxed = zip(images_BSS3, boxes_B4.tolist(), strict=True)
-        crops_BSS3 = np.stack([operations.resized_crop(image, box, side) for image, box in boxed])
+    boxed = zip(images_BSS3, boxes_B4.tolist(), strict=True)
+    crops_BSS3 = np.stack([operations.resized_crop(image, box, side) for image, box in boxed])
     flipped_B = numbers.next() < 0.5
     crops_BSS3[flipped_B] = operations.flip_horizontal(crops_BSS3[flipped_B])
     return crops_BSS3
@@ -161,16 +160,12 @@ def _pixel_operations(kind: str, settings: ViewSettings, numbers: Numbers) -> li
         return policies.auto_augment(numbers, settings.size)
     if kind == "cls":
         chosen = policies.jitter(numbers, (0.4, 0.4, 0.4, 0), probability=1.0)
-        return chosen + _rand_augment(settings, numbers) if settings.randaug else chosen
+        return chosen + policies.rand_augment(numbers, settings) if settings.randaug else chosen
     chosen = policies.jitter(numbers, (0.4, 0.4, 0.4, 0.1), probability=0.8)
     chosen.append(policies.grayscale(numbers, 0.2))
     if settings.blur:
         chosen.append(policies.blur(numbers))
-    return chosen + _rand_augment(settings, numbers) if kind == "rand" else chosen
-
-
-def _rand_augment(settings: ViewSettings, numbers: Numbers) -> list[BatchOperation]:
-    return policies.rand_augment(numbers, settings.size, settings.mean, settings.randaug_n, settings.randaug_m)
+    return chosen + policies.rand_augment(numbers, settings) if kind == "rand" else chosen
 
 
 def _groups(chosen: BatchOperation) -> Iterator[tuple[Whole, str, Operation]]:
