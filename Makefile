@@ -23,7 +23,7 @@ help:
 	@echo "make crash-test  a run that is killed 60 times ends where one ends that is left alone (about half an hour)"
 	@echo "make mutants  would the tests notice? the package is broken in many places, one at a time (half an hour)"
 	@echo "make long-run  memory, open files, processes and logs over 200 epochs (5 minutes, on Linux)"
-	@echo "make fuzz [INPUTS=1000000]  damaged files for every reader (about 25 minutes on two cores)"
+	@echo "make fuzz [INPUTS=1000000]  damaged files for the readers of our own (about 20 minutes on two cores)"
 	@echo "make audit    known vulnerabilities of what is installed, and an SBOM in build/"
 	@echo "make clean    remove .venv and caches; runs/ stays"
 

@@ -70,7 +70,8 @@ def images_a_second(workers: int, data: Path) -> float:
     from equipoise.views.views import ViewSettings
 
     images = find_parts(str(data)).parts["train"]
-    batches = open_batches(images, ViewSettings("photos", ("cls", "sim", "sim"), 224), torch.device("cpu"), workers)
+    settings = ViewSettings("photos", size=224, kinds=("cls", "sim", "sim"))
+    batches = open_batches(images, settings, torch.device("cpu"), workers)
     per_epoch = steps_per_epoch(len(images), 32)
     epochs = (range(first, first + per_epoch) for first in itertools.count(0, per_epoch))
     seconds = median_seconds(lambda: [None for _ in batches.training(0, 32, next(epochs))])

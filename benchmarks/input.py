@@ -46,7 +46,7 @@ def write_folder(contents: list[bytes], folder: Path) -> None:
 
 
 def ours(decode: Callable[[int], np.ndarray], images: int) -> Callable[[], None]:
-    settings, epochs = ViewSettings("photos", ("cls", "sim", "sim"), SIZE), itertools.count()
+    settings, epochs = ViewSettings("photos", size=SIZE, kinds=("cls", "sim", "sim")), itertools.count()
 
     def run() -> None:
         epoch = next(epochs)

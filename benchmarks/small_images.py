@@ -24,7 +24,7 @@ from equipoise.views.loader import open_batches, steps_per_epoch
 from equipoise.views.views import ViewSettings
 
 BATCH, IMAGES = 256, 1024
-SETTINGS = ViewSettings("cifar", ("cls", "sim", "sim"), 32)
+SETTINGS = ViewSettings("cifar", size=32, kinds=("cls", "sim", "sim"))
 CIFAR = Path(__file__).resolve().parents[2] / "shared" / "data" / "cifar10"
 
 

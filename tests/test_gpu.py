@@ -1,7 +1,6 @@
 """What only a GPU can show: it computes what a CPU computes, is not waited for, and can repeat every bit."""
 
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -22,7 +21,7 @@ import equipoise
 from equipoise import Run, UserError, load_checkpoint, load_recipe, train
 from equipoise.base.device import choose_device, choose_precision, describe_machine
 from equipoise.base.world import ALONE
-from equipoise.data.sources import find_parts, open_data
+from equipoise.data.sources import find_parts
 from equipoise.evaluation.score import evaluate_run
 from equipoise.method.batchnorm import batch_norms
 from equipoise.method.losses import (
@@ -36,13 +35,13 @@ from equipoise.runs.checkpoint import create_network
 from equipoise.training.loop import set_training
 from equipoise.training.optim import create_sgd
 from equipoise.training.step import Step
-from equipoise.views.loader import Batch, open_batches, steps_per_epoch
+from equipoise.views.loader import Batch, open_batches
 from equipoise.views.views import ViewSettings, view_settings
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 DEVICE, CPU = torch.device("cuda"), torch.device("cpu")
-METHODS = ("bcl", "ce", "logit-adjusted", "supcon+la")
+METHODS = [{"method": method} for method in ("bcl", "ce", "logit-adjusted", "supcon+la")]
 CLASS_COUNTS = (124, 80, 51, 33, 21, 14, 9, 5, 3, 2)  # of digits-lt: six steps an epoch
 
 
@@ -56,19 +55,23 @@ def log_lines(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def set_tf32(allowed: bool) -> bool:
-    """Whether convolutions in float32 may round to TF32 on a GPU, as they do by default; returns what was before."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch 2.9 announces another way to say it
-        before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, allowed
-    return before
+def record_of(run: Path) -> dict:
+    return json.loads((run / "run.json").read_text(encoding="utf-8"))
+
+
+def with_fields(*fields: dict):
+    """A test of recipes with each of these fields."""
+    return pytest.mark.parametrize("fields", fields, ids=lambda of_one: "-".join(map(str, of_one.values())))
 
 
 @pytest.fixture
 def no_tf32() -> Iterator[None]:
-    before = set_tf32(False)
+    """Convolutions in float32 do not round to TF32, as they do by default on a GPU."""
+    with warnings.catch_warnings(action="ignore"):  # torch 2.9 announces another way to say it
+        before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     yield
-    set_tf32(before)
+    with warnings.catch_warnings(action="ignore"):
+        torch.backends.cudnn.allow_tf32 = before
 
 
 # ---- words
@@ -77,10 +80,8 @@ def no_tf32() -> Iterator[None]:
 def test_devices_and_precisions():
     assert choose_device("cuda") == choose_device("auto") == DEVICE
     assert choose_device("cuda:0") == torch.device("cuda", 0)
-    count = torch.cuda.device_count()
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError, match="no cuda:99"):
         choose_device("cuda:99")
-    assert str(refused.value) == f"this machine has {count} CUDA devices, numbered from 0, and so no cuda:99"
     computes_bf16 = torch.cuda.get_device_capability(DEVICE) >= (8, 0)
     assert choose_precision("auto", DEVICE) == ("bf16" if computes_bf16 else "fp32")
     assert choose_precision("fp32", DEVICE) == "fp32"
@@ -108,14 +109,11 @@ def test_bcl_golden(case):
     loss = equipoise.BalancedContrastiveLoss(case["temperature"])(
         F.normalize(features, dim=-1), torch.tensor(case["labels"], device=DEVICE), F.normalize(prototypes, dim=-1)
     )
-    loss.backward()
-    assert features.grad is not None
-    assert prototypes.grad is not None
     assert loss.item() == pytest.approx(case["loss"], rel=1e-9)
-    assert features.grad.norm().item() == pytest.approx(case["grad_features_norm"], rel=1e-9)
-    assert prototypes.grad.norm().item() == pytest.approx(case["grad_prototypes_norm"], rel=1e-9)
-    assert features.grad.flatten()[:4].tolist() == pytest.approx(case["grad_features_first"], rel=1e-9)
-    assert prototypes.grad.flatten()[:4].tolist() == pytest.approx(case["grad_prototypes_first"], rel=1e-9)
+    gradients = torch.autograd.grad(loss, [features, prototypes])
+    for name, gradient in zip(("features", "prototypes"), gradients, strict=True):
+        assert gradient.norm().item() == pytest.approx(case[f"grad_{name}_norm"], rel=1e-9)
+        assert gradient.flatten()[:4].tolist() == pytest.approx(case[f"grad_{name}_first"], rel=1e-9)
 
 
 def test_logit_adjusted_golden():
@@ -152,10 +150,8 @@ def test_losses_in_float32_are_those_of_a_cpu_in_float64(name, rows, monkeypatch
         monkeypatch.setattr("equipoise.method.losses._CHUNK_ENTRIES_GPU", 1)
         monkeypatch.setattr("equipoise.method.losses._CHUNK_ROWS", rows)
     ours = value_and_gradients(name, DEVICE, torch.float32)
-    assert len(ours) == len(expected) > 1
     for one, two in zip(ours, expected, strict=True):
-        assert one.device.type == DEVICE.type
-        assert one.dtype == torch.float32
+        assert (one.device.type, one.dtype) == (DEVICE.type, torch.float32)
         assert distance(one, two) < 1e-5
 
 
@@ -182,8 +178,7 @@ def make_step(device: torch.device, **fields) -> tuple[Step, TwoBranchNetwork, B
 @contextmanager
 def no_waiting() -> Iterator[None]:
     """What waits for the GPU raises RuntimeError: all but the waiting for an event, which torch does not look at."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch calls it a prototype
+    with warnings.catch_warnings(action="ignore"):  # torch calls it a prototype
         torch.cuda.set_sync_debug_mode("error")
     try:
         yield
@@ -197,29 +192,18 @@ def test_waiting_would_be_noticed():
         number.item()
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [*({"method": method} for method in METHODS), {"micro_batch": 8}, {"precision": "fp32"}],
-    ids=lambda fields: "-".join(map(str, fields.values())),
-)
+@with_fields(*METHODS, {"micro_batch": 8}, {"precision": "fp32"})
 def test_a_step_waits_for_its_loss_terms_alone(fields):
     """Forward pass, losses, backward pass and the optimizer's step. The loss terms are read by way of an event."""
     take_step, network, batch = make_step(DEVICE, **{"precision": "bf16", **fields})
     optimizer = create_sgd(network.parameters(), 0.05, 0.9, 5e-4)
-
-    def train_on_it() -> dict[str, float]:
-        optimizer.zero_grad()
-        values, votes = take_step(batch, (0, 1, 0))
+    for number in range(3):  # in the first two, libraries are loaded, and momentum is made
+        with no_waiting() if number == 2 else nullcontext():
+            optimizer.zero_grad()
+            values, votes = take_step(batch, (0, 1, 0))
+            optimizer.step()
         assert votes == [0, 1, 0]
-        optimizer.step()
-        return values
-
-    for _ in range(2):  # libraries are loaded, and momentum is made
-        train_on_it()
-    with no_waiting():
-        values = train_on_it()
-    assert values
-    assert all(map(math.isfinite, values.values()))
+        assert np.isfinite([*values.values()]).all()
 
 
 def gradients(device: torch.device, **fields) -> tuple[Tensor, dict[str, float]]:
@@ -228,16 +212,7 @@ def gradients(device: torch.device, **fields) -> tuple[Tensor, dict[str, float]]
     return torch.cat([parameter.grad.flatten() for parameter in network.parameters()]), values
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        *({"method": method} for method in METHODS),
-        {"micro_batch": 8},
-        {"batch_norm": "frozen"},
-        {"micro_batch": 8, "batch_norm": "frozen"},
-    ],
-    ids=lambda fields: "-".join(map(str, fields.values())),
-)
+@with_fields(*METHODS, {"micro_batch": 8}, {"batch_norm": "frozen"}, {"micro_batch": 8, "batch_norm": "frozen"})
 def test_gradients_are_those_of_a_cpu(fields, no_tf32):
     ours, our_terms = gradients(DEVICE, precision="fp32", **fields)
     theirs, their_terms = gradients(CPU, precision="fp32", **fields)
@@ -253,17 +228,16 @@ def test_loss_terms_in_bf16_are_near_those_in_float32():
     assert in_bf16 == pytest.approx(in_float32, rel=0.03)
 
 
-@pytest.mark.parametrize(("method", "precision"), [*((method, "fp32") for method in METHODS), ("bcl", "bf16")])
-def test_a_recorded_step_trains_as_one_that_is_not(method, precision, no_tf32):
+@with_fields(*({**method, "precision": "fp32"} for method in METHODS), {"precision": "bf16"})
+def test_a_recorded_step_trains_as_one_that_is_not(fields, no_tf32):
     """Eight steps, each of other images and labels, of which the sixth is short: three are not recorded yet, nor is the
     short one."""
-    terms: dict[bool, list[float]] = {}
-    states: dict[bool, Tensor] = {}
+    terms: list[list[float]] = []
+    states: list[Tensor] = []
     for recorded in (False, True):
-        fields = {"method": method, "precision": precision, "cuda_graph": recorded, "batch_size": 24}
-        take_step, network, batch = make_step(DEVICE, **fields)
+        take_step, network, batch = make_step(DEVICE, cuda_graph=recorded, batch_size=24, **fields)
         optimizer, random = create_sgd(network.parameters(), 0.01, 0.9, 5e-4), torch.Generator().manual_seed(2)
-        terms[recorded] = []
+        terms.append([])
         for number in range(8):
             count = 10 if number == 5 else 24
             shape = (len(batch.images_VB3SS), count, 3, 16, 16)
@@ -271,39 +245,33 @@ def test_a_recorded_step_trains_as_one_that_is_not(method, precision, no_tf32):
             labels = torch.randint(0, len(CLASS_COUNTS), (count,), generator=random).to(DEVICE)
             optimizer.zero_grad()
             with no_waiting() if number == 7 else nullcontext():
-                terms[recorded] += take_step(Batch(images, labels, slice(0, count)))[0].values()
+                terms[-1] += take_step(Batch(images, labels, slice(0, count)))[0].values()
                 optimizer.step()
-        states[recorded] = torch.cat([value.double().flatten() for value in network.state_dict().values()])
-    exact = precision == "fp32"
-    assert terms[True] == pytest.approx(terms[False], rel=1e-4 if exact else 0.03)
-    assert distance(states[True], states[False]) < (1e-5 if exact else 1e-2)
+        states.append(torch.cat([value.double().flatten() for value in network.state_dict().values()]))
+    exact = fields["precision"] == "fp32"
+    assert terms[1] == pytest.approx(terms[0], rel=1e-4 if exact else 0.03)
+    assert distance(states[1], states[0]) < (1e-5 if exact else 1e-2)
 
 
 # ---- batches
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "settings",
-    [ViewSettings("photos", ("cls", "sim", "rand"), 24), ViewSettings("cifar", ("cls", "sim", "sim"), 32)],
-    ids=["photos", "small"],
-)
-def test_batches_of_loader_processes_arrive_as_one_process_makes_them(settings, pictures):
+@pytest.mark.parametrize(("policy", "size"), [("photos", 24), ("cifar", 32)])
+def test_batches_of_loader_processes_arrive_as_one_process_makes_them(policy, size, pictures):
     """By way of pinned memory, two epochs of them at once, and those of evaluation."""
     images = find_parts(str(pictures)).parts["train"]
-    steps = range(2 * steps_per_epoch(len(images), 8))
-    with (
-        closing(open_batches(images, settings, DEVICE, workers=2)) as theirs,
-        closing(open_batches(images, settings, CPU, workers=0)) as ours,
-    ):
-        arrived = [*theirs.training(7, 8, steps), *theirs.evaluation(8)]
-        expected = [*ours.training(7, 8, steps), *ours.evaluation(8)]
-    assert len(arrived) == len(expected) == 2 * 3 + 3
-    for batch, made in zip(arrived, expected, strict=True):
-        assert batch.images_VB3SS.device.type == batch.labels_G.device.type == DEVICE.type
-        assert torch.equal(batch.images_VB3SS.cpu(), made.images_VB3SS)
-        assert torch.equal(batch.labels_G.cpu(), made.labels_G)
-        assert batch.rows == made.rows
+    settings = ViewSettings(policy, size=size, kinds=("cls", "sim", "rand"))
+    made: list[list[Batch]] = []
+    for device, workers in ((CPU, 0), (DEVICE, 2)):
+        with closing(open_batches(images, settings, device, workers)) as batches:
+            made.append([*batches.training(7, 8, range(2 * 3)), *batches.evaluation(8)])
+    assert len(made[0]) == 2 * 3 + 3
+    for ours, arrived in zip(*made, strict=True):
+        assert arrived.images_VB3SS.device.type == arrived.labels_G.device.type == DEVICE.type
+        assert torch.equal(arrived.images_VB3SS.cpu(), ours.images_VB3SS)
+        assert torch.equal(arrived.labels_G.cpu(), ours.labels_G)
+        assert arrived.rows == ours.rows
 
 
 # ---- runs
@@ -317,19 +285,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 @pytest.mark.slow
-def test_a_run_learns_and_leaves_its_files(run):
-    assert {path.name for path in run.path.iterdir()} == {
-        "recipe.toml", "run.json", "metrics.jsonl", "tensorboard", "last.pt", "previous.pt", "metrics.json",
-        "observed.npz",
-    }  # fmt: skip
-    record = json.loads((run.path / "run.json").read_text(encoding="utf-8"))
+def test_a_run_learns(run):
+    record = record_of(run.path)
     assert record["machine"]["device"] == torch.cuda.get_device_name(DEVICE)
     assert record["precision"] == choose_precision("auto", DEVICE)
     losses = [line["loss"] for line in log_lines(run.path)]
     assert len(losses) == 18
-    assert np.isfinite(losses).all()
     assert sum(losses[12:]) < sum(losses[:6]), "the third epoch's against the first's"
-    assert run.metrics["test"]["images"] == 500
     assert run.metrics["test"]["top1"] > 0.1, "chance"
 
 
@@ -338,11 +300,9 @@ def test_a_run_of_a_gpu_is_used_and_scored_on_a_cpu(run, no_tf32):
     checkpoint = load_checkpoint(run.path / "last.pt")
     momentum = [state["momentum_buffer"] for state in checkpoint.optimizer["state"].values()]
     assert {tensor.device for tensor in [*checkpoint.weights.values(), *momentum]} == {CPU}
-    assert all(bool(tensor.isfinite().all()) for tensor in [*checkpoint.weights.values(), *momentum])
-
-    test = open_data(run.recipe.data).test
-    assert test is not None
-    images = next(iter(open_batches(test, view_settings(run.recipe), CPU).evaluation(500))).images_VB3SS[0]
+    test = find_parts(run.recipe.data.path).parts["test"]
+    batches = open_batches(test, view_settings(run.recipe), CPU)
+    images = next(iter(batches.evaluation(500))).images_VB3SS[0]
     with torch.inference_mode():
         on_cpu = equipoise.load(run.path, "cpu").model(images)
         on_gpu = equipoise.load(run.path, DEVICE.type).model(images.to(DEVICE))
@@ -350,12 +310,10 @@ def test_a_run_of_a_gpu_is_used_and_scored_on_a_cpu(run, no_tf32):
     assert on_gpu.device.type == DEVICE.type
     assert (on_gpu.cpu() - on_cpu).abs().max() < 1e-3  # of logits up to 30
 
-    trained, anew, of_cpu = (
-        figures["test"] for figures in (run.metrics, run.evaluate(), evaluate_run(run.path, device="cpu"))
-    )
-    assert trained["images"] == anew["images"] == of_cpu["images"] == 500
-    assert anew["top1"] == pytest.approx(of_cpu["top1"], abs=0.005)
-    assert trained["top1"] == pytest.approx(of_cpu["top1"], abs=0.02)  # convolutions may have been in TF32
+    all_figures = (run.metrics, run.evaluate(), evaluate_run(run.path, device="cpu"))
+    trained, anew, of_cpu = (figures["test"]["top1"] for figures in all_figures)
+    assert anew == pytest.approx(of_cpu, abs=0.005)
+    assert trained == pytest.approx(of_cpu, abs=0.02)  # convolutions may have been in TF32
 
 
 def weights_of(run: Path) -> Tensor:
@@ -380,11 +338,8 @@ def cpu_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_goes_on_on_another_device(first, then, cpu_run, no_tf32, tmp_path):
     """And ends near where it ends on a CPU alone. Without its momentum it would be ten times as far away."""
     run = two_epochs(tmp_path / "run", first, then)
-    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    assert record["resumed"]["after_step"] == 6
-    assert record["machine"]["device"] == describe_machine(then)["device"]
+    assert record_of(run)["resumed"]["after_step"] == 6
     assert [line["step"] for line in log_lines(run)] == list(range(1, 13))
-    assert load_checkpoint(run / "last.pt").step == 12
     assert distance(weights_of(run), weights_of(cpu_run)) < 1e-3
 
 
@@ -431,15 +386,10 @@ def test_deterministic_runs_end_with_the_same_bits_stopped_or_not(tmp_path):
         assert process.returncode == 0, f"{name}: {said[name][1][-3000:]}"
     assert said["one"][0] == said["two"][0] == "whole\n"
     assert said["stopped"][0].startswith("interrupted: step ")
-    record = json.loads((tmp_path / "stopped" / "run.json").read_text(encoding="utf-8"))
-    assert 8 <= record["resumed"]["after_step"] < 12, "within the second epoch"
-    one, two, stopped = (load_checkpoint(tmp_path / name / "last.pt") for name in processes)
-    assert one.step == two.step == stopped.step == 18
-    for name, value in one.weights.items():
-        assert torch.equal(two.weights[name], value), name
-        assert torch.equal(stopped.weights[name], value), name
-    figures = [(tmp_path / name / "metrics.json").read_bytes() for name in processes]
-    assert figures[0] == figures[1] == figures[2]
+    assert 8 <= record_of(tmp_path / "stopped")["resumed"]["after_step"] < 12, "within the second epoch"
+    for name in ("two", "stopped"):
+        assert torch.equal(weights_of(tmp_path / name), weights_of(tmp_path / "one"))
+        assert (tmp_path / name / "metrics.json").read_bytes() == (tmp_path / "one" / "metrics.json").read_bytes()
 
 
 # ---- last, since it takes longest
@@ -453,19 +403,14 @@ def test_a_compiled_encoder_trains_the_same_network(tmp_path, monkeypatch):
         pytest.skip("torch.compile needs a C compiler for a GPU, and none is here")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
 
-    def losses(**fields) -> list[list[float]]:
-        take_step, network, batch = make_step(DEVICE, precision="fp32", **fields)
+    losses: list[list[float]] = []
+    for compiled in (False, True):
+        take_step, network, batch = make_step(DEVICE, precision="fp32", compile=compiled)
         optimizer = create_sgd(network.parameters(), 0.01, 0.9, 5e-4)
-        terms = []
+        losses.append([])
         for _ in range(3):
             optimizer.zero_grad()
-            terms.append([*take_step(batch)[0].values()])
+            losses[-1] += take_step(batch)[0].values()
             optimizer.step()
-        return terms
-
-    eager = losses()
-    assert not list(tmp_path.rglob("*.py"))
-    compiled = losses(compile=True)
-    assert list(tmp_path.rglob("*.py")), "something was compiled"
-    assert np.array(eager).shape == (3, 3)
-    assert np.array(compiled) == pytest.approx(np.array(eager), rel=0.02)
+        assert bool([*tmp_path.rglob("*.py")]) == compiled, "something was compiled"
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)

@@ -171,7 +171,7 @@ def input_speed(task: Task) -> None:
     write_folder([contents[n % len(contents)] for n in range(copies)], task.work / "photographs")
     images = find_parts(str(task.work / "photographs")).parts["train"]
     size, batch = (32, 8) if rehearse else (224, 256)
-    settings = ViewSettings("photos", ("cls", "sim", "sim"), size)
+    settings = ViewSettings("photos", size=size, kinds=("cls", "sim", "sim"))
     batches = open_batches(images, settings, device, worker_count(-1))
     steps = 4 if rehearse else 28
     arriving = batches.training(0, batch, range(10**9))

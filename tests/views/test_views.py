@@ -1,7 +1,6 @@
 """Views: the policies' tables and random parameters against torchvision and timm, and what they depend on."""
 
 import random
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -15,21 +14,8 @@ from torchvision.transforms import AutoAugment, AutoAugmentPolicy, v2
 from equipoise import load_recipe
 from equipoise.data.decode import decode_bytes
 from equipoise.views import operations, policies, views
-from equipoise.views.draws import uniforms
+from equipoise.views.draws import Numbers
 from equipoise.views.views import ViewSettings, evaluation_view, photo_views, small_views, view_settings
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """torchvision's work on small images takes far longer with several threads on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def numbers(count: int, seed: int = 0) -> policies.Numbers:
-    return policies.Numbers(uniforms(seed, 0, np.arange(count), 0, 64))
 
 
 def pictures(count: int, side: int = 32) -> np.ndarray:
@@ -40,24 +26,20 @@ def pictures(count: int, side: int = 32) -> np.ndarray:
 
 
 ALL = [
-    ViewSettings("digits", ("cls", "sim", "sim"), 16),
-    ViewSettings("cifar", ("cls", "rand", "sim"), 32),
-    ViewSettings("cifar", ("cls", "rand", "rand"), 32, blur=True),
+    ViewSettings("digits", size=16, kinds=("cls", "sim", "sim")),
+    ViewSettings("cifar", size=32, kinds=("cls", "rand", "sim")),
+    ViewSettings("cifar", size=32, kinds=("cls", "rand", "rand"), blur=True),
 ]
 
 
 def test_view_settings_are_the_recipes():
-    expected = ViewSettings("photos", ("cls", "rand", "sim"), 64, blur=True, randaug=False, randaug_n=3, randaug_m=7.0)
     fields = {"size": 64, "blur": True, "randaug": False, "randaug_n": 3, "randaug_m": 7.0}
-    made = {
-        (method, kinds): view_settings(load_recipe("imagenet-lt", method=method, cl_views=kinds, **fields))
-        for method in ("bcl", "ce")
-        for kinds in ("sim-sim", "sim-rand", "rand-rand")
-    }
-    assert made["bcl", "sim-rand"] == expected
-    assert made["bcl", "sim-sim"] == replace(expected, kinds=("cls", "sim", "sim"))
-    assert made["bcl", "rand-rand"] == replace(expected, kinds=("cls", "rand", "rand"))
-    assert made["ce", "sim-rand"] == replace(expected, kinds=("cls",))
+    wanted = {"sim-sim": ("sim", "sim"), "sim-rand": ("rand", "sim"), "rand-rand": ("rand", "rand")}
+    for cl_views, kinds in wanted.items():
+        recipe = load_recipe("imagenet-lt", cl_views=cl_views, **fields)
+        settings = view_settings(recipe)
+        assert settings == ViewSettings("photos", cl_views=cl_views, kinds=("cls", *kinds), **fields)
+        assert view_settings(replace(recipe, method="ce")) == replace(settings, kinds=("cls",))
 
 
 @pytest.mark.parametrize("settings", ALL, ids=lambda settings: f"{settings.policy}-{settings.kinds[1]}")
@@ -74,15 +56,19 @@ def test_small_views_do_not_depend_on_the_batch(settings):
     assert (images == before).all(), "never in place"
 
 
-def test_photo_views_do_not_depend_on_the_batch():
+def test_photo_views_do_not_depend_on_the_batch_nor_change_the_photographs():
+    """Of the size of the view, a crop may be the photograph itself."""
     generator = np.random.default_rng(0)
-    photos = [generator.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in [(50, 70), (200, 40), (33, 33)]]
-    settings = ViewSettings("photos", ("cls", "sim", "rand"), 24)
-    together = photo_views(photos, settings, 0, 0, np.array([5, 6, 7]))
-    assert together.shape == (3, 3, 3, 24, 24)
-    for position, photo in enumerate(photos):
-        alone = photo_views([photo], settings, 0, 0, np.array([5 + position]))[:, 0]
-        assert torch.equal(together[:, position], alone)
+    sizes = [(50, 70), (200, 40), *[(24, 24)] * 60]
+    photos = [generator.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
+    before = [photo.copy() for photo in photos]
+    settings = ViewSettings("photos", size=24, kinds=("cls", "sim", "rand"), blur=True)
+    together = photo_views(photos, settings, 0, 0, np.arange(len(photos)))
+    assert together.shape == (3, len(photos), 3, 24, 24)
+    for place, photo in enumerate(photos):
+        alone = photo_views([photo], settings, 0, 0, np.array([place]))[:, 0]
+        assert torch.equal(together[:, place], alone)
+        assert (photo == before[place]).all()
 
 
 @pytest.mark.parametrize("kind", ["cls", "sim"])
@@ -90,7 +76,7 @@ def test_digits_are_moved_a_little_and_never_flipped(kind):
     """A blot right of the middle and above it stays there, at its distance, on a black ground; no two are the same."""
     images = np.zeros((500, 16, 16, 3), np.uint8)
     images[:, 2:6, 10:14] = 255
-    made = small_views(images, ViewSettings("digits", (kind,), 16), 0, 0, np.arange(500))[0].float()
+    made = small_views(images, ViewSettings("digits", size=16, kinds=(kind,)), 0, 0, np.arange(500))[0].float()
     mass = made.sum((1, 2, 3))
     x, y = ((made * place).sum((1, 2, 3)) / mass for place in (torch.arange(16.0), torch.arange(16.0)[:, None]))
     assert x.min() > 7.5
@@ -110,7 +96,7 @@ def test_cifar_images_are_shifted_by_up_to_four_pixels_and_cut_out(monkeypatch):
     """Of each 'cls' view without AutoAugment: one of 81 windows of the padded image, mirrored or not, less a square."""
     monkeypatch.setattr(views, "_pixel_operations", lambda *_: [])
     images = pictures(120) // 2 + 60  # nothing is black
-    made = small_views(images, ViewSettings("cifar", ("cls",), 32), 0, 0, np.arange(120))[0].permute(0, 2, 3, 1).numpy()
+    made = small_views(images, ViewSettings("cifar", size=32), 0, 0, np.arange(120))[0].permute(0, 2, 3, 1).numpy()
     found = []
     for image, view in zip(images, made, strict=True):
         padded = np.pad(image, ((4, 4), (4, 4), (0, 0)))
@@ -120,10 +106,8 @@ def test_cifar_images_are_shifted_by_up_to_four_pixels_and_cut_out(monkeypatch):
             for left in range(9)
             for flip in (False, True)
         }
-        ((place, window),) = [
-            (place, window) for place, window in windows.items() if (window == view)[view.any(2)].all()
-        ]
-        rows, columns = np.nonzero(window.any(2) & ~view.any(2))
+        (place,) = [place for place, window in windows.items() if (window == view)[view.any(2)].all()]
+        rows, columns = np.nonzero(windows[place].any(2) & ~view.any(2))
         found.append((*place, np.ptp(rows) + 1 if len(rows) else 0, np.ptp(columns) + 1 if len(columns) else 0))
     tops, lefts, flips, heights, widths = np.array(found).T
     assert set(tops) == set(lefts) == set(range(9))
@@ -137,21 +121,11 @@ def test_half_of_the_views_are_flipped(policy, kind):
     images = np.zeros((2000, 32, 32, 3), np.uint8)
     images[:, :, 16:] = 255
     make = small_views if policy == "cifar" else photo_views
-    view = make(images, ViewSettings(policy, (kind,), 32, randaug=False), 0, 0, np.arange(2000))[0]
+    view = make(images, ViewSettings(policy, size=32, kinds=(kind,), randaug=False), 0, 0, np.arange(2000))[0]
     left, right = view[..., :16].float().mean((1, 2, 3)), view[..., 16:].float().mean((1, 2, 3))
     flipped = (left > right)[left != right].float()  # a crop of one colour does not tell
     assert len(flipped) > 1500
     assert abs(flipped.mean() - 0.5) < 5 * np.sqrt(0.25 / len(flipped))
-
-
-def test_photographs_are_not_changed():
-    """Of the size of the view, a crop may be the photograph itself."""
-    photo = np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)
-    before = photo.copy()
-    made = photo_views([photo] * 400, ViewSettings("photos", ("cls", "rand"), 24, blur=True), 0, 0, np.arange(400))
-    assert len(made.flatten(2).unique(dim=1)[0]) > 1
-    assert (photo == before).all()
-    assert (operations.resized_crop(photo, [0, 0, 24, 24], 24) == photo).all()
 
 
 def mean_and_spread(images: torch.Tensor) -> np.ndarray:
@@ -176,23 +150,17 @@ def photographs(shared_data, count: int) -> list[np.ndarray]:
     return [decode_bytes(file.read_bytes()) for file in files[:: len(files) // count][:count]]
 
 
-def mean_difference(ours: np.ndarray, reference: Image.Image) -> float:
-    """Mean over pixels and channels of the absolute difference, in steps of 1/255."""
-    return float(np.abs(ours.astype(float) - np.asarray(reference)).mean())
-
-
 def difference_of_crops(photo: np.ndarray, size: int, boxes: int) -> float:
     """The largest mean difference of a resized crop to torchvision's of a PIL image, over random boxes."""
     height, width = photo.shape[:2]
-    drawn = policies.random_boxes(numbers(boxes, seed=height), np.full(boxes, height), np.full(boxes, width), 0.08)
-    image = Image.fromarray(photo)
-    return max(
-        mean_difference(
-            operations.resized_crop(photo, box, size),
-            v2.functional.resized_crop(image, *box, [size, size], antialias=True),
-        )
-        for box in drawn.tolist()
-    )
+    numbers = Numbers(height, 0, np.arange(boxes), 0)
+    drawn = policies.random_boxes(numbers, np.full(boxes, height), np.full(boxes, width), 0.08)
+    differences = []
+    for box in drawn.tolist():
+        theirs = v2.functional.resized_crop(Image.fromarray(photo), *box, [size, size], antialias=True)
+        ours = operations.resized_crop(photo, box, size)
+        differences.append(np.abs(ours.astype(float) - np.asarray(theirs)).mean())
+    return max(differences)
 
 
 @pytest.mark.parametrize("size", [24, 96, 224])
@@ -212,45 +180,30 @@ def test_decoding_is_pillows(shared_data):
         assert (decode_bytes(file.read_bytes()) == np.asarray(Image.open(file).convert("RGB"))).all()
 
 
-JITTERED = v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)
-FILL = {"img_mean": (124, 116, 104)}
+CROP, FLIP = v2.RandomResizedCrop(32, (0.08, 1)), v2.RandomHorizontalFlip()
+SIM = [v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8), v2.RandomGrayscale(0.2)]
+BLUR = v2.RandomApply([v2.GaussianBlur(13, (0.1, 2.0))], p=0.5)
+JITTER = v2.ColorJitter(0.4, 0.4, 0.4)
+RAND_AUGMENT, WEAKER = (
+    timm_augment.rand_augment_transform(f"rand-{kind}-mstd0.5", {"img_mean": (124, 116, 104)})
+    for kind in ("m10-n2", "m7-n3")
+)
+# Policy and kind of view: further settings, and the reference.
 POLICIES = {
-    ("cifar", "cls"): [v2.RandomCrop(32, 4), v2.RandomHorizontalFlip(), AutoAugment(AutoAugmentPolicy.CIFAR10)],
-    ("cifar", "sim"): [
-        v2.RandomResizedCrop(32, (0.2, 1)), v2.RandomHorizontalFlip(), JITTERED, v2.RandomGrayscale(0.2),
-    ],
-    ("photos", "cls"): [
-        v2.RandomResizedCrop(32, (0.08, 1)),
-        v2.RandomHorizontalFlip(),
-        v2.ColorJitter(0.4, 0.4, 0.4),
-        timm_augment.rand_augment_transform("rand-m10-n2-mstd0.5", FILL),
-    ],
-    ("photos", "cls without RandAugment"): [
-        v2.RandomResizedCrop(32, (0.08, 1)),
-        v2.RandomHorizontalFlip(),
-        v2.ColorJitter(0.4, 0.4, 0.4),
-    ],
-    ("photos", "rand"): [
-        v2.RandomResizedCrop(32, (0.08, 1)), v2.RandomHorizontalFlip(), JITTERED, v2.RandomGrayscale(0.2),
-        timm_augment.rand_augment_transform("rand-m10-n2-mstd0.5", FILL),
-    ],
-    ("photos", "rand of n 3, m 7"): [
-        v2.RandomResizedCrop(32, (0.08, 1)), v2.RandomHorizontalFlip(), JITTERED, v2.RandomGrayscale(0.2),
-        timm_augment.rand_augment_transform("rand-m7-n3-mstd0.5", FILL),
-    ],
-    ("photos", "sim with blur"): [
-        v2.RandomResizedCrop(32, (0.08, 1)), v2.RandomHorizontalFlip(), JITTERED, v2.RandomGrayscale(0.2),
-        v2.RandomApply([v2.GaussianBlur(13, (0.1, 2.0))], p=0.5),
-    ],
-    ("photos", "sim"): [
-        v2.RandomResizedCrop(32, (0.08, 1)), v2.RandomHorizontalFlip(), JITTERED, v2.RandomGrayscale(0.2),
-    ],
-}  # fmt: skip
+    "cifar-cls": ({}, [v2.RandomCrop(32, 4), FLIP, AutoAugment(AutoAugmentPolicy.CIFAR10)]),
+    "cifar-sim": ({}, [v2.RandomResizedCrop(32, (0.2, 1)), FLIP, *SIM]),
+    "photos-cls": ({}, [CROP, FLIP, JITTER, RAND_AUGMENT]),
+    "photos-cls-plain": ({"randaug": False}, [CROP, FLIP, JITTER]),
+    "photos-rand": ({}, [CROP, FLIP, *SIM, RAND_AUGMENT]),
+    "photos-rand-weaker": ({"randaug_n": 3, "randaug_m": 7.0}, [CROP, FLIP, *SIM, WEAKER]),
+    "photos-sim": ({}, [CROP, FLIP, *SIM]),
+    "photos-sim-blur": ({"blur": True}, [CROP, FLIP, *SIM, BLUR]),
+}
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "geometry"])
-@pytest.mark.parametrize(("policy", "kind"), POLICIES)
-def test_views_have_the_references_distribution(policy, kind, whole, monkeypatch):
+@pytest.mark.parametrize("name", POLICIES)
+def test_views_have_the_references_distribution(name, whole, monkeypatch):
     """A gradient from black to red and across to blue: its spread tells how large a piece was cropped."""
     count = 1500
     ramp = np.linspace(0, 255, 32)
@@ -259,18 +212,14 @@ def test_views_have_the_references_distribution(policy, kind, whole, monkeypatch
     monkeypatch.setattr(views, "_cut_out", lambda view, _: view)  # a square of zeros would drown the rest
     if not whole:
         monkeypatch.setattr(views, "_pixel_operations", lambda *_: [])
-    options = {
-        "cls without RandAugment": {"randaug": False},
-        "rand of n 3, m 7": {"randaug_n": 3, "randaug_m": 7.0},
-        "sim with blur": {"blur": True},
-    }
-    settings = ViewSettings(policy, (kind.split()[0],), 32, **options.get(kind, {}))
+    (policy, kind), (options, steps) = name.split("-")[:2], POLICIES[name]
+    settings = ViewSettings(policy, size=32, kinds=(kind,), **options)
     make = photo_views if policy == "photos" else small_views
     ours = make(np.stack([picture] * count), settings, 0, 0, np.arange(count))[0]
     torch.manual_seed(2)
     np.random.seed(2)
     random.seed(2)
-    reference = v2.Compose(POLICIES[policy, kind][: None if whole else 2])
+    reference = v2.Compose(steps[: None if whole else 2])
     theirs = torch.stack([v2.functional.pil_to_tensor(reference(Image.fromarray(picture))) for _ in range(count)])
     for what, mine, expected in zip(("mean", "spread"), mean_and_spread(ours), mean_and_spread(theirs), strict=True):
         # Rounded: equal views would else differ in the last bit of a float.

@@ -4,11 +4,14 @@ A generator with a state would tie the numbers to the order in which images are 
 and ranks. Here each number is a hash of where it is used, computed for a whole batch at once.
 
 The hash is the output function of SplitMix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number
-generators", OOPSLA 2014), applied once per key and then in counter mode.
+generators", OOPSLA 2014), applied once per key and then in counter mode. Shape: B images.
 """
 
 import numpy as np
 import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+Whole = npt.NDArray[np.int64]
 
 _GOLDEN = 0x9E3779B97F4A7C15
 
@@ -19,20 +22,41 @@ def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
-def uniforms(
-    seed: int, epoch: int, indices_B: npt.NDArray[np.int64], stream: int, count: int
-) -> npt.NDArray[np.float64]:
-    """`[B, count]` numbers, uniform on [0, 1), for each image `index` of the training list.
+class Numbers:
+    """The random numbers of one view of a batch, in the order in which they are asked for.
 
-    `stream` separates uses of the same image in the same epoch (one stream a view).
+    `indices_B`: places of the images in the training list. `stream`: one for each use of an image in an epoch.
     """
-    key_B = _mix(indices_B.astype(np.uint64) + np.uint64(_GOLDEN))
-    for part in (seed, epoch, stream):
-        key_B = _mix(key_B + np.uint64((part + 1) * _GOLDEN % 2**64))
-    counter_K = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
-    return (_mix(key_B[:, None] + counter_K) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+    def __init__(self, seed: int, epoch: int, indices_B: Whole, stream: int) -> None:
+        self._key_B = _mix(indices_B.astype(np.uint64) + np.uint64(_GOLDEN))
+        for part in (seed, epoch, stream):
+            self._key_B = _mix(self._key_B + np.uint64((part + 1) * _GOLDEN % 2**64))
+        self._used = 0
+
+    def take(self, count: int) -> Array:
+        """`[B, count]` numbers, uniform on [0, 1)."""
+        counter_K = np.arange(self._used + 1, self._used + count + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
+        self._used += count
+        return (_mix(self._key_B[:, None] + counter_K) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+    def next(self) -> Array:
+        """`[B]` numbers, uniform on [0, 1)."""
+        return self.take(1)[:, 0]
+
+    def between(self, low: float, high: float) -> Array:
+        """`[B]` numbers, uniform on [low, high)."""
+        return low + (high - low) * self.next()
+
+    def whole(self, below: int | Whole) -> Whole:
+        """`[B]` whole numbers, uniform on 0 .. below - 1."""
+        return (self.next() * below).astype(np.int64)
+
+    def sign(self) -> Array:
+        """`[B]` times -1 or 1."""
+        return np.where(self.next() < 0.5, -1.0, 1.0)
 
 
-def permutation(seed: int, epoch: int, count: int) -> npt.NDArray[np.int64]:
+def permutation(seed: int, epoch: int, count: int) -> Whole:
     """The order in which the `count` training images are seen in `epoch`."""
     return np.random.default_rng((seed, epoch)).permutation(count)

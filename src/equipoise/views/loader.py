@@ -1,39 +1,30 @@
 """A list of images and its views become batches, in an order that depends on (seed, epoch) alone.
 
-Loader processes make the batches ahead of the step, so that a GPU does not wait for them: photographs are decoded
-there, small images are in memory. Any number of processes gives the same numbers, because every random number comes
-from (seed, epoch, index).
+Loader processes make the batches ahead of the step, so that a GPU does not wait for them. Any number of processes gives
+the same numbers, because every random number comes from (seed, epoch, index).
 
 With `skip`, an image that cannot be read is no error: in training another of its class stands in for it
 (`decode.stand_ins`), in evaluation it is left out, and `bad` says which they were.
 """
 
-import contextlib
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from equipoise.base.errors import UserError
 from equipoise.base.world import ALONE, World
 from equipoise.data.decode import BadImageError, Pixels, decode, decode_all, no_image_left, stand_ins, usable_cores
-from equipoise.data.images import ImageList
+from equipoise.data.images import ImageList, Indices
 from equipoise.views.draws import permutation
 from equipoise.views.views import ViewSettings, evaluation_view, photo_views, small_views
 
-Indices = npt.NDArray[np.int64]
-
 _SECONDS_AFTER_SIGTERM = 60
-# Processes that make the views of small images: on a GPU six at most, since a step of ResNet-32 takes 11 ms there; on a
-# CPU one is many times faster than the step.
-_SMALL_WORKERS = {"cuda": 6}
-_LESS_MEMORY = "take fewer of them (--workers) or smaller images"
 
 
 @dataclass(frozen=True)
@@ -64,27 +55,6 @@ def worker_count(workers: int, local_ranks: int = 1) -> int:
     return workers if workers >= 0 else max(1, usable_cores() // local_ranks)
 
 
-def open_batches(
-    images: ImageList,
-    settings: ViewSettings,
-    device: torch.device,
-    workers: int = 0,
-    world: World = ALONE,
-    skip: bool = False,
-) -> "Batches":
-    """Batches of `images`, made by `workers` processes (0: this one). Images of `digits` and `cifar` are decoded now
-    and stay in memory.
-
-    Raises UserError naming an image that cannot be read, or with `skip` a class of which none can: here, or, of
-    photographs, when their turn comes.
-    """
-    if settings.policy == "cifar":
-        workers = min(workers, _SMALL_WORKERS.get(device.type, 1))
-    if settings.policy == "digits":
-        workers = 0  # their views are made in less time than a process takes to start
-    return Batches(_Maker(images, settings, skip), device, workers, world)
-
-
 @dataclass(frozen=True)
 class _Task:
     """A batch to be made of the images `indices_G`, of which `rows` are this rank's and `indices_B` are computed here.
@@ -106,10 +76,31 @@ class _Tasks:
         return iter(self.next)
 
 
+def open_batches(
+    images: ImageList,
+    settings: ViewSettings,
+    device: torch.device,
+    workers: int = 0,
+    world: World = ALONE,
+    skip: bool = False,
+) -> "Batches":
+    """Batches of `images`, made by `workers` processes (0: this one). Images of `digits` and `cifar` are decoded now
+    and stay in memory.
+
+    Raises UserError naming an image that cannot be read, or with `skip` a class of which none can: here, or, of
+    photographs, when their turn comes.
+    """
+    if settings.policy == "cifar":  # a step of ResNet-32 takes 11 ms on a GPU; on a CPU, far longer than its views
+        workers = min(workers, 6 if device.type == "cuda" else 1)
+    if settings.policy == "digits":
+        workers = 0  # their views are made in less time than a process takes to start
+    return Batches(_Maker(images, settings, skip), device, workers, world)
+
+
 class Batches:
     """What training and evaluation read from. `bad`: by index, the images that this rank could not read so far."""
 
-    def __init__(self, maker: "_Maker", device: torch.device, workers: int, world: World = ALONE) -> None:
+    def __init__(self, maker: "_Maker", device: torch.device, workers: int, world: World) -> None:
         self.bad = dict(maker.bad)
         self._maker = maker
         self._device = device
@@ -163,7 +154,7 @@ class Batches:
             indices_B = indices_G[rows] if rows.stop > rows.start else indices_G[:2]
             yield _Task(indices_G, rows, indices_B, (seed, epoch))
 
-    def _received(self, tasks: Iterable[_Task]) -> Iterator["Batch | UserError"]:
+    def _received(self, tasks: Iterable[_Task]) -> Iterator[Batch | UserError]:
         self._tasks.next = tasks
         self._receiving = self._start()
         try:
@@ -173,9 +164,10 @@ class Batches:
             # torch begins with "Caught" where code in a process raised, with the traceback from there: a bug.
             if self._loader.num_workers == 0 or said.startswith("Caught "):
                 raise
-            raise UserError(f"a loader process was lost ({said}); if memory ran out, {_LESS_MEMORY}") from None
+            advice = "if memory ran out, take fewer of them (--workers) or smaller images"
+            raise UserError(f"a loader process was lost ({said}); {advice}") from None
 
-    def _start(self) -> Iterator["Batch | UserError"]:
+    def _start(self) -> Iterator[Batch | UserError]:
         """The loader's batches. torch sets a handler of SIGCHLD, which would raise the death of a process in whatever
         line this one executes; without it, torch raises where the batch is waited for, five seconds later at most."""
         if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
@@ -186,16 +178,13 @@ class Batches:
         finally:
             signal.signal(signal.SIGCHLD, before)
 
-    def _arrived(self, batch: "Batch | UserError") -> Batch:
+    def _arrived(self, batch: Batch | UserError) -> Batch:
         """The batch on its device."""
         if isinstance(batch, UserError):
             raise batch
         self.bad.update(batch.bad)
-        return replace(
-            batch,
-            images_VB3SS=batch.images_VB3SS.to(self._device, non_blocking=True),
-            labels_G=batch.labels_G.to(self._device, non_blocking=True),
-        )
+        images_VB3SS = batch.images_VB3SS.to(self._device, non_blocking=True)
+        return replace(batch, images_VB3SS=images_VB3SS, labels_G=batch.labels_G.to(self._device, non_blocking=True))
 
 
 class _Maker(Dataset["Batch | UserError"]):
@@ -214,21 +203,19 @@ class _Maker(Dataset["Batch | UserError"]):
     def __len__(self) -> int:
         return len(self._images)
 
-    def __getitem__(self, task: _Task) -> "Batch | UserError":  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __getitem__(self, task: _Task) -> Batch | UserError:  # pyright: ignore[reportIncompatibleMethodOverride]
         try:
             return self._evaluation(task.indices_B) if task.seed_and_epoch is None else self._training(task)
         except UserError as error:
             return error  # raised, it would arrive wrapped in a traceback
-        except MemoryError:
-            if get_worker_info() is None:
-                raise
-            return UserError(f"there is not enough memory for the loader processes; {_LESS_MEMORY}")
 
     def _training(self, task: _Task) -> Batch:
         assert task.seed_and_epoch is not None
         bad: dict[int, BadImageError] = {}
-        read = ((index, self._readable(index, bad)) for index in task.indices_B.tolist())
-        images = [self._stand_in(index) if image is None else image for index, image in read]
+        images: list[Pixels] = []
+        for index in task.indices_B.tolist():
+            image = self._image(index, bad)
+            images.append(self._stand_in(index) if image is None else image)
         how = self._settings, *task.seed_and_epoch, task.indices_B
         views_VB3SS = small_views(np.stack(images), *how) if self.in_memory else photo_views(images, *how)
         return Batch(views_VB3SS, torch.from_numpy(self._images.labels_N[task.indices_G]), task.rows, bad)
@@ -236,37 +223,34 @@ class _Maker(Dataset["Batch | UserError"]):
     def _evaluation(self, indices_B: Indices) -> Batch:
         bad: dict[int, BadImageError] = {}
         size = self._settings.size
-        views_BSS3 = np.empty((len(indices_B), size, size, 3), np.uint8)
-        for view_SS3, index in zip(views_BSS3, indices_B.tolist(), strict=True):
-            image = self._readable(index, bad)
-            if image is not None:
-                view_SS3[...] = image if self.in_memory else evaluation_view(image, size)
-        good_B = ~np.isin(indices_B, list(bad))
+        views_BSS3, good_B = np.empty((len(indices_B), size, size, 3), np.uint8), np.ones(len(indices_B), bool)
+        for place, index in enumerate(indices_B.tolist()):
+            image = self._image(index, bad)
+            if image is None:
+                good_B[place] = False
+            else:
+                views_BSS3[place] = image if self.in_memory else evaluation_view(image, size)
         images_1B3SS = torch.from_numpy(views_BSS3[good_B]).permute(0, 3, 1, 2)[None]
         labels_B = torch.from_numpy(self._images.labels_N[indices_B[good_B]])
         return Batch(images_1B3SS, labels_B, slice(0, len(labels_B)), bad)
 
-    def _readable(self, index: int, bad: dict[int, BadImageError]) -> Pixels | None:
+    def _image(self, index: int, bad: dict[int, BadImageError]) -> Pixels | None:
         """The image; or, with `skip`, None for one that cannot be read, which is added to `bad`."""
+        if self.in_memory:
+            return None if index in self.bad else self._pixels_NSS3[index]
         try:
-            return self._read(index)
+            return decode(self._images, index)
         except BadImageError as error:
             if not self._skip:
                 raise
             bad[index] = error
             return None
 
-    def _read(self, index: int) -> Pixels:
-        if not self.in_memory:
-            return decode(self._images, index)
-        if index in self.bad:
-            raise self.bad[index]
-        return self._pixels_NSS3[index]
-
     def _stand_in(self, index: int) -> Pixels:
         for other in stand_ins(self._images, index):
-            with contextlib.suppress(BadImageError):
-                return self._read(other)
+            image = self._image(other, {})
+            if image is not None:
+                return image
         raise no_image_left(self._images, int(self._images.labels_N[index]))
 
 
@@ -276,9 +260,5 @@ def _start_worker(_: int) -> None:
     # loader processes. They end with it, or by themselves a minute after SIGTERM.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "alarm"):
-        signal.signal(signal.SIGTERM, _end_later)
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_SECONDS_AFTER_SIGTERM))
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-
-
-def _end_later(*_: object) -> None:
-    signal.alarm(_SECONDS_AFTER_SIGTERM)

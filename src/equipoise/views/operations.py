@@ -9,7 +9,7 @@ rotations use OpenCV's cubic (a = -0.75), which is softer than Pillow's (a = -1)
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import cv2
@@ -18,9 +18,11 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
-Pixels = npt.NDArray[np.uint8]
-Array = npt.NDArray[np.float64]
+from equipoise.data.decode import Pixels
+from equipoise.views.draws import Array
+
 Operation = Callable[[Pixels, Array], Pixels]
+Matrix = Callable[[float, int], list[list[float]]]  # from an argument and the side of a square image, for `affine`
 Step = tuple[str, Operation, Array]  # on one photograph: the operation's name, the operation, its argument [1]
 
 _LEVEL = np.arange(256)
@@ -37,14 +39,6 @@ _WHITE = np.array([[0, 0, 0, 1]] * 3)
 cv2.setNumThreads(0)  # the loader's processes run in parallel; threads inside each would compete for the cores
 
 
-def _each(images: Pixels, arguments: Iterable[Any], change: Callable[[Any, Any, Any], object]) -> Pixels:
-    """`change` gets each image, its argument and the memory of its result."""
-    made = np.empty_like(images)
-    for image, argument, out in zip(images, arguments, made, strict=True):
-        change(image, argument, out)
-    return made
-
-
 @lru_cache
 def operation(name: str, resampling: str, fill: tuple[float, ...]) -> Operation:
     """The operation `name` of `policies.OPERATIONS`. `resampling` (of `policies.RESAMPLINGS`) and the colour `fill`
@@ -52,14 +46,8 @@ def operation(name: str, resampling: str, fill: tuple[float, ...]) -> Operation:
     if name in _OF_COLOUR:
         return _OF_COLOUR[name]
     if name in _AXES:
-        return lambda images, argument_N: _translate(images, argument_N, _AXES[name], fill, resampling)
-    matrix_of = _MATRICES[name]
-
-    def move(images: Pixels, argument_N: Array) -> Pixels:
-        matrix_N23 = np.array([matrix_of(argument, images.shape[1]) for argument in argument_N.tolist()], float)
-        return affine(images, matrix_N23, fill, resampling)
-
-    return move
+        return partial(_translate, axis=_AXES[name], fill=fill, resampling=resampling)
+    return partial(_move, matrix_of=_MATRICES[name], fill=fill, resampling=resampling)
 
 
 def in_turn(image_1HW3: Pixels, steps: Sequence[Step]) -> Pixels:
@@ -101,7 +89,7 @@ def resized_crop(image: Pixels, box: Sequence[int], size: int) -> Pixels:
 
 
 def flip_horizontal(images: Pixels) -> Pixels:
-    return _as_stack(cv2.flip(_as_one(images), 1), images) if len(images) > 0 else images
+    return _at_once(images, lambda image: cv2.flip(image, 1)) if len(images) > 0 else images
 
 
 def affine(images: Pixels, matrix_N23: Array, fill: tuple[float, ...], resampling: str) -> Pixels:
@@ -139,26 +127,31 @@ def _translate(images: Pixels, pixels_N: Array, axis: int, fill: tuple[float, ..
     return made
 
 
+def _move(images: Pixels, argument_N: Array, matrix_of: Matrix, fill: tuple[float, ...], resampling: str) -> Pixels:
+    matrix_N23 = np.array([matrix_of(argument, images.shape[1]) for argument in argument_N.tolist()], float)
+    return affine(images, matrix_N23, fill, resampling)
+
+
 def _rotation(degrees: float, side: int) -> list[list[float]]:
     """Counter-clockwise about the centre of a square image."""
     cos, sin, middle = math.cos(math.radians(degrees)), math.sin(math.radians(degrees)), side / 2
-    return [
-        [cos, -sin, middle - cos * middle + sin * middle],
-        [sin, cos, middle - sin * middle - cos * middle],
-    ]
+    return [[cos, -sin, middle - cos * middle + sin * middle], [sin, cos, middle - sin * middle - cos * middle]]
 
 
 # ---------------------------------------------------------------------------------------------- colour
 
 
-def _as_one(images: Pixels) -> Pixels:
-    """The stack as a single image, one above the other."""
-    return images.reshape(-1, images.shape[2], 3)
+def _each(images: Pixels, arguments: Iterable[Any], change: Callable[[Any, Any, Any], object]) -> Pixels:
+    """`change` gets each image, its argument and the memory of its result."""
+    made = np.empty_like(images)
+    for image, argument, out in zip(images, arguments, made, strict=True):
+        change(image, argument, out)
+    return made
 
 
-def _as_stack(image: cv2.typing.MatLike, like: Pixels) -> Pixels:
-    """The inverse of `_as_one`."""
-    return np.asarray(image, np.uint8).reshape(like.shape)
+def _at_once(images: Pixels, change: Callable[[Pixels], cv2.typing.MatLike]) -> Pixels:
+    """`change` gets the stack as a single image, one above the other."""
+    return np.asarray(change(images.reshape(-1, images.shape[2], 3)), np.uint8).reshape(images.shape)
 
 
 def _transform(images: Pixels, matrix_N34: Array) -> Pixels:
@@ -186,45 +179,35 @@ def _mean_luma(image: Pixels) -> float:
 
 
 def _grayscale(images: Pixels, _: Array) -> Pixels:
-    luma = cv2.cvtColor(_as_one(images), cv2.COLOR_RGB2GRAY)
-    return _as_stack(cv2.cvtColor(luma, cv2.COLOR_GRAY2RGB), images)
+    return _at_once(images, lambda image: cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB))
 
 
 def _hue(images: Pixels, shift_N: Array) -> Pixels:
     """The hue turned by `shift_N`, in turns. In 8 bits, as Pillow does it: there are 256 hues."""
-    hsv = cv2.cvtColor(_as_one(images), cv2.COLOR_RGB2HSV_FULL)
+    hsv_NHW3 = _at_once(images, lambda image: cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL))
     # Whole rows of pixels, not their hues alone: numpy adds contiguous bytes many at a time.
     row_N1W3 = np.zeros((len(images), 1, *images.shape[2:]), np.uint8)
     row_N1W3[..., 0] = np.rint(256 * shift_N[:, None, None]).astype(np.int64)
-    moved = _as_stack(hsv, images)
-    moved += row_N1W3  # hues wrap around
-    return _as_stack(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL), images)
+    hsv_NHW3 += row_N1W3  # hues wrap around
+    return _at_once(hsv_NHW3, lambda image: cv2.cvtColor(image, cv2.COLOR_HSV2RGB_FULL))
 
 
-def _invert(images: Pixels, _: Array) -> Pixels:
-    return ~images
-
-
-def _posterize(images: Pixels, bits_N: Array) -> Pixels:
-    return images & (256 - (256 >> bits_N.astype(np.int64))).astype(np.uint8)[:, None, None, None]
-
-
-def _look_up(images: Pixels, table_NV: npt.NDArray[np.integer]) -> Pixels:
+def _look_up(images: Pixels, table_NV: npt.NDArray[Any]) -> Pixels:
     """Each value through its image's table of 256; or `[N, 256, 3]`, one for each channel."""
     return _each(images, np.ascontiguousarray(table_NV, np.uint8)[:, None], cv2.LUT)
 
 
-def _solarize(images: Pixels, threshold_N: Array) -> Pixels:
-    return _look_up(images, np.where(threshold_N[:, None] > _LEVEL, _LEVEL, 255 - _LEVEL))
+def _by_table(levels: Callable[[Array], npt.NDArray[Any]]) -> Operation:
+    """`levels` takes arguments `[N, 1]` to what the levels 0 to 255 become, `[N, 256]`."""
+    return lambda images, argument_N: _look_up(images, levels(argument_N[:, None]))
 
 
-def _solarize_add(images: Pixels, addend_N: Array) -> Pixels:
-    addend_N1 = addend_N.astype(np.int64)[:, None]
-    return _look_up(images, np.where(_LEVEL < 128, _LEVEL + addend_N1, _LEVEL))  # at most 127 + 110
+def _image_by_image(change: Callable[[Pixels, float, Pixels], object]) -> Operation:
+    return lambda images, argument_N: _each(images, argument_N.tolist(), change)
 
 
 def _autocontrast(images: Pixels, _: Array) -> Pixels:
-    channels = [channel.reshape(len(images), -1) for channel in cv2.split(_as_one(images))]
+    channels = [channel.reshape(len(images), -1) for channel in cv2.split(images.reshape(-1, images.shape[2], 3))]
     low_N31 = np.array([channel.min(axis=1) for channel in channels], float).T[:, :, None]
     high_N31 = np.array([channel.max(axis=1) for channel in channels]).T[:, :, None]
     spread_N31 = np.maximum(high_N31 - low_N31, 1)
@@ -251,21 +234,11 @@ def _equalize(images: Pixels, _: Array) -> Pixels:
     return _look_up(images, table_N3V.astype(np.uint8).transpose(0, 2, 1))
 
 
-def _sharpness(images: Pixels, factor_N: Array) -> Pixels:
-    def sharpen(image: Pixels, factor: float, out: Pixels) -> None:
-        smooth = cv2.filter2D(image, -1, _SMOOTH)
-        smooth[0], smooth[-1] = image[0], image[-1]
-        smooth[:, 0], smooth[:, -1] = image[:, 0], image[:, -1]
-        cv2.addWeighted(image, factor, smooth, 1 - factor, _TRUNCATED, out)
-
-    return _each(images, factor_N.tolist(), sharpen)
-
-
-def _blur(images: Pixels, sigma_N: Array) -> Pixels:
-    def blur(image: Pixels, sigma: float, out: Pixels) -> None:
-        cv2.GaussianBlur(image, (17, 17), sigma, out)
-
-    return _each(images, sigma_N.tolist(), blur)
+def _sharpen(image: Pixels, factor: float, out: Pixels) -> None:
+    smooth = cv2.filter2D(image, -1, _SMOOTH)
+    smooth[0], smooth[-1] = image[0], image[-1]
+    smooth[:, 0], smooth[:, -1] = image[:, 0], image[:, -1]
+    cv2.addWeighted(image, factor, smooth, 1 - factor, _TRUNCATED, out)
 
 
 # ---------------------------------------------------------------------------------------------- by name
@@ -280,18 +253,17 @@ _LINEAR: dict[str, Callable[[Any, Any], tuple[Any, Any, Any]]] = {
 _OF_COLOUR: dict[str, Operation] = {
     **{name: _linear_operation(name) for name in _LINEAR},
     "Hue": _hue,
-    "Sharpness": _sharpness,
-    "Posterize": _posterize,
-    "Solarize": _solarize,
-    "SolarizeAdd": _solarize_add,
-    "Blur": _blur,
+    "Grayscale": _grayscale,
+    "Sharpness": _image_by_image(_sharpen),
+    "Blur": _image_by_image(lambda image, sigma, out: cv2.GaussianBlur(image, (17, 17), sigma, out)),
     "AutoContrast": _autocontrast,
     "Equalize": _equalize,
-    "Invert": _invert,
-    "Grayscale": _grayscale,
+    "Invert": lambda images, _: ~images,
+    "Posterize": _by_table(lambda bits: _LEVEL & (256 - (256 >> bits.astype(np.int64)))),
+    "Solarize": _by_table(lambda threshold: np.where(threshold > _LEVEL, _LEVEL, 255 - _LEVEL)),
+    "SolarizeAdd": _by_table(lambda addend: np.where(_LEVEL < 128, _LEVEL + addend, _LEVEL)),  # at most 127 + 110
 }
-# From an argument and the side of square images to the matrix of `affine`.
-_MATRICES: dict[str, Callable[[float, int], list[list[float]]]] = {
+_MATRICES: dict[str, Matrix] = {
     "Rotate": _rotation,
     "ShearX": lambda level, _: [[1, level, 0], [0, 1, 0]],
     "ShearY": lambda level, _: [[1, 0, 0], [level, 1, 0]],

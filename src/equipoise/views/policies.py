@@ -7,17 +7,15 @@ Shapes: B images of a batch, K random numbers of an image.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-Array = npt.NDArray[np.float64]
-Whole = npt.NDArray[np.int64]
+from equipoise.config.recipe import Views
+from equipoise.views.draws import Array, Numbers, Whole
 
-NUMBERS_PER_VIEW = 64
 _CROP_ATTEMPTS = 10
 
 # By torchvision's and timm's names; the first 15 are RandAugment's.
@@ -28,7 +26,6 @@ OPERATIONS = (
 )
 # fmt: on
 RAND_AUGMENT = OPERATIONS[:15]
-GEOMETRY = frozenset({"Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY"})
 _ENHANCEMENTS = ("Brightness", "Color", "Contrast", "Sharpness")
 RESAMPLINGS = ("nearest", "bilinear", "bicubic")
 
@@ -41,44 +38,8 @@ class BatchOperation:
 
     operation_B: Whole
     argument_B: Array
-    resampling_B: Whole
+    resampling_B: Whole | int = 0
     fill: tuple[float, ...] = (0, 0, 0)
-
-
-def _where(applied_B: npt.NDArray[np.bool_], operation: str | Whole, argument_B: Array) -> BatchOperation:
-    """An operation on some images of the batch, with the nearest pixel and a black fill."""
-    place = OPERATIONS.index(operation) if isinstance(operation, str) else operation
-    return BatchOperation(np.where(applied_B, place, -1), argument_B, np.zeros(len(applied_B), np.int64))
-
-
-class Numbers:
-    """The random numbers of one view of a batch, handed out in the order in which the policy asks."""
-
-    def __init__(self, numbers_BK: Array) -> None:
-        self._numbers_BK = numbers_BK
-        self._used = 0
-
-    def next(self) -> Array:
-        """`[B]` numbers, uniform on [0, 1)."""
-        return self.take(1)[:, 0]
-
-    def take(self, count: int) -> Array:
-        """`[B, count]` numbers, uniform on [0, 1)."""
-        self._used += count
-        assert self._used <= NUMBERS_PER_VIEW, "a view asks for more random numbers than it has"
-        return self._numbers_BK[:, self._used - count : self._used]
-
-    def between(self, low: float, high: float) -> Array:
-        """`[B]` numbers, uniform on [low, high)."""
-        return low + (high - low) * self.next()
-
-    def whole(self, below: int | Whole) -> Whole:
-        """`[B]` whole numbers, uniform on 0 .. below - 1."""
-        return (self.next() * below).astype(np.int64)
-
-    def sign(self) -> Array:
-        """`[B]` times -1 or 1."""
-        return np.where(self.next() < 0.5, -1.0, 1.0)
 
 
 def random_boxes(numbers: Numbers, heights_B: Whole, widths_B: Whole, smallest_share: float) -> Whole:
@@ -90,100 +51,90 @@ def random_boxes(numbers: Numbers, heights_B: Whole, widths_B: Whole, smallest_s
     shares, ratios = numbers.take(_CROP_ATTEMPTS), numbers.take(_CROP_ATTEMPTS)
     areas = (heights_B * widths_B)[:, None] * (smallest_share + (1 - smallest_share) * shares)
     ratios = np.exp(math.log(3 / 4) + (math.log(4 / 3) - math.log(3 / 4)) * ratios)
-    box_widths, box_heights = np.rint(np.sqrt(areas * ratios)), np.rint(np.sqrt(areas / ratios))
-    fits = (
-        (box_widths > 0) & (box_heights > 0) & (box_widths <= widths_B[:, None]) & (box_heights <= heights_B[:, None])
-    )
-    first = fits.argmax(axis=1)[:, None]
-    box_width = np.take_along_axis(box_widths, first, axis=1)[:, 0].astype(np.int64)
-    box_height = np.take_along_axis(box_heights, first, axis=1)[:, 0].astype(np.int64)
-    top = numbers.whole(heights_B - box_height + 1)
-    left = numbers.whole(widths_B - box_width + 1)
-
+    widths, heights = np.rint(np.sqrt(areas * ratios)), np.rint(np.sqrt(areas / ratios))
+    fits = (widths > 0) & (heights > 0) & (widths <= widths_B[:, None]) & (heights <= heights_B[:, None])
+    first = np.arange(len(fits)), fits.argmax(axis=1)
     none = ~fits.any(axis=1)
-    central_width = np.minimum(widths_B, np.rint(heights_B * 4 / 3)).astype(np.int64)
-    central_height = np.minimum(heights_B, np.rint(widths_B / (3 / 4))).astype(np.int64)
-    box_width, box_height = np.where(none, central_width, box_width), np.where(none, central_height, box_height)
-    top = np.where(none, (heights_B - box_height) // 2, top)
-    left = np.where(none, (widths_B - box_width) // 2, left)
-    return np.stack([top, left, box_height, box_width], axis=1)
+    width = np.where(none, np.minimum(widths_B, np.rint(heights_B * 4 / 3)), widths[first]).astype(np.int64)
+    height = np.where(none, np.minimum(heights_B, np.rint(widths_B / (3 / 4))), heights[first]).astype(np.int64)
+    free_height, free_width = heights_B - height, widths_B - width
+    top = np.where(none, free_height // 2, numbers.whole(free_height + 1))
+    left = np.where(none, free_width // 2, numbers.whole(free_width + 1))
+    return np.stack([top, left, height, width], axis=1)
 
 
-def jitter(
-    numbers: Numbers, brightness: float, contrast: float, saturation: float, hue: float, probability: float
-) -> list[BatchOperation]:
-    """torchvision's ColorJitter, on a share of the images: the operations in an order of each image's own."""
-    ranges = {
-        "Brightness": (1 - brightness, 1 + brightness),
-        "Contrast": (1 - contrast, 1 + contrast),
-        "Color": (1 - saturation, 1 + saturation),
-        "Hue": (-hue, hue),
-    }
+def jitter(numbers: Numbers, amounts: Sequence[float], probability: float) -> list[BatchOperation]:
+    """torchvision's ColorJitter, on a share of the images: the operations in an order of each image's own. `amounts`:
+    of brightness, contrast, saturation and hue. An operation without an amount is left out."""
+    amounts_4, middles_4 = np.array(amounts), np.array([1, 1, 1, 0])
+    operations_4 = np.array([OPERATIONS.index(name) for name in ("Brightness", "Contrast", "Color", "Hue")])
+    operations_4[amounts_4 == 0] = -1
+    low_4, high_4 = middles_4 - amounts_4, middles_4 + amounts_4
     chosen_B = numbers.next() < probability
-    order_B4 = numbers.take(len(ranges)).argsort(axis=1)
-    values_4B = np.stack([numbers.between(low, high) for low, high in ranges.values()])
-    # An operation without a range is left out.
-    operation_4 = np.array([OPERATIONS.index(name) if low < high else -1 for name, (low, high) in ranges.items()])
+    order_B4 = numbers.take(4).argsort(axis=1)
+    values_B4 = low_4 + (high_4 - low_4) * numbers.take(4)
     image_B = np.arange(len(chosen_B))
-    return [_where(chosen_B, operation_4[which_B], values_4B[which_B, image_B]) for which_B in order_B4.T]
+    return [
+        BatchOperation(np.where(chosen_B, operations_4[which_B], -1), values_B4[image_B, which_B])
+        for which_B in order_B4.T
+    ]
 
 
 def grayscale(numbers: Numbers, probability: float) -> BatchOperation:
     """torchvision's RandomGrayscale."""
-    chosen_B = numbers.next() < probability
-    return _where(chosen_B, "Grayscale", np.zeros(len(chosen_B)))
+    operation_B = np.where(numbers.next() < probability, OPERATIONS.index("Grayscale"), -1)
+    return BatchOperation(operation_B, np.zeros(len(operation_B)))
 
 
 def blur(numbers: Numbers) -> BatchOperation:
     """The Gaussian blur of MoCo v2: half of the images, sigma 0.1 to 2."""
     sigma_B = numbers.between(0.1, 2.0)
-    return _where(numbers.next() < 0.5, "Blur", sigma_B)
+    return BatchOperation(np.where(numbers.next() < 0.5, OPERATIONS.index("Blur"), -1), sigma_B)
+
+
+def _argument_of_each(arguments: dict[str, Array], operation_B: Whole) -> Array:
+    """Of each image the argument of its own operation; 0 for one that takes none."""
+    argument_OB = np.zeros((len(OPERATIONS), len(operation_B)))
+    for name, argument_B in arguments.items():
+        argument_OB[OPERATIONS.index(name)] = argument_B
+    return argument_OB[operation_B, np.arange(len(operation_B))]
 
 
 # ---------------------------------------------------------------------------------------------- RandAugment
 
 
-def rand_augment(
-    numbers: Numbers, side: int, mean: Sequence[float], count: int = 2, magnitude: float = 10
-) -> list[BatchOperation]:
-    """timm's RandAugment, `rand-n2-m10-mstd0.5`: `count` operations out of 15, each applied with p = .5.
+def rand_augment(numbers: Numbers, settings: Views) -> list[BatchOperation]:
+    """timm's RandAugment, by default `rand-n2-m10-mstd0.5`: `randaug_n` operations out of 15, each applied with p = .5.
 
-    The magnitude is normal(`magnitude`, .5), clipped to [0, 10]; geometry fills with the mean colour (`mean`, of 1);
-    resampling is bilinear or bicubic at random. `side`: that of the images, pixels.
+    The magnitude is normal(`randaug_m`, .5), clipped to [0, 10]; geometry fills with the mean colour; resampling is
+    bilinear or bicubic at random.
     """
-    fill = tuple(round(255 * value) for value in mean)
+    fill = tuple(round(255 * value) for value in settings.mean)
     chosen: list[BatchOperation] = []
-    for _ in range(count):
+    for _ in range(settings.randaug_n):
         which_B = numbers.whole(len(RAND_AUGMENT))
         applied_B = numbers.next() < 0.5
         # At least 2**-53: the normal quantile of 0 is -inf.
         normal_B = torch.special.ndtri(torch.from_numpy(np.maximum(numbers.next(), 2.0**-53))).numpy()
-        level_B = (magnitude + 0.5 * normal_B).clip(0, 10) / 10
-        sign_B, bicubic_B = numbers.sign(), numbers.next() < 0.5
-        argument_B = np.zeros_like(level_B)
-        for index, name in enumerate(RAND_AUGMENT):
-            of_name = which_B == index
-            argument_B[of_name] = rand_augment_argument(name, level_B[of_name], sign_B[of_name], side)
-        resampling_B = np.where(bicubic_B, RESAMPLINGS.index("bicubic"), RESAMPLINGS.index("bilinear"))
+        level_B = (settings.randaug_m + 0.5 * normal_B).clip(0, 10) / 10
+        arguments = rand_augment_arguments(level_B, numbers.sign() * level_B, settings.size)
+        argument_B = _argument_of_each(arguments, which_B)
+        resampling_B = np.where(numbers.next() < 0.5, RESAMPLINGS.index("bicubic"), RESAMPLINGS.index("bilinear"))
         chosen.append(BatchOperation(np.where(applied_B, which_B, -1), argument_B, resampling_B, fill))
     return chosen
 
 
-def rand_augment_argument(name: str, level_B: Array, sign_B: Array, side: int) -> Array:
-    """timm's mapping from a level in [0, 1] to the operation's argument."""
-    if name in _ENHANCEMENTS:
-        return 0.1 + 1.8 * level_B
-    arguments: dict[str, Callable[[], Array]] = {
-        "Posterize": lambda: np.floor(4 * level_B),  # bits kept
-        "Solarize": lambda: np.floor(256 * level_B),
-        "SolarizeAdd": lambda: np.floor(110 * level_B),
-        "Rotate": lambda: 30 * level_B * sign_B,
-        "ShearX": lambda: 0.3 * level_B * sign_B,
-        "ShearY": lambda: 0.3 * level_B * sign_B,
-        "TranslateX": lambda: 0.45 * side * level_B * sign_B,
-        "TranslateY": lambda: 0.45 * side * level_B * sign_B,
+def rand_augment_arguments(level_B: Array, signed_B: Array, side: int) -> dict[str, Array]:
+    """timm's mapping from levels in [0, 1], and these with a random sign, to the arguments of the operations."""
+    return {
+        **dict.fromkeys(_ENHANCEMENTS, 0.1 + 1.8 * level_B),
+        "Posterize": np.floor(4 * level_B),  # bits kept
+        "Solarize": np.floor(256 * level_B),
+        "SolarizeAdd": np.floor(110 * level_B),
+        "Rotate": 30 * signed_B,
+        **dict.fromkeys(("ShearX", "ShearY"), 0.3 * signed_B),
+        **dict.fromkeys(("TranslateX", "TranslateY"), 0.45 * side * signed_B),
     }
-    return arguments.get(name, lambda: np.zeros_like(level_B))()
 
 
 # ---------------------------------------------------------------------------------------------- AutoAugment
@@ -216,28 +167,22 @@ def auto_augment(numbers: Numbers, side: int) -> list[BatchOperation]:
     policy_B = numbers.whole(len(AUTO_AUGMENT))
     chosen: list[BatchOperation] = []
     for step in range(2):
-        applied_B, sign_B = numbers.next(), numbers.sign()
-        operation_B, magnitude_B = _SUB_POLICIES[policy_B, step], _MAGNITUDES[policy_B, step]
-        argument_B = np.zeros_like(magnitude_B)
-        for index in np.unique(operation_B).tolist():
-            of_name = operation_B == index
-            argument_B[of_name] = auto_augment_argument(OPERATIONS[index], magnitude_B[of_name], sign_B[of_name], side)
-        chosen.append(_where(applied_B < _PROBABILITIES[policy_B, step], operation_B, argument_B))
+        operation_B, level_B = _SUB_POLICIES[policy_B, step], _MAGNITUDES[policy_B, step]
+        applied_B = numbers.next() < _PROBABILITIES[policy_B, step]
+        arguments = auto_augment_arguments(level_B, numbers.sign() * level_B, side)
+        argument_B = _argument_of_each(arguments, operation_B)
+        chosen.append(BatchOperation(np.where(applied_B, operation_B, -1), argument_B))
     return chosen
 
 
-def auto_augment_argument(name: str, magnitude_B: Array, sign_B: Array, side: int) -> Array:
-    """torchvision's mapping from a magnitude in [0, 1] to the operation's argument."""
-    if name in _ENHANCEMENTS:
-        return 1 + 0.9 * magnitude_B * sign_B
-    arguments: dict[str, Callable[[], Array]] = {
-        "Posterize": lambda: 8 - np.rint(4 * magnitude_B),
-        "Solarize": lambda: 255 * (1 - magnitude_B),
-        "Rotate": lambda: 30 * magnitude_B * sign_B,
-        "ShearX": lambda: 0.3 * magnitude_B * sign_B,
-        "ShearY": lambda: 0.3 * magnitude_B * sign_B,
+def auto_augment_arguments(level_B: Array, signed_B: Array, side: int) -> dict[str, Array]:
+    """torchvision's mapping from levels in [0, 1], and these with a random sign, to the arguments of the operations."""
+    return {
+        **dict.fromkeys(_ENHANCEMENTS, 1 + 0.9 * signed_B),
+        "Posterize": 8 - np.rint(4 * level_B),
+        "Solarize": 255 * (1 - level_B),
+        "Rotate": 30 * signed_B,
+        **dict.fromkeys(("ShearX", "ShearY"), 0.3 * signed_B),
         # Whole pixels, and the other way round than in timm.
-        "TranslateX": lambda: -np.trunc(150 / 331 * side * magnitude_B * sign_B),
-        "TranslateY": lambda: -np.trunc(150 / 331 * side * magnitude_B * sign_B),
+        **dict.fromkeys(("TranslateX", "TranslateY"), -np.trunc(150 / 331 * side * signed_B)),
     }
-    return arguments.get(name, lambda: np.zeros_like(magnitude_B))()
