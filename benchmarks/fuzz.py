@@ -50,7 +50,6 @@ def _instrumented() -> contextlib.AbstractContextManager[Any]:
 with _instrumented():
     from equipoise import UserError
     from equipoise.base.tensors import load_tensors
-    from equipoise.cli.tables import print_post_hoc
     from equipoise.config.recipe import Recipe, load_recipe, recipe_table, recipe_toml
     from equipoise.data.cifar import CifarArchive, open_cifar
     from equipoise.data.decode import decode
@@ -58,15 +57,13 @@ with _instrumented():
     from equipoise.data.lists import departures, identity, image_lists, read_list
     from equipoise.data.pack import pack
     from equipoise.data.sources import find_parts
-    from equipoise.deploy.hub import model_card, read_hub_folder
+    from equipoise.deploy.hub import read_hub_folder
     from equipoise.deploy.predict import in_class_order, read_weights
-    from equipoise.evaluation.run import Run, figures_of
     from equipoise.method.encoders import _read_weights
     from equipoise.report.page import _content
     from equipoise.report.read import read_runs
-    from equipoise.runs.checkpoint import FORMAT, Checkpoint, digest_of, load_checkpoint
-    from equipoise.runs.records import read_bad_images
-    from equipoise.training.compare import _summary
+    from equipoise.runs.checkpoint import FORMAT, Checkpoint, load_checkpoint
+    from equipoise.runs.records import read_bad_images, read_metrics, read_record
 
 
 @dataclass(frozen=True)
@@ -173,7 +170,7 @@ def _tar() -> bytes:
 
 
 def _checkpoint() -> dict[str, Any]:
-    table: dict[str, Any] = {
+    return {
         "format": FORMAT,
         "recipe": recipe_table(Recipe()),
         "class_names": ["a", "b"],
@@ -188,7 +185,6 @@ def _checkpoint() -> dict[str, Any]:
             "param_groups": [{"lr": 0.1, "params": [0]}],
         },
     }
-    return {**table, "digest": digest_of(table)}
 
 
 def _authors_checkpoint() -> dict[str, Any]:
@@ -255,11 +251,8 @@ def _read_recipe(file: Path) -> object:
 
 
 def _read_checkpoint(file: Path) -> object:
-    """With the checksum put right: whoever makes a file on purpose does that."""
-    table = load_tensors(file, "checkpoint")
-    if isinstance(table, dict) and "digest" in table:
-        with contextlib.suppress(TypeError, ValueError, RuntimeError):
-            torch.save({**table, "digest": digest_of(table)}, file)
+    """With the checksums put right: whoever makes a file on purpose does that."""
+    torch.save(load_tensors(file, "checkpoint"), file)
     return load_checkpoint(file)
 
 
@@ -309,7 +302,7 @@ def _metrics() -> dict[str, Any]:
     post_hoc = {"tau": 1.0, "chosen_on": "validation", "validation": row, "test": row}
     block = {"epoch": 2, "step": 6, "test": figures, "validation": figures, "post_hoc": post_hoc, "temperature": 1.5}
     return {"method": "bcl", "test": figures, "validation": figures, "last": block, "best": {**block, "epoch": 1},
-            "bad_images": {"test": {"a.jpg": "empty"}}, "best_lost": None, "class_names": list(_COUNTS),
+            "bad_images": {"test": {"a.jpg": "empty"}}, "class_names": list(_COUNTS),
             "train_counts": list(_COUNTS.values())}  # fmt: skip
 
 
@@ -363,21 +356,12 @@ def _arrays() -> dict[str, bytes]:
 
 
 def _read_run_folder(file: Path) -> object:
-    """A folder of which the file is one, as `report`, `predict` and `export` read it."""
+    """A folder of which the file is one, as `report` reads it."""
     recipe = load_recipe("digits-lt", data="nowhere")  # its encoder needs no timm, nor its data scikit-learn
-    whole = {"recipe.toml": recipe_toml(recipe).encode(), "metrics.jsonl": _log(), "observed.npz": _npz(_arrays()),
+    whole = {"recipe.toml": recipe_toml(recipe).encode(), "observed.npz": _npz(_arrays()),
              "metrics.json": json.dumps(_metrics()).encode(), "run.json": json.dumps(_record()).encode()}  # fmt: skip
     for name, content in whole.items():
-        if name != file.name and not (file.parent / name).exists():
-            (file.parent / name).write_bytes(content)
-    checkpoint = Checkpoint(recipe, tuple(_COUNTS), tuple(_COUNTS.values()), 2, 6, None, {}, {}, {})
-    figures = figures_of(file.parent / "last.pt", checkpoint)
-    if figures:
-        model_card(checkpoint, figures["temperature"], figures)
-    metrics = Run(file.parent).metrics
-    with contextlib.redirect_stdout(io.StringIO()):
-        print_post_hoc(metrics)
-    _summary(["bcl"], 1, [metrics])
+        (file.parent / name).write_bytes(content)
     return _content(read_runs([file.parent]), None)
 
 
@@ -419,8 +403,8 @@ READERS = {
     "weights": Reader("weights.pth", lambda: [_program({"state_dict": {"a": torch.ones(2, 4)}})], _read_weights,
                       _around_program),
     "safetensors": Reader("weights.safetensors", lambda: [_safetensors()], _read_weights),
-    "metrics": Reader("metrics.json", lambda: [json.dumps(_metrics()).encode()], _read_run_folder, share=0.5),
-    "record": Reader("run.json", lambda: [json.dumps(_record()).encode()], _read_run_folder, share=0.5),
+    "metrics": Reader("metrics.json", lambda: [json.dumps(_metrics()).encode()], read_metrics, share=0.5),
+    "record": Reader("run.json", lambda: [json.dumps(_record()).encode()], read_record, share=0.5),
     "log": Reader("metrics.jsonl", lambda: [_log()], _read_run_folder, share=0.5),
     "bad-images": Reader("bad-images.json", lambda: [b'{"train": {"a.jpg": "empty"}}'], read_bad_images, share=0.3),
     "packed": Reader("train.pack", lambda: [_packed()], _read_table),

@@ -35,7 +35,7 @@ def some_metrics() -> dict[str, Any]:
     block = {"epoch": 2, "step": 6, "validation": part, "test": part, "post_hoc": post_hoc, "temperature": 1.5}
     return copy.deepcopy(
         {"method": "bcl", "test": part, "validation": part, "last": block, "best": {**block, "epoch": 1},
-         "best_lost": None, "bad_images": {"test": {"a.jpg": "empty"}}, "class_names": list(COUNTS),
+         "bad_images": {"test": {"a.jpg": "empty"}}, "class_names": list(COUNTS),
          "train_counts": list(COUNTS.values())}
     )  # fmt: skip
 
@@ -63,7 +63,7 @@ def refused(read: Any, file: Path) -> str:
 
 
 def test_what_is_written_is_read(tmp_path):
-    write_json(tmp_path / "metrics.json", some_metrics())
+    write_json(tmp_path / "metrics.json", {**some_metrics(), "best_lost": None})  # as an earlier version did
     assert read_metrics(tmp_path / "metrics.json") == some_metrics()
     write_json(tmp_path / "run.json", {**a_record(), "of a later version": 1})
     assert read_record(tmp_path / "run.json") == a_record()
@@ -75,8 +75,8 @@ def test_what_is_written_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("place", "value"),
     [
-        ("best", None), ("best_lost", ...), ("bad_images", ...), ("validation", None), ("last.step", ...),
-        ("last.post_hoc", None), ("last.temperature", None), ("test.per_class", [None] * 3), ("test.prior_sweep", None),
+        ("best", None), ("bad_images", ...), ("validation", None), ("last.step", ...), ("last.post_hoc", None),
+        ("last.temperature", None), ("test.per_class", [None] * 3), ("test.prior_sweep", None),
     ],
 )  # fmt: skip
 def test_what_may_be_absent(place, value, tmp_path):
@@ -89,13 +89,9 @@ def test_what_may_be_absent(place, value, tmp_path):
 @pytest.mark.parametrize(
     ("place", "value"),
     [
-        ("last", ...), ("last", {}), ("best", 3), ("method", None), ("class_names", ["ant", 1, "cat"]),
-        ("test.top1", None), ("test.top1", 1.5), ("test.top1", -0.5), ("test.top1", True), ("test.top1", "0.5"),
-        ("test.top1", float("nan")), ("last.test.images", 0), ("last.epoch", 0.5), ("last.epoch", 2**70),
-        ("last.temperature", 0), ("last.temperature", float("inf")), ("best.validation.prior_sweep.1.tau", None),
+        ("last", ...), ("best", 3), ("method", None), ("class_names", ["ant", 1, "cat"]), ("test.top1", None),
+        ("test.top1", "0.5"), ("last.epoch", 0.5), ("best.validation.prior_sweep.1.tau", None),
         ("last.post_hoc.validation", ...), ("bad_images", {"test": ["a.jpg"]}),
-        ("train_counts", [1, 2]), ("test.per_class", [0.5]),  # of another number of classes
-        ("test.many", None), ("last.validation.prior_sweep.0.few", None),  # groups that contradict each other
     ],
 )  # fmt: skip
 def test_metrics_that_were_changed(place, value, tmp_path):
@@ -105,18 +101,14 @@ def test_metrics_that_were_changed(place, value, tmp_path):
 
 @pytest.mark.parametrize(
     ("place", "value"),
-    [
-        ("data", ...), ("data.images", {}), ("data.images.train", 0), ("data.fingerprints.train", 3), ("started", 5),
-        ("class_counts", {}), ("class_counts", {"ant": 3}), ("class_counts.ant", 0), ("git", {"commit": "f00"}),
-        ("machine.threads", [1]), ("processes", [1]),
-    ],
-)  # fmt: skip
+    [("data", ...), ("data.fingerprints.train", 3), ("started", 5), ("class_counts.ant", "3"), ("processes", [1])],
+)
 def test_a_record_that_was_changed(place, value, tmp_path):
     (tmp_path / "run.json").write_text(json.dumps(changed(a_record(), place, value)))
     assert refused(read_record, tmp_path / "run.json").endswith("name another run, or train it anew")
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"test": 3}'])
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b"[" * 100_000])
 @pytest.mark.parametrize("read", [read_metrics, read_record, read_bad_images])
 def test_a_file_that_is_something_else(read, content, tmp_path):
     (tmp_path / "file.json").write_bytes(content)

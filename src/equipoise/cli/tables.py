@@ -92,9 +92,7 @@ def print_post_hoc(metrics: Mapping[str, Any]) -> None:
 
 
 def print_unreadable(metrics: Mapping[str, Any]) -> None:
-    """The best checkpoint, if it could not be read; how many images could not be read, and the first of them."""
-    if lost := metrics.get("best_lost"):
-        _print_line(f"{lost}: the metrics are of the last checkpoint")
+    """How many images could not be read, and the first of them."""
     for part, bad in metrics["bad_images"].items():
         count, were = (f"{len(bad):,} images", "were") if len(bad) > 1 else ("1 image", "was")
         if part == "train":

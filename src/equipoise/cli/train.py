@@ -66,19 +66,13 @@ def _choose(options: argparse.Namespace) -> _Chosen:
 
 
 def _train(world: "World", options: argparse.Namespace, chosen: _Chosen) -> None:
-    from equipoise.runs.folder import AUTHORS_NAMES
-
     root_log = _root_log(options, chosen)
     out = options.out or (authors_folder(root_log, chosen.recipe) if root_log else None)
     plans = _plans(world, options, chosen.recipe, out)
-    # The authors' files of a run that goes on are written anew when it ends.
-    had_authors_files = any((plans[0].folder / name).exists() for name in AUTHORS_NAMES.values())
     runs = [_carry_out(plan, chosen.remark if plan is plans[0] else "") for plan in plans]
     if not world.is_first:  # the files are rank 0's
         return
     _show(runs)
-    if had_authors_files or (root_log and not options.out):
-        _export_for_authors(runs[0].path)
     if len(runs) > 1:
         from equipoise.report.page import write_report
 
@@ -112,16 +106,12 @@ def _plans(world: "World", options: argparse.Namespace, recipe: Recipe, out: str
 def _carry_out(plan: "Plan", remark: str) -> "Run":
     """Show the plan, once nothing can be refused any more, and train."""
     from equipoise.cli.tables import print_plan
-    from equipoise.runs.folder import AUTHORS_NAMES
     from equipoise.training.session import start
 
     with start(plan) as session:
         if remark:
             print(remark)
         print_plan(session.plan.describe())
-        if plan.world.is_first:
-            for name in AUTHORS_NAMES.values():  # they are of the run as it was
-                (session.plan.folder / name).unlink(missing_ok=True)
         return session.run()
 
 
@@ -145,21 +135,6 @@ def _show(runs: "Sequence[Run]") -> None:
         print(f"run folder: {run.path}")
     for run in runs:
         print_unreadable(run.metrics)
-
-
-def _export_for_authors(run: Path) -> None:
-    """Write the run's checkpoints under the authors' names and in their layout, where their code has such a model."""
-    from equipoise.runs.checkpoint import export_to_authors
-    from equipoise.runs.folder import AUTHORS_NAMES
-
-    for name, authors_name in AUTHORS_NAMES.items():
-        if (run / name).is_file():
-            try:
-                export_to_authors(run / name, run / authors_name)
-            except UserError as error:
-                print(f"not written in the authors' layout: {error}")
-                return
-            print(f"written: {run / authors_name}")
 
 
 # ---------------------------------------------------------------------------------------------- --reload, --evaluate

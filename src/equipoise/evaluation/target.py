@@ -13,15 +13,20 @@ from equipoise.data.sources import LISTS, Source, find_parts, open_data, open_pa
 from equipoise.runs.checkpoint import Checkpoint, changed_part, load_checkpoint
 
 
+Overrides = Sequence[tuple[Field, Any]]  # fields of a recipe, as text or values
+
+
 class Target(NamedTuple):
-    """The checkpoint and the images of the part that it is to be scored on."""
+    """The checkpoint and the images of the part that it is to be scored on. `note`: what is odd about them, if
+    anything is."""
 
     checkpoint: Checkpoint
     part: str
     images: ImageList
+    note: str = ""
 
 
-def find_target(path: Path, data: str | None, part: str | None, overrides: Sequence[tuple[Field, Any]]) -> Target:
+def find_target(path: Path, data: str | None, part: str | None, overrides: Overrides) -> Target:
     """What `evaluate_checkpoint` scores; its arguments are explained there."""
     checkpoint = load_checkpoint(path)
     if data is None and not checkpoint.class_counts:
@@ -38,18 +43,15 @@ def find_target(path: Path, data: str | None, part: str | None, overrides: Seque
     return Target(checkpoint, part, parts[part])
 
 
-def with_overrides(checkpoint: Checkpoint, overrides: Sequence[tuple[Field, Any]], path: Path) -> Checkpoint:
+def with_overrides(checkpoint: Checkpoint, overrides: Overrides, path: Path) -> Checkpoint:
     """The checkpoint with fields of its recipe changed. Raises UserError for one that decides the model."""
     recipe = checkpoint.recipe
     for field, value in overrides:
         changed = override(recipe, field, value)
-        before, after = field_value(recipe, field), field_value(changed, field)
-        if field.key in ("model.encoder", "model.classifier", "model.feature_dim") and before != after:
-            raise UserError(
-                f"{path} has {field.key} = {before}, not {after}; change it back or name another checkpoint"
-            )
-        if field.path[0] != "model" and field.key != "method":
-            recipe = changed
+        if changed != recipe and (field.path[0] == "model" or field.key == "method"):
+            before, after = field_value(recipe, field), field_value(changed, field)
+            raise UserError(f"{path} has {field.key} = {before}, not {after}; change it back or name another checkpoint")
+        recipe = changed
     return replace(checkpoint, recipe=recipe)
 
 
@@ -67,22 +69,38 @@ def unchanged_data(checkpoint: Checkpoint, path: Path) -> Parts:
 
 
 def _on_other_data(
-    checkpoint: Checkpoint, data: str, part: str | None, overrides: Sequence[tuple[Field, Any]], path: Path
+    checkpoint: Checkpoint, data: str, part: str | None, overrides: Overrides, path: Path
 ) -> Target:
     known = recognise(data)
     benchmark = known if known in BENCHMARKS else ""
     of_authors = not checkpoint.class_counts
     if of_authors and benchmark:  # its file has no mean and std: they are those of the data set
         checkpoint = replace(checkpoint, recipe=replace(checkpoint.recipe, views=load_recipe(benchmark).views))
-    no_lists: list[tuple[Field, Any]] = [(find_field(key), "") for key in LISTS.values()]  # its own are of its data
-    checkpoint = with_overrides(checkpoint, [*no_lists, *overrides], path)
-    source = replace(source_of(checkpoint.recipe), path=data)
+    no_lists = [(find_field(key), "") for key in LISTS.values()]  # its own are of its data
+    checkpoint = with_overrides(checkpoint, [*no_lists, *overrides, (find_field("data"), data)], path)
+    source = source_of(checkpoint.recipe)
     if not source.lists:
         source = replace(source, benchmark=benchmark)
     if of_authors:
         return _with_classes_of(checkpoint, source, part, path)
     part = part or "test"
-    return Target(checkpoint, part, open_part(source, part, checkpoint.class_names))
+    images = open_part(source, part, checkpoint.class_names)
+    divided = source.lists or source.benchmark or part == "train"
+    trained_on = not divided and _are_trained_on(images, checkpoint)
+    note = f"{data} holds the images that {path} was trained on: these figures are too good" if trained_on else ""
+    return Target(checkpoint, part, images, note)
+
+
+def _are_trained_on(images: ImageList, checkpoint: Checkpoint) -> bool:
+    """Whether the images are the training part of the checkpoint, or all of its data, moved and not divided into
+    parts."""
+    if images.fingerprint() == checkpoint.fingerprints.get("train"):
+        return True
+    try:
+        parts = open_data(checkpoint.recipe)
+    except UserError:  # it can be scored on, but not be trained on
+        return False
+    return len(images) == sum(map(len, parts.named().values())) and changed_part(parts, checkpoint) is None
 
 
 def _with_classes_of(checkpoint: Checkpoint, source: Source, part: str | None, path: Path) -> Target:
