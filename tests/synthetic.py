@@ -12,7 +12,7 @@ from torch import nn
 
 from equipoise.config.recipe import load_recipe, recipe_toml
 from equipoise.evaluation.metrics import choose_tau, fit_temperature, score
-from equipoise.evaluation.observe import Observation, confidence_at
+from equipoise.evaluation.observe import confidence_at, observe
 from equipoise.evaluation.predictions import predict
 from equipoise.method.losses import log_prior
 from equipoise.method.network import CosineClassifier
@@ -124,14 +124,13 @@ def write_figures(folder, counts, names, method, images_per_class, validation, g
     observed: dict[str, np.ndarray] = {}
     first = 0
     for part, of_part in labels.items():
-        observation = Observation(classes, block["temperature"])
-        with observation.watch(network) as observe:
-            predictions = predict(network, Rows(of_part, first), prior_C, part == "validation", observe)
+        with observe(network, counts, block["temperature"]) as observation:
+            predictions = predict(network, Rows(of_part, first), prior_C, part == "validation", observation.add)
         if part == "validation":
             block["temperature"] = fit_temperature(predictions.logits_NC, predictions.labels_N, np.zeros(classes))
         first += len(of_part)
         block[part] = score(predictions, counts, classes)
-        arrays = observation.table(predictions, network, counts)
+        arrays = observation.table(predictions)
         if part == "validation" and block["temperature"]:
             logits = torch.from_numpy(predictions.logits_NC)
             arrays["calibrated_N"] = confidence_at(logits, block["temperature"]).numpy()

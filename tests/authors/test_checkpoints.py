@@ -167,7 +167,7 @@ def test_refused_tables(damage, said):
 
 
 def test_parts_that_do_not_fit_each_other_are_refused(tmp_path):
-    """By the network that they would make. And what an earlier version of ours wrote in their layout is one of theirs."""
+    """By the network that they would make. What an earlier version of ours wrote in their layout is read as theirs."""
     table = {**small_table(), "equipoise": {"class_names": list("abcdefg")}}
     table["state_dict"]["module.head_fc.3.weight"] = torch.zeros(8, 99)
     del table["optimizer"]

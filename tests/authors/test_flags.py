@@ -101,10 +101,10 @@ def test_a_data_set_by_name(name):
     ("words", "sentence"),
     [
         ("--cos maybe", "--cos must be true or false, not 'maybe'"),
-        ("--use-norm True --classifier linear", "--use-norm says model.classifier = cosine, but another flag says linear"),
+        ("--use-norm True --classifier linear", "--use-norm says model.classifier = cosine, but another flag"),
         ("--cos False --schedule cosine", "--cos says optim.schedule = step, but another flag says cosine; drop one"),
         ("--gpu 0 --device cpu", "--gpu says device = cuda:0, but another flag says cpu; drop one of them"),
-        ("--gpu first", "a device is one of auto, cpu, cuda, cuda:N, mps; not 'cuda:first'"),
+        ("--gpu first", "device must be one of auto, cpu, cuda, cuda:N, mps, not 'cuda:first'"),
         ("--dataset imagnet", "--dataset knows no 'imagnet'; did you mean imagenet?"),
         ("--dataset inat", "the recipe inat2018 is not for {data}: that is an ImageNet-2012 folder; take imagenet-lt"),
         ("inat2018 --dataset imagenet", "--dataset imagenet means the recipe imagenet-lt, not inat2018; drop one"),

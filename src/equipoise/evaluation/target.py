@@ -50,7 +50,9 @@ def with_overrides(checkpoint: Checkpoint, overrides: Overrides, path: Path) -> 
         changed = override(recipe, field, value)
         if changed != recipe and (field.path[0] == "model" or field.key == "method"):
             before, after = field_value(recipe, field), field_value(changed, field)
-            raise UserError(f"{path} has {field.key} = {before}, not {after}; change it back or name another checkpoint")
+            raise UserError(
+                f"{path} has {field.key} = {before}, not {after}; change it back or name another checkpoint"
+            )
         recipe = changed
     return replace(checkpoint, recipe=recipe)
 
