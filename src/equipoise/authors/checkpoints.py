@@ -17,10 +17,10 @@ from torch import Tensor
 from equipoise.base.errors import UserError, shown
 from equipoise.config.recipe import Recipe
 
-AUTHORS = "authors"  # the name of a recipe of which only the model is known
-# Their parts, in the order of `TwoBranchNetwork`, by which its optimizer numbers the parameters; and our names.
+# Their parts and ours, in the order of `TwoBranchNetwork`, by which its optimizer numbers the parameters.
 _PARTS = {"encoder": "encoder", "fc": "classifier", "head": "projection", "head_fc": "prototype_projection"}
 _ENCODERS = {(64, 64, 3, 3): "resnet50", (128, 4, 3, 3): "resnext50"}  # by the shape of a weight
+_MATRICES = ("classifier.weight", "projection.0.weight", "projection.3.weight")
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -44,53 +44,37 @@ def is_authors_table(table: object) -> TypeGuard[dict[str, Any]]:
 def from_authors(table: Mapping[str, Any], where: str) -> AuthorsModel:
     """Their table in our names and layout. Raises UserError, beginning with `where`, for a table that is not theirs.
     Whether all shapes fit the network is checked where it is built."""
-    state = {str(key).removeprefix("module."): value for key, value in table["state_dict"].items()}
-    for name, value in state.items():
-        if name.partition(".")[0] not in _PARTS or not isinstance(value, Tensor):
-            raise UserError(f"{where}: '{name}' is no part of the BCL authors' model; is it another method's?")
-    for name in ("fc.weight", "head.0.weight", "head.3.weight"):
-        if name not in state or state[name].ndim != 2:
-            raise UserError(f"{where}: it has no matrix '{name}'; is it a checkpoint of the BCL authors' code?")
+    state: dict[str, Tensor] = {}
+    for key, value in table["state_dict"].items():
+        part, _, rest = str(key).removeprefix("module.").partition(".")
+        if part not in _PARTS or not isinstance(value, Tensor):
+            raise UserError(f"{where}: '{key}' is no part of the BCL authors' model; is it another method's?")
+        state[f"{_PARTS[part]}.{rest}"] = value.float() if value.is_floating_point() else value
+    if not all(name in state and state[name].ndim == 2 for name in _MATRICES):
+        raise UserError(f"{where}: it lacks the matrix of a layer; is it a checkpoint of the BCL authors' code?")
     conv2 = state.get("encoder.layer1.0.conv2.weight")
     encoder = _ENCODERS.get(tuple(conv2.shape) if conv2 is not None else (), table.get("arch"))
     epoch = table.get("epoch", 0)
     if not isinstance(encoder, str) or not isinstance(epoch, int):
         raise UserError(f"{where}: arch is {shown(encoder)} and epoch {shown(epoch)}; take another checkpoint")
-    cosine = "fc.bias" not in state
     momentum = _momentum(table.get("optimizer"), state, where)
-    ordered = [name for part in _PARTS for name in state if name.partition(".")[0] == part]
-    weights = {name: _our_layout(name, state[name], cosine) for name in ordered}
-    buffers = {
-        number: {"momentum_buffer": _our_layout(name, momentum[name], cosine)}
-        for number, name in enumerate(_parameters(ordered))
-        if name in momentum
-    }
-    width, hidden = weights["fc.weight"].shape[1], state["head.0.weight"].shape[0]
+    cosine = "classifier.bias" not in state
+    for tensors in (state, momentum) if cosine else ():  # theirs has a column for each class, ours a row
+        if "classifier.weight" in tensors:
+            tensors["classifier.weight"] = tensors["classifier.weight"].T.contiguous()
+    weights = {name: state[name] for part in _PARTS.values() for name in state if name.partition(".")[0] == part}
+    numbered = enumerate(_parameters(weights))
+    buffers = {number: {"momentum_buffer": momentum[name]} for number, name in numbered if name in momentum}
+    hidden, width = state["projection.0.weight"].shape
     model = replace(
         Recipe().model,
         encoder=encoder,
         classifier="cosine" if cosine else "linear",
         hidden_dim=0 if hidden == width else hidden,  # in a recipe, 0 is the encoder's width
-        feature_dim=state["head.3.weight"].shape[0],
+        feature_dim=len(state["projection.3.weight"]),
     )
-    return AuthorsModel(
-        recipe=Recipe(name=AUTHORS, model=model),
-        epoch=epoch,
-        weights={_our_name(name): value for name, value in weights.items()},
-        optimizer={"state": buffers, "param_groups": []},
-    )
-
-
-def _our_name(name: str) -> str:
-    part, _, rest = name.partition(".")
-    return f"{_PARTS[part]}.{rest}"
-
-
-def _our_layout(name: str, value: Tensor, cosine: bool) -> Tensor:
-    """Their cosine classifier has a column for each class, ours a row."""
-    if not value.is_floating_point():  # BatchNorm's counters
-        return value
-    return value.float().T.contiguous() if cosine and name == "fc.weight" else value.float()
+    recipe = Recipe(name="authors", model=model)
+    return AuthorsModel(recipe, epoch, weights, {"state": buffers, "param_groups": []})
 
 
 def _parameters(names: Iterable[str]) -> list[str]:
@@ -99,7 +83,7 @@ def _parameters(names: Iterable[str]) -> list[str]:
 
 
 def _momentum(optimizer: Any, state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """SGD's momentum by their parameter names. Their optimizer numbers parameters in the order of the state."""
+    """SGD's momentum by parameter. Their optimizer numbers parameters in the order of the state."""
     names = _parameters(state)
     try:
         entries = optimizer["state"].items() if optimizer else ()

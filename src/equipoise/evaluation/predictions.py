@@ -53,13 +53,8 @@ def predict(
         raise SharedError("none of the images to score can be read; repair them")
     labels_N, ranked_NK, confidence_N, *further = (np.concatenate(column) for column in zip(*in_order, strict=True))
     logits_NC = further.pop() if keep_logits else None
-    return Predictions(
-        labels_N=labels_N.astype(np.int64),
-        ranked_NK=ranked_NK.astype(np.int64),
-        confidence_N=confidence_N.astype(np.float64),
-        adjusted=dict(zip(TAUS, further[0].T.astype(np.int64), strict=True)) if further else {},
-        logits_NC=logits_NC,
-    )
+    adjusted = dict(zip(TAUS, further[0].T, strict=True)) if further else {}
+    return Predictions(labels_N, ranked_NK, confidence_N.astype(np.float64), adjusted, logits_NC)
 
 
 def _predict_share(
@@ -71,7 +66,7 @@ def _predict_share(
 ) -> list[Arrays]:
     """Of each of this rank's batches: labels, ranked classes, confidence, and what else `predict` is asked for."""
     rows: list[Arrays] = []
-    pending: Callable[[], tuple[Tensor, ...]] | None = None
+    pending: list[Callable[[], tuple[Tensor, ...]]] = []
     for batch in batches.evaluation(_BATCH):
         logits_BC: Tensor = network(batch.images_VB3SS[0]).float()
         if observe is not None:
@@ -84,13 +79,10 @@ def _predict_share(
             found.append(torch.stack([(logits_BC - tau * prior_C).argmax(1) for tau in TAUS], dim=1))
         if keep_logits:
             found.append(logits_BC)
-        started = start_reading(*found)
-        if pending is not None:  # the batch before is waited for while a GPU computes this one
-            rows.append(_arrays(pending()))
-        pending = started
-    if pending is not None:
-        rows.append(_arrays(pending()))
-    return rows
+        pending.append(start_reading(*found))
+        if len(pending) > 1:  # the batch before is waited for while a GPU computes this one
+            rows.append(_arrays(pending.pop(0)()))
+    return rows + [_arrays(read()) for read in pending]
 
 
 def _arrays(read: tuple[Tensor, ...]) -> Arrays:

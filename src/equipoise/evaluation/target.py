@@ -12,7 +12,6 @@ from equipoise.data.lists import BENCHMARKS
 from equipoise.data.sources import LISTS, Source, find_parts, open_data, open_part, part_of, recognise, source_of
 from equipoise.runs.checkpoint import Checkpoint, changed_part, load_checkpoint
 
-
 Overrides = Sequence[tuple[Field, Any]]  # fields of a recipe, as text or values
 
 
@@ -70,11 +69,8 @@ def unchanged_data(checkpoint: Checkpoint, path: Path) -> Parts:
     return parts
 
 
-def _on_other_data(
-    checkpoint: Checkpoint, data: str, part: str | None, overrides: Overrides, path: Path
-) -> Target:
-    known = recognise(data)
-    benchmark = known if known in BENCHMARKS else ""
+def _on_other_data(checkpoint: Checkpoint, data: str, part: str | None, overrides: Overrides, path: Path) -> Target:
+    benchmark = known if (known := recognise(data)) in BENCHMARKS else ""
     of_authors = not checkpoint.class_counts
     if of_authors and benchmark:  # its file has no mean and std: they are those of the data set
         checkpoint = replace(checkpoint, recipe=replace(checkpoint.recipe, views=load_recipe(benchmark).views))
@@ -87,15 +83,17 @@ def _on_other_data(
         return _with_classes_of(checkpoint, source, part, path)
     part = part or "test"
     images = open_part(source, part, checkpoint.class_names)
-    divided = source.lists or source.benchmark or part == "train"
-    trained_on = not divided and _are_trained_on(images, checkpoint)
-    note = f"{data} holds the images that {path} was trained on: these figures are too good" if trained_on else ""
+    if part == "train" or source.lists or source.benchmark or not _were_trained_on(images, checkpoint):
+        return Target(checkpoint, part, images)
+    note = f"{data} holds the images that {path} was trained on: these figures are too good"
     return Target(checkpoint, part, images, note)
 
 
-def _are_trained_on(images: ImageList, checkpoint: Checkpoint) -> bool:
+def _were_trained_on(images: ImageList, checkpoint: Checkpoint) -> bool:
     """Whether the images are the training part of the checkpoint, or all of its data, moved and not divided into
     parts."""
+    if len(images) < sum(checkpoint.class_counts):
+        return False
     if images.fingerprint() == checkpoint.fingerprints.get("train"):
         return True
     try:
@@ -113,9 +111,7 @@ def _with_classes_of(checkpoint: Checkpoint, source: Source, part: str | None, p
     images = part_of(found, part, source.path)
     classes, known = len(checkpoint.class_names), len(images.class_names)
     if known > classes or (known < classes and not found.of_lists):
-        raise UserError(
-            f"{path} knows {classes:,} classes, but {source.path} has {known:,}: it was trained on other data"
-        )
+        raise UserError(f"{path} knows {classes:,} classes, but {source.path} has {known:,}: it is of other data")
     names = (*images.class_names, *checkpoint.class_names[known:])
     train = found.parts.get("train") if found.divided else None
     # Lists may name the first classes only: the others have no images here, and no shot group.

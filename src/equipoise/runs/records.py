@@ -17,36 +17,35 @@ T = TypeVar("T")
 BadImages = dict[str, dict[str, str]]  # part -> name of an image -> why it cannot be read
 
 
-class GroupMeans(TypedDict):
-    """Mean per-class accuracy of each shot group. None: no class of the group has images."""
+class Means(TypedDict):
+    """Accuracy over all images, mean per-class accuracy, and that of each shot group: None where no class of the group
+    has images."""
 
+    top1: float
+    mean_per_class: float
     many: float | None
     medium: float | None
     few: float | None
 
 
-class PriorRow(GroupMeans):
+class PriorRow(Means):
     """Accuracy with the post-hoc prior of strength `tau`."""
 
     tau: float
-    top1: float
-    mean_per_class: float
 
 
-class PartMetrics(GroupMeans):
+class PartMetrics(Means):
     """The metrics of one checkpoint on one part; all are fractions.
 
-    `top5`: None where five classes or fewer make it always right. `mean_per_class`: the mean of per-class accuracy.
-    `macro_f1`: the mean F1 over the classes that have images. `worst_tenth`: the mean over the tenth of these classes
-    (rounded up) with the lowest accuracy. `ece`: expected calibration error of the top class over 15 bins of equal
-    width (Guo et al., ICML 2017). `per_class`: None for a class without images. `prior_sweep`: a row for each strength
-    of the post-hoc prior; None where the training prior is not known.
+    `top5`: None where five classes or fewer make it always right. `macro_f1`: the mean F1 over the classes that have
+    images. `worst_tenth`: the mean over the tenth of these classes (rounded up) with the lowest accuracy. `ece`:
+    expected calibration error of the top class over 15 bins of equal width (Guo et al., ICML 2017). `per_class`: None
+    for a class without images. `prior_sweep`: a row for each strength of the post-hoc prior; None where the training
+    prior is not known.
     """
 
     images: int
-    top1: float
     top5: float | None
-    mean_per_class: float
     macro_f1: float
     worst_class: float
     worst_tenth: float
