@@ -69,14 +69,9 @@ def trained(arch: str, cosine: bool) -> tuple[nn.DataParallel, torch.optim.SGD]:
     return model.eval(), optimizer
 
 
-def table_of(model: nn.Module, optimizer: torch.optim.SGD, arch: str, best: Any = 57.25) -> dict[str, Any]:
-    return {
-        "epoch": 90,
-        "arch": arch,
-        "state_dict": model.state_dict(),
-        "best_acc1": best,
-        "optimizer": optimizer.state_dict(),
-    }
+def table_of(model: nn.Module, optimizer: torch.optim.SGD, arch: str) -> dict[str, Any]:
+    state = {"state_dict": model.state_dict(), "optimizer": optimizer.state_dict()}
+    return {"epoch": 90, "arch": arch, "best_acc1": 57.25, **state}
 
 
 def small_table() -> dict[str, Any]:

@@ -19,7 +19,7 @@ from equipoise.config.recipe import Recipe
 
 # Their parts and ours, in the order of `TwoBranchNetwork`, by which its optimizer numbers the parameters.
 _PARTS = {"encoder": "encoder", "fc": "classifier", "head": "projection", "head_fc": "prototype_projection"}
-_ENCODERS = {(64, 64, 3, 3): "resnet50", (128, 4, 3, 3): "resnext50"}  # by the shape of a weight
+_ENCODERS: dict[tuple[int, ...], str] = {(64, 64, 3, 3): "resnet50", (128, 4, 3, 3): "resnext50"}  # by a weight
 _MATRICES = ("classifier.weight", "projection.0.weight", "projection.3.weight")
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 

@@ -33,21 +33,17 @@ def predict(
     world: World = ALONE,
 ) -> Predictions:
     """Predictions in the order of the list, from the raw logits of one view: no prior is added. With several ranks,
-    each computes its batches and all have the whole.
+    each computes its batches and all have the whole. The network is left in evaluation mode.
 
     In float32 whatever the network was trained in, so that a metric depends on the weights and not on the device. With
     `log_prior_C`, what `logits - tau * log prior` would predict is kept too. The logits themselves are kept only if
     asked for: those of a large test set fill gigabytes. `observe` is called with labels and logits of each batch.
     Raises UserError where no image can be read, or the logits are not finite.
     """
-    training = network.training
     network.eval()
-    try:
-        with exact_float32():
-            # An error of one rank is raised on all: the others would else wait for its batches.
-            rows = world.each_makes(lambda: _predict_share(network, batches, log_prior_C, keep_logits, observe))
-    finally:
-        network.train(training)
+    with exact_float32():
+        # An error of one rank is raised on all: the others would else wait for its batches.
+        rows = world.each_makes(lambda: _predict_share(network, batches, log_prior_C, keep_logits, observe))
     in_order = world.gather_in_turn(rows)
     if not sum(len(row[0]) for row in in_order):
         raise SharedError("none of the images to score can be read; repair them")

@@ -55,8 +55,8 @@ def chosen(metrics: Mapping[str, Any]) -> tuple[Literal["last", "best"], Literal
 def figures_of(file: Path, checkpoint: Checkpoint) -> CheckpointMetrics | None:
     """What the `metrics.json` beside a checkpoint's file says of it; None where it says nothing, or was written after
     another step, as while a resumed run is being trained."""
-    name, written = {LAST: "last", BEST: "best"}.get(file.name), file.with_name(METRICS)
-    if name is None or not written.is_file():
+    written = file.with_name(METRICS)
+    if file.name not in (LAST, BEST) or not written.is_file():
         return None
-    figures = read_metrics(written)[name]
+    figures = read_metrics(written)["last" if file.name == LAST else "best"]
     return figures if figures and figures.get("step") == checkpoint.step else None
