@@ -140,7 +140,6 @@ def write_figures(folder, counts, names, method, images_per_class, validation, g
         at_tau = {part: next(row for row in block[part]["prior_sweep"] if row["tau"] == tau) for part in labels}
         block["post_hoc"] = {"tau": tau, "chosen_on": "validation", **at_tau}
     np.savez_compressed(folder / OBSERVED, **observed)
-    write_json(
-        folder / METRICS,
-        {"method": method, **block, "last": block, "best": None, "class_names": names, "train_counts": counts},
-    )
+    scored = {part: block[part] for part in ("validation", "test")}
+    described = {"class_names": names, "train_counts": counts}
+    write_json(folder / METRICS, {"method": method, **scored, "last": block, "best": None, **described})
