@@ -1,9 +1,11 @@
 """Run folders without training: a made-up network is scored by the real code, and its files written as a run's are."""
 
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -11,9 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from equipoise.config.recipe import load_recipe, recipe_toml
-from equipoise.evaluation.metrics import choose_tau, fit_temperature, score
-from equipoise.evaluation.observe import confidence_at, observe
-from equipoise.evaluation.predictions import predict
+from equipoise.evaluation.score import score_checkpoint
 from equipoise.method.losses import log_prior
 from equipoise.method.network import CosineClassifier
 from equipoise.runs.folder import METRICS, OBSERVED, RECIPE, RECORD, write_json
@@ -120,25 +120,13 @@ def write_figures(folder, counts, names, method, images_per_class, validation, g
         prior_C * (1.0 if method == "ce" else 0.1),
         method in ("bcl", "supcon+la"),
     ).eval()
-    block = {"epoch": 20, "validation": None, "test": None, "post_hoc": None, "temperature": None}
-    observed: dict[str, np.ndarray] = {}
-    first = 0
-    for part, of_part in labels.items():
-        with observe(network, counts, block["temperature"]) as observation:
-            predictions = predict(network, Rows(of_part, first), prior_C, part == "validation", observation.add)
-        if part == "validation":
-            block["temperature"] = fit_temperature(predictions.logits_NC, predictions.labels_N, np.zeros(classes))
-        first += len(of_part)
-        block[part] = score(predictions, counts, classes)
-        arrays = observation.table(predictions)
-        if part == "validation" and block["temperature"]:
-            logits = torch.from_numpy(predictions.logits_NC)
-            arrays["calibrated_N"] = confidence_at(logits, block["temperature"]).numpy()
-        observed.update({f"{part}/{name}": values for name, values in arrays.items()})
-    if validation:
-        tau = choose_tau(block["validation"]["prior_sweep"])
-        at_tau = {part: next(row for row in block[part]["prior_sweep"] if row["tau"] == tau) for part in labels}
-        block["post_hoc"] = {"tau": tau, "chosen_on": "validation", **at_tau}
+    firsts = itertools.accumulate(map(len, labels.values()), initial=0)
+    parts = {part: Rows(of_part, first) for (part, of_part), first in zip(labels.items(), firsts, strict=False)}
+    checkpoint = SimpleNamespace(
+        build=lambda: network, class_counts=tuple(counts), class_names=tuple(names), epoch=20, step=100,
+        log_prior_of_logits=lambda: torch.zeros(classes),
+    )  # fmt: skip
+    block, observed = score_checkpoint(checkpoint, parts, "cpu")
     np.savez_compressed(folder / OBSERVED, **observed)
     scored = {part: block[part] for part in ("validation", "test")}
     described = {"class_names": names, "train_counts": counts}
