@@ -1,9 +1,11 @@
 """Run folders without training: a made-up network is scored by the real code, and its files written as a run's are."""
 
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -11,9 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from equipoise.config.recipe import load_recipe, recipe_toml
-from equipoise.evaluation.metrics import choose_tau, fit_temperature, score
-from equipoise.evaluation.observe import Observation, confidence_at
-from equipoise.evaluation.predictions import predict
+from equipoise.evaluation.score import score_checkpoint
 from equipoise.method.losses import log_prior
 from equipoise.method.network import CosineClassifier
 from equipoise.runs.checkpoint import Checkpoint, create_network, state_on_cpu
@@ -121,31 +121,17 @@ def write_figures(folder, counts, names, method, images_per_class, validation, g
         prior_C * (1.0 if method == "ce" else 0.1),
         method in ("bcl", "supcon+la"),
     ).eval()
-    block = {"epoch": 20, "validation": None, "test": None, "post_hoc": None, "temperature": None}
-    observed: dict[str, np.ndarray] = {}
-    first = 0
-    for part, of_part in labels.items():
-        observation = Observation(classes, block["temperature"])
-        with observation.watch(network) as observe:
-            predictions = predict(network, Rows(of_part, first), prior_C, part == "validation", observe)
-        if part == "validation":
-            block["temperature"] = fit_temperature(predictions.logits_NC, predictions.labels_N, np.zeros(classes))
-        first += len(of_part)
-        block[part] = score(predictions, counts, classes)
-        arrays = observation.table(predictions, network, counts)
-        if part == "validation" and block["temperature"]:
-            logits = torch.from_numpy(predictions.logits_NC)
-            arrays["calibrated_N"] = confidence_at(logits, block["temperature"]).numpy()
-        observed.update({f"{part}/{name}": values for name, values in arrays.items()})
-    if validation:
-        tau = choose_tau(block["validation"]["prior_sweep"])
-        at_tau = {part: next(row for row in block[part]["prior_sweep"] if row["tau"] == tau) for part in labels}
-        block["post_hoc"] = {"tau": tau, "chosen_on": "validation", **at_tau}
+    firsts = itertools.accumulate(map(len, labels.values()), initial=0)
+    parts = {part: Rows(of_part, first) for (part, of_part), first in zip(labels.items(), firsts, strict=False)}
+    checkpoint = SimpleNamespace(
+        build=lambda: network, class_counts=tuple(counts), class_names=tuple(names), epoch=20, step=100,
+        log_prior_of_logits=lambda: torch.zeros(classes),
+    )  # fmt: skip
+    block, observed = score_checkpoint(checkpoint, parts, "cpu")
     np.savez_compressed(folder / OBSERVED, **observed)
-    write_json(
-        folder / METRICS,
-        {"method": method, **block, "last": block, "best": None, "class_names": names, "train_counts": counts},
-    )
+    scored = {part: block[part] for part in ("validation", "test")}
+    described = {"class_names": names, "train_counts": counts}
+    write_json(folder / METRICS, {"method": method, **scored, "last": block, "best": None, **described})
 
 
 def untrained(counts=(9, 5, 1), names=(), recipe="pictures", epoch=1, step=1, **fields) -> Checkpoint:

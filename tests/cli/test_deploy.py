@@ -182,7 +182,6 @@ def test_export_writes_beside_the_checkpoint(odd_run, tmp_path, capsys):
         ),
         (["--to", "onnx", "--out", "no/x"], "--out must be a file in a folder that exists and may be written"),
         (["--to", "safetensors", "--out", "no/x"], "no/x could not be written (no such file or directory)"),
-        (["--to", "authors"], "the BCL authors' code knows resnet50 and resnext50, not resnet8; nothing was written"),
     ],
 )
 def test_refusals_of_export(arguments, sentence, odd_run, tmp_path, capsys, monkeypatch):

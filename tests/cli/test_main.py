@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import draw_folder, draw_picture, refusal
 
-from benchmarks.rehearsal import build_imagenet, build_inaturalist, rehearse
+from benchmarks.rehearsal import build_imagenet, build_inaturalist, rehearse, write_as_authors
 from equipoise import load_recipe
 from equipoise.cli import main as cli
 from equipoise.cli.main import main
@@ -322,33 +322,22 @@ def test_reload_and_evaluate_score_their_parts(imagenet_run, capsys):
         assert f"{run_folder}/best.pt has {field} = " in said
 
 
-def test_a_checkpoint_in_their_layout_scores_the_same(imagenet_run, stripped, capsys, tmp_path):
-    """Written, stripped of what is ours in it, and read again: the same logits, on the same data."""
+def test_a_checkpoint_of_theirs_scores_the_same(imagenet_run, theirs, capsys, tmp_path):
+    """The same logits, on the same data."""
     run_folder, data = imagenet_run
-    file = tmp_path / "bcl_ckpt.best.pth.tar"
-    assert main(["export", str(run_folder), "--to", "authors", "--out", str(file)]) == 0
     ours = ["evaluate", str(run_folder / "best.pt"), "--data", str(data), "--logits", str(tmp_path / "ours.npz")]
     assert main([*ours, "--out", str(tmp_path / "ours.json")]) == 0
-    assert main(["evaluate", str(file), "--data", str(data), "--out", str(tmp_path / "theirs.json")]) == 0
-    capsys.readouterr()
-    assert json.loads((tmp_path / "theirs.json").read_text()) == json.loads((tmp_path / "ours.json").read_text())
-
-    file = stripped
+    file = theirs
     arguments = ["evaluate", str(file), "--data", str(data), "--set", "views.size=32"]
-    assert main([*arguments, "--logits", str(tmp_path / "theirs.npz"), "--out", str(tmp_path / "stripped.json")]) == 0
+    assert main([*arguments, "--logits", str(tmp_path / "theirs.npz"), "--out", str(tmp_path / "theirs.json")]) == 0
     with np.load(tmp_path / "ours.npz") as expected, np.load(tmp_path / "theirs.npz") as found:
         assert expected["logits"].shape == (6, 2)
         assert np.array_equal(expected["logits"], found["logits"])
         assert expected["labels"].tolist() == found["labels"].tolist() == [0, 0, 0, 1, 1, 1]
         assert found["class_names"].tolist() == ["n00000000", "n00000001"]
-    stripped, whole = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("stripped", "ours"))
-    assert stripped["test"] == whole["test"]
-    assert stripped["train_counts"] == [8, 4]
-
-    for theirs in (file, tmp_path / "bcl_ckpt.best.pth.tar"):
-        said = refusal(capsys, "export", str(theirs), "--to", "authors", "--out", str(tmp_path / "again.pth.tar"))
-        assert said.endswith("is in the authors' layout already, and would lose by being read: copy the file")
-    assert not (tmp_path / "again.pth.tar").exists()
+    of_theirs, whole = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("theirs", "ours"))
+    assert of_theirs["test"] == whole["test"]
+    assert of_theirs["train_counts"] == [8, 4]
     assert refusal(capsys, "evaluate", str(file)).endswith(
         "does not say what it was trained on; name the data with --data FOLDER"
     )
@@ -415,50 +404,14 @@ def test_a_run_goes_on_where_its_data_have_moved(tmp_path, capsys):
 
 
 @pytest.fixture
-def stripped(imagenet_run, tmp_path):
-    """A checkpoint as the authors' code writes it: without what is ours in it."""
-    file = tmp_path / "theirs.pth.tar"
-    assert main(["export", str(imagenet_run[0]), "--to", "authors", "--out", str(file)]) == 0
-    table = torch.load(file, weights_only=True)
-    del table["equipoise"]
-    torch.save(table, file)
-    return file
+def theirs(imagenet_run, tmp_path):
+    """A checkpoint as the authors' code writes it."""
+    return write_as_authors(load_checkpoint(imagenet_run[0] / "best.pt"), tmp_path / "theirs.pth.tar")
 
 
 @pytest.mark.long
-def test_the_authors_files_of_a_run_that_goes_on(imagenet_run, tmp_path, capsys):
-    """They are gone when it begins, so that a run that fails leaves no old ones, and new when it ends."""
-    run_folder = shutil.copytree(imagenet_run[0], tmp_path / "run")
-    arguments = ["train", "--resume", str(run_folder), "--epochs", "2"]
-    files = {ours: run_folder / f"bcl_ckpt{best}.pth.tar" for ours, best in (("last.pt", ""), ("best.pt", ".best"))}
-    for ours, theirs in files.items():
-        assert main(["export", str(run_folder / ours), "--to", "authors"]) == 0
-        assert theirs.is_file()
-    (run_folder / "run.lock").mkdir()  # so that it is refused before it begins
-    assert "cannot be written into" in refusal(capsys, *arguments)
-    (run_folder / "run.lock").rmdir()
-    assert all(theirs.is_file() for theirs in files.values()), "they are of the run as it is"
-    image = next((imagenet_run[1] / "train").rglob("*.JPEG"))
-    content = image.read_bytes()
-    image.write_bytes(content[: len(content) // 2])
-    try:
-        assert "cannot be read" in refusal(capsys, *arguments)
-    finally:
-        image.write_bytes(content)
-    assert not any(theirs.exists() for theirs in files.values())
-    for theirs in files.values():
-        theirs.write_bytes(b"old")
-    assert main(arguments) == 0
-    for ours, theirs in files.items():
-        one, other = load_checkpoint(run_folder / ours), load_checkpoint(theirs)
-        assert one.epoch == other.epoch
-        assert all(torch.equal(value, other.weights[name]) for name, value in one.weights.items())
-    assert load_checkpoint(files["last.pt"]).epoch == 2
-
-
-@pytest.mark.long
-def test_training_goes_on_from_their_checkpoint(imagenet_run, stripped, tmp_path, capsys):
-    arguments = ["train", "--data", str(imagenet_run[1]), *SMALL, "--epochs", "2", "--resume", str(stripped)]
+def test_training_goes_on_from_their_checkpoint(imagenet_run, theirs, tmp_path, capsys):
+    arguments = ["train", "--data", str(imagenet_run[1]), *SMALL, "--epochs", "2", "--resume", str(theirs)]
     assert main([*arguments, "--out", str(tmp_path / "run")]) == 0
     assert "after epoch 1" in " ".join(capsys.readouterr().out.split())
     assert load_checkpoint(tmp_path / "run" / "last.pt").epoch == 2

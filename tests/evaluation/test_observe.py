@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from equipoise.config.recipe import Model, Views
 from equipoise.evaluation.metrics import GROUPS, Predictions, shot_group
-from equipoise.evaluation.observe import COSINE_BINS, Observation, confidence_at, count_cosines
+from equipoise.evaluation.observe import COSINE_BINS, confidence_at, count_cosines, observe
 from equipoise.method.network import TwoBranchNetwork
 
 COUNTS = (300, 150, 60, 25, 19, 3)
@@ -23,29 +23,29 @@ def network() -> TwoBranchNetwork:
 
 @pytest.fixture
 def observed(network):
-    """(observation, images, labels): 47 images in batches of 20; one class has one image, one has none."""
+    """(table, images, labels, logits): 47 images in batches of 20; one class has one image, one has none."""
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, (47, 3, 16, 16), dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, 3, (47,), generator=generator)
     labels[::5] = 5
     labels[1] = 3
-    observation = Observation(CLASSES, TEMPERATURE)
-    with torch.inference_mode(), observation.watch(network) as observe:
+    with torch.inference_mode(), observe(network, COUNTS, TEMPERATURE) as observation:
         for part, of_part in zip(images.split(20), labels.split(20), strict=True):
-            observe(of_part, network(part))
-    assert not network.encoder._forward_hooks
-    return observation, images, labels
-
-
-def test_confidence_at_the_temperature(network, observed):
-    observation, images, labels = observed
-    with torch.inference_mode():
+            observation.add(of_part, network(part))
         logits = network(images).double()
+    assert not network.encoder._forward_hooks
+    return observation.table(predictions(labels, logits)), images, labels, logits
+
+
+def predictions(labels, logits) -> Predictions:
+    return Predictions(labels.numpy(), logits.argmax(1)[:, None].numpy(), logits.softmax(1).amax(1).numpy())
+
+
+def test_confidence_at_the_temperature(observed):
+    table, _, labels, logits = observed
     expected = (logits / TEMPERATURE).softmax(1).amax(1).numpy()
-    made = Predictions(labels.numpy(), logits.argmax(1)[:, None].numpy(), logits.softmax(1).amax(1).numpy())
-    table = observation.table(made, network, COUNTS)
     assert table["calibrated_N"] == pytest.approx(expected, abs=1e-5)
-    assert table["confidence_N"] == pytest.approx(made.confidence_N)
+    assert table["confidence_N"] == pytest.approx(logits.softmax(1).amax(1).numpy())
     assert (table["labels_N"] == labels.numpy()).all()
     assert (table["predicted_N"] == logits.argmax(1).numpy()).all()
     assert confidence_at(logits.repeat(50, 1), TEMPERATURE).numpy() == pytest.approx(np.tile(expected, 50))
@@ -81,11 +81,10 @@ def test_a_regular_simplex_has_its_cosine():
 
 
 def test_geometry_against_the_features_themselves(network, observed):
-    observation, images, labels = observed
+    found, images, labels, _ = observed
     with torch.inference_mode():
         hidden = network.encoder((images - network.mean) / network.std)
         spaces = {"encoder": F.normalize(hidden, dim=1), "contrastive": F.normalize(network.projection(hidden), dim=1)}
-    found = observation.geometry(network, COUNTS)
     groups = torch.tensor([GROUPS.index(shot_group(count)) for count in COUNTS])
     seen = torch.tensor([label in labels for label in range(CLASSES)])
     assert seen.tolist() == [True, True, True, True, False, True]
@@ -108,21 +107,22 @@ def test_geometry_against_the_features_themselves(network, observed):
         assert found[f"{name}_cosines_GK"].sum() == CLASSES * (CLASSES - 1)
 
 
+def map_rows(labels, classes: int, batch: int) -> list[int]:
+    """Which images of these labels are on the map."""
+    network = TwoBranchNetwork(Model("resnet8"), Views(size=16), classes, contrastive=False)
+    with observe(network, [5] * classes) as observation:
+        for part in labels.split(batch):
+            observation.keep(network.encoder, None, torch.ones(len(part), 3))
+            observation.add(part, torch.zeros(len(part), classes))
+    return observation.table(predictions(labels, torch.zeros(len(labels), classes)))["map_rows_M"].tolist()
+
+
 def test_the_map_takes_the_first_images_of_each_class():
-    labels = torch.arange(4).repeat(600)
-    observation = Observation(4)
-    for part in labels.split(700):
-        observation.add(part, torch.zeros(len(part), 4), torch.ones(len(part), 3), None)
-    network = TwoBranchNetwork(Model("resnet8"), Views(size=16), 4, contrastive=False)
-    assert observation.geometry(network, (5, 5, 5, 5))["map_rows_M"].tolist() == list(range(600))
+    assert map_rows(torch.arange(4).repeat(600), 4, 700) == list(range(600))
 
 
 def test_the_map_of_many_classes_is_evenly_spaced():
-    labels = torch.arange(2500)
-    observation = Observation(2500)
-    observation.add(labels, torch.zeros(2500, 2500), torch.ones(2500, 3), None)
-    network = TwoBranchNetwork(Model("resnet8"), Views(size=16), 2500, contrastive=False)
-    rows = observation.geometry(network, [5] * 2500)["map_rows_M"]
-    assert len(np.unique(rows)) == 600
+    rows = map_rows(torch.arange(2500), 2500, 2500)
+    assert len(set(rows)) == 600
     assert set(np.diff(rows)) == {4, 5}
     assert (rows[0], rows[-1]) == (0, 2499)

@@ -64,12 +64,8 @@ def test_predictions_against_the_whole_matrix(network):
     assert made.adjusted[2.0].tolist() != made.adjusted[0.0].tolist()
     assert made.logits_NC is not None
     assert np.allclose(made.logits_NC, logits.numpy(), atol=1e-6)
-
-
-def test_without_a_prior_and_without_logits(network):
-    made = predict(network, Images())
-    assert made.adjusted == {}
-    assert made.logits_NC is None
+    bare = predict(network, images)
+    assert (bare.adjusted, bare.logits_NC) == ({}, None)
 
 
 def test_of_equal_logits_the_first_class_is_predicted(network):
@@ -79,17 +75,6 @@ def test_of_equal_logits_the_first_class_is_predicted(network):
     assert (made.ranked_NK == np.arange(5)).all()
     assert (made.adjusted[1.0] == 0).all()
     assert made.confidence_N == pytest.approx(1 / CLASSES)
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_the_network_is_left_as_it_was(network, training):
-    network.train(training)
-    predict(network, Images())
-    assert network.training == training
-    network.linear = nn.Linear(7, 2)
-    with pytest.raises(RuntimeError):
-        predict(network, Images())
-    assert network.training == training
 
 
 @pytest.mark.parametrize("spoilt", [torch.nan, torch.inf])

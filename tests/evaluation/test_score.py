@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ODD_NAMES, draw_colour
 
-from equipoise import UserError, load_checkpoint, load_recipe
+from equipoise import UserError, load_checkpoint, load_recipe, train
 from equipoise.config.recipe import find_field
 from equipoise.evaluation.metrics import fit_temperature, sweep
 from equipoise.evaluation.predictions import predict
@@ -101,13 +101,14 @@ def test_a_run_is_scored_and_its_best_checkpoint_is_drawn(run):
 
 
 @pytest.mark.slow
-def test_a_best_checkpoint_that_is_lost_is_said(run):
-    whole = Run(run).metrics
+def test_a_best_checkpoint_that_is_damaged_is_refused(run):
     (run / "best.pt").write_bytes((run / "best.pt").read_bytes()[:5000])
+    with pytest.raises(UserError, match=rf"{run}/best.pt is no checkpoint that can be read"):
+        evaluate_run(run, device="cpu")
+    whole = Run(run).metrics
+    (run / "best.pt").unlink()
     metrics = evaluate_run(run, device="cpu")
-    assert metrics["best"] is None
-    assert str(run / "best.pt") in metrics["best_lost"]
-    assert metrics["last"] == whole["last"]
+    assert (metrics["best"], metrics["last"]) == (None, whole["last"])
     assert chosen(metrics) == ("last", "test")
 
 
@@ -132,8 +133,21 @@ def test_one_checkpoint_on_a_part_of_other_data(odd_run, tmp_path):
     assert table["class_names"] == list(load_checkpoint(odd_run / "best.pt").class_names)
     assert table["test"]["per_class"].count(None) == 1
     assert predictions.logits_NC.shape == (8, 3)
+    assert table["note"] == ""
     validation, _ = evaluate_checkpoint(odd_run / "last.pt", split="validation")
     assert validation["validation"] == Run(odd_run).metrics["last"]["validation"]
+
+
+@pytest.mark.slow
+def test_moved_data_without_parts_are_said_to_be_those_trained_on(odd_run, tmp_path):
+    """All of them would be scored as the test part: those held out for validation too."""
+    data = shutil.copytree(odd_run.parent / "data" / "train", tmp_path / "data")
+    moved = shutil.copytree(data, tmp_path / "moved")
+    recipe = load_recipe(odd_run, data=str(data), holdout=0.1, epochs=1)
+    for trained in (odd_run, train(recipe, tmp_path / "run", progress=False).path):
+        table, _ = evaluate_checkpoint(trained / "last.pt", str(moved))
+        assert table["note"].startswith(f"{moved} holds the images that {trained}/last.pt was trained on")
+        assert table["test"]["images"] == 47
 
 
 @pytest.mark.slow

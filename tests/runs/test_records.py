@@ -6,38 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from synthetic import write_run
 
 from equipoise import UserError
 from equipoise.runs.folder import write_json
 from equipoise.runs.records import read_bad_images, read_metrics, read_record
 
-COUNTS = {"ant": 120, "bee": 30, "cat": 2}
+CLASSES = ["ant", "bee", "cat"]
 
 
-def a_record() -> dict[str, Any]:
-    return {
-        "command": "equipoise train", "started": "2026-11-24T12:00:00Z", "precision": "fp32", "launch": "",
-        "processes": 1, "versions": {"torch": "2.14.1"}, "machine": {"device": "cpu", "threads": 1},
-        "git": {"commit": "f00", "changed": False}, "class_counts": dict(COUNTS),
-        "data": {"kind": "class folders", "lists": [], "notes": [], "fingerprints": {"train": "f00", "test": "f01"},
-                 "images": {"train": 152, "test": 9}},
-    }  # fmt: skip
-
-
-def some_metrics() -> dict[str, Any]:
-    row = {"tau": 1.0, "top1": 0.7, "mean_per_class": 0.5, "many": 1.0, "medium": 0.5, "few": 0.0}
-    part = {
-        "images": 9, "top1": 0.7, "top5": None, "mean_per_class": 0.5, "many": 1.0, "medium": 0.5, "few": 0.0,
-        "macro_f1": 0.5, "worst_class": 0.0, "worst_tenth": 0.0, "ece": 0.1, "per_class": [1.0, 0.5, None],
-        "prior_sweep": [{**row, "tau": 0.0}, row],
-    }  # fmt: skip
-    post_hoc = {"tau": 1.0, "chosen_on": "validation", "validation": row, "test": row}
-    block = {"epoch": 2, "step": 6, "validation": part, "test": part, "post_hoc": post_hoc, "temperature": 1.5}
-    return copy.deepcopy(
-        {"method": "bcl", "test": part, "validation": part, "last": block, "best": {**block, "epoch": 1},
-         "best_lost": None, "bad_images": {"test": {"a.jpg": "empty"}}, "class_names": list(COUNTS),
-         "train_counts": list(COUNTS.values())}
-    )  # fmt: skip
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, Any]:
+    """What the files of a run hold, by name."""
+    run = write_run(tmp_path_factory.mktemp("run") / "run", (120, 30, 2), names=CLASSES)
+    return {name: json.loads((run / name).read_text()) for name in ("run.json", "metrics.json")}
 
 
 def changed(table: Any, place: str, value: Any) -> Any:
@@ -62,12 +44,16 @@ def refused(read: Any, file: Path) -> str:
     return said
 
 
-def test_what_is_written_is_read(tmp_path):
-    write_json(tmp_path / "metrics.json", some_metrics())
-    assert read_metrics(tmp_path / "metrics.json") == some_metrics()
-    write_json(tmp_path / "run.json", {**a_record(), "of a later version": 1})
-    assert read_record(tmp_path / "run.json") == a_record()
-    bad = {"test": {"p\udcff.png": "empty"}}  # a file name that is no UTF-8
+@pytest.mark.parametrize(("name", "read"), [("metrics.json", read_metrics), ("run.json", read_record)])
+def test_what_is_written_is_read(name, read, files, tmp_path):
+    """And what other versions write beside it is passed over."""
+    assert files["metrics.json"]["class_names"] == CLASSES
+    write_json(tmp_path / name, {**files[name], "best_lost": None, "of a later version": 1})
+    assert read(tmp_path / name) == files[name]
+
+
+def test_names_that_are_no_text(tmp_path):
+    bad = {"test": {"p\udcff.png": "empty"}}
     write_json(tmp_path / "bad-images.json", bad)
     assert read_bad_images(tmp_path / "bad-images.json") == bad
 
@@ -75,13 +61,13 @@ def test_what_is_written_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("place", "value"),
     [
-        ("best", None), ("best_lost", ...), ("bad_images", ...), ("validation", None), ("last.step", ...),
-        ("last.post_hoc", None), ("last.temperature", None), ("test.per_class", [None] * 3), ("test.prior_sweep", None),
+        ("bad_images", {"test": {"a.jpg": "empty"}}), ("validation", None), ("last.step", 6), ("last.post_hoc", None),
+        ("last.temperature", None), ("test.per_class", [None] * 3), ("test.prior_sweep", None),
     ],
 )  # fmt: skip
-def test_what_may_be_absent(place, value, tmp_path):
+def test_what_may_be_absent(place, value, files, tmp_path):
     """Nothing absent becomes 0."""
-    table = changed(some_metrics(), place, value)
+    table = changed(files["metrics.json"], place, value)
     write_json(tmp_path / "metrics.json", table)
     assert read_metrics(tmp_path / "metrics.json") == table
 
@@ -89,34 +75,26 @@ def test_what_may_be_absent(place, value, tmp_path):
 @pytest.mark.parametrize(
     ("place", "value"),
     [
-        ("last", ...), ("last", {}), ("best", 3), ("method", None), ("class_names", ["ant", 1, "cat"]),
-        ("test.top1", None), ("test.top1", 1.5), ("test.top1", -0.5), ("test.top1", True), ("test.top1", "0.5"),
-        ("test.top1", float("nan")), ("last.test.images", 0), ("last.epoch", 0.5), ("last.epoch", 2**70),
-        ("last.temperature", 0), ("last.temperature", float("inf")), ("best.validation.prior_sweep.1.tau", None),
+        ("last", ...), ("best", 3), ("method", None), ("class_names", ["ant", 1, "cat"]), ("test.top1", None),
+        ("test.top1", "0.5"), ("last.epoch", 0.5), ("last.validation.prior_sweep.1.tau", None),
         ("last.post_hoc.validation", ...), ("bad_images", {"test": ["a.jpg"]}),
-        ("train_counts", [1, 2]), ("test.per_class", [0.5]),  # of another number of classes
-        ("test.many", None), ("last.validation.prior_sweep.0.few", None),  # groups that contradict each other
     ],
 )  # fmt: skip
-def test_metrics_that_were_changed(place, value, tmp_path):
-    (tmp_path / "metrics.json").write_text(json.dumps(changed(some_metrics(), place, value)))
+def test_metrics_that_were_changed(place, value, files, tmp_path):
+    (tmp_path / "metrics.json").write_text(json.dumps(changed(files["metrics.json"], place, value)))
     assert refused(read_metrics, tmp_path / "metrics.json").endswith("write it anew with equipoise evaluate")
 
 
 @pytest.mark.parametrize(
     ("place", "value"),
-    [
-        ("data", ...), ("data.images", {}), ("data.images.train", 0), ("data.fingerprints.train", 3), ("started", 5),
-        ("class_counts", {}), ("class_counts", {"ant": 3}), ("class_counts.ant", 0), ("git", {"commit": "f00"}),
-        ("machine.threads", [1]), ("processes", [1]),
-    ],
-)  # fmt: skip
-def test_a_record_that_was_changed(place, value, tmp_path):
-    (tmp_path / "run.json").write_text(json.dumps(changed(a_record(), place, value)))
+    [("data", ...), ("data.fingerprints.train", 3), ("started", 5), ("class_counts.ant", "3"), ("processes", [1])],
+)
+def test_a_record_that_was_changed(place, value, files, tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps(changed(files["run.json"], place, value)))
     assert refused(read_record, tmp_path / "run.json").endswith("name another run, or train it anew")
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"test": 3}'])
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b"[" * 100_000])
 @pytest.mark.parametrize("read", [read_metrics, read_record, read_bad_images])
 def test_a_file_that_is_something_else(read, content, tmp_path):
     (tmp_path / "file.json").write_bytes(content)

@@ -54,51 +54,41 @@ def truth(flag: str, text: str | None) -> bool | None:
 
 def recipe_of_dataset(name: str) -> str:
     """The recipe that `--dataset` names: by the authors' name or by its own. Raises UserError for another name."""
-    if name in DATASETS:
-        return DATASETS[name]
-    if name in DATASETS.values():
-        return name
-    raise UserError(f"--dataset knows no '{name}'{nearest(name, list(DATASETS))}")
+    if name not in DATASETS and name not in DATASETS.values():
+        raise UserError(f"--dataset knows no '{name}'{nearest(name, list(DATASETS))}")
+    return DATASETS.get(name, name)
 
 
 def authors_overrides(options: argparse.Namespace) -> list[tuple[Field, Any]]:
     """Recipe fields that the flags stand for. Raises UserError where a flag contradicts one of ours."""
     use_norm, cos = truth("--use-norm", options.use_norm), truth("--cos", options.cos)
-    if options.gpu is not None and not options.gpu.isdigit():
-        raise UserError(f"--gpu takes the number of a GPU, from 0, not '{options.gpu}'")
     meant = [
         ("--use-norm", "model.classifier", None if use_norm is None else "cosine" if use_norm else "linear"),
         ("--cos", "optim.schedule", None if cos is None else "cosine" if cos else "step"),
         ("--gpu", "device", None if options.gpu is None else f"cuda:{options.gpu}"),
     ]
-    fields: list[tuple[Field, Any]] = []
     for flag, key, value in meant:
-        if value is None:
-            continue
-        field, other = find_field(key), getattr(options, key, None)
+        other = getattr(options, key, None)
         if isinstance(other, list):  # `--schedule`: its numbers contradict nothing
             other = None if _are_milestones(other) else other[0]
-        if other not in (None, value):
-            raise UserError(f"{flag} says {key} = {value}, but --{field.names[0]} says {other}; drop one of them")
-        fields.append((field, value))
-    return fields
+        if None not in (value, other) and other != value:
+            raise UserError(f"{flag} says {key} = {value}, but another flag says {other}; drop one of them")
+    return [(find_field(key), value) for _, key, value in meant if value is not None]
 
 
 def milestones_of(options: argparse.Namespace) -> list[tuple[Field, Any]]:
-    """The fields that `--schedule` stands for. With numbers it is the authors' flag: the epochs at which the learning
-    rate drops. That means the step schedule, unless `--cos True` is given too: then, as in their code, the cosine
-    schedule stands. With a name it is our field."""
-    values: list[str] | None = getattr(options, "optim.schedule")
-    if values is None:
-        return []
-    if not _are_milestones(values):
-        return [(find_field("optim.schedule"), values[0])]
-    step = [(find_field("optim.schedule"), "step")] if options.cos is None else []
+    """The fields that `--schedule` stands for. With a name it is our field. With numbers it is the authors' flag: the
+    epochs at which the learning rate drops. That means the step schedule, unless `--cos True` is given too: then, as in
+    their code, the cosine schedule stands."""
+    schedule, values = find_field("optim.schedule"), getattr(options, "optim.schedule")
+    if values is None or not _are_milestones(values):
+        return [(schedule, values[0])] if values else []
+    step = [(schedule, "step")] if options.cos is None else []
     return [(find_field("optim.milestones"), values), *step]
 
 
 def _are_milestones(values: list[str]) -> bool:
-    return len(values) > 1 or values[0][:1].isdigit() or values[0][:1] == "."
+    return len(values) > 1 or values[0].strip(".")[:1].isdigit()
 
 
 def authors_folder(root_log: str, recipe: Recipe) -> Path:

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from equipoise.deploy.predict import Classifier
 
 _FORMS = {
-    "authors": "the layout of the BCL authors' code",
     "onnx": "one file for ONNX Runtime and the like",
     "safetensors": "a folder for a model hub, which equipoise.load() opens and whose encoder timm loads",
     "torch-export": "one file for torch.export.load",
@@ -93,9 +92,6 @@ def export(options: argparse.Namespace) -> None:
     target, form = Path(options.target), options.to
     if options.images and form not in ("onnx", "torch-export"):
         raise UserError(f"--images goes with --to onnx or torch-export, not with {form}")
-    if form == "authors":
-        print(f"written: {_export_to_authors(target, options.out)}")
-        return
 
     from equipoise.deploy.export import export_file
     from equipoise.deploy.hub import write_hub_folder
@@ -110,13 +106,3 @@ def export(options: argparse.Namespace) -> None:
         flags.refuse_unwritable("--out", out, _ENDINGS[form])
         print(export_file(classifier, form, out, [Path(path) for path in options.images]))
     print(f"written: {out}")
-
-
-def _export_to_authors(target: Path, out: str | None) -> Path:
-    from equipoise.runs.checkpoint import export_to_authors
-    from equipoise.runs.folder import AUTHORS_NAMES, LAST, chosen_checkpoint
-
-    checkpoint = chosen_checkpoint(target)
-    written = Path(out or checkpoint.with_name(AUTHORS_NAMES.get(checkpoint.name, AUTHORS_NAMES[LAST])))
-    export_to_authors(checkpoint, written)
-    return written

@@ -79,6 +79,8 @@ def score_checkpoint(
     scored: str = metrics["split"]
     print_metrics([(scored, metrics[scored])], f"{metrics['method']}, {checkpoint.name}: accuracy, percent", metrics)
     print_unreadable(metrics)
+    if metrics["note"]:
+        print(f"note: {metrics['note']}")
     if logits is not None:
         write_logits(Path(logits), predictions, metrics["class_names"])
         print(f"written: {logits}")

@@ -86,9 +86,7 @@ def print_post_hoc(metrics: Mapping[str, Any]) -> None:
 
 
 def print_unreadable(metrics: Mapping[str, Any]) -> None:
-    """The best checkpoint, if it could not be read; how many images could not be read, and the first of them."""
-    if lost := metrics.get("best_lost"):
-        print(one_line(f"{lost}: the metrics are of the last checkpoint"))
+    """How many images could not be read, and the first of them."""
     for part, bad in metrics["bad_images"].items():
         count, were = several(len(bad), "image"), "was" if len(bad) == 1 else "were"
         if part == "train":

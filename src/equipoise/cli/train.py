@@ -52,21 +52,15 @@ def train(options: argparse.Namespace) -> None:
 
 
 def _train(world: "World", options: argparse.Namespace, recipe: Recipe, remark: str) -> None:
-    from equipoise.runs.folder import AUTHORS_NAMES
-
     # The authors' commands name no recipe, and expect the run where their README looks for it.
     authors_style = (remark or options.dataset) and recipe.data.benchmark in ("imagenet-lt", "inat2018")
     root_log = options.root_log or (LOG if authors_style and not options.recipe else None)
     out = options.out or (authors_folder(root_log, recipe) if root_log else None)
     plans = _plans(world, options, recipe, out)
-    # The authors' files of a run that goes on are written anew when it ends.
-    had_authors_files = any((plans[0].folder / name).exists() for name in AUTHORS_NAMES.values())
     runs = [_carry_out(plan, remark if plan is plans[0] else "") for plan in plans]
     if not world.is_first:  # the files are rank 0's
         return
     _show(runs)
-    if had_authors_files or (root_log and not options.out):
-        _export_for_authors(runs[0].path)
     if len(runs) > 1:
         from equipoise.report.page import write_report
 
@@ -92,16 +86,12 @@ def _plans(world: "World", options: argparse.Namespace, recipe: Recipe, out: str
 def _carry_out(plan: "Plan", remark: str) -> "Run":
     """Show the plan, once nothing can be refused any more, and train."""
     from equipoise.cli.tables import print_plan
-    from equipoise.runs.folder import AUTHORS_NAMES
     from equipoise.training.session import start
 
     with start(plan) as session:
         if remark:
             print(remark)
         print_plan(session.plan.describe())
-        if plan.world.is_first:
-            for name in AUTHORS_NAMES.values():  # they are of the run as it was
-                (session.plan.folder / name).unlink(missing_ok=True)
         return session.run()
 
 
@@ -123,21 +113,6 @@ def _show(runs: "Sequence[Run]") -> None:
         print_post_hoc(run.metrics)
         print(f"run folder: {run.path}")
         print_unreadable(run.metrics)
-
-
-def _export_for_authors(run: Path) -> None:
-    """Write the run's checkpoints under the authors' names and in their layout, where their code has such a model."""
-    from equipoise.runs.checkpoint import export_to_authors
-    from equipoise.runs.folder import AUTHORS_NAMES
-
-    for name, authors_name in AUTHORS_NAMES.items():
-        if (run / name).is_file():
-            try:
-                export_to_authors(run / name, run / authors_name)
-            except UserError as error:
-                print(f"not written in the authors' layout: {error}")
-                return
-            print(f"written: {run / authors_name}")
 
 
 def _score_resumed(options: argparse.Namespace, part: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from equipoise.runs.records import GroupMeans, PartMetrics, PriorRow
+from equipoise.runs.records import Means, PartMetrics, PriorRow
 
 MANY_ABOVE = 100  # Liu et al., CVPR 2019: many > 100 training images, few < 20, medium between, both ends inclusive
 FEW_BELOW = 20
@@ -73,17 +73,17 @@ def score(predictions: Predictions, train_counts_C: Sequence[int] | None, classe
     if labels_N.min() < 0 or labels_N.max() >= classes:
         raise ValueError(f"labels must be 0 to {classes - 1}")
     best_N = ranked_NK[:, 0]
-    hits_C, seen_C, accuracy_C = _class_accuracy(labels_N, best_N, classes)
-    predicted_C, present_C = np.bincount(best_N, minlength=classes), seen_C > 0
+    means, accuracy_C = _means(labels_N, best_N, train_counts_C, classes)
+    present_C = ~np.isnan(accuracy_C)
     ascending = np.sort(accuracy_C[present_C])
-    f1_C = 2 * hits_C[present_C] / (seen_C + predicted_C)[present_C]  # 2 TP / (2 TP + FP + FN)
+    hits_C, predicted_C, seen_C = (
+        np.bincount(labels, minlength=classes)[present_C] for labels in (labels_N[best_N == labels_N], best_N, labels_N)
+    )
     return {
+        **means,
         "images": len(labels_N),
-        "top1": float((best_N == labels_N).mean()),
         "top5": float((ranked_NK == labels_N[:, None]).any(1).mean()) if classes > 5 else None,
-        "mean_per_class": float(ascending.mean()),
-        **_group_means(accuracy_C, train_counts_C),
-        "macro_f1": float(f1_C.mean()),
+        "macro_f1": float((2 * hits_C / (seen_C + predicted_C)).mean()),  # 2 TP / (2 TP + FP + FN)
         "worst_class": float(ascending[0]),
         "worst_tenth": float(ascending[: math.ceil(len(ascending) / 10)].mean()),
         "ece": calibration_error(predictions.confidence_N, best_N == labels_N),
@@ -92,24 +92,28 @@ def score(predictions: Predictions, train_counts_C: Sequence[int] | None, classe
     }
 
 
-def _class_accuracy(labels_N: Labels, predicted_N: Labels, classes: int) -> tuple[Labels, Labels, Fractions]:
-    """For each class: its images that are classified right, all its images, and the share; NaN without images."""
+def _means(
+    labels_N: Labels, predicted_N: Labels, train_counts_C: Sequence[int] | None, classes: int
+) -> tuple[Means, Fractions]:
+    """Accuracy over all images, over the classes and over those of each shot group; and of each class, NaN for one
+    without images."""
     hits_C = np.bincount(labels_N[predicted_N == labels_N], minlength=classes)
     seen_C = np.bincount(labels_N, minlength=classes)
-    return hits_C, seen_C, np.divide(hits_C, seen_C, out=np.full(classes, np.nan), where=seen_C > 0)
-
-
-def _group_means(accuracy_C: Fractions, train_counts_C: Sequence[int] | None) -> GroupMeans:
-    """The mean accuracy of each shot group; an accuracy of NaN is that of a class without test images."""
-    if train_counts_C is None:
-        return {"many": None, "medium": None, "few": None}
-    groups_C = np.array([shot_group(count) for count in train_counts_C])
+    accuracy_C = np.divide(hits_C, seen_C, out=np.full(classes, np.nan), where=seen_C > 0)
+    groups_C = np.array([shot_group(count) for count in train_counts_C or ()] or [""] * classes)
 
     def mean(group: str) -> float | None:
         known = accuracy_C[(groups_C == group) & ~np.isnan(accuracy_C)]
         return float(known.mean()) if known.size else None
 
-    return {"many": mean("many"), "medium": mean("medium"), "few": mean("few")}
+    means: Means = {
+        "top1": float((predicted_N == labels_N).mean()),
+        "mean_per_class": float(np.nanmean(accuracy_C)),
+        "many": mean("many"),
+        "medium": mean("medium"),
+        "few": mean("few"),
+    }
+    return means, accuracy_C
 
 
 def calibration_error(confidence_N: Fractions, right_N: npt.NDArray[np.bool_]) -> float:
@@ -126,12 +130,10 @@ def calibration_error(confidence_N: Fractions, right_N: npt.NDArray[np.bool_]) -
 def sweep(predictions: Predictions, train_counts_C: Sequence[int]) -> list[PriorRow]:
     """Accuracy with the post-hoc prior: the argmax of `logits - tau * log prior` (Menon et al., ICLR 2021, section 4.1)
     for each tau of `TAUS`. tau = 0 is the prediction as it is."""
-    rows: list[PriorRow] = []
-    for tau, adjusted_N in predictions.adjusted.items():
-        _, _, accuracy_C = _class_accuracy(predictions.labels_N, adjusted_N, len(train_counts_C))
-        top1, mean = float((adjusted_N == predictions.labels_N).mean()), float(np.nanmean(accuracy_C))
-        rows.append({"tau": tau, "top1": top1, "mean_per_class": mean, **_group_means(accuracy_C, train_counts_C)})
-    return rows
+    return [
+        {"tau": tau, **_means(predictions.labels_N, adjusted_N, train_counts_C, len(train_counts_C))[0]}
+        for tau, adjusted_N in predictions.adjusted.items()
+    ]
 
 
 def choose_tau(validation_sweep: Sequence[PriorRow]) -> float:

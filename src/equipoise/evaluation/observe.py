@@ -6,7 +6,7 @@ groups, K bins of a cosine, M images of the map.
 """
 
 import itertools
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,57 +27,59 @@ _ROWS_AT_ONCE = 1024
 Table = dict[str, npt.NDArray[Any]]
 
 
+@contextmanager
+def observe(
+    network: TwoBranchNetwork, train_counts_C: Sequence[int], temperature: float | None = None
+) -> Generator["Observation"]:
+    """A context with an observation, to whose `add` the labels and the logits of each batch are given after `network`
+    computed it."""
+    observation = Observation(network, train_counts_C, temperature)
+    hook = network.encoder.register_forward_hook(observation.keep)
+    try:
+        yield observation
+    finally:
+        hook.remove()
+
+
 class Observation:
     """Collects batch by batch what a network shows of one list; with a `temperature`, its confidence at it too."""
 
-    def __init__(self, classes: int, temperature: float | None = None) -> None:
-        self._classes = classes
-        self._mapped_of_each = max(1, _MAPPED // classes)
-        self._temperature = temperature
+    def __init__(self, network: TwoBranchNetwork, train_counts_C: Sequence[int], temperature: float | None) -> None:
+        self._network, self._temperature = network, temperature
+        self._groups_C = torch.tensor([GROUPS.index(shot_group(count)) for count in train_counts_C])
+        self._mapped_of_each = max(1, _MAPPED // len(train_counts_C))
+        self._hidden_BF = torch.empty(0)
         self._calibrated_B: list[Tensor] = []
         self._labels_B: list[Tensor] = []
         self._sums: dict[str, Tensor] = {}  # of unit features, [C, F] by space
-        self._mapped_C = torch.zeros(classes, dtype=torch.int64)
+        self._mapped_C = torch.zeros(len(train_counts_C), dtype=torch.int64)
         self._map_BF: list[Tensor] = []
         self._map_rows_B: list[Tensor] = []  # within their batch
 
-    @contextmanager
-    def watch(self, network: TwoBranchNetwork) -> Generator[Callable[[Tensor, Tensor], None]]:
-        """A context with a function that takes the labels and the logits of each batch, after `network` computed it."""
-        hidden: list[Tensor] = []
+    def keep(self, _: nn.Module, __: Any, hidden_BF: Tensor) -> None:
+        """The encoder's hook: its output for the next batch."""
+        self._hidden_BF = hidden_BF.float()
 
-        def keep(_: nn.Module, __: Any, output: Tensor) -> None:
-            hidden[:] = [output.float()]
-
-        def add(labels_B: Tensor, logits_BC: Tensor) -> None:
-            features_BD = network.projection(hidden[0]) if network.projection is not None else None
-            self.add(labels_B, logits_BC, hidden[0], features_BD)
-
-        hook = network.encoder.register_forward_hook(keep)
-        try:
-            yield add
-        finally:
-            hook.remove()
-
-    def add(self, labels_B: Tensor, logits_BC: Tensor, hidden_BF: Tensor, features_BD: Tensor | None) -> None:
-        """The next batch: its labels, logits, the encoder's output and, where there is one, the projection's."""
-        labels_B = labels_B.cpu()
-        for space, vectors_BF in {"encoder": hidden_BF, "contrastive": features_BD}.items():
-            if vectors_BF is not None:
-                if space not in self._sums:
-                    self._sums[space] = torch.zeros(self._classes, vectors_BF.shape[1], dtype=torch.float64)
-                self._sums[space].index_add_(0, labels_B, F.normalize(vectors_BF, dim=1).cpu().double())
-        self._add_to_map(labels_B, hidden_BF)
+    def add(self, labels_B: Tensor, logits_BC: Tensor) -> None:
+        """The labels and the logits of the batch that the network has computed last."""
+        labels_B, spaces = labels_B.cpu(), {"encoder": self._hidden_BF}
+        if self._network.projection is not None:
+            spaces["contrastive"] = self._network.projection(self._hidden_BF)
+        for space, vectors_BF in spaces.items():
+            if space not in self._sums:
+                self._sums[space] = self._no_sums(vectors_BF.shape[1])
+            self._sums[space].index_add_(0, labels_B, F.normalize(vectors_BF, dim=1).cpu().double())
+        # Of each class its first few images.
+        rows_B = torch.nonzero(_place_in_class(labels_B) + self._mapped_C[labels_B] < self._mapped_of_each)[:, 0]
+        self._mapped_C += torch.bincount(labels_B, minlength=len(self._mapped_C))
+        self._map_BF.append(F.normalize(self._hidden_BF[rows_B.to(self._hidden_BF.device)], dim=1).half().cpu())
+        self._map_rows_B.append(rows_B)
         if self._temperature is not None:
             self._calibrated_B.append(confidence_at(logits_BC, self._temperature).cpu())
         self._labels_B.append(labels_B)
 
-    def _add_to_map(self, labels_B: Tensor, hidden_BF: Tensor) -> None:
-        """The first few images of each class."""
-        rows_B = torch.nonzero(_place_in_class(labels_B) + self._mapped_C[labels_B] < self._mapped_of_each)[:, 0]
-        self._mapped_C += torch.bincount(labels_B, minlength=self._classes)
-        self._map_BF.append(F.normalize(hidden_BF[rows_B.to(hidden_BF.device)], dim=1).half().cpu())
-        self._map_rows_B.append(rows_B)
+    def _no_sums(self, width: int) -> Tensor:
+        return torch.zeros(len(self._groups_C), width, dtype=torch.float64)
 
     def gather(self, world: World) -> None:
         """Put together what all ranks have collected; they compute batches in turn."""
@@ -89,52 +91,46 @@ class Observation:
         # A rank without a batch does not know the widths.
         of_ranks = world.gather_objects({space: sums_CF.shape[1] for space, sums_CF in self._sums.items()})
         for space, width in sorted({pair for widths in of_ranks for pair in widths.items()}):
-            world.sum(self._sums.setdefault(space, torch.zeros(self._classes, width, dtype=torch.float64)))
+            world.sum(self._sums.setdefault(space, self._no_sums(width)))
 
-    def table(self, predictions: Predictions, network: TwoBranchNetwork, train_counts_C: Sequence[int]) -> Table:
-        """All that the report draws of the list. `calibrated_N`: as `confidence_N`, at the temperature; absent without
-        one. The rest: see `geometry`."""
-        table = {
+    def table(self, predictions: Predictions) -> Table:
+        """All that the report draws of the list: how sure the network is, how class means and class vectors lie to each
+        other, by shot group, and how far classes spread.
+
+        `calibrated_N`: as `confidence_N`, at the temperature; absent without one. `*_cosines_GK` counts the cosines
+        between a class of the group and every other class, of class means (`encoder_means`, `contrastive_means`: of
+        unit features), of the classifier's weights (`classifier`) and of the prototypes (`prototypes`). The encoder's
+        means and the classifier's weights have their common mean subtracted: the output of a ReLU has no negative
+        cosines otherwise. `*_spread_C`: 1 - the mean cosine between two images of the class; NaN with fewer than two.
+        `map_MF`: unit features of the images `map_rows_M`.
+        """
+        table: Table = {
             "labels_N": predictions.labels_N.astype(np.int32),
             "predicted_N": predictions.ranked_NK[:, 0].astype(np.int32),
             "confidence_N": predictions.confidence_N.astype(np.float32),
-            **self.geometry(network, train_counts_C),
         }
-        return table | ({"calibrated_N": torch.cat(self._calibrated_B).numpy()} if self._calibrated_B else {})
-
-    def geometry(self, network: TwoBranchNetwork, train_counts_C: Sequence[int]) -> Table:
-        """How class means and class vectors lie to each other, by shot group, and how far classes spread.
-
-        `*_cosines_GK` counts the cosines between a class of the group and every other class, of class means
-        (`encoder_means`, `contrastive_means`: of unit features), of the classifier's weights (`classifier`) and of the
-        prototypes (`prototypes`). The encoder's means and the classifier's weights have their common mean subtracted:
-        the output of a ReLU has no negative cosines otherwise. `*_spread_C`: 1 - the mean cosine between two images
-        of the class; NaN with fewer than two. `map_MF`: unit features of the images `map_rows_M`.
-        """
+        if self._calibrated_B:
+            table["calibrated_N"] = torch.cat(self._calibrated_B).numpy()
         labels_N = torch.cat(self._labels_B)
-        counts_C = torch.bincount(labels_N, minlength=self._classes).double()
-        groups_C = torch.tensor([GROUPS.index(shot_group(count)) for count in train_counts_C])
         starts = itertools.accumulate(map(len, self._labels_B), initial=0)
         map_rows = torch.cat([rows_B + start for rows_B, start in zip(self._map_rows_B, starts, strict=False)])
         # Each rank has kept the first images of its own batches.
         kept = torch.nonzero(_place_in_class(labels_N[map_rows]) < self._mapped_of_each)[:, 0]
         # Of more classes than a map can show, evenly many.
         shown_M = kept[torch.linspace(0, len(kept) - 1, min(_MAPPED, len(kept))).long()]
-        table: Table = {
-            "map_MF": torch.cat(self._map_BF)[shown_M].numpy(),
-            "map_rows_M": map_rows[shown_M].numpy(),
-        }
+        table |= {"map_MF": torch.cat(self._map_BF)[shown_M].numpy(), "map_rows_M": map_rows[shown_M].numpy()}
+        counts_C = torch.bincount(labels_N, minlength=len(self._groups_C)).double()
         seen_C = counts_C > 0
         for space, sums_CF in self._sums.items():
             table[f"{space}_spread_C"] = _spread(sums_CF, counts_C)
             means_CF = sums_CF[seen_C] / counts_C[seen_C, None]
-            table[f"{space}_means_cosines_GK"] = count_cosines(means_CF, groups_C[seen_C], space == "encoder")
+            centred = space == "encoder"
+            table[f"{space}_means_cosines_GK"] = count_cosines(means_CF, self._groups_C[seen_C], centred)
         with torch.inference_mode():
-            weights_CF = network.classifier.weight.detach().cpu()
-            table["classifier_cosines_GK"] = count_cosines(weights_CF, groups_C, True)
-            if network.prototype_projection is not None:
-                prototypes_CD = network.prototype_projection(network.classifier.weight).cpu()
-                table["prototypes_cosines_GK"] = count_cosines(prototypes_CD, groups_C, False)
+            weights_CF, projection = self._network.classifier.weight, self._network.prototype_projection
+            table["classifier_cosines_GK"] = count_cosines(weights_CF.cpu(), self._groups_C, True)
+            if projection is not None:
+                table["prototypes_cosines_GK"] = count_cosines(projection(weights_CF).cpu(), self._groups_C, False)
         return table
 
 
@@ -147,8 +143,7 @@ def _place_in_class(labels_B: Tensor) -> Tensor:
 
 def confidence_at(logits_NC: Tensor, temperature: float) -> Tensor:
     """The largest softmax probability of `logits / temperature`, a piece at a time."""
-    pieces = [(rows / temperature).softmax(1).amax(1) for rows in logits_NC.split(_ROWS_AT_ONCE)]
-    return torch.cat(pieces)
+    return torch.cat([(rows / temperature).softmax(1).amax(1) for rows in logits_NC.split(_ROWS_AT_ONCE)])
 
 
 def count_cosines(vectors_CF: Tensor, groups_C: Tensor, centred: bool) -> npt.NDArray[np.int64]:

@@ -33,33 +33,24 @@ def predict(
     world: World = ALONE,
 ) -> Predictions:
     """Predictions in the order of the list, from the raw logits of one view: no prior is added. With several ranks,
-    each computes its batches and all have the whole.
+    each computes its batches and all have the whole. The network is left in evaluation mode.
 
     In float32 whatever the network was trained in, so that a metric depends on the weights and not on the device. With
     `log_prior_C`, what `logits - tau * log prior` would predict is kept too. The logits themselves are kept only if
     asked for: those of a large test set fill gigabytes. `observe` is called with labels and logits of each batch.
     Raises UserError where no image can be read, or the logits are not finite.
     """
-    training = network.training
     network.eval()
-    try:
-        with exact_float32():
-            # An error of one rank is raised on all: the others would else wait for its batches.
-            rows = world.each_makes(lambda: _predict_share(network, batches, log_prior_C, keep_logits, observe))
-    finally:
-        network.train(training)
+    with exact_float32():
+        # An error of one rank is raised on all: the others would else wait for its batches.
+        rows = world.each_makes(lambda: _predict_share(network, batches, log_prior_C, keep_logits, observe))
     in_order = world.gather_in_turn(rows)
     if not sum(len(row[0]) for row in in_order):
         raise SharedError("none of the images to score can be read; repair them")
     labels_N, ranked_NK, confidence_N, *further = (np.concatenate(column) for column in zip(*in_order, strict=True))
     logits_NC = further.pop() if keep_logits else None
-    return Predictions(
-        labels_N=labels_N.astype(np.int64),
-        ranked_NK=ranked_NK.astype(np.int64),
-        confidence_N=confidence_N.astype(np.float64),
-        adjusted=dict(zip(TAUS, further[0].T.astype(np.int64), strict=True)) if further else {},
-        logits_NC=logits_NC,
-    )
+    adjusted = dict(zip(TAUS, further[0].T, strict=True)) if further else {}
+    return Predictions(labels_N, ranked_NK, confidence_N.astype(np.float64), adjusted, logits_NC)
 
 
 def _predict_share(
@@ -71,7 +62,7 @@ def _predict_share(
 ) -> list[Arrays]:
     """Of each of this rank's batches: labels, ranked classes, confidence, and what else `predict` is asked for."""
     rows: list[Arrays] = []
-    pending: Callable[[], tuple[Tensor, ...]] | None = None
+    pending: list[Callable[[], tuple[Tensor, ...]]] = []
     for batch in batches.evaluation(_BATCH):
         logits_BC: Tensor = network(batch.images_VB3SS[0]).float()
         if observe is not None:
@@ -84,13 +75,10 @@ def _predict_share(
             found.append(torch.stack([(logits_BC - tau * prior_C).argmax(1) for tau in TAUS], dim=1))
         if keep_logits:
             found.append(logits_BC)
-        started = start_reading(*found)
-        if pending is not None:  # the batch before is waited for while a GPU computes this one
-            rows.append(_arrays(pending()))
-        pending = started
-    if pending is not None:
-        rows.append(_arrays(pending()))
-    return rows
+        pending.append(start_reading(*found))
+        if len(pending) > 1:  # the batch before is waited for while a GPU computes this one
+            rows.append(_arrays(pending.pop(0)()))
+    return rows + [_arrays(read()) for read in pending]
 
 
 def _arrays(read: tuple[Tensor, ...]) -> Arrays:

@@ -11,7 +11,7 @@ from equipoise.config.recipe import Recipe, load_recipe
 from equipoise.evaluation.score import evaluate_checkpoint, evaluate_run
 from equipoise.method.network import TwoBranchNetwork
 from equipoise.runs.checkpoint import Checkpoint, load_checkpoint
-from equipoise.runs.folder import BEST, LAST, METRICS, RECIPE, our_name
+from equipoise.runs.folder import BEST, LAST, METRICS, RECIPE
 from equipoise.runs.records import CheckpointMetrics, RunMetrics, read_metrics
 
 
@@ -55,10 +55,8 @@ def chosen(metrics: Mapping[str, Any]) -> tuple[Literal["last", "best"], Literal
 def figures_of(file: Path, checkpoint: Checkpoint) -> CheckpointMetrics | None:
     """What the `metrics.json` beside a checkpoint's file says of it; None where it says nothing, or was written after
     another step, as while a resumed run is being trained."""
-    name = our_name(file)
-    if name not in (LAST, BEST) or not checkpoint.class_counts or not (file.parent / METRICS).is_file():
+    written = file.with_name(METRICS)
+    if file.name not in (LAST, BEST) or not written.is_file():
         return None
-    metrics = Run(file.parent).metrics
-    block = metrics["last" if name == LAST else "best"]
-    same = metrics["class_names"] == list(checkpoint.class_names) and block and block.get("step") == checkpoint.step
-    return block if same else None
+    figures = read_metrics(written)["last" if file.name == LAST else "best"]
+    return figures if figures and figures.get("step") == checkpoint.step else None

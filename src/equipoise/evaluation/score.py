@@ -14,16 +14,15 @@ import torch
 from torch import Tensor
 
 from equipoise.base.device import choose_device
-from equipoise.base.errors import UserError
 from equipoise.base.files import atomic_file
 from equipoise.base.world import ALONE, World
-from equipoise.config.recipe import Field, Recipe
+from equipoise.config.recipe import Recipe
 from equipoise.data.images import ImageList, Parts
 from equipoise.data.sources import PARTS
-from equipoise.evaluation.metrics import choose_tau, fit_temperature, score
-from equipoise.evaluation.observe import Observation, Table, confidence_at
-from equipoise.evaluation.predictions import Predictions, predict
-from equipoise.evaluation.target import find_target, unchanged_data, with_overrides
+from equipoise.evaluation.metrics import Predictions, choose_tau, fit_temperature, score
+from equipoise.evaluation.observe import Table, confidence_at, observe
+from equipoise.evaluation.predictions import predict
+from equipoise.evaluation.target import Overrides, find_target, unchanged_data, with_overrides
 from equipoise.method.losses import log_prior
 from equipoise.method.network import TwoBranchNetwork
 from equipoise.runs.checkpoint import Checkpoint, load_checkpoint
@@ -34,25 +33,21 @@ from equipoise.views.views import view_settings
 
 
 def evaluate_run(
-    path: Path,
-    parts: Parts | None = None,
-    device: str = "auto",
-    world: World = ALONE,
-    overrides: Sequence[tuple[Field, Any]] = (),
+    path: Path, parts: Parts | None = None, device: str = "auto", world: World = ALONE, overrides: Overrides = ()
 ) -> RunMetrics:
     """Score the last checkpoint, and the best one where validation chose one, on the run's validation and test parts.
 
     Returns and writes the run's `metrics.json`, and beside it what the report draws of the best checkpoint, or else of
-    the last. A best checkpoint that cannot be read is left out, and `best_lost` says why. `overrides`: see
-    `evaluate_checkpoint`. Raises UserError if the run has no checkpoint, or its data has changed.
+    the last. `overrides`: see `evaluate_checkpoint`. Raises UserError if a checkpoint cannot be read, or the run's data
+    has changed.
     """
     # Rank 0 reads the files: another host may not see them.
-    last, best, lost = world.first_makes(lambda: _load_last_and_best(path, overrides))
+    last, best = world.first_makes(lambda: _load_last_and_best(path, overrides))
     parts = parts or world.each_makes(lambda: unchanged_data(last, path))
-    scored = {"validation": parts.validation, "test": parts.test}
+    scored = {part: images for part, images in parts.named().items() if part != "train"}
     with ExitStack() as stack:
-        batches: dict[str, Batches] = world.each_makes(
-            lambda: {part: _open(last.recipe, images, device, world) for part, images in scored.items() if images}
+        batches = world.each_makes(
+            lambda: {part: _open(last.recipe, images, device, world) for part, images in scored.items()}
         )
         for opened in batches.values():
             stack.enter_context(closing(opened))
@@ -67,14 +62,12 @@ def evaluate_run(
         "validation": of_last["validation"],
         "last": of_last,
         "best": of_best,
-        "best_lost": lost,
         "bad_images": bad,
         "class_names": list(last.class_names),
         "train_counts": list(last.class_counts),
     }
     if world.is_first:
-        with atomic_file(path / OBSERVED) as file:
-            np.savez_compressed(file, **observed)  # pyright: ignore[reportArgumentType] no key is its own argument
+        _write_arrays(path / OBSERVED, observed)
         write_json(path / METRICS, metrics)
     return metrics
 
@@ -83,7 +76,7 @@ def evaluate_checkpoint(
     path: Path,
     data: str | None = None,
     split: str | None = None,
-    overrides: Sequence[tuple[Field, Any]] = (),
+    overrides: Overrides = (),
     keep_logits: bool = False,
     world: World = ALONE,
 ) -> tuple[dict[str, Any], Predictions]:
@@ -91,9 +84,8 @@ def evaluate_checkpoint(
     test part, or the validation part where there is no test part.
 
     Returns a table like `metrics.json`, with that part alone, and the predictions it is made of. `overrides` are
-    fields of the recipe, as text or values: those that decide the model must be the checkpoint's; a list file among
-    them stands for the data's own lists. Raises UserError where there is no such part or its classes are not the
-    checkpoint's.
+    fields of the recipe: those that decide the model must be the checkpoint's; a list file among them stands for the
+    data's own lists. Raises UserError where there is no such part or its classes are not the checkpoint's.
     """
     target = world.each_makes(lambda: find_target(path, data, split, overrides))
     checkpoint, device = target.checkpoint, target.checkpoint.recipe.device
@@ -105,6 +97,7 @@ def evaluate_checkpoint(
         "method": checkpoint.recipe.method,
         "epoch": checkpoint.epoch,
         "split": target.part,
+        "note": target.note,
         target.part: metrics,
         "bad_images": {target.part: bad} if bad else {},
         "class_names": list(checkpoint.class_names),
@@ -113,43 +106,35 @@ def evaluate_checkpoint(
     return table, predictions
 
 
-# ---------------------------------------------------------------------------------------------- one checkpoint
-
-
 def score_checkpoint(
     checkpoint: Checkpoint, parts: Mapping[str, Batches], device: str = "auto", world: World = ALONE
 ) -> tuple[CheckpointMetrics, Table]:
     """The metrics of a checkpoint on its validation and test parts, where there are any; and what the report draws of
     it, by 'PART/NAME', which rank 0 alone has."""
     network = checkpoint.build().to(choose_device(device, world.local_rank))
+    scored: dict[str, PartMetrics] = {}
     observed: Table = {}
-
-    def score_part(part: str, temperature: float | None) -> tuple[PartMetrics, Predictions]:
-        observation = Observation(len(checkpoint.class_names), temperature)
-        with observation.watch(network) as observe:
-            chooses = part == "validation"
-            metrics, predictions = _score(checkpoint, network, parts[part], world, chooses, observe)
+    temperature = None
+    for part in ("validation", "test"):
+        if part not in parts:
+            continue
+        chooses = part == "validation"
+        with observe(network, checkpoint.class_counts, temperature) as observation:
+            scored[part], predictions = _score(checkpoint, network, parts[part], world, chooses, observation.add)
         observation.gather(world)
-        if world.is_first:
-            table = observation.table(predictions, network, checkpoint.class_counts)
-            observed.update({f"{part}/{name}": values for name, values in table.items()})
-        return metrics, predictions
-
-    validation = test = temperature = None
-    if "validation" in parts:
-        validation, predictions = score_part("validation", None)
-        temperature = calibrating_temperature(checkpoint, predictions)
-        if temperature is not None and predictions.logits_NC is not None:
-            logits_NC = torch.from_numpy(predictions.logits_NC)
-            observed["validation/calibrated_N"] = confidence_at(logits_NC, temperature).numpy()
-    if "test" in parts:
-        test, _ = score_part("test", temperature)
+        table = observation.table(predictions) if world.is_first else {}
+        if chooses:
+            temperature = calibrating_temperature(checkpoint, predictions)
+            if temperature is not None and predictions.logits_NC is not None:
+                logits_NC = torch.from_numpy(predictions.logits_NC)
+                table["calibrated_N"] = confidence_at(logits_NC, temperature).numpy()
+        observed |= {f"{part}/{name}": values for name, values in table.items()}
     metrics: CheckpointMetrics = {
         "epoch": checkpoint.epoch,
         "step": checkpoint.step,
-        "validation": validation,
-        "test": test,
-        "post_hoc": _post_hoc_prior(validation, test),
+        "validation": scored.get("validation"),
+        "test": scored.get("test"),
+        "post_hoc": _post_hoc_prior(scored.get("validation"), scored.get("test")),
         "temperature": temperature,
     }
     return metrics, observed
@@ -161,12 +146,12 @@ def _score(
     batches: Batches,
     world: World,
     keep_logits: bool,
-    observe: Callable[[Tensor, Tensor], None] | None = None,
+    look: Callable[[Tensor, Tensor], None] | None = None,
 ) -> tuple[PartMetrics, Predictions]:
-    counts = checkpoint.class_counts or None
+    counts = checkpoint.class_counts
     prior_C = log_prior(torch.tensor(counts)).float() if counts and min(counts) > 0 else None
-    predictions = predict(network, batches, prior_C, keep_logits, observe, world)
-    return score(predictions, counts, len(checkpoint.class_names)), predictions
+    predictions = predict(network, batches, prior_C, keep_logits, look, world)
+    return score(predictions, counts or None, len(checkpoint.class_names)), predictions
 
 
 def calibrating_temperature(checkpoint: Checkpoint, validation: Predictions) -> float | None:
@@ -194,17 +179,10 @@ def _post_hoc_prior(validation: PartMetrics | None, test: PartMetrics | None) ->
 # ---------------------------------------------------------------------------------------------- files
 
 
-def _load_last_and_best(
-    path: Path, overrides: Sequence[tuple[Field, Any]]
-) -> tuple[Checkpoint, Checkpoint | None, str | None]:
-    """A run's checkpoints, and why the best one cannot be read."""
+def _load_last_and_best(path: Path, overrides: Overrides) -> tuple[Checkpoint, Checkpoint | None]:
     last = with_overrides(load_checkpoint(path / LAST), overrides, path)
-    if last.best is None and not (path / BEST).is_file():
-        return last, None, None
-    try:
-        return last, with_overrides(load_checkpoint(path / BEST), overrides, path), None
-    except UserError as error:
-        return last, None, str(error)
+    has_best = (path / BEST).is_file()
+    return last, with_overrides(load_checkpoint(path / BEST), overrides, path) if has_best else None
 
 
 def _open(recipe: Recipe, images: ImageList, device: str, world: World) -> Batches:
@@ -216,9 +194,9 @@ def record_bad_images(path: Path, world: World, **parts: Batches | None) -> BadI
     """Add the images of each part that any rank could not read so far to the run's `bad-images.json`, and return what
     it holds: a run that is interrupted and goes on knows all of them."""
     new = {part: _bad_images(batches, world) for part, batches in parts.items() if batches}
+    file = path / BAD_IMAGES
 
     def write() -> BadImages:
-        file = path / BAD_IMAGES
         known = read_bad_images(file) if file.is_file() else {}
         together = {part: {**known.get(part, {}), **new.get(part, {})} for part in PARTS}
         found = {part: dict(sorted(names.items())) for part, names in together.items() if names}
@@ -238,6 +216,10 @@ def _bad_images(batches: Batches, world: World) -> dict[str, str]:
 def write_logits(path: Path, predictions: Predictions, class_names: Sequence[str]) -> None:
     """`logits` `[N, C]`, `labels` `[N]` in the order of the list, and `class_names`, as NumPy's .npz."""
     assert predictions.logits_NC is not None
-    arrays = {"logits": predictions.logits_NC, "labels": predictions.labels_N, "class_names": np.array(class_names)}
+    names = np.array(class_names)
+    _write_arrays(path, {"logits": predictions.logits_NC, "labels": predictions.labels_N, "class_names": names})
+
+
+def _write_arrays(path: Path, arrays: Table) -> None:
     with atomic_file(path) as file:
         np.savez_compressed(file, **arrays)  # pyright: ignore[reportArgumentType] no key is its own argument

@@ -12,16 +12,20 @@ from equipoise.data.lists import BENCHMARKS
 from equipoise.data.sources import LISTS, find_parts, named_lists, open_data, open_part, part_of, recognise
 from equipoise.runs.checkpoint import Checkpoint, changed_part, load_checkpoint
 
+Overrides = Sequence[tuple[Field, Any]]  # fields of a recipe, as text or values
+
 
 class Target(NamedTuple):
-    """The checkpoint and the images of the part that it is to be scored on."""
+    """The checkpoint and the images of the part that it is to be scored on. `note`: what is odd about them, if
+    anything is."""
 
     checkpoint: Checkpoint
     part: str
     images: ImageList
+    note: str = ""
 
 
-def find_target(path: Path, data: str | None, part: str | None, overrides: Sequence[tuple[Field, Any]]) -> Target:
+def find_target(path: Path, data: str | None, part: str | None, overrides: Overrides) -> Target:
     """What `evaluate_checkpoint` scores; its arguments are explained there."""
     checkpoint = load_checkpoint(path)
     if data is None and not checkpoint.class_counts:
@@ -38,18 +42,17 @@ def find_target(path: Path, data: str | None, part: str | None, overrides: Seque
     return Target(checkpoint, part, parts[part])
 
 
-def with_overrides(checkpoint: Checkpoint, overrides: Sequence[tuple[Field, Any]], path: Path) -> Checkpoint:
+def with_overrides(checkpoint: Checkpoint, overrides: Overrides, path: Path) -> Checkpoint:
     """The checkpoint with fields of its recipe changed. Raises UserError for one that decides the model."""
     recipe = checkpoint.recipe
     for field, value in overrides:
         changed = override(recipe, field, value)
-        before, after = field_value(recipe, field), field_value(changed, field)
-        if field.key in ("model.encoder", "model.classifier", "model.feature_dim") and before != after:
+        if changed != recipe and (field.path[0] == "model" or field.key == "method"):
+            before, after = field_value(recipe, field), field_value(changed, field)
             raise UserError(
                 f"{path} has {field.key} = {before}, not {after}; change it back or name another checkpoint"
             )
-        if field.path[0] != "model" and field.key != "method":
-            recipe = changed
+        recipe = changed
     return replace(checkpoint, recipe=recipe)
 
 
@@ -66,23 +69,38 @@ def unchanged_data(checkpoint: Checkpoint, path: Path) -> Parts:
     return parts
 
 
-def _on_other_data(
-    checkpoint: Checkpoint, data: str, part: str | None, overrides: Sequence[tuple[Field, Any]], path: Path
-) -> Target:
-    known = recognise(data)
-    benchmark = known if known in BENCHMARKS else ""
+def _on_other_data(checkpoint: Checkpoint, data: str, part: str | None, overrides: Overrides, path: Path) -> Target:
+    benchmark = known if (known := recognise(data)) in BENCHMARKS else ""
     of_authors = not checkpoint.class_counts
     if of_authors and benchmark:  # its file has no mean and std: they are those of the data set
         checkpoint = replace(checkpoint, recipe=replace(checkpoint.recipe, views=load_recipe(benchmark).views))
-    no_lists: list[tuple[Field, Any]] = [(find_field(key), "") for key in LISTS.values()]  # its own are of its data
-    checkpoint = with_overrides(checkpoint, [*no_lists, *overrides], path)
-    source = replace(checkpoint.recipe.data, path=data)
+    no_lists = [(find_field(key), "") for key in LISTS.values()]  # its own are of its data
+    checkpoint = with_overrides(checkpoint, [*no_lists, *overrides, (find_field("data"), data)], path)
+    source = checkpoint.recipe.data
     if not named_lists(source):
         source = replace(source, benchmark=benchmark)
     if of_authors:
         return _with_classes_of(checkpoint, source, part, path)
     part = part or "test"
-    return Target(checkpoint, part, open_part(source, part, checkpoint.class_names))
+    images = open_part(source, part, checkpoint.class_names)
+    if part == "train" or named_lists(source) or source.benchmark or not _were_trained_on(images, checkpoint):
+        return Target(checkpoint, part, images)
+    note = f"{data} holds the images that {path} was trained on: these figures are too good"
+    return Target(checkpoint, part, images, note)
+
+
+def _were_trained_on(images: ImageList, checkpoint: Checkpoint) -> bool:
+    """Whether the images are the training part of the checkpoint, or all of its data, moved and not divided into
+    parts."""
+    if len(images) < sum(checkpoint.class_counts):
+        return False
+    if images.fingerprint() == checkpoint.fingerprints.get("train"):
+        return True
+    try:
+        parts = open_data(checkpoint.recipe.data)
+    except UserError:  # it can be scored on, but not be trained on
+        return False
+    return len(images) == sum(map(len, parts.named().values())) and changed_part(parts, checkpoint) is None
 
 
 def _with_classes_of(checkpoint: Checkpoint, source: Data, part: str | None, path: Path) -> Target:
@@ -93,9 +111,7 @@ def _with_classes_of(checkpoint: Checkpoint, source: Data, part: str | None, pat
     images = part_of(found, part, source.path)
     classes, known = len(checkpoint.class_names), len(images.class_names)
     if known > classes or (known < classes and found.named):
-        raise UserError(
-            f"{path} knows {classes:,} classes, but {source.path} has {known:,}: it was trained on other data"
-        )
+        raise UserError(f"{path} knows {classes:,} classes, but {source.path} has {known:,}: it is of other data")
     names = (*images.class_names, *checkpoint.class_names[known:])
     train = found.parts.get("train") if found.divided else None
     # Lists may name the first classes only: the others have no images here, and no shot group.

@@ -1,17 +1,17 @@
 """Training state and files, atomically. Nothing in a file is executed: only tensors and plain values are read."""
 
-import hashlib
 import os
 import shutil
+import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import msgspec
 import torch
 from torch import Tensor, nn
 
-from equipoise.authors.checkpoints import from_authors, is_authors_table, parameter_names, to_authors
+from equipoise.authors.checkpoints import from_authors, is_authors_table
 from equipoise.base.errors import UserError
 from equipoise.base.files import atomic_file
 from equipoise.base.tensors import load_tensors
@@ -22,10 +22,8 @@ from equipoise.method.encoders import pretrained_normalisation
 from equipoise.method.losses import log_prior
 from equipoise.method.network import TwoBranchNetwork
 from equipoise.runs.folder import LAST, PREVIOUS, RECIPE, find_checkpoint
-from equipoise.runs.records import Count, Positive, Share
 
 FORMAT = 2
-AUTHORS = "authors"  # the name of a recipe of which only the model is known
 
 
 @dataclass(frozen=True)
@@ -50,8 +48,13 @@ class Checkpoint:
 
     def save(self, path: Path) -> None:
         """Write to `path`, which holds the old file or the whole new one at any moment. Raises OSError."""
-        table = _as_table(self)
-        _write({**table, "digest": digest_of(table)}, path)
+        try:
+            with atomic_file(path) as file:
+                torch.save({"format": FORMAT, **vars(self), "recipe": recipe_table(self.recipe)}, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # torch hides a full disk behind an error of its own
+                raise error.__context__ from None
+            raise
 
     def save_last(self, folder: Path) -> None:
         """Write the folder's last checkpoint and keep the one before it, in case the disk spoils this one."""
@@ -102,152 +105,32 @@ class Checkpoint:
         return (1 - tau) * log_prior(torch.tensor(self.class_counts))
 
 
-# ---------------------------------------------------------------------------------------------- our files
-
-
-class _Momentum(TypedDict):
-    momentum_buffer: Tensor
-
-
-class _Optimizer(TypedDict):
-    state: dict[Count, _Momentum]
-    param_groups: list[dict[str, Any]]
-
-
-class _State(msgspec.Struct):
-    """The table in a file, without its format and its digest."""
-
-    recipe: dict[str, Any]
-    class_names: tuple[str, ...]
-    class_counts: tuple[Positive, ...]
-    epoch: Count
-    step: Count
-    best: tuple[Share, Positive] | None
-    weights: dict[str, Tensor]
-    optimizer: _Optimizer
-    fingerprints: dict[str, str]
-
-    def __post_init__(self) -> None:
-        if not len(set(self.class_names)) == len(self.class_names) == len(self.class_counts) > 0:
-            raise ValueError("its classes need different names, and a count each")
-        if self.epoch > self.step or (self.best is not None and self.best[1] > self.epoch):
-            raise ValueError("no run has these numbers of epochs and steps")
-
-
 def load_checkpoint(path: str | Path) -> Checkpoint:
     """Read what `Checkpoint.save` or the BCL authors' code wrote, onto the CPU. Raises UserError for anything else."""
     path = Path(path)
     table = load_tensors(path, "checkpoint")
+    if zipfile.is_zipfile(path) and not _is_whole(path):
+        raise UserError(f"{path} is damaged: a checksum in it does not fit; take another one of the run")
     if is_authors_table(table):
-        return _from_authors(table, path)
+        read = from_authors(table, str(path))
+        names = tuple(str(label) for label in range(len(read.weights["classifier.weight"])))
+        return Checkpoint(read.recipe, names, (), read.epoch, 0, None, read.weights, read.optimizer, {})
     if not isinstance(table, dict) or table.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of this version of equipoise; take another")
-    if digest_of(table) != table.get("digest"):
-        raise UserError(f"{path} is damaged: its checksum does not fit; use another one of the run")
-    return _from_table(table, path)
-
-
-def _from_table(table: dict[str, Any], path: Path) -> Checkpoint:
+    recipe = recipe_from_table(table.get("recipe", {}), str(path))
     try:
-        state = msgspec.convert(table, _State)
+        return msgspec.convert({**table, "recipe": recipe}, Checkpoint)
     except msgspec.ValidationError as error:
-        raise UserError(f"{path} is damaged or was changed ({error}); use another one of the run") from None
-    values = msgspec.structs.asdict(state)
-    values["recipe"] = recipe_from_table(state.recipe, str(path))
-    return Checkpoint(**values)
+        raise UserError(f"{path} is damaged or was changed ({error}); take another one of the run") from None
 
 
-def _as_table(checkpoint: Checkpoint) -> dict[str, Any]:
-    return {"format": FORMAT, **vars(checkpoint), "recipe": recipe_table(checkpoint.recipe)}
-
-
-def _write(table: dict[str, Any], path: Path) -> None:
-    """Raises OSError where there is no room, or no folder."""
+def _is_whole(path: Path) -> bool:
+    """Whether all in a file of `torch.save` has the CRC-32 that it was written with. torch does not look."""
     try:
-        with atomic_file(path) as file:
-            torch.save(table, file)
-    except RuntimeError as error:
-        if isinstance(error.__context__, OSError):  # torch hides a full disk behind an error of its own
-            raise error.__context__ from None
-        raise
-
-
-def digest_of(table: dict[str, Any]) -> str:
-    """SHA-256 over all that a checkpoint holds but the digest itself."""
-    hasher = hashlib.sha256()
-
-    def add(value: Any) -> None:
-        if isinstance(value, Tensor):
-            hasher.update(f"{value.dtype} {list(value.shape)}".encode())
-            hasher.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-        elif isinstance(value, dict):
-            for key in sorted(value, key=str):
-                if key != "digest":
-                    hasher.update(f"{key!r}:".encode())
-                    add(value[key])
-        elif isinstance(value, list | tuple):
-            hasher.update(f"{len(value)} entries".encode())
-            for entry in value:
-                add(entry)
-        else:
-            hasher.update(f"{value!r};".encode(errors="backslashreplace"))
-
-    add(table)
-    return hasher.hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------- the authors' files
-
-
-def _from_authors(table: dict[str, Any], path: Path) -> Checkpoint:
-    """A checkpoint of the BCL authors' code, or one that `export_to_authors` wrote."""
-    read = from_authors(table, str(path))
-    momentum = enumerate(parameter_names(read.weights))
-    state = {index: {"momentum_buffer": read.momentum[name]} for index, name in momentum if name in read.momentum}
-    tensors: dict[str, Any] = {"weights": read.weights, "optimizer": {"state": state, "param_groups": []}}
-    if isinstance(table.get("equipoise"), dict):
-        return _from_table({**table["equipoise"], **tensors}, path)
-    width = read.weights["classifier.weight"].shape[1]
-    unknown = Recipe(name=AUTHORS)
-    model = replace(
-        unknown.model,
-        encoder=read.arch,
-        classifier="linear" if read.classifier == "linear" else "cosine",
-        hidden_dim=0 if read.hidden_dim == width else read.hidden_dim,  # in a recipe, 0 is the encoder's width
-        feature_dim=read.feature_dim,
-    )
-    return Checkpoint(
-        recipe=replace(unknown, model=model),
-        class_names=tuple(str(label) for label in range(read.classes)),
-        class_counts=(),
-        epoch=read.epoch,
-        step=0,
-        best=None,
-        fingerprints={},
-        **tensors,
-    )
-
-
-def export_to_authors(path: Path, out: Path) -> None:
-    """Write the checkpoint at `path` in the layout of the BCL authors' code, with what theirs leaves out under a key of
-    its own. Raises UserError for a model that their code does not have, and for a checkpoint in that layout."""
-    checkpoint = load_checkpoint(path)
-    groups, states = checkpoint.optimizer["param_groups"], checkpoint.optimizer["state"]
-    if not groups:  # they are not read from that layout, nor is its best accuracy
-        raise UserError("the checkpoint is in the authors' layout already, and would lose by being read: copy the file")
-    names = parameter_names(checkpoint.weights)
-    described = {key: value for key, value in _as_table(checkpoint).items() if key not in ("weights", "optimizer")}
-    table = to_authors(
-        checkpoint.weights,
-        {name: states[index]["momentum_buffer"] for index, name in enumerate(names) if index in states},
-        arch=checkpoint.recipe.model.encoder,
-        classifier=checkpoint.recipe.model.classifier,
-        epoch=checkpoint.epoch,
-        best_per_class=checkpoint.best[0] if checkpoint.best else None,
-        extra=described,
-        param_group=groups[0],
-    )
-    _write(table, out)
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() is None
+    except Exception:  # what zipfile raises for a damaged directory is of many kinds
+        return False
 
 
 # ---------------------------------------------------------------------------------------------- recipe, data, network

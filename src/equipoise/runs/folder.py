@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import platform
 import shlex
 import shutil
@@ -26,23 +25,17 @@ RECIPE, RECORD, METRICS, LOCK = "recipe.toml", "run.json", "metrics.json", "run.
 LOG, CURVES = "metrics.jsonl", "tensorboard"
 BAD_IMAGES = "bad-images.json"  # the images that could not be read so far
 OBSERVED = "observed.npz"  # what the report draws beside the metrics
-# Our name -> the name that the authors' code gives it.
-AUTHORS_NAMES = {LAST: "bcl_ckpt.pth.tar", BEST: "bcl_ckpt.best.pth.tar"}
-
-
-def our_name(file: Path) -> str:
-    """What a checkpoint is called here that has one of the authors' names; any other name as it is."""
-    return {theirs: ours for ours, theirs in AUTHORS_NAMES.items()}.get(file.name, file.name)
+_NAMES_OF_AUTHORS = {"bcl_ckpt.pth.tar": LAST, "bcl_ckpt.best.pth.tar": BEST}  # what their code calls ours
 
 
 def find_checkpoint(path: Path) -> Path:
     """`path`, or the checkpoint beside it that the authors' code would have called so. Raises UserError where there is
     neither."""
-    if path.exists():
-        return path
-    if path.with_name(our_name(path)).is_file():
-        return path.with_name(our_name(path))
-    raise UserError(f"there is no run folder or checkpoint at {path}")
+    ours = path.with_name(_NAMES_OF_AUTHORS.get(path.name, path.name))
+    found = next((file for file in (path, ours) if file.exists()), None)
+    if found is None:
+        raise UserError(f"there is no run folder or checkpoint at {path}")
+    return found
 
 
 def chosen_checkpoint(target: Path) -> Path:
@@ -81,21 +74,18 @@ class RunFolder:
             created = not path.exists()
             path.mkdir(parents=True, exist_ok=True)
             lock = FileLock(path / LOCK)
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                return False
-            if not goes_on and (path / RECORD).exists():  # another run has been here since this one was planned
-                lock.release()
-                return False
+            lock.acquire(timeout=0)
+        except Timeout:
+            return False
         except OSError as error:
-            cannot = "written into" if goes_on else "made"
-            reason = (error.strerror or str(error)).lower()
-            raise UserError(f"the run folder {path} cannot be {cannot} ({reason}); name another with --out") from None
+            cannot, why = "written into" if goes_on else "made", (error.strerror or str(error)).lower()
+            raise UserError(f"the run folder {path} cannot be {cannot} ({why}); name another with --out") from None
+        if not goes_on and (path / RECORD).exists():  # another run has been here since this one was planned
+            lock.release()
+            return False
         self._path, self._lock, self._created, self._kept = path, lock, created, goes_on
         for leftover in path.glob(f".*{UNFINISHED}"):  # files that a killed run was writing
-            if leftover.is_file():
-                leftover.unlink()
+            leftover.unlink()
         return True
 
     def keep(self) -> None:
@@ -111,22 +101,16 @@ class RunFolder:
         # A bug leaves its evidence. SystemExit comes from rich, where nobody reads what it prints.
         failed = isinstance(error, UserError | OSError | KeyboardInterrupt | SystemExit)
         removed = failed and not self._kept and not (self._path / LAST).exists()
-        if removed:
-            _empty(self._path)
+        for entry in self._path.glob("*") if removed else ():
+            if entry.is_dir():
+                shutil.rmtree(entry, ignore_errors=True)
+            elif entry.name != LOCK:
+                entry.unlink(missing_ok=True)
         (self._path / LOCK).unlink(missing_ok=True)  # last: from here on another process may take the folder
         if removed and self._created:
             with contextlib.suppress(OSError):  # another process has taken it already
                 self._path.rmdir()
         self._lock.release()
-
-
-def _empty(folder: Path) -> None:
-    """Remove everything from a folder but its lock."""
-    for entry in folder.iterdir() if folder.is_dir() else ():
-        if entry.is_dir():
-            shutil.rmtree(entry, ignore_errors=True)
-        elif entry.name != LOCK:
-            entry.unlink(missing_ok=True)
 
 
 def is_used(folder: Path) -> bool:
@@ -152,12 +136,9 @@ def write_record(folder: Path, recipe: Recipe, about: dict[str, Any]) -> None:
 def commit_of(file: Path) -> dict[str, Any] | None:
     """The commit of a source file's repository, and whether that has changes; None where git does not know the file:
     in an installed package, whose version says it all."""
-    # In a git hook, these variables name another repository.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
 
     def git(*arguments: str) -> str:
-        command = ["git", *arguments]
-        done = subprocess.run(command, cwd=file.parent, env=environment, capture_output=True, text=True, check=True)
+        done = subprocess.run(["git", *arguments], cwd=file.parent, capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
     try:

@@ -2,7 +2,6 @@
 
 import json
 import os
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
@@ -57,10 +56,12 @@ class RunLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for opened in (self._curves, self._lines):
-            with suppress(*([OSError] if error else [])):  # on a full disk closing fails too: the first error says more
-                if opened is not None:
-                    opened.close()
+        for opened in filter(None, (self._curves, self._lines)):
+            try:
+                opened.close()
+            except OSError:
+                if error is None:  # on a full disk closing fails too: the first error says more
+                    raise
 
 
 def _open_curves(folder: Path, step: int) -> "SummaryWriter | None":
