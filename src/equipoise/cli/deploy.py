@@ -49,7 +49,10 @@ def predict(options: argparse.Namespace) -> None:
     classifier = load(options.target, options.device)
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("predicting", total=None)
-        show = lambda done, files: progress.update(task, completed=done, total=files)  # noqa: E731
+
+        def show(done: int, files: int) -> None:
+            progress.update(task, completed=done, total=files)
+
         predicted = classifier.predict(options.paths, options.top, options.prior, show)
     for error in predicted.errors:
         print(f"passed over: {error}", file=sys.stderr)

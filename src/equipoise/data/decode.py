@@ -7,7 +7,7 @@ import contextlib
 import io
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -173,7 +173,7 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 
 
 @contextlib.contextmanager
-def _named(source: ImageFiles | EncodedImages, index: int) -> Iterator[None]:
+def _named(source: ImageFiles | EncodedImages, index: int) -> Generator[None]:
     """Raise BadImageError, which names the image, for whatever a decoder raises."""
     try:
         yield

@@ -4,6 +4,7 @@ import json
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from itertools import repeat
 from pathlib import Path
 from typing import IO
 
@@ -83,7 +84,7 @@ def _write(file: IO[bytes], images: ImageList, about: About, threads: int) -> No
     with ThreadPoolExecutor(max(1, threads)) as pool, pa.ipc.new_file(file, schema) as writer:
         for first in track(range(0, len(images), _ROWS), f"packing {about.part}", transient=True):
             rows = range(first, min(first + _ROWS, len(images)))
-            encoded = list(pool.map(lambda row: _encoded(images, row, about.short_side), rows))
+            encoded = list(pool.map(_encoded, repeat(images), rows, repeat(about.short_side)))
             names = [source.paths_N[row] if isinstance(source, ImageFiles) else source.name(row) for row in rows]
             checksums = [zlib.crc32(content) for content in encoded]
             writer.write(pa.record_batch([names, encoded, checksums, images.labels_N[rows]], schema))

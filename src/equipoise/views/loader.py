@@ -260,5 +260,5 @@ def _start_worker(_: int) -> None:
     # loader processes. They end with it, or by themselves a minute after SIGTERM.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "alarm"):
-        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_SECONDS_AFTER_SIGTERM))
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_SECONDS_AFTER_SIGTERM))
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
