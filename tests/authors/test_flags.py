@@ -120,7 +120,7 @@ def test_a_data_set_by_name(name):
             "--dataset imagenet means the recipe imagenet-lt, not inat2018; drop one of them",
         ),
         ("--schedule 60 later", "optim.milestones must be a list of numbers"),
-        ("--randaug_m 30", "views.randaug_m must be at least 0 and at most 10, not '30'"),
+        ("--randaug_m 30", "views.randaug_m must be a number, at least 0 and at most 10, not '30'"),
         ("--reload True", "--reload scores a checkpoint: name it with --resume CHECKPOINT"),
         ("--reload True --resume log/x.pth.tar", "there is no run folder or checkpoint at log/x.pth.tar"),
         ("--reload True --resume x --beside ce", "--reload trains nothing: drop --beside"),

@@ -69,7 +69,7 @@ def test_an_existing_folder_is_not_written_over(tmp_path):
         ("class_names", ["a", "b"], "there must be one class count for each class"),
         ("class_counts", [1, 2, 0, 4], "Expected `int` >= 1 - at `$.equipoise.class_counts[2]`"),
         ("temperature", "hot", "at `$.equipoise.temperature`"),
-        ("recipe", {"epochs": -3}, "epochs must be at least 1"),
+        ("recipe", {"epochs": -3}, "epochs must be a whole number, at least 1"),
         ("head.safetensors", b"half", "is not a folder that equipoise export --to safetensors wrote, or it is damaged"),
         ("model.safetensors", None, "is not a folder that equipoise export --to safetensors wrote, or it is damaged"),
         ("config.json", b'{"architecture": "resnet18"}', "missing required field `equipoise`"),
