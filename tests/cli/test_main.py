@@ -155,7 +155,7 @@ def test_every_shipped_recipe_trains(name, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["train", "digit-lt"], "no recipe is called 'digit-lt'; did you mean digits-lt or"),
+        (["train", "digit-lt"], "no recipe is called 'digit-lt'; did you mean digits-lt?"),
         (["train", "--lr", "-0.1"], "optim.lr must be a number, above 0, not '-0.1'"),
         (["train", "--set", "optim.lr=-1"], "optim.lr must be a number, above 0, not '-1'"),
         (["train", "--lr", "0.1", "--set", "optim.lr=0.2"], "--set optim.lr=0.2, but a flag says 0.1; drop one of"),
