@@ -5,17 +5,12 @@ import torch
 
 from equipoise import UserError
 from equipoise.base import device
-from equipoise.base.device import autocast, choose_device, choose_precision, describe_machine
+from equipoise.base.device import autocast, choose_device, choose_precision
 
 CPU = torch.device("cpu")
 
 
-def test_devices():
-    assert choose_device("cpu") == CPU
-    assert choose_device("auto").type in ("cpu", "cuda", "mps")
-
-
-@pytest.mark.parametrize("name", ["tpu", "", "cpu:0", "cuda:x", "cuda:", "mps:1", "meta", "CPU"])
+@pytest.mark.parametrize("name", ["tpu", "", "cpu:0", "cuda:x", "cuda:", "mps:1"])
 def test_what_is_no_device(name):
     with pytest.raises(UserError) as refused:
         choose_device(name)
@@ -32,17 +27,11 @@ def test_a_device_that_is_not_there():
 def test_auto_precision_follows_the_processor(flags, precision, monkeypatch):
     monkeypatch.setattr(device, "_cpu_field", lambda name: flags)
     assert choose_precision("auto", CPU) == precision
-    assert choose_precision("fp32", CPU) == "fp32"
-    assert choose_precision("bf16", CPU) == "bf16"
+    assert [choose_precision(name, CPU) for name in ("fp32", "bf16")] == ["fp32", "bf16"]
 
 
 def test_autocast():
     a = torch.ones(2, 2)
-    with autocast(CPU, "bf16"):
-        assert (a @ a).dtype == torch.bfloat16
-    with autocast(CPU, "fp32"):
-        assert (a @ a).dtype == torch.float32
-
-
-def test_machine():
-    assert describe_machine(CPU)["threads"] == torch.get_num_threads()
+    for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        with autocast(CPU, precision):
+            assert (a @ a).dtype == dtype

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from equipoise.base.errors import UnreadableError, UserError, in_words, one_line, out_of_memory, reason, shown
+from equipoise.base.errors import UserError, in_words, one_line, out_of_memory, reason, shown
 
 UNCLEAR = "its content makes no sense"
 
@@ -24,12 +24,9 @@ def raised(call) -> Exception:
     ("error", "ours", "with_the_library"),
     [
         (PermissionError(13, "Permission denied", "x"), "permission denied", "permission denied"),
-        (UnreadableError("it has \x1b[31mno image"), r"it has \x1b[31mno image", r"it has \x1b[31mno image"),
-        (MemoryError(), "there is not enough memory for it", "there is not enough memory for it"),
         (raised(lambda: json.loads("{}}")), UNCLEAR, "Extra data: line 1 column 3 (char 2)"),
-        (RuntimeError("first line\nsecond line"), UNCLEAR, "first line"),
+        (RuntimeError("first \x1b[31mline\nsecond line"), UNCLEAR, r"first \x1b[31mline"),
         (ValueError("x" * 1000), UNCLEAR, "x" * 150),
-        (ValueError(""), UNCLEAR, UNCLEAR),
         (raised(lambda: Image.open(io.BytesIO(b"x"))), UNCLEAR, UNCLEAR),
         (KeyError(1946569571), UNCLEAR, UNCLEAR),
         (raised(lambda: b"\xff".decode()), UNCLEAR, UNCLEAR),
@@ -53,8 +50,6 @@ def test_reasons(error, ours, with_the_library):
         (OSError("out of memory error when reading image file"), True),  # Pillow's
         (OSError(12, "Cannot allocate memory"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
-        (RuntimeError("unable to mmap 94273440 bytes from file: Cannot allocate memory (12)"), True),
-        (OSError(2, "No such file or directory", "out of memory"), False),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (ValueError("out of memory"), False),
     ],

@@ -1,7 +1,6 @@
 """Files that are written whole or not at all."""
 
 import os
-import stat
 
 import pytest
 
@@ -31,17 +30,6 @@ def test_what_fails_leaves_the_file_as_it_was(error, tmp_path):
         assert raised.value.filename == str(path), "the system does not say which file had no room"
 
 
-@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
-def test_permissions_are_those_of_the_umask(mask, tmp_path):
-    before = os.umask(mask)
-    try:
-        with atomic_file(tmp_path / "x"):
-            pass
-    finally:
-        os.umask(before)
-    assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o666 & ~mask
-
-
 def test_a_link_stays_a_link(tmp_path):
     (tmp_path / "target").write_bytes(b"before")
     (tmp_path / "link").symlink_to("target")
@@ -49,11 +37,6 @@ def test_a_link_stays_a_link(tmp_path):
         file.write(b"after")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "target").read_bytes() == b"after"
-
-
-def test_no_folder(tmp_path):
-    with pytest.raises(FileNotFoundError), atomic_file(tmp_path / "none" / "x"):
-        pass
 
 
 def test_the_content_is_on_the_disk_before_it_has_the_name(tmp_path, monkeypatch):

@@ -158,8 +158,8 @@ def test_every_shipped_recipe_trains(name, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["train", "digit-lt"], "no recipe is called 'digit-lt'; did you mean digits-lt or"),
-        (["train", "--set", "optim.lr=-1"], "optim.lr must be above 0, not '-1'"),
+        (["train", "digit-lt"], "no recipe is called 'digit-lt'; did you mean digits-lt?"),
+        (["train", "--set", "optim.lr=-1"], "optim.lr must be a number, above 0, not '-1'"),
         (["train", "--lr", "0.1", "--set", "optim.lr=0.2"], "--set optim.lr=0.2, but a flag says 0.1; drop one of"),
         (["train", "--set", "optim.milestones=3", "--schedule", "6", "8"], "optim.milestones=3, but a flag says 6 8"),
         (["evaluate", "x", "--set", "data.test_list=a", "--test-list", "b"], "data.test_list=a, but a flag says b"),

@@ -1,6 +1,7 @@
 """Recipes: every shipped one loads, every wrong one is refused with a sentence that helps."""
 
 import tomllib
+from functools import reduce
 
 import pytest
 
@@ -9,7 +10,6 @@ from equipoise.config.recipe import (
     Recipe,
     field_value,
     find_field,
-    override,
     recipe_fields,
     recipe_from_table,
     recipe_toml,
@@ -18,21 +18,16 @@ from equipoise.config.recipe import (
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
-def test_shipped_recipes_say_what_they_are(name):
+def test_shipped_recipes_say_what_they_are(name, tmp_path):
     recipe = load_recipe(name)
     assert recipe.name == name
     assert len(recipe.summary) < 100
     header = shipped_recipes()[name].read_text(encoding="utf-8")
     assert "Source:" in header
     assert "Command: equipoise train" in header
-
-
-@pytest.mark.parametrize("name", shipped_recipes())
-def test_toml_round_trip(name, tmp_path):
-    recipe = load_recipe(name, lr=0.037, milestones=[0.5, 3])
-    path = tmp_path / "mine.toml"
-    path.write_text(recipe_toml(recipe), encoding="utf-8")
-    assert load_recipe(path) == recipe
+    changed = load_recipe(name, lr=0.037, milestones=[0.5, 3])
+    (tmp_path / "recipe.toml").write_text(recipe_toml(changed), encoding="utf-8")
+    assert load_recipe(tmp_path / "recipe.toml") == load_recipe(tmp_path) == changed, "by its file, and as a run folder"
 
 
 # As the authors' README and code have them; of CIFAR, as the re-implementations that reach the paper's figures.
@@ -49,12 +44,8 @@ _CIFAR = _PHOTOS | {
     "size": 32, "mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010),
 }  # fmt: skip
 _INATURALIST = {
-    "epochs": 100,
-    "lr": 0.2,
-    "weight_decay": 1e-4,
-    "mean": (0.466, 0.471, 0.38),
-    "std": (0.195, 0.194, 0.192),
-}
+    "epochs": 100, "lr": 0.2, "weight_decay": 1e-4, "mean": (0.466, 0.471, 0.38), "std": (0.195, 0.194, 0.192),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -92,27 +83,24 @@ def test_overrides_take_text_and_values():
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("lr", -0.1, "optim.lr must be above 0, not -0.1"),
-        ("lr", "fast", "optim.lr must be a number, not 'fast'"),
-        ("lr", float("nan"), "optim.lr must be a number, not nan"),
-        ("tau", "inf", "loss.tau must be a number, not 'inf'"),
-        ("lr", True, "optim.lr must be a number, not True"),
-        ("lr", None, "optim.lr must be a number, not None"),
-        ("epochs", 0, "epochs must be at least 1 and at most 1000000, not 0"),
-        ("epochs", 2.5, "epochs must be a whole number, not 2.5"),
-        ("seed", "9" * 5000, f"seed must be a whole number, not '{'9' * 47}...{'9' * 48}'"),
-        ("holdout", 0.9, "data.holdout must be at least 0 and at most 0.5, not 0.9"),
+        ("lr", -0.1, "optim.lr must be a number, above 0, not -0.1"),
+        ("lr", "fast", "optim.lr must be a number, above 0, not 'fast'"),
+        ("lr", float("nan"), "optim.lr must be a number, above 0, not nan"),
+        ("tau", "inf", "loss.tau must be a number, at least 0, not 'inf'"),
+        ("lr", True, "optim.lr must be a number, above 0, not True"),
+        ("epochs", 2.5, "epochs must be a whole number, at least 1 and at most 1000000, not 2.5"),
+        ("log_every", "9" * 5000, f"log_every must be a whole number, at least 1, not '{'9' * 47}...{'9' * 48}'"),
+        ("holdout", 0.9, "data.holdout must be a number, at least 0 and at most 0.5, not 0.9"),
         ("device", "gpu", "device must be one of auto, cpu, cuda, cuda:N, mps, not 'gpu'"),
         ("method", "BCL", "method must be one of bcl, ce, logit-adjusted, supcon+la, not 'BCL'"),
-        ("method", ["bcl"], "method must be one of bcl, ce, logit-adjusted, supcon+la, not ['bcl']"),
         ("pretrained", "maybe", "model.pretrained must be true or false, not 'maybe'"),
         ("pretrained", 1, "model.pretrained must be true or false, not 1"),
-        ("mean", "0.1 0.2", "views.mean must be 3 numbers, each at least 0 and at most 1, not '0.1 0.2'"),
-        ("std", [0.2, 0, 0.2], "views.std must be 3 numbers, each above 0 and at most 1, not [0.2, 0, 0.2]"),
-        ("milestones", 5, "optim.milestones must be a list of numbers, not 5"),
-        ("data", 7, "data.path must be text, not 7"),
+        ("mean", "0.1 0.2", "views.mean must be 3 numbers, at least 0 and at most 1, not '0.1 0.2'"),
+        ("std", [0.2, 0, 0.2], "views.std must be 3 numbers, above 0 and at most 1, not [0.2, 0, 0.2]"),
+        ("milestones", 5, "optim.milestones must be a list of numbers, above 0, not 5"),
         ("data", "\udcff", "data.path must be text, not '\\udcff'"),
         ("name", "../x", "name must be a name of up to 100 characters without /, not '../x'"),
+        ("temprature", 1, "no recipe field is called 'temprature'; did you mean temperature?"),
     ],
 )
 def test_refused_values(key, value, said):
@@ -124,9 +112,9 @@ def test_refused_values(key, value, said):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("digit-lt", "no recipe is called 'digit-lt'; did you mean digits-lt or imagenet-lt?"),
+        ("digit-lt", "no recipe is called 'digit-lt'; did you mean digits-lt?"),
         ("zzz", f"no recipe is called 'zzz'; there are: {', '.join(shipped_recipes())}"),
-        ("absent.toml", "no recipe file at absent.toml"),
+        ("absent.toml", "absent.toml is no recipe that can be read (no such file or directory)"),
         ("/", "/ is a folder, not a recipe; to train on the pictures in it: --data /"),
     ],
 )
@@ -134,11 +122,6 @@ def test_unknown_recipes(name, said):
     with pytest.raises(UserError) as error:
         load_recipe(name)
     assert str(error.value) == said
-
-
-def test_the_recipe_of_a_run_folder(tmp_path):
-    (tmp_path / "recipe.toml").write_text("epochs = 3")
-    assert load_recipe(tmp_path) == load_recipe(tmp_path / "recipe.toml")
 
 
 @pytest.mark.parametrize(
@@ -149,10 +132,9 @@ def test_the_recipe_of_a_run_folder(tmp_path):
         ("[optim]\nlearning = 1", "no recipe field is called 'optim.learning'"),
         ("[optimizer]\nlr = 1", "no recipe field is called 'optimizer.lr'; did you mean optim.lr"),
         ("optim = 3", "no recipe field is called 'optim'"),
-        ("[optim]\nlr = -1", "optim.lr must be above 0, not -1"),
-        ("epochs = [", "is not valid TOML"),
-        ("day = 2024-99-99", "is not valid TOML"),
-        (b"\xff\xfe", "is not valid TOML"),
+        ("[optim]\nlr = -1", "optim.lr must be a number, above 0, not -1"),
+        ("epochs = [", "is no recipe that can be read (Invalid value (at end of document))"),
+        (b"\xff\xfe", "is no recipe that can be read"),
     ],
 )
 def test_wrong_files(text, said, tmp_path):
@@ -171,21 +153,11 @@ def test_tables_of_other_programs(table):
         recipe_from_table(table, "here")
 
 
-def test_unknown_override():
-    with pytest.raises(UserError, match=r"called 'temprature'; did you mean temperature or loss.temperature"):
-        load_recipe("digits-lt", temprature=1)
-
-
 def test_the_written_file_is_complete():
     table = tomllib.loads(recipe_toml(Recipe()))
-    written = {
-        key if not isinstance(value, dict) else f"{key}.{leaf}"
-        for key, value in table.items()
-        for leaf in (value if isinstance(value, dict) else [None])
-    }
-    assert written == {field.key for field in recipe_fields()}
+    for field in recipe_fields():
+        assert reduce(lambda part, name: part[name], field.path, table) is not None
     assert recipe_from_table(table, "here") == Recipe()
-    assert override(Recipe(), find_field("seed"), 4).seed == 4
 
 
 def test_a_byte_order_mark_is_no_part_of_a_recipe(tmp_path):

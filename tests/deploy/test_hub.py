@@ -67,7 +67,7 @@ def test_an_existing_folder_is_not_written_over(tmp_path):
         ("model.safetensors", None, "(no such file or directory: "),
         ("config.json", b'{"architecture": "resnet18"}', "missing required field `equipoise`"),
         ("config.json", b"{", "(Expecting property name"),
-        ("recipe", {"epochs": -3}, "epochs must be at least 1"),
+        ("recipe", {"epochs": -3}, "epochs must be a whole number, at least 1"),
         ("temperature", "hot", "at `$.equipoise.temperature`"),
         ("class_names", ["a", 3, "b", "c"], "Expected `str`, got `int` - at `$.equipoise.class_names[1]`"),
         ("class_names", ["a", "b"], "the checkpoint's weights do not fit the resnet8 and 2 classes"),

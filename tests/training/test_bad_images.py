@@ -226,7 +226,7 @@ def test_evaluation_refuses_a_bad_image_or_leaves_it_out(data, tmp_path, capsys)
 def test_check_decodes_everything_and_names_every_bad_file(data, capsys):
     assert main(["data", str(data), "--check"]) == 0
     said = capsys.readouterr().out
-    assert "decoding train: 18 of 18 images" in said
+    assert "image 18/18  decoding train" in said
     assert "no problems found (every image was decoded)" in said
     kinds = [*HEADER_TELLS.values(), *PIXELS_TELL.values()]
     for number, make in enumerate(kinds):

@@ -144,7 +144,7 @@ def test_what_a_checkpoint_counts_on_is_on_the_disk_before_it(tmp_path, monkeypa
         ),
         (
             "session.evaluate_run",
-            "there is not enough memory for this on this device; free some, or try another. Training is done and kept; "
+            "there is not enough memory: free some, or take another device. Training is done and kept; "
             "then: equipoise evaluate {run}",
         ),
     ],

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+import re
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -21,9 +22,9 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(device for device, there in available.items() if there)
-    kind, colon, number = name.partition(":")
-    if kind not in available or (colon and not (kind == "cuda" and number.isdecimal())):
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
         raise UserError(f"a device is one of auto, cpu, cuda, cuda:N, mps; not '{name}'")
+    kind, _, number = name.partition(":")
     if not available[kind]:
         raise UserError(f"this machine has no {kind} device that torch {torch.__version__} can use; try --device auto")
     if kind != "cuda":
@@ -67,37 +68,26 @@ def start_reading(*tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
 @contextmanager
 def exact_float32() -> Generator[None]:
     """In this context a GPU's convolutions compute in float32, and not in TF32, which torch allows them elsewhere."""
-    if not torch.cuda.is_available():
-        yield
-        return
-    before = _set_tf32(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch 2.9 and later tell once of a newer name, which earlier ones have not
+        before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     try:
         yield
     finally:
-        _set_tf32(before)
-
-
-def _set_tf32(allowed: bool) -> bool:
-    """Whether cuDNN may use TF32; returns what was before."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch 2.9 and later have a newer name for it, earlier ones have not
-        before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, allowed
-    return before
+        torch.backends.cudnn.allow_tf32 = before
 
 
 @contextmanager
 def deterministic(wanted: bool) -> Generator[None]:
     """In this context, if `wanted`, a GPU computes the same bits every time."""
-    if not wanted:
-        yield
-        return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True)
+    before = torch.get_deterministic_debug_mode()
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+        torch.set_deterministic_debug_mode("error")
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.set_deterministic_debug_mode(before)
 
 
 def choose_precision(name: str, device: torch.device) -> str:
@@ -106,7 +96,8 @@ def choose_precision(name: str, device: torch.device) -> str:
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp32"
-    return "bf16" if device.type == "cpu" and _cpu_computes_bf16() else "fp32"
+    flags = _cpu_field("flags").split() if device.type == "cpu" else []
+    return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
@@ -124,15 +115,8 @@ def describe_machine(device: torch.device) -> dict[str, str | int]:
     }
 
 
-def _cpu_computes_bf16() -> bool:
-    flags = _cpu_field("flags").split()
-    return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
 def _cpu_field(name: str) -> str:
     """A field of the first processor, as Linux describes it; '' elsewhere."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return ""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")

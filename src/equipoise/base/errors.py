@@ -1,6 +1,5 @@
 """The exceptions for errors of users, and how errors are put into one line."""
 
-import errno
 import re
 import reprlib
 import shlex
@@ -22,19 +21,11 @@ class UserError(ValueError):
         return one_line(super().__str__())  # text from a file may have line ends
 
 
-class UnreadableError(ValueError):
-    """Why a file cannot be read, in our wording. See `reason`."""
-
-
 class SharedError(UserError):
     """An error that every process of a training raises. The command line prints it once on each host."""
 
 
-class SaidError(UserError):
-    """An error that another process of this host has told the user already."""
-
-
-class LostRankError(UserError):
+class LostRankError(SharedError):
     """An exchange with the other ranks failed: one of them has ended, or does not answer."""
 
     code = 3
@@ -58,52 +49,44 @@ _REPR.maxstring = _REPR.maxother = 100
 
 def shown(value: object) -> str:
     """A value from a file, shortened for a message."""
-    try:
-        return _REPR.repr(value)
-    except ValueError:  # Python refuses to print it
-        return "a number of thousands of digits"
-
-
-def in_words(error: Exception) -> str:
-    """An error of the user or of the system, as a message says it."""
-    if out_of_memory(error):
-        return "there is not enough memory for this on this device; free some, or try another"
-    if not isinstance(error, OSError):
-        return str(error)
-    where = f": {error.filename}" if error.filename else ""
-    return (error.strerror or str(error)).lower() + where
+    return _REPR.repr(value)
 
 
 # torch has a class of its own only for what its caching allocator cannot get on a GPU.
 _OUT_OF_MEMORY = re.compile(
-    "DefaultCPUAllocator|(not enough|out of|Insufficient) memory|_ALLOC(ATION)?_FAILED|std::bad_alloc|allocate memory"
+    "(not enough|out of|Insufficient) memory|allocate memory|_ALLOC(ATION)?_FAILED|std::bad_alloc"
 )
 
 
 def out_of_memory(error: Exception) -> bool:
     """Whether the memory, of the machine or of a GPU, was too small."""
-    if isinstance(error, MemoryError):
-        return True
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.errno == errno.ENOMEM
-    return not isinstance(error, ValueError) and _OUT_OF_MEMORY.search(str(error)) is not None
+    text = "" if isinstance(error, ValueError) else str(error)
+    return isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(text) is not None
 
 
 # What only the programmers of a library understand: addresses, classes, places in its source.
-_INTERNAL = re.compile(r"0x[0-9a-f]{5,}|<[\w.]+ |<class|\w(Error|Exception)\b|\w::\w|\.(cc|cpp|rs|py):\d")
+_INTERNAL = re.compile(r"0x[0-9a-f]{5,}|<\w|\w(Error|Exception)\b|\w::\w|\.(cc|cpp|rs|py):\d")
 _OF_PROGRAMMERS = (LookupError, TypeError, AttributeError, AssertionError, UnicodeError, ArithmeticError)
 
 
 def reason(error: Exception, library: bool = False, otherwise: str = "its content makes no sense") -> str:
-    """Why a file cannot be read, whatever was raised for it, in a few words on one line: the system's or ours, and with
+    """Why a file cannot be read, whatever was raised for it, in a few words on one line: the system's, and with
     `library` the first line of a library's message if a user can understand it. Else `otherwise`."""
+    if out_of_memory(error):
+        return "there is not enough memory: free some, or take another device"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
-    if out_of_memory(error):
-        return "there is not enough memory for it"
     text = str(error).partition("\n")[0].strip()
     clear = library and text and not isinstance(error, _OF_PROGRAMMERS) and not _INTERNAL.search(text)
-    return one_line(text[:150]) if clear or isinstance(error, UnreadableError) else otherwise
+    return one_line(text[:150]) if clear else otherwise
+
+
+def in_words(error: Exception) -> str:
+    """An error of the user or of the system, as a message says it."""
+    if isinstance(error, UserError):
+        return str(error)
+    file = getattr(error, "filename", None)
+    return reason(error, library=True) + (f": {file}" if file else "")
 
 
 # Control characters, ends of lines and paragraphs, letters that turn the direction of writing, halves of surrogates.

@@ -2,10 +2,12 @@
 
 import contextlib
 import os
-import tempfile
+import secrets
 from collections.abc import Generator
 from pathlib import Path
 from typing import IO
+
+UNFINISHED = ".equipoise-part"  # the end of the name of a file that is being written
 
 
 def real_path(path: Path) -> Path:
@@ -13,42 +15,31 @@ def real_path(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-UNFINISHED = ".equipoise-part"  # the end of the name of a file that is being written
-
-
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Generator[IO[bytes]]:
     """A file to write that takes its name only when it is complete and on the disk. A link stays, and the file that it
     leads to is written. Raises OSError."""
     path = real_path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=UNFINISHED)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{UNFINISHED}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).chmod(new_file_mode())
-        Path(temporary).replace(path)
-        _sync_folder(path.parent)
+        temporary.replace(path)
+        with contextlib.suppress(OSError):  # Windows cannot
+            _sync_folder(path.parent)
     except BaseException as error:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is None:  # a full disk does not say which
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise
 
 
-def new_file_mode() -> int:
-    """The permissions that the user's umask leaves a new file; those of temporary files are narrower."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
-
-
 def _sync_folder(folder: Path) -> None:
     """Let the new names in a folder survive a loss of power."""
-    with contextlib.suppress(OSError):  # Windows cannot
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

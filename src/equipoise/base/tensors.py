@@ -41,7 +41,5 @@ def load_tensors(path: Path, what: str) -> object:
         if out_of_memory(error):
             raise
         function = _REFUSED.search(str(error))
-        why = reason(error, library=path.suffix == ".safetensors")
-        if function:
-            why = f"it asks for '{function[1]}', which no {what} needs; nothing of it was run"
+        why = f"it asks for '{function[1]}', which was not run" if function else reason(error)
         raise UserError(f"{path} is no {what} that can be read ({why}); take another, or copy it anew") from None

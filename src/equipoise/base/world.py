@@ -6,6 +6,7 @@ them the world has one rank, and everything here does nothing.
 Shapes: B images of this rank, G images of the whole batch.
 """
 
+import hashlib
 import os
 import time
 import uuid
@@ -20,18 +21,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from equipoise.base.errors import (
-    LostRankError,
-    SaidError,
-    SharedError,
-    Stopped,
-    UserError,
-    in_words,
-    out_of_memory,
-    reason,
-)
+from equipoise.base.errors import LostRankError, SharedError, Stopped, UserError, in_words, out_of_memory, reason
 
 Made = TypeVar("Made")
 
@@ -64,41 +55,29 @@ class World:
         first, end = (min(rank, ranks) * rows // ranks for rank in (self.rank, self.rank + 1))
         return slice(first, end)
 
-    def first_makes(self, make: Callable[[], Made]) -> Made:
-        """What rank 0 makes, on every rank. Its UserError or OSError becomes a SharedError of all ranks."""
-        if self.size == 1:
-            return make()
-        made: list[Any] = [None]
-        if self.is_first:
-            try:
-                made = [make()]
-            except (UserError, OSError) as error:
-                made = [SharedError(in_words(error))]
-        dist.broadcast_object_list(made, src=0)
-        if isinstance(made[0], SharedError):
-            raise made[0]
-        return made[0]
-
     def each_makes(self, make: Callable[[], Made]) -> Made:
         """What this rank makes, once every rank has. The UserError or OSError of one rank becomes a SharedError of all
         ranks that names it; where one was stopped, all are."""
         if self.size == 1:
             return make()
-        made, said, stopped = None, None, None
+        made, failure = None, None
         try:
             made = make()
         except (UserError, OSError) as error:
-            said = in_words(error)
+            failure = SharedError(f"rank {self.rank}: {in_words(error)}")
         except Stopped as error:
-            stopped = error
-        sayings, stops = zip(*self.gather_objects((said, stopped)), strict=True)
-        wrong = [rank for rank, text in enumerate(sayings) if text]
-        if wrong:
-            whose = "" if len(set(sayings)) == 1 else f"rank {wrong[0]}: "
-            raise SharedError(f"{whose}{sayings[wrong[0]]}")
-        if any(stops):
-            raise next(filter(None, stops))
+            failure = error
+        failures = [failure for failure in self.gather_objects(failure) if failure is not None]
+        if failures:
+            raise failures[0]
         return made  # pyright: ignore[reportReturnType]
+
+    def first_makes(self, make: Callable[[], Made]) -> Made:
+        """What rank 0 makes, on every rank. Its errors become those of all ranks, as in `each_makes`."""
+        made: list[Any] = [self.each_makes(lambda: make() if self.is_first else None)]
+        if self.size > 1:
+            dist.broadcast_object_list(made, src=0)
+        return made[0]
 
     def gather_in_turn(self, values: Sequence[Made]) -> list[Made]:
         """The values of all ranks in the order of the work, of which rank r did the parts r, r + size, ..."""
@@ -127,18 +106,13 @@ class World:
         if self.size == 1:
             return rows_BX
         shares = [World(rank, self.size).share(batch) for rank in range(self.size)]
-        return _GatherRows.apply(rows_BX, self.rank, tuple(share.stop - share.start for share in shares))  # pyright: ignore[reportReturnType]
+        return _GatherRows.apply(rows_BX, shares[self.rank], [share.stop - share.start for share in shares])  # pyright: ignore[reportReturnType]
 
     def first_buffers(self, module: nn.Module) -> None:
         """Give every rank rank 0's buffers (BatchNorm's averages), as DataParallel keeps those of its first GPU."""
         if self.size > 1:
             for buffer in module.buffers():
                 dist.broadcast(buffer, src=0)
-
-    def wait(self) -> None:
-        """Until every rank has come here."""
-        if self.size > 1:
-            dist.barrier()
 
 
 ALONE = World()
@@ -149,75 +123,60 @@ def join() -> Generator[World]:
     """The world of this process, joined to its other ranks for the time of the context.
 
     nccl exchanges tensors on GPUs, gloo all others, and all tensors where there are more ranks than GPUs. Raises
-    UserError where the other ranks cannot be reached, and for an error of the user's in the context; LostRankError
-    where an exchange with the others failed; SaidError for either where another rank of this host has said it.
+    UserError, with the number of the rank, where the other ranks cannot be reached and for an error of the user's in
+    the context; LostRankError where an exchange with the others failed.
     """
-    if dist.is_initialized():
-        if dist.get_world_size() > 1:
-            raise UserError(
-                "torch.distributed has a process group already; start the processes with torchrun and let equipoise "
-                "make it"
-            )
-        yield ALONE
-        return
     world = _world_of_environment()
     if world.size == 1:
         yield world
         return
     try:
         store, rank, size = next(dist.rendezvous("env://"))
-        store = _store_of_this_start(store, rank, size)
         # nccl refuses ranks that share a GPU.
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.device_count() >= world.local_size else "gloo"
+        store = _store_of_this_start(store, rank, size)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
-    except (dist.DistError, RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError) as error:
         why = reason(error, library=True, otherwise="torch does not say why")
-        raise UserError(
-            f"rank {world.rank} could not join the other {world.size - 1} ranks ({why}); start all with torchrun"
-        ) from None
+        raise UserError(f"rank {world.rank} could not join the others ({why}); start all with torchrun") from None
     try:
         yield world
         dist.barrier()  # a rank that ends early would fail the exchanges of the others
-    except (SharedError, Stopped):  # all ranks raise it
-        dist.destroy_process_group()  # else its threads may abort the process when Python ends
-        raise
     except Exception as error:
-        failure = _said_once(error, world, store)
-        if failure is error:
-            raise
-        raise failure from None
+        lost = lost_rank(error)
+        if lost is not None:
+            raise lost from None
+        if isinstance(error, SharedError | Stopped):  # all ranks raise it
+            dist.destroy_process_group()  # else its threads may abort the process when Python ends
+        elif isinstance(error, UserError | OSError) or out_of_memory(error):
+            raise UserError(f"rank {world.rank}: {in_words(error)}") from None
+        raise
     dist.destroy_process_group()
 
 
 def _world_of_environment() -> World:
-    def number(name: str, default: int = 0) -> int:
-        return int(os.environ.get(name, default))
-
+    get = os.environ.get
     return World(
-        rank=number("RANK"),
-        size=number("WORLD_SIZE", 1),
-        local_rank=number("LOCAL_RANK"),
-        local_size=number("LOCAL_WORLD_SIZE", 1),
-        launch=os.environ.get("TORCHELASTIC_RUN_ID", ""),
-        restarted=number("TORCHELASTIC_RESTART_COUNT") > 0,
+        rank=int(get("RANK", 0)),
+        size=int(get("WORLD_SIZE", 1)),
+        local_rank=int(get("LOCAL_RANK", 0)),
+        local_size=int(get("LOCAL_WORLD_SIZE", 1)),
+        launch=get("TORCHELASTIC_RUN_ID", ""),
+        restarted=get("TORCHELASTIC_RESTART_COUNT", "0") != "0",
     )
 
 
 def _store_of_this_start(store: dist.Store, rank: int, size: int) -> dist.Store:
     """The part of torchrun's store that exactly these processes share. The store outlives a restart, and may hold the
-    addresses of processes that have ended."""
-    own = uuid.uuid4().hex
-    if rank == 0:
-        store.set("equipoise/first", own)
-        others = [store.get(f"equipoise/{own}/{other}").decode() for other in range(1, size)]  # waits for them
-        store.set(f"equipoise/{own}/all", " ".join(others))
-        return dist.PrefixStore(own, store)
-    while True:
-        first = store.get("equipoise/first").decode()  # may still be that of the start before
-        store.set(f"equipoise/{first}/{rank}", own)
-        if store.check([f"equipoise/{first}/all"]) and own in store.get(f"equipoise/{first}/all").decode():
-            return dist.PrefixStore(first, store)
-        time.sleep(0.02)
+    addresses of processes that have ended; hosts may count their restarts differently."""
+    store.set(f"equipoise/id/{rank}", uuid.uuid4().hex)
+    while True:  # until all ranks have seen the same ranks
+        ids = b"".join(store.multi_get([f"equipoise/id/{other}" for other in range(size)]))
+        seen = hashlib.sha256(ids).hexdigest()
+        store.set(f"equipoise/seen/{rank}", seen)
+        if set(store.multi_get([f"equipoise/seen/{other}" for other in range(size)])) == {seen.encode()}:
+            return dist.PrefixStore(seen, store)
+        time.sleep(0.05)
 
 
 def lost_rank(error: Exception) -> LostRankError | None:
@@ -227,39 +186,16 @@ def lost_rank(error: Exception) -> LostRankError | None:
     if not isinstance(error, dist.DistError) and not (isinstance(error, RuntimeError) and "gloo" in str(error)):
         return None
     why = str(error).partition("\n")[0].rpartition("] ")[2].partition(". ")[0]  # without the place in gloo's source
-    return LostRankError(f"an exchange with the other ranks failed ({why}): torchrun names the rank that ended first")
-
-
-def _said_once(error: Exception, world: World, store: dist.Store) -> Exception:
-    """What this rank raises for an error that the others do not share. On each host the first rank that fails speaks.
-    Where it fails because another rank did, it says that rank's error, which is in the store."""
-    lost = lost_rank(error)
-    bug = lost is None and not isinstance(error, (UserError, OSError)) and not out_of_memory(error)
-    text = f"rank {world.rank}: {repr(error)[:200] if bug else in_words(lost or error)}"
-    try:
-        speaks = store.add(f"failures on the host of rank {world.rank - world.local_rank}", 1) == 1
-        if lost is None:
-            store.set("cause", text)
-        elif store.check(["cause"]):
-            text = store.get("cause").decode()
-    except RuntimeError:  # torchrun, which keeps the store, has ended
-        speaks = world.local_rank == 0
-    if bug:
-        get_error_handler().record_exception(error)  # for torchrun's summary
-        return error
-    failure = (LostRankError if lost else UserError)(text) if speaks else SaidError(text)
-    failure.code = (lost or failure).code
-    return failure
+    return LostRankError(f"an exchange with the other ranks failed ({why}): one has ended; it or torchrun says why")
 
 
 class _GatherRows(torch.autograd.Function):
     """All ranks' rows, of which each may have another number. Backward: the sum over ranks of the gradients."""
 
     @staticmethod
-    def forward(ctx: Any, rows_BX: Tensor, rank: int, sizes: Sequence[int]) -> Tensor:
-        ctx.start, ctx.size = sum(sizes[:rank]), sizes[rank]
-        longest = max(sizes)
-        padded = F.pad(rows_BX.flatten(1), (0, 0, 0, longest - len(rows_BX))).contiguous()
+    def forward(ctx: Any, rows_BX: Tensor, share: slice, sizes: Sequence[int]) -> Tensor:
+        ctx.share = share
+        padded = F.pad(rows_BX.flatten(1), (0, 0, 0, max(sizes) - len(rows_BX))).contiguous()
         gathered = [torch.empty_like(padded) for _ in sizes]
         dist.all_gather(gathered, padded)
         rows_GX = torch.cat([rows[:size] for rows, size in zip(gathered, sizes, strict=True)])
@@ -270,4 +206,4 @@ class _GatherRows(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         gradient_GX = gradients[0].clone(memory_format=torch.contiguous_format)  # another use may have the same one
         dist.all_reduce(gradient_GX)
-        return gradient_GX[ctx.start : ctx.start + ctx.size], None, None
+        return gradient_GX[ctx.share], None, None

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from equipoise import __version__
-from equipoise.base.errors import SaidError, SharedError, Stopped, UserError, in_words, one_line, out_of_memory
+from equipoise.base.errors import SharedError, Stopped, UserError, in_words, one_line, out_of_memory
 from equipoise.cli import data, deploy, score, train
 from equipoise.config.recipe import load_recipe, nearest, shipped_recipes
 
@@ -39,9 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(list(sys.argv[1:] if arguments is None else arguments))
     except UserError as error:
-        # Of several processes, one on each host says it.
-        said = isinstance(error, SharedError) and os.environ.get("LOCAL_RANK", "0") != "0"
-        if not said and not isinstance(error, SaidError):
+        # What all processes raise, one on each host says.
+        if not isinstance(error, SharedError) or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"equipoise: {error}", file=sys.stderr)
         return error.code
     except Stopped as stopped:

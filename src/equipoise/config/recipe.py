@@ -12,9 +12,8 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache, reduce
-from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import msgspec
 from msgspec import Meta
@@ -25,11 +24,10 @@ Method = Literal["bcl", "ce", "logit-adjusted", "supcon+la"]
 Default = TypeVar("Default")
 
 
-def _field(
-    default: Default, help: str, *flags: str, length: int | None = None, expected: str = "text", **bounds: Any
-) -> Default:
-    """A field of a recipe, for `Field`; `bounds` are those of `msgspec.Meta`, for each number of a tuple."""
-    about = {"help": help, "flags": flags, "length": length, "expected": expected, "bounds": Meta(**bounds)}
+def _field(default: Default, help: str, *flags: str, length: int | None = None, **bounds: Any) -> Default:
+    """A field of a recipe, for `Field`; `bounds` are those of `msgspec.Meta`, for each number of a tuple. A
+    `description` says what text may be."""
+    about = {"help": help, "flags": flags, "length": length, "bounds": Meta(**bounds)}
     return dataclasses.field(default=default, metadata=about)  # pyright: ignore[reportReturnType]
 
 
@@ -110,7 +108,7 @@ class Recipe:
         "custom",
         "the recipe's name, part of the run folder's",
         pattern=r"\A[^/\\\x00-\x1f]{1,100}\Z",
-        expected="a name of up to 100 characters without /",
+        description="a name of up to 100 characters without /",
     )
     summary: str = _field("", "one line for `equipoise recipes`")
     method: Method = _field("bcl", "what is trained: bcl, or a baseline under the same recipe")  # noqa: RUF009 the rule does not know the alias
@@ -122,7 +120,7 @@ class Recipe:
         "auto",
         "auto takes cuda, then mps, then cpu; cuda:1 is the second GPU",
         pattern=r"\A(auto|cpu|mps|cuda(:\d{1,3})?)\Z",
-        expected="one of auto, cpu, cuda, cuda:N, mps",
+        description="one of auto, cpu, cuda, cuda:N, mps",
     )
     precision: Literal["auto", "fp32", "bf16"] = _field(
         "auto", "auto takes bf16 where the device is built for it; in fp32, a GPU's convolutions are in TF32"
@@ -151,7 +149,6 @@ class Field:
     help: str
     flags: tuple[str, ...]  # further names of its flag
     length: int | None  # of a tuple
-    expected: str  # what text may be, for messages
     bounds: Meta
 
     @property
@@ -165,13 +162,12 @@ class Field:
 
 
 def _walk(cls: Any, prefix: tuple[str, ...]) -> Iterator[Field]:
-    types = get_type_hints(cls)
     for one in dataclasses.fields(cls):
-        path, kind = (*prefix, one.name), types[one.name]
-        if dataclasses.is_dataclass(kind):
-            yield from _walk(kind, path)
+        path = (*prefix, one.name)
+        if dataclasses.is_dataclass(one.type):
+            yield from _walk(one.type, path)
         else:
-            yield Field(path, kind, **one.metadata)
+            yield Field(path, one.type, **one.metadata)
 
 
 @cache
@@ -193,14 +189,14 @@ def find_field(name: str) -> Field:
     """
     field = _fields_by_name().get(name.replace("_", "-"))
     if field is None:
-        spellings = [spelling for field in recipe_fields() for spelling in (field.key, field.path[-1])]
-        raise UserError(f"no recipe field is called '{name}'{nearest(name, spellings)}")
+        names = [field.key if "." in name else field.path[-1] for field in recipe_fields()]
+        raise UserError(f"no recipe field is called '{name}'{nearest(name, names)}")
     return field
 
 
 def nearest(word: str, valid: list[str]) -> str:
     """'; did you mean ...?' where something valid is near, else the whole list if it is short."""
-    close = list(dict.fromkeys(difflib.get_close_matches(word, valid, n=3, cutoff=0.6)))
+    close = difflib.get_close_matches(word, valid, n=2, cutoff=0.75)
     if close:
         return f"; did you mean {' or '.join(close)}?"
     return f"; there are: {', '.join(valid)}" if len(valid) <= 12 else ""
@@ -229,32 +225,27 @@ def _checked(field: Field, value: Any) -> Any:
     bounded: Any = Annotated[float if several else field.type, field.bounds]
     if several:
         bounded = Annotated[tuple[bounded, ...], Meta(min_length=field.length, max_length=field.length)]
-    expected = _kind(field)
-    try:  # first the type, then the bounds: a message says which of them it is about
-        converted = msgspec.convert(given, field.type, strict=strict)
+    try:
+        converted = msgspec.convert(given, bounded, strict=strict)
         numbers = converted if several else (converted,)
         if field.type is str:
             converted.encode()  # the name of a file may be no valid text, which recipe.toml could not hold
         if all(math.isfinite(number) for number in numbers if isinstance(number, float)):
-            expected = f"{expected}, each {_bounds(field.bounds)}" if several else _bounds(field.bounds) or expected
-            return msgspec.convert(converted, bounded)
+            return converted
     except ValueError:  # of msgspec too
         pass
-    raise UserError(f"{field.key} must be {expected}, not {shown(value)}")
+    raise UserError(f"{field.key} must be {_expected(field)}, not {shown(value)}")
 
 
-def _kind(field: Field) -> str:
+def _expected(field: Field) -> str:
     """What a field takes, for messages."""
     if get_origin(field.type) is Literal:
         return f"one of {', '.join(filter(None, get_args(field.type)))}"
-    if get_origin(field.type) is tuple:
-        return f"{field.length or 'a list of'} numbers"
-    return {bool: "true or false", int: "a whole number", float: "a number", str: field.expected}[field.type]
-
-
-def _bounds(meta: Meta) -> str:
-    said = {"above": meta.gt, "at least": meta.ge, "at most": meta.le}
-    return " and ".join(f"{words} {bound:.12g}" for words, bound in said.items() if bound is not None)
+    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: field.bounds.description or "text"}
+    kind = kinds.get(field.type) or f"{field.length or 'a list of'} numbers"
+    limits = {"above": field.bounds.gt, "at least": field.bounds.ge, "at most": field.bounds.le}
+    said = " and ".join(f"{words} {limit:.12g}" for words, limit in limits.items() if limit is not None)
+    return f"{kind}, {said}" if said else kind
 
 
 def recipe_from_table(table: Mapping[str, Any], where: str) -> Recipe:
@@ -282,8 +273,7 @@ def recipe_from_table(table: Mapping[str, Any], where: str) -> Recipe:
 
 def shipped_recipes() -> dict[str, Path]:
     """Name -> file of every recipe that comes with the package, in alphabetical order."""
-    folder = Path(str(resources.files("equipoise.config") / "recipes"))
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+    return {path.stem: path for path in sorted((Path(__file__).parent / "recipes").glob("*.toml"))}
 
 
 def load_recipe(name: str | Path, /, **overrides: Any) -> Recipe:
@@ -297,10 +287,8 @@ def load_recipe(name: str | Path, /, **overrides: Any) -> Recipe:
     path = _recipe_file(name)
     try:
         table = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({reason(error)})") from None
-    except ValueError as error:  # no UTF-8, no TOML, a date that does not exist
-        raise UserError(f"{path} is not valid TOML ({reason(error, library=True)}); correct it") from None
+    except (OSError, ValueError) as error:  # no UTF-8, no TOML, a date that does not exist
+        raise UserError(f"{path} is no recipe that can be read ({reason(error, library=True)})") from None
     recipe = recipe_from_table(table, str(path))
     for key, value in overrides.items():
         recipe = override(recipe, find_field(key), value)
@@ -315,10 +303,8 @@ def _recipe_file(name: str | Path) -> Path:
         return path / "recipe.toml"  # a run folder: train the same again
     if path.is_dir():
         raise UserError(f"{path} is a folder, not a recipe; to train on the pictures in it: --data {path}")
-    if path.is_file():
+    if path.is_file() or path.suffix == ".toml":
         return path
-    if path.suffix == ".toml":
-        raise UserError(f"no recipe file at {path}")
     raise UserError(f"no recipe is called '{name}'{nearest(str(name), list(shipped))}")
 
 

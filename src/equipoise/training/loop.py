@@ -71,7 +71,7 @@ class Trainer:
         with (
             closing(self._batches),
             closing(self._validation or self._batches),
-            closing(ProgressLine(self.step, plan.steps, recipe.epochs, progress)) as line,
+            closing(ProgressLine(self.step, plan.steps, "step", progress)) as line,
             RunLog(plan.folder if plan.world.is_first else None, self.epoch, self.step) as log,
         ):
             # One stream over all epochs: its workers make the next epoch's first batches while this one is validated.
@@ -98,7 +98,8 @@ class Trainer:
             self.step += 1
             images += len(batch.labels_G)
             speed = images / (time.perf_counter() - since)
-            line.update(self.step, self.epoch, terms, speed)
+            said = "  ".join(f"{name} {value:.3f}" for name, value in terms.items())
+            line.update(self.step, f"epoch {self.epoch + 1}/{recipe.epochs}  {said}  {speed:,.0f} images/s")
             if self.step % recipe.log_every == 0 or self.step % plan.steps_per_epoch == 0:
                 further = {"lr": rate, "images_per_second": round(speed, 1)}
                 log.write("train", self.step, self.epoch, {**terms, **further})
@@ -111,7 +112,8 @@ class Trainer:
         if wanted:
             self._save(log)
         if stopped is not None:
-            self._plan.world.wait()  # for rank 0, which saves: torchrun ends it if another rank leaves meanwhile
+            # Wait for rank 0, which saves: torchrun ends it if another rank leaves meanwhile.
+            self._plan.world.gather_objects(None)
             raise Stopped(stopped, self._state(), self._plan.resume_command())
 
     def _end_epoch(self, log: RunLog) -> None:
