@@ -77,14 +77,12 @@ def _open(plan: Plan) -> tuple[TwoBranchNetwork, Batches, Batches | None]:
     recipe, parts, world = plan.recipe, plan.parts, plan.world
     workers = worker_count(recipe.workers, world.local_size)
 
-    def read(images: ImageList, workers: int = 0) -> Batches:
+    def read(images: ImageList) -> Batches:
         skip = recipe.data.on_bad_image == "skip"
         return open_batches(images, view_settings(recipe), plan.device, workers, world, skip)
 
-    batches = read(parts.train, workers)
-    validation = read(parts.validation, workers) if parts.validation else None
-    if parts.test is not None:
-        read(parts.test)  # small images are decoded by it: errors come now, and not at the end
+    batches = read(parts.train)
+    validation = read(parts.validation) if parts.validation else None
     classes, begin = len(parts.train.class_names), plan.start
     if begin is not None and not begin.checkpoint.fits(recipe, classes):
         before = begin.checkpoint.recipe
