@@ -14,7 +14,7 @@ from equipoise import UserError, load_recipe, train
 from equipoise.base.world import World
 from equipoise.config.recipe import Recipe
 from equipoise.runs.checkpoint import load_checkpoint
-from equipoise.training.place import Finished, New, Resume, find_place
+from equipoise.training.place import New, Resume, find_place
 from equipoise.training.plan import Plan, prepare
 from equipoise.training.session import start
 
@@ -46,7 +46,7 @@ def begun(folder: Path, started: str, recipe: Recipe = RECIPE, launch: str = "",
     return folder
 
 
-def test_a_place_is_of_one_of_three_kinds(finished, tmp_path):
+def test_a_place_is_new_or_that_of_a_run_that_goes_on(finished, tmp_path):
     assert find_place(RECIPE, tmp_path / "new", None, OWN) == New(tmp_path / "new", True, None)
     place = find_place(RECIPE, None, finished, OWN)
     assert isinstance(place, Resume)
@@ -98,7 +98,14 @@ def test_a_restart_by_torchrun_goes_on_with_its_own_run(tmp_path, monkeypatch):
     assert find(launch="none", restarted=True).folder == unnamed
     (own / "metrics.json").write_text("{}")
     assert isinstance(find(launch="7f3"), New), "a new launch of the same name is a new run"
-    assert find(launch="7f3", restarted=True) == Finished(own)
+    assert find(launch="7f3", restarted=True).folder == own
+
+
+def test_after_a_restart_a_finished_run_is_scored_again_and_not_begun_anew(run, monkeypatch):
+    before = {name: (run / name).read_bytes() for name in ("metrics.json", "last.pt", "metrics.jsonl")}
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    train(RECIPE, run, progress=False)
+    assert {name: (run / name).read_bytes() for name in before} == before
 
 
 @pytest.mark.slow

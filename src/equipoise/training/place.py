@@ -62,14 +62,7 @@ class Resume:
     start: Start | None
 
 
-@dataclass(frozen=True)
-class Finished:
-    """A run that is complete. torchrun has restarted the processes, which may have another run to train after it."""
-
-    folder: Path
-
-
-Place = New | Resume | Finished
+Place = New | Resume
 
 
 def find_place(recipe: Recipe, out: str | Path | None, resume: str | Path | None, world: World) -> Place:
@@ -80,8 +73,6 @@ def find_place(recipe: Recipe, out: str | Path | None, resume: str | Path | None
         source = _newest_run(recipe, folder)
     elif not resume and (world.restarted or world.launch not in ("", "none")):  # 'none' is torchrun's default name
         source = _newest_run(recipe, folder, world)
-        if source and (source / METRICS).exists():
-            return Finished(source)
     start = None
     if source:
         run = source if source.is_dir() else source.parent
@@ -107,7 +98,7 @@ def default_folder(recipe: Recipe) -> Path:
 
 def _newest_run(recipe: Recipe, folder: Path | None, world: World | None = None) -> Path | None:
     """The newest unfinished run of this recipe, in `folder` or else in `runs`; with `world`, of those that this launch
-    of torchrun began, and after a restart a finished one too."""
+    of torchrun began. After a restart a finished one too, which is then scored again: there may be a run after it."""
     found: list[tuple[str, Path]] = []
     for run in [folder] if folder else [record.parent for record in Path("runs").glob(f"*/{RECORD}")]:
         try:

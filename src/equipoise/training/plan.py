@@ -19,7 +19,7 @@ from equipoise.data.images import DIGITS, Parts, imbalance_factor
 from equipoise.data.sources import open_data
 from equipoise.runs.checkpoint import changed_part
 from equipoise.runs.folder import METRICS
-from equipoise.training.place import FILES, FREE, Finished, Place, Resume, Start, differing, find_place
+from equipoise.training.place import FILES, FREE, Place, Resume, Start, differing, find_place
 from equipoise.views.loader import steps_per_epoch
 from equipoise.views.views import view_settings
 
@@ -43,7 +43,7 @@ class Plan:
     @property
     def start(self) -> Start | None:
         """The checkpoint that the run starts from, if any."""
-        return None if isinstance(self.place, Finished) else self.place.start
+        return self.place.start
 
     @property
     def steps(self) -> int:
@@ -81,8 +81,6 @@ class Plan:
 
     def _goes_on(self) -> str:
         """From where; empty for a new run."""
-        if isinstance(self.place, Finished):
-            return "no further: it is finished"
         if self.start is None:
             return "from its beginning: it had no checkpoint yet" if isinstance(self.place, Resume) else ""
         done, epochs = self.start.checkpoint, self.recipe.epochs
@@ -173,7 +171,8 @@ def _refuse_other_run(plan: Plan, start: Start) -> None:
     """Raise UserError where the recipe or the data cannot go on from the checkpoint."""
     recipe, path, done = plan.recipe, start.path, start.checkpoint
     resumes = isinstance(plan.place, Resume)
-    if done.epoch >= recipe.epochs and not (resumes and not (plan.folder / METRICS).exists()):
+    scored = (plan.folder / METRICS).exists() and not plan.world.restarted
+    if done.epoch >= recipe.epochs and (scored or not resumes):
         epochs = several(done.epoch, "epoch")
         raise UserError(f"{path} has trained {epochs} already, of {recipe.epochs}; set --epochs higher")
     if not done.class_counts:  # of the BCL authors' code, which does not keep what it was trained on

@@ -19,7 +19,7 @@ from equipoise.method.network import TwoBranchNetwork
 from equipoise.runs.checkpoint import create_network
 from equipoise.runs.folder import BAD_IMAGES, LAST, METRICS, PREVIOUS, RunFolder, write_record
 from equipoise.training.loop import NonFiniteLossError, Trainer
-from equipoise.training.place import Finished, New, Resume, default_folder
+from equipoise.training.place import Resume, default_folder
 from equipoise.training.plan import Plan, prepare
 from equipoise.training.signals import Requests
 from equipoise.views.loader import Batches, open_batches, worker_count
@@ -45,13 +45,12 @@ class Session:
     `plan` names the folder that was got."""
 
     plan: Plan
-    trainer: Trainer | None  # None: the run is finished
+    trainer: Trainer
 
     def run(self, progress: bool = True) -> Run:
         """Train and score. See `train`."""
-        if self.trainer is not None:
-            self.trainer.train(progress and self.plan.world.is_first)
-            _score(self.plan, self.trainer.requests)
+        self.trainer.train(progress and self.plan.world.is_first)
+        _score(self.plan, self.trainer.requests)
         return Run(self.plan.folder)
 
 
@@ -59,9 +58,6 @@ class Session:
 def start(plan: Plan) -> Generator[Session]:
     """A session of `plan`. What can be refused is refused here, before the folder is made: weights that do not fit or
     cannot be had, images, a folder that cannot be made. See `train` for what it raises."""
-    if isinstance(plan.place, Finished):
-        yield Session(plan, None)
-        return
     if plan.device.type == "cpu":
         keep_freed_memory()
     network, batches, validation = plan.world.each_makes(lambda: _open(plan))
@@ -108,7 +104,7 @@ def _take(folder: RunFolder, plan: Plan) -> Path:
     """Take the planned folder, or if that is taken and the user did not name it, another; and write down the plan."""
     path, place, begin = plan.folder, plan.place, plan.start
     while not folder.take(path, goes_on=isinstance(place, Resume)):
-        if not isinstance(place, New) or place.named:
+        if isinstance(place, Resume) or place.named:
             raise UserError(f"another run is writing into {path}; wait for it, or name another folder with --out")
         path = default_folder(plan.recipe)
     (path / METRICS).unlink(missing_ok=True)  # of an earlier end
