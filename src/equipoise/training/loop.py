@@ -19,7 +19,6 @@ from equipoise.runs.checkpoint import Checkpoint, state_on_cpu
 from equipoise.runs.folder import BEST
 from equipoise.runs.log import RunLog
 from equipoise.training.optim import create_sgd, learning_rate
-from equipoise.training.place import Resume
 from equipoise.training.plan import Plan
 from equipoise.training.signals import Requests
 from equipoise.training.step import Step
@@ -38,12 +37,7 @@ class Trainer:
     """
 
     def __init__(
-        self,
-        plan: Plan,
-        network: TwoBranchNetwork,
-        batches: Batches,
-        validation: Batches | None,
-        requests: Requests,
+        self, plan: Plan, network: TwoBranchNetwork, batches: Batches, validation: Batches | None, requests: Requests
     ) -> None:
         """Of a run that goes on, the network has its weights already."""
         recipe, optim = plan.recipe, plan.recipe.optim
@@ -61,7 +55,7 @@ class Trainer:
         self._optimizer.load_state_dict({"state": done.optimizer["state"], "param_groups": groups})
         # Under another recipe only whole epochs count; and in another folder there is no file of an earlier best.
         self.epoch, self.step = done.epoch, done.epoch * plan.steps_per_epoch
-        if isinstance(plan.place, Resume):
+        if plan.place.resumes:
             self.step, self.best = done.step, done.best
 
     def train(self, progress: bool) -> None:

@@ -45,24 +45,15 @@ class Start:
 
 
 @dataclass(frozen=True)
-class New:
-    """A new run, which may start from a checkpoint of another run or of the BCL authors' code. `named`: the user chose
-    the folder; if not, another one will do."""
-
-    folder: Path
-    named: bool
-    start: Start | None
-
-
-@dataclass(frozen=True)
-class Resume:
-    """A run that goes on in its own folder; without a checkpoint (`start` is None) it begins again."""
+class Place:
+    """Where a run is written. `start`: a checkpoint to start from, its own, another run's or of the BCL authors' code.
+    `resumes`: the run is there and goes on, or begins again where it has no checkpoint. `named`: no other folder will
+    do."""
 
     folder: Path
     start: Start | None
-
-
-Place = New | Resume
+    resumes: bool
+    named: bool = True
 
 
 def find_place(recipe: Recipe, out: str | Path | None, resume: str | Path | None, world: World) -> Place:
@@ -79,14 +70,14 @@ def find_place(recipe: Recipe, out: str | Path | None, resume: str | Path | None
         own = (run / RECORD).is_file() and (source.is_dir() or source.name in (LAST, PREVIOUS))
         start = _start_from(find_checkpoint(source))
         if own and (folder is None or real_path(folder) == real_path(run)):
-            return Resume(run, start)
+            return Place(run, start, resumes=True)
         if start is None:
             raise UserError(f"{run} has no checkpoint to go on from")
     if folder is not None and (folder.is_file() or (folder.is_dir() and is_used(folder))):
         raise UserError(
             f"{folder} exists and is not empty; go on with it by --resume {folder}, or name another folder with --out"
         )
-    return New(folder or default_folder(recipe), folder is not None, start)
+    return Place(folder or default_folder(recipe), start, resumes=False, named=folder is not None)
 
 
 def default_folder(recipe: Recipe) -> Path:

@@ -19,7 +19,7 @@ from equipoise.data.images import DIGITS, Parts, imbalance_factor
 from equipoise.data.sources import open_data
 from equipoise.runs.checkpoint import changed_part
 from equipoise.runs.folder import METRICS
-from equipoise.training.place import FILES, FREE, Place, Resume, Start, differing, find_place
+from equipoise.training.place import FILES, FREE, Place, Start, differing, find_place
 from equipoise.views.loader import steps_per_epoch
 from equipoise.views.views import view_settings
 
@@ -82,10 +82,10 @@ class Plan:
     def _goes_on(self) -> str:
         """From where; empty for a new run."""
         if self.start is None:
-            return "from its beginning: it had no checkpoint yet" if isinstance(self.place, Resume) else ""
+            return "from its beginning: it had no checkpoint yet" if self.place.resumes else ""
         done, epochs = self.start.checkpoint, self.recipe.epochs
         said = f"from {self.start.path}, after epoch {done.epoch}, step {done.step}"
-        if isinstance(self.place, Resume) and done.recipe.epochs != epochs:
+        if self.place.resumes and done.recipe.epochs != epochs:
             said += f"; {several(epochs, 'epoch')} instead of {done.recipe.epochs}: so the learning rate changes"
         return said
 
@@ -169,8 +169,7 @@ def refuse_batches(recipe: Recipe, images: int, world: World) -> None:
 
 def _refuse_other_run(plan: Plan, start: Start) -> None:
     """Raise UserError where the recipe or the data cannot go on from the checkpoint."""
-    recipe, path, done = plan.recipe, start.path, start.checkpoint
-    resumes = isinstance(plan.place, Resume)
+    recipe, path, done, resumes = plan.recipe, start.path, start.checkpoint, plan.place.resumes
     scored = (plan.folder / METRICS).exists() and not plan.world.restarted
     if done.epoch >= recipe.epochs and (scored or not resumes):
         epochs = several(done.epoch, "epoch")

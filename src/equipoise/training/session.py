@@ -19,7 +19,7 @@ from equipoise.method.network import TwoBranchNetwork
 from equipoise.runs.checkpoint import create_network
 from equipoise.runs.folder import BAD_IMAGES, LAST, METRICS, PREVIOUS, RunFolder, write_record
 from equipoise.training.loop import NonFiniteLossError, Trainer
-from equipoise.training.place import Resume, default_folder
+from equipoise.training.place import default_folder
 from equipoise.training.plan import Plan, prepare
 from equipoise.training.signals import Requests
 from equipoise.views.loader import Batches, open_batches, worker_count
@@ -49,9 +49,18 @@ class Session:
 
     def run(self, progress: bool = True) -> Run:
         """Train and score. See `train`."""
-        self.trainer.train(progress and self.plan.world.is_first)
-        _score(self.plan, self.trainer.requests)
-        return Run(self.plan.folder)
+        plan, requests = self.plan, self.trainer.requests
+        self.trainer.train(progress and plan.world.is_first)
+        state = "training is done and saved, but not scored"  # nothing more has to be saved
+        plan.world.each_makes(lambda: requests.stop_at_once(state, plan.resume_command()))
+        try:
+            evaluate_run(plan.folder, plan.parts, str(plan.device), plan.world)
+        except (UserError, RuntimeError, MemoryError) as error:
+            if not isinstance(error, UserError) and not out_of_memory(error):
+                raise
+            again = f"{own_command()} evaluate {shlex.quote(str(plan.folder))}"
+            raise UserError(f"{in_words(error)}. Training is done and kept; then: {again}") from None
+        return Run(plan.folder)
 
 
 @contextmanager
@@ -103,14 +112,14 @@ def _open(plan: Plan) -> tuple[TwoBranchNetwork, Batches, Batches | None]:
 def _take(folder: RunFolder, plan: Plan) -> Path:
     """Take the planned folder, or if that is taken and the user did not name it, another; and write down the plan."""
     path, place, begin = plan.folder, plan.place, plan.start
-    while not folder.take(path, goes_on=isinstance(place, Resume)):
-        if isinstance(place, Resume) or place.named:
+    while not folder.take(path, goes_on=place.resumes):
+        if place.named:
             raise UserError(f"another run is writing into {path}; wait for it, or name another folder with --out")
         path = default_folder(plan.recipe)
     (path / METRICS).unlink(missing_ok=True)  # of an earlier end
     if begin is None:
         (path / BAD_IMAGES).unlink(missing_ok=True)  # they may have been repaired
-    elif isinstance(place, Resume) and begin.path.name == PREVIOUS:
+    elif place.resumes and begin.path.name == PREVIOUS:
         (path / LAST).unlink(missing_ok=True)  # the damaged one must not become the previous one
     parts = plan.parts
     about = {
@@ -132,19 +141,6 @@ def _take(folder: RunFolder, plan: Plan) -> Path:
         about["resumed"] = {"from": str(begin.path), "after_epoch": done.epoch, "after_step": done.step}
     write_record(path, plan.recipe, about)
     return path
-
-
-def _score(plan: Plan, requests: Requests) -> None:
-    """Score what was trained. Nothing more has to be saved, so a signal ends the run at once."""
-    state = "training is done and saved, but not scored"
-    plan.world.each_makes(lambda: requests.stop_at_once(state, plan.resume_command()))
-    try:
-        evaluate_run(plan.folder, plan.parts, str(plan.device), plan.world)
-    except (UserError, RuntimeError, MemoryError) as error:
-        if not isinstance(error, UserError) and not out_of_memory(error):
-            raise
-        again = f"{own_command()} evaluate {shlex.quote(str(plan.folder))}"
-        raise UserError(f"{in_words(error)}. Training is done and kept; then: {again}") from None
 
 
 @contextmanager
