@@ -396,7 +396,7 @@ def test_a_run_goes_on_where_its_data_have_moved(tmp_path, capsys):
     assert load_recipe(run_folder).data.path == str(moved)
     assert main(["evaluate", str(run_folder)]) == 0
     draw_folder(moved, {"cow": 2})
-    assert "moved has 3" in refusal(capsys, "train", "--resume", str(run_folder), "--epochs=3", "--data", str(moved))
+    assert "is not what" in refusal(capsys, "train", "--resume", str(run_folder), "--epochs=3", "--data", str(moved))
     shutil.rmtree(moved / "cow")
     (moved / "ant" / "0.png").unlink()
     said = refusal(capsys, "train", "--resume", str(run_folder), "--epochs=3", "--data", str(moved))

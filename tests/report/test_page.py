@@ -196,7 +196,7 @@ def comparison(seeds: int) -> dict:
     """Made-up accuracies of two methods, as in `compare.json`."""
     values, others = [0.8, 0.72, 0.9][:seeds], [0.6, 0.7, 0.65][:seeds]
     first = {"values": values, "mean": np.mean(values), "sd": np.std(values, ddof=1) if seeds > 1 else None}
-    other = {**first, "values": others, "difference": vars(paired_difference(values, others))}
+    other = {**first, "values": others, "difference": paired_difference(values, others)}
     methods = {"bcl": dict.fromkeys(FIGURES, first), "ce": dict.fromkeys(FIGURES, other)}
     return {"seeds": list(range(seeds)), "methods": methods}
 

@@ -16,7 +16,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import equipoise
 from equipoise import UserError, load_recipe, train
-from equipoise.cli.main import main
 from equipoise.runs.checkpoint import load_checkpoint
 from equipoise.training import step
 from equipoise.training.loop import NonFiniteLossError
@@ -34,16 +33,12 @@ def small_pictures_recipe(folder, **overrides):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["bcl", "ce"])
-def test_run_folder_of_a_benchmark(method, tmp_path):
-    recipe = load_recipe("digits-lt", method=method, **QUICK)
+def test_run_folder_of_a_benchmark(tmp_path):
+    recipe = load_recipe("digits-lt", **QUICK)
     run = train(recipe, tmp_path / "run", progress=False)
     assert run.recipe == recipe
-    names = {path.name for path in run.path.iterdir()}
-    assert names == {
-        "recipe.toml", "run.json", "metrics.jsonl", "tensorboard", "last.pt", "previous.pt", "metrics.json",
-        "observed.npz",
-    }  # fmt: skip
+    names = "recipe.toml run.json metrics.jsonl tensorboard last.pt previous.pt metrics.json observed.npz"
+    assert {path.name for path in run.path.iterdir()} == set(names.split())
 
     record = json.loads((run.path / "run.json").read_text())
     assert record["class_counts"] == dict(zip("0123456789", [124, 80, 51, 33, 21, 14, 9, 5, 3, 2], strict=True))
@@ -52,28 +47,18 @@ def test_run_folder_of_a_benchmark(method, tmp_path):
     assert {"command", "machine", "git", "precision", "started"} <= record.keys()
 
     lines = json_lines(run.path / "metrics.jsonl")
-    terms = {"loss", "classification", "contrastive"} if method == "bcl" else {"loss"}
     assert [line["step"] for line in lines] == [4, 6, 8, 12]
-    for line in lines:
-        assert line.keys() == {"kind", "step", "epoch", "lr", "images_per_second"} | terms
-    if "contrastive" in terms:
-        total = recipe.loss.alpha * lines[0]["classification"] + recipe.loss.beta * lines[0]["contrastive"]
-        assert lines[0]["loss"] == pytest.approx(total, rel=1e-5)
-
+    total = recipe.loss.alpha * lines[0]["classification"] + recipe.loss.beta * lines[0]["contrastive"]
+    assert lines[0]["loss"] == pytest.approx(total, rel=1e-5)
     curves = EventAccumulator(str(run.path / "tensorboard"))
     curves.Reload()
     assert [point.step for point in curves.Scalars("train/loss")] == [4, 6, 8, 12]
 
     metrics = run.metrics
-    assert metrics["method"] == method
     assert metrics["best"] is None
     assert metrics["validation"] is None
     assert metrics["test"] == metrics["last"]["test"]
-    test = metrics["test"]
-    assert len(test["per_class"]) == 10
-    groups = {"many": test["per_class"][:1], "medium": test["per_class"][1:5], "few": test["per_class"][5:]}
-    for group, members in groups.items():
-        assert test[group] == pytest.approx(np.mean(members))
+    assert len(metrics["test"]["per_class"]) == 10
     assert run.evaluate() == metrics
 
 
@@ -142,10 +127,7 @@ def test_learning_happens(tmp_path):
 def test_a_loss_that_is_not_finite_stops_before_the_optimizer_moves(spoilt, tmp_path, monkeypatch):
     steps = []
     monkeypatch.setattr(torch.optim.SGD, "step", lambda self, *_: steps.append(1))
-    function = {
-        "classification": "logit_adjusted_cross_entropy",
-        "contrastive": "balanced_contrastive_loss",
-    }[spoilt]
+    function = {"classification": "logit_adjusted_cross_entropy", "contrastive": "balanced_contrastive_loss"}[spoilt]
     honest, calls = getattr(step, function), []
 
     def turns_bad(*arguments, **further):
@@ -159,24 +141,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer_moves(spoilt, tmp_
     assert "Lower the learning rate (now 0.1875)" in str(error.value)
     assert len(steps) == 2
     assert (tmp_path / "run" / "metrics.jsonl").is_file(), "the evidence stays"
-    assert str(error.value).endswith(f"The log is in {tmp_path}/run"), "there is no checkpoint to go on from"
-
-
-def test_after_a_loss_that_is_not_finite_the_command_that_is_said_goes_on(tmp_path, monkeypatch):
-    """An exploding rate: the weights grow beyond all bounds in the second epoch."""
-    rates = iter([0.05] + [1e30] * 9)
-    monkeypatch.setattr("equipoise.training.loop.learning_rate", lambda *_, **__: next(rates))
-    with pytest.raises(NonFiniteLossError) as error:
-        train(load_recipe("digits-lt", **{**QUICK, "epochs": 3}), tmp_path / "run", progress=False)
-    monkeypatch.undo()
-    assert load_checkpoint(tmp_path / "run" / "last.pt").epoch == 1
-    said = str(error.value).partition("its last checkpoint is whole. To go on from there with another rate: ")[2]
-    words = said.replace("ANOTHER_FOLDER", str(tmp_path / "other")).split()
-    assert words[:2] == ["equipoise", "train"]
-    assert main(words[1:]) == 0
-    after = load_checkpoint(tmp_path / "other" / "last.pt")
-    assert after.epoch == 3
-    assert after.recipe.optim.lr == pytest.approx(load_checkpoint(tmp_path / "run" / "last.pt").recipe.optim.lr / 10)
+    assert str(error.value).endswith(f"the log is in {tmp_path}/run")
 
 
 @pytest.mark.slow
@@ -191,12 +156,6 @@ def test_a_broken_test_image_does_not_lose_the_run(tmp_path):
         train(small_pictures_recipe(tmp_path / "data", epochs=1), run, progress=False)
     broken.write_bytes(whole)
     assert equipoise.Run(run).evaluate()["test"]["images"] == 4
-    # Small images are decoded before training: there is nothing to keep.
-    broken.write_bytes(whole[:200])
-    with pytest.raises(UserError, match=r"bee/1.png cannot be read \([^)]*\); repair or remove it, or pass over"):
-        train(load_recipe("cifar10-lt", data=str(tmp_path / "data"), imbalance_factor=1, batch_size=4,
-                          encoder="resnet8"), tmp_path / "small", progress=False)  # fmt: skip
-    assert not (tmp_path / "small").exists()
 
 
 @pytest.mark.long

@@ -10,10 +10,9 @@ import pytest
 from conftest import draw_folder
 from PIL import Image
 
-from equipoise import UserError, load_recipe, train
+from equipoise import load_recipe, train
 from equipoise.config.recipe import Recipe
 from equipoise.runs.checkpoint import create_network
-from equipoise.training.optim import create_sgd
 from equipoise.training.plan import prepare
 from equipoise.training.step import Step
 from equipoise.views.loader import open_batches
@@ -56,40 +55,22 @@ def test_a_last_batch_of_one_image(policy, method, tmp_path):
         assert np.isfinite(losses).all()
 
 
-def many_classes(path, classes: int) -> None:
-    """A Parquet file with two images of each class."""
-    file = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(file, "PNG")
-    labels = np.repeat(np.arange(classes), 2)
-    path.mkdir()
-    pq.write_table(pa.table({"img": [file.getvalue()] * len(labels), "label": labels}), path / "train.parquet")
-
-
 @pytest.mark.long
 def test_ten_thousand_classes_of_two_images(tmp_path):
-    many_classes(tmp_path / "data", 10_000)
+    """Trained by cross-entropy. BCL, which compares every image with every class, takes ten times as long: one step."""
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(file, "PNG")
+    table = pa.table({"img": [file.getvalue()] * 20_000, "label": np.repeat(np.arange(10_000), 2)})
+    (tmp_path / "data").mkdir()
+    pq.write_table(table, tmp_path / "data" / "train.parquet")
     run = train(tiny(tmp_path / "data", method="ce", batch_size=4000), tmp_path / "run", progress=False)
     assert len(steps(run)) == 5
     assert np.isfinite(steps(run)).all()
     assert len(run.metrics["class_names"]) == 10_000
-    # BCL compares every image with every class, which takes ten times as long: two steps of it.
     plan = prepare(tiny(tmp_path / "data", method="bcl", batch_size=100))
     network = create_network(plan.recipe, 10_000, start=True).train()
-    optimizer = create_sgd(network.parameters(), 0.01, 0.9, 5e-4)
-    batches = open_batches(plan.parts.train, view_settings(plan.recipe), plan.device).training(0, 100, range(100))
+    batches = open_batches(plan.parts.train, view_settings(plan.recipe), plan.device).training(0, 100, range(1))
     step = Step(plan.recipe, network, plan.parts.train.class_counts, plan.device, plan.precision, plan.world)
-    for _ in range(2):
-        optimizer.zero_grad()
-        values, _ = step(next(batches))
-        optimizer.step()
-        assert np.isfinite(list(values.values())).all()
-    assert all(bool(value.isfinite().all()) for value in network.state_dict().values())
-
-
-def test_classes_too_small_to_hold_anything_out(tmp_path):
-    many_classes(tmp_path / "data", 50)
-    with pytest.raises(
-        UserError, match=r"no class has three images, so none can be held out; give it more, or set --holdout 0"
-    ):
-        train(tiny(tmp_path / "data", holdout=0.1, batch_size=10), tmp_path / "run", progress=False)
-    assert not (tmp_path / "run").exists()
+    values, _ = step(next(batches))
+    assert np.isfinite(list(values.values())).all()
+    assert all(bool(parameter.grad.isfinite().all()) for parameter in network.parameters())

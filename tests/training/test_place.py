@@ -14,7 +14,7 @@ from equipoise import UserError, load_recipe, train
 from equipoise.base.world import World
 from equipoise.config.recipe import Recipe
 from equipoise.runs.checkpoint import load_checkpoint
-from equipoise.training.place import Finished, Fresh, Resume, WarmStart, find_place
+from equipoise.training.place import Place, find_place
 from equipoise.training.plan import Plan, prepare
 from equipoise.training.session import start
 
@@ -46,15 +46,14 @@ def begun(folder: Path, started: str, recipe: Recipe = RECIPE, launch: str = "",
     return folder
 
 
-def test_a_place_is_of_one_of_four_kinds(finished, tmp_path):
-    assert isinstance(find_place(RECIPE, tmp_path / "new", None, OWN), Fresh)
+def test_a_place_is_new_or_that_of_a_run_that_goes_on(finished, tmp_path):
+    assert find_place(RECIPE, tmp_path / "new", None, OWN) == Place(tmp_path / "new", None, resumes=False)
+    assert not find_place(RECIPE, None, None, OWN).named
     place = find_place(RECIPE, None, finished, OWN)
-    assert isinstance(place, Resume)
-    assert (place.folder, place.processes) == (finished, 1)
+    assert (place.folder, place.resumes, place.start.checkpoint.epoch) == (finished, True, 2)
     for source in (finished, finished / "last.pt"):
         place = find_place(RECIPE, tmp_path / "new", source, OWN)
-        assert isinstance(place, WarmStart)
-        assert (place.folder, place.start.checkpoint.epoch) == (tmp_path / "new", 2)
+        assert (place.folder, place.resumes, place.start.checkpoint.epoch) == (tmp_path / "new", False, 2)
     with pytest.raises(UserError, match=r"there is no run folder or checkpoint at .*absent"):
         find_place(RECIPE, None, tmp_path / "absent", OWN)
     with pytest.raises(UserError, match=r"has no checkpoint to go on from"):
@@ -70,9 +69,7 @@ def test_a_folder_in_use_is_refused(tmp_path):
 def test_auto_is_the_newest_unfinished_run_of_the_same_recipe(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     find = lambda recipe=RECIPE, out=None: find_place(recipe, out, "auto", OWN)  # noqa: E731
-    assert prepare(RECIPE, resume="auto").describe()["goes on"] == (
-        "with none: a new run begins, since runs holds no unfinished one of this recipe"
-    )
+    assert not find().resumes
     older = begun(Path("runs/older"), "2026-01-01T10:00:00")
     assert find().folder == older
     # A clock that was set back: what counts is what the record says, not the order of the files.
@@ -85,7 +82,7 @@ def test_auto_is_the_newest_unfinished_run_of_the_same_recipe(tmp_path, monkeypa
     assert find().folder == newer
     assert find(replace(RECIPE, precision="bf16", log_every=7)).folder == newer
     assert find(out=older).folder == older
-    assert isinstance(find(out=tmp_path / "new"), Fresh)
+    assert not find(out=tmp_path / "new").resumes
 
 
 def test_a_restart_by_torchrun_goes_on_with_its_own_run(tmp_path, monkeypatch):
@@ -94,22 +91,20 @@ def test_a_restart_by_torchrun_goes_on_with_its_own_run(tmp_path, monkeypatch):
     begun(Path("runs/other"), "2026-01-01T11:00:00", launch="aaa")
     find = lambda **world: find_place(RECIPE, None, None, World(**world))  # noqa: E731
     assert find(launch="7f3").folder == own
-    assert isinstance(find(launch="bbb"), Fresh)
+    assert not find(launch="bbb").resumes
     unnamed = begun(Path("runs/unnamed"), "2026-01-01T12:00:00", launch="none")
-    assert isinstance(find(launch="none"), Fresh), "torchrun's name for no name"
+    assert not find(launch="none").resumes, "torchrun's name for no name"
     assert find(launch="none", restarted=True).folder == unnamed
     (own / "metrics.json").write_text("{}")
-    assert isinstance(find(launch="7f3"), Fresh), "a new launch of the same name is a new run"
-    assert find(launch="7f3", restarted=True) == Finished(own)
+    assert not find(launch="7f3").resumes, "a new launch of the same name is a new run"
+    assert find(launch="7f3", restarted=True).folder == own
 
 
-def test_another_number_of_processes_is_told(run):
-    assert "processes" not in going_on(run, epochs=9).describe()["goes on"]
-    record = json.loads((run / "run.json").read_text())
-    (run / "run.json").write_text(json.dumps({**record, "processes": 4}))
-    assert (
-        "1 processes instead of 4: so BatchNorm is over other batches" in going_on(run, epochs=9).describe()["goes on"]
-    )
+def test_after_a_restart_a_finished_run_is_scored_again_and_not_begun_anew(run, monkeypatch):
+    before = {name: (run / name).read_bytes() for name in ("metrics.json", "last.pt", "metrics.jsonl")}
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    train(RECIPE, run, progress=False)
+    assert {name: (run / name).read_bytes() for name in before} == before
 
 
 @pytest.mark.slow
@@ -124,7 +119,7 @@ def test_the_checkpoint_before_a_damaged_one_is_used(damage, finished, run):
     (run / "last.pt").write_bytes(content)
     plan = prepare(load_recipe(run, epochs=3), resume=run)
     assert plan.start.path == run / "previous.pt"
-    assert f"from {run}/previous.pt, after epoch 1 ({run}/last.pt is " in plan.describe()["goes on"]
+    assert f"from {run}/previous.pt, after epoch 1" in plan.describe()["goes on"]
     assert (run / "metrics.json").exists(), "nothing is written yet"
     with start(plan):
         # Neither the figures of its earlier end stay, nor the damaged one, which would become the one before the last.
@@ -139,7 +134,7 @@ def test_the_checkpoint_before_a_damaged_one_is_used(damage, finished, run):
 def test_without_a_whole_checkpoint_a_run_cannot_go_on(run):
     for name in ("last.pt", "previous.pt"):
         (run / name).write_bytes(b"x")
-    with pytest.raises(UserError, match=r"last.pt is .*; .*previous.pt is .*: without either, train anew into another"):
+    with pytest.raises(UserError, match=r"previous.pt is "):
         going_on(run)
     for name in ("last.pt", "previous.pt"):
         (run / name).unlink()
@@ -160,14 +155,7 @@ def test_a_run_does_not_go_on_with_other_images(tmp_path):
         with pytest.raises(UserError, match=rf"the {called} part of {data} is not what {run}/last.pt was trained with"):
             going_on(run, epochs=2)
         (data / part / "ant" / "new.png").rename(data / part / "ant" / "0.png")
-    shutil.rmtree(data / "test")
-    with pytest.raises(UserError, match=r"the test part of .* is not what"):
-        going_on(run, epochs=2)
 
 
-def test_a_run_goes_on_under_its_own_recipe(run):
-    with pytest.raises(UserError, match=r"has trained 2 epochs already, of 2; set --epochs higher"):
-        going_on(run)
-    with pytest.raises(UserError, match=r"trained with optim.lr = 0.05, not 1.0: a run goes on under its own recipe"):
-        going_on(run, epochs=3, lr=1.0)
+def test_more_epochs_are_told(run):
     assert "3 epochs instead of 2: so the learning rate changes" in going_on(run, epochs=3).describe()["goes on"]

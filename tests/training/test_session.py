@@ -71,16 +71,11 @@ def test_an_interruption_before_training_removes_a_new_folder_only(run, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("run.json", "{"),
-        ("metrics.jsonl", "null\n"),
-        ("metrics.jsonl", None),  # its last line is half-written
-    ],
+    ("name", "content"), [("run.json", "{"), ("metrics.jsonl", "null\n"), ("metrics.jsonl", '{"kind": "train", "st')]
 )
 def test_records_that_are_damaged_do_not_stop_a_run(name, content, run):
-    before = (run / "metrics.jsonl").read_text()
-    (run / name).write_text(before + '{"kind": "train", "st' if content is None else content)
+    before = (run / "metrics.jsonl").read_text() if content.endswith("st") else ""  # its last line is half-written
+    (run / name).write_text(before + content)
     train(load_recipe(run, epochs=3), progress=False, resume=run)
     assert json.loads((run / "run.json").read_text())["resumed"]["after_epoch"] == 2
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -96,7 +91,7 @@ def test_a_run_goes_on_without_the_weights_that_it_started_from(tmp_path):
 
 
 def test_another_method_cannot_go_on(finished, tmp_path):
-    with pytest.raises(UserError, match=r"do not fit method bcl with a resnet8; it was trained with ce$"):
+    with pytest.raises(UserError, match=r"method ce, .* do not fit method bcl with a resnet8"):
         train(load_recipe("digits-lt", epochs=3), tmp_path / "run", progress=False, resume=finished)
     assert not (tmp_path / "run").exists()
 
@@ -132,21 +127,8 @@ def test_what_a_checkpoint_counts_on_is_on_the_disk_before_it(tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("where", "said"),
     [
-        (
-            "loop.Step.__call__",
-            "there is not enough memory for batches of 64 images on cpu; set --micro-batch, which computes the same "
-            "batch in parts, or a smaller --batch-size",
-        ),
-        (
-            "loop.predict",
-            "there is not enough memory for batches of 64 images on cpu; once there is more, go on with: "
-            "equipoise train --resume {run}",
-        ),
-        (
-            "session.evaluate_run",
-            "there is not enough memory: free some, or take another device. Training is done and kept; "
-            "then: equipoise evaluate {run}",
-        ),
+        ("loop.Step.__call__", "^there is not enough memory for batches of 64 images on cpu; free some, or train anew"),
+        ("session.evaluate_run", "Training is done and kept; then: equipoise evaluate "),
     ],
 )
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory.")], ids=["CPU", "GPU"])
@@ -155,11 +137,9 @@ def test_too_little_memory_is_one_line(error, where, said, tmp_path, monkeypatch
         raise error
 
     monkeypatch.setattr(f"equipoise.training.{where}", fail)
-    run = tmp_path / "run"
-    with pytest.raises(UserError) as raised:
-        train(replace(RECIPE, epochs=1, data=replace(RECIPE.data, holdout=0.2)), run, progress=False)
-    assert str(raised.value) == said.format(run=run)
-    assert run.exists() is ("--resume" in said or "evaluate" in said)
+    with pytest.raises(UserError, match=said):
+        train(replace(RECIPE, epochs=1), tmp_path / "run", progress=False)
+    assert (tmp_path / "run").exists() is ("kept" in said)
 
 
 # ---- disks

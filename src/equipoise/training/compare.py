@@ -7,46 +7,38 @@ tells what other seeds would change, the data being the same, not what other dat
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, get_args
+from statistics import fmean, stdev
+from typing import Any
 
 import numpy as np
 
 from equipoise.base.errors import UserError, several
 from equipoise.base.files import atomic_file
-from equipoise.config.recipe import Method, Recipe, load_recipe, nearest
+from equipoise.config.recipe import Recipe, find_field, load_recipe, override
 from equipoise.evaluation.run import Run, chosen
 from equipoise.runs.folder import METRICS, RECIPE, RECORD, write_json
 from equipoise.runs.records import read_record
-from equipoise.training.place import FREE_IN_COMPARISON, differing
+from equipoise.training.place import FREE, differing
 from equipoise.training.plan import Plan, prepare
 from equipoise.training.session import train
 
 FIGURES = {"top1": "overall", "many": "many", "medium": "medium", "few": "few"}
-_MOST_SEEDS = 1000
 
 
-@dataclass(frozen=True)
-class Difference:
-    """To the first method, over seeds: `low` and `high` bound the 95 % interval, None with one seed."""
-
-    mean: float
-    low: float | None
-    high: float | None
-
-
-def paired_difference(first: Sequence[float], other: Sequence[float]) -> Difference:
-    """The mean of `other` - `first`, seed by seed, and its 95 % confidence interval (Student's t, see the module)."""
+def paired_difference(first: Sequence[float], other: Sequence[float]) -> dict[str, float | None]:
+    """The `mean` of `other` - `first`, seed by seed, and the bounds `low` and `high` of its 95 % confidence interval
+    (Student's t, see the module), None with one seed."""
     from scipy.stats import t
 
     differences = np.subtract(other, first)
     mean, seeds = float(differences.mean()), len(differences)
     if seeds < 2:
-        return Difference(mean, None, None)
+        return {"mean": mean, "low": None, "high": None}
     half = float(t.ppf(0.975, seeds - 1) * differences.std(ddof=1) / math.sqrt(seeds))
-    return Difference(mean, mean - half, mean + half)
+    return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
 def compare(recipe: Recipe, methods: Sequence[str], seeds: int, out: Path) -> dict[str, Any]:
@@ -57,15 +49,16 @@ def compare(recipe: Recipe, methods: Sequence[str], seeds: int, out: Path) -> di
     checkpoint. Returns what `compare.json` holds. Raises UserError for an unknown method, and for a run folder of
     another recipe or other data.
     """
-    _refuse_methods(methods, seeds)
-    all_seeds = [recipe.seed + number for number in range(seeds)]
+    if len(set(methods)) < len(methods) or len(methods) < 2:
+        raise UserError(f"--methods needs two or more different methods, separated by commas, not {','.join(methods)}")
+    if seeds < 1:
+        raise UserError(f"--seeds must be 1 or more, not {seeds}")
+    of_methods = [override(recipe, find_field("method"), method) for method in methods]
     # Every refusal comes before the first hour of training.
-    plan = prepare(replace(recipe, method=methods[0]))  # pyright: ignore[reportArgumentType] it is one
-    recipes = {
-        out / f"{method.replace('+', '-')}-seed-{seed}": replace(plan.recipe, method=method, seed=seed)  # pyright: ignore[reportArgumentType] it is one
-        for seed in all_seeds
-        for method in methods
-    }
+    plan = prepare(of_methods[0])
+    all_seeds = [recipe.seed + number for number in range(seeds)]
+    of_runs = [replace(plan.recipe, method=one.method, seed=seed) for seed in all_seeds for one in of_methods]
+    recipes = {out / f"{of_run.method.replace('+', '-')}-seed-{of_run.seed}": of_run for of_run in of_runs}
     for folder, of_run in recipes.items():
         if folder.exists():
             _refuse_other(folder, of_run, plan)
@@ -89,22 +82,10 @@ def compare(recipe: Recipe, methods: Sequence[str], seeds: int, out: Path) -> di
     return result
 
 
-def _refuse_methods(methods: Sequence[str], seeds: int) -> None:
-    known = list(get_args(Method))
-    for method in methods:
-        if method not in known:
-            raise UserError(f"no method is called '{method}'{nearest(method, known)}")
-    if len(set(methods)) < len(methods) or len(methods) < 2:
-        raise UserError(f"--methods needs two or more different methods, separated by commas, not {','.join(methods)}")
-    if not 1 <= seeds <= _MOST_SEEDS:
-        raise UserError(f"--seeds must be 1 to {_MOST_SEEDS:,}, not {seeds}")
-
-
 def _refuse_other(folder: Path, recipe: Recipe, plan: Plan) -> None:
     """Raise UserError where `folder` holds anything but a run of this recipe on this data."""
-    if not (folder / RECIPE).is_file() or not (folder / RECORD).is_file():
-        raise UserError(f"{folder} is not a run folder; remove it, or name another folder with --out")
-    for key, before, now in differing(load_recipe(folder / RECIPE), recipe, FREE_IN_COMPARISON):
+    # In one table, all are of one precision too.
+    for key, before, now in differing(load_recipe(folder / RECIPE), recipe, FREE - {"precision"}):
         raise UserError(f"{folder} was trained with {key} = {before}, not {now}: change it back, or name another --out")
     if read_record(folder / RECORD)["data"]["fingerprints"] != plan.fingerprints:
         raise UserError(f"{folder} was trained on other data than lies at {recipe.data.path} now; name another --out")
@@ -121,49 +102,31 @@ def _summary(methods: Sequence[str], seeds: int, metrics: Sequence[Mapping[str, 
         )
     table: dict[str, dict[str, Any]] = {method: {} for method in methods}
     for figure in FIGURES:
-        if any(of_run[figure] is None for of_run in scored):  # no class is in this group
+        if scored[0][figure] is None:  # no class is in this group
             continue
-        first = [of_run[figure] for of_run in scored[:: len(methods)]]
-        for number, method in enumerate(methods):
-            values = [of_run[figure] for of_run in scored[number :: len(methods)]]
-            sd = float(np.std(values, ddof=1)) if seeds > 1 else None
-            table[method][figure] = {"values": values, "mean": float(np.mean(values)), "sd": sd}
-            if number:
-                table[method][figure]["difference"] = asdict(paired_difference(first, values))
+        of_method = {method: [run[figure] for run in scored[at :: len(methods)]] for at, method in enumerate(methods)}
+        for method, values in of_method.items():
+            sd = stdev(values) if seeds > 1 else None
+            table[method][figure] = {"values": values, "mean": fmean(values), "sd": sd}
+            if method != methods[0]:
+                table[method][figure]["difference"] = paired_difference(of_method[methods[0]], values)
     return {"checkpoint": checkpoint, "part": part, "methods": table}
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The table of a comparison for people, as Markdown, in percent."""
-    methods, seeds, part, checkpoint = (result[key] for key in ("methods", "seeds", "part", "checkpoint"))
+    """A comparison as a Markdown table for people, in percent."""
+    methods, seeds = result["methods"], result["seeds"]
     first, *others = methods
-    spread, how = "", "one seed, so no interval can be given"
-    if len(seeds) > 1:
-        spread, how = ", mean ± sd of a sample", "paired by seed, with its 95 % confidence interval"
-
-    def table(rows: Sequence[str], cell: Callable[[dict[str, Any]], str]) -> list[str]:
-        figures = list(methods[first])
-        cells = [["method", *(FIGURES[figure] for figure in figures)], ["---"] * (1 + len(figures))]
-        cells += [[name, *(cell(methods[name][figure]) for figure in figures)] for name in rows]
-        return [f"| {' | '.join(row)} |" for row in cells]
-
-    lines = [
-        f"{result['recipe']['name']}: {several(len(seeds), 'seed')} ({', '.join(map(str, seeds))}), {part} part, "
-        f"{checkpoint} checkpoint; accuracy in percent{spread}",
-        "",
-        *table(list(methods), _value),
-        "",
-        f"Difference to {first}, percentage points, {how}:",
-        "",
-        *table(others, _difference),
-    ]
-    if len(seeds) > 1:
-        lines += [
-            "",
-            f"The interval is mean(d) ± t · sd(d) / √n over the differences d of the n = {len(seeds)} seeds (Student's "
-            "t). It tells what other seeds would change, not what other data would.",
-        ]
-    return "\n".join(lines) + "\n"
+    figures = list(methods[first])
+    rows = [["method", *(FIGURES[figure] for figure in figures)], ["---"] * (1 + len(figures))]
+    rows += [[name, *(_value(methods[name][figure]) for figure in figures)] for name in methods]
+    rows += [[f"{name} - {first}", *(_difference(methods[name][figure]) for figure in figures)] for name in others]
+    heading = (
+        f"{result['recipe']['name']}: {several(len(seeds), 'seed')} ({', '.join(map(str, seeds))}), {result['part']} "
+        f"part, {result['checkpoint']} checkpoint; accuracy in percent: mean ± sd of a sample over seeds, and paired "
+        "differences with their 95 % confidence interval (neither with one seed)"
+    )
+    return "\n".join([heading, "", *(f"| {' | '.join(row)} |" for row in rows), ""])
 
 
 def _value(row: dict[str, Any]) -> str:

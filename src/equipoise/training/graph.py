@@ -21,7 +21,7 @@ class StepGraph:
     launched at once. Its kernels read and write the same memory every time, so the batch is copied there.
     """
 
-    def __init__(self, losses: Callable[[Batch], tuple[Terms, Tensor]], network: nn.Module, batch_size: int) -> None:
+    def __init__(self, losses: Callable[[Batch], Terms], network: nn.Module, batch_size: int) -> None:
         self._losses = losses
         self._parameters = [*network.parameters()]
         self._batch_size = batch_size
@@ -46,9 +46,9 @@ class StepGraph:
         try:
             # Other threads may go on meanwhile: one puts the next batches into pinned memory.
             with torch.cuda.graph(self._forward, capture_error_mode="thread_local"):
-                self._terms, loss = self._losses(self._batch)
+                terms = self._losses(self._batch)
             with torch.cuda.graph(self._backward, pool=self._forward.pool(), capture_error_mode="thread_local"):
-                loss.backward()
+                terms["loss"].backward()
         except RuntimeError as error:
             if out_of_memory(error):
                 raise
@@ -56,6 +56,7 @@ class StepGraph:
             raise UserError(
                 f"a step of this network cannot be recorded as a CUDA graph ({why}); set --cuda-graph false"
             ) from None
+        self._terms = {name: term.detach() for name, term in terms.items()}
         self._gradients = [parameter.grad for parameter in self._parameters]
 
     def forward(self, batch: Batch) -> Terms:

@@ -19,7 +19,6 @@ from equipoise.runs.checkpoint import Checkpoint, state_on_cpu
 from equipoise.runs.folder import BEST
 from equipoise.runs.log import RunLog
 from equipoise.training.optim import create_sgd, learning_rate
-from equipoise.training.place import Resume
 from equipoise.training.plan import Plan
 from equipoise.training.signals import Requests
 from equipoise.training.step import Step
@@ -38,12 +37,7 @@ class Trainer:
     """
 
     def __init__(
-        self,
-        plan: Plan,
-        network: TwoBranchNetwork,
-        batches: Batches,
-        validation: Batches | None,
-        requests: Requests,
+        self, plan: Plan, network: TwoBranchNetwork, batches: Batches, validation: Batches | None, requests: Requests
     ) -> None:
         """Of a run that goes on, the network has its weights already."""
         recipe, optim = plan.recipe, plan.recipe.optim
@@ -61,7 +55,7 @@ class Trainer:
         self._optimizer.load_state_dict({"state": done.optimizer["state"], "param_groups": groups})
         # Under another recipe only whole epochs count; and in another folder there is no file of an earlier best.
         self.epoch, self.step = done.epoch, done.epoch * plan.steps_per_epoch
-        if isinstance(plan.place, Resume):
+        if plan.place.resumes:
             self.step, self.best = done.step, done.best
 
     def train(self, progress: bool) -> None:
@@ -89,10 +83,11 @@ class Trainer:
         images, since = 0, time.perf_counter()
         while self.step < (self.epoch + 1) * plan.steps_per_epoch:
             # What a network may draw in its forward pass (dropout, stochastic depth) follows from step and rank.
-            torch.manual_seed(_step_seed(recipe.seed, self.step, plan.world.rank))
+            torch.manual_seed((recipe.seed * 1_000_003 + self.step + plan.world.rank * 7_368_787) % 2**63)
             batch = next(stream)
             self._optimizer.zero_grad()
-            terms, votes = self._gradients(batch, self.requests.votes(save=self._is_save_due()))
+            is_save_due = plan.world.is_first and time.monotonic() - self._saved_at > 60 * recipe.checkpoint_minutes
+            terms, votes = self._gradients(batch, self.requests.votes(is_save_due))
             self._refuse_non_finite(terms, rate)
             self._optimizer.step()
             self.step += 1
@@ -118,7 +113,7 @@ class Trainer:
 
     def _end_epoch(self, log: RunLog) -> None:
         """Validate, and save. Without validation, epochs may be so short that saving takes much of the time: then it is
-        left out, but for the last one."""
+        left out, but for the last one. A signal is answered after the next step."""
         world = self._plan.world
         world.first_buffers(self._network)
         if self._validation is not None:
@@ -131,9 +126,6 @@ class Trainer:
         is_cheap = world.size > 1 or time.monotonic() - self._saved_at > 20 * self._saving_took
         if self._validation is not None or self.epoch == self._plan.recipe.epochs or is_cheap:
             self._save(log)
-            _, stopped = self.requests.read(world.sum(torch.tensor(self.requests.votes()).double()).tolist())
-            if stopped is not None:
-                raise Stopped(stopped, self._state(), self._plan.resume_command())
 
     def _validate(self, validation: Batches, log: RunLog) -> float:
         """The mean per-class accuracy on the validation part. It chooses the best checkpoint, since a part cut from
@@ -154,10 +146,6 @@ class Trainer:
 
     def _state(self) -> str:
         return f"step {self.step} is done and saved"
-
-    def _is_save_due(self) -> bool:
-        minutes = (time.monotonic() - self._saved_at) / 60
-        return self._plan.world.is_first and minutes > self._plan.recipe.checkpoint_minutes
 
     def _save(self, log: RunLog) -> None:
         """Write a checkpoint, and the best one where this is it. All ranks call it, rank 0 writes: the weights are the
@@ -192,7 +180,8 @@ class Trainer:
             term = wrong[-1]  # the total is first; a part that is wrong says more
             raise NonFiniteLossError(
                 f"step {self.step + 1} (epoch {self.epoch + 1}): the loss term '{term}' is {terms[term]}; the weights "
-                f"were not changed by it. Lower the learning rate (now {rate:g}) or warm up longer"
+                f"were not changed by it. Lower the learning rate (now {rate:g}) or warm up longer; the log is in "
+                f"{self._plan.folder}"
             )
 
 
@@ -202,7 +191,3 @@ def set_training(network: TwoBranchNetwork, recipe: Recipe) -> None:
     if recipe.model.batch_norm == "frozen":
         for module in batch_norms(network):
             module.eval()
-
-
-def _step_seed(seed: int, step: int, rank: int) -> int:
-    return (seed * 1_000_003 + step + rank * 7_368_787) % 2**63

@@ -18,17 +18,15 @@ from equipoise.runs.records import read_record
 
 AUTO = "auto"  # --resume auto: find out which run
 
-# Fields in which two runs may differ and still be of one comparison: they change where and how often, not what.
-FREE_IN_COMPARISON = frozenset({"name", "summary", "device", "workers", "log_every", "checkpoint_minutes"})
-# And still be the same run: these change how it is computed.
-FREE_IN_RUN = FREE_IN_COMPARISON | {
-    *("precision", "compile", "cuda_graph", "deterministic", "data.on_bad_image", "data.allow_outside")
-}
-# And be trained by ranks together: files may lie elsewhere on each host; fingerprints tell whether they are the same.
-DATA_FILES = ("path", "train_list", "val_list", "test_list")
-FREE_AMONG_RANKS = FREE_IN_RUN | {"model.weights", *(f"data.{name}" for name in DATA_FILES)}
-# And let one go on from the other.
-FREE_IN_RESUME = FREE_AMONG_RANKS | {"epochs", "model.pretrained"}
+# Fields in which a recipe may change while a run goes on: they say where and how it is computed, not what.
+FREE = frozenset(
+    {
+        *("name", "summary", "device", "workers", "log_every", "checkpoint_minutes"),
+        *("precision", "compile", "cuda_graph", "deterministic", "data.on_bad_image", "data.allow_outside"),
+    }
+)
+# Files may be moved, and lie elsewhere on each host: fingerprints tell whether they are the same.
+FILES = frozenset({"model.weights", "data.path", "data.train_list", "data.val_list", "data.test_list"})
 
 
 def differing(one: Recipe, other: Recipe, free: frozenset[str]) -> list[tuple[str, Any, Any]]:
@@ -40,49 +38,22 @@ def differing(one: Recipe, other: Recipe, free: frozenset[str]) -> list[tuple[st
 
 @dataclass(frozen=True)
 class Start:
-    """The checkpoint that a run starts from. `remark`: which other files of its run cannot be read, if any."""
+    """The checkpoint that a run starts from."""
 
     path: Path
     checkpoint: Checkpoint
-    remark: str = ""
 
 
 @dataclass(frozen=True)
-class Fresh:
-    """A new run. `named`: the user chose the folder; if not, another one will do. `sought`: 'auto' found no run."""
-
-    folder: Path
-    named: bool
-    sought: bool = False
-
-
-@dataclass(frozen=True)
-class WarmStart:
-    """A new run that starts from a checkpoint of another run, or of the BCL authors' code. `named`: as in `Fresh`."""
-
-    folder: Path
-    named: bool
-    start: Start
-
-
-@dataclass(frozen=True)
-class Resume:
-    """A run that goes on in its own folder; without a checkpoint (`start` is None) it begins again. `processes`: how
-    many have trained it so far, if that is known."""
+class Place:
+    """Where a run is written. `start`: a checkpoint to start from, its own, another run's or of the BCL authors' code.
+    `resumes`: the run is there and goes on, or begins again where it has no checkpoint. `named`: no other folder will
+    do."""
 
     folder: Path
     start: Start | None
-    processes: int | None = None
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A run that is complete. torchrun has restarted the processes, which may have another run to train after it."""
-
-    folder: Path
-
-
-Place = Fresh | WarmStart | Resume | Finished
+    resumes: bool
+    named: bool = True
 
 
 def find_place(recipe: Recipe, out: str | Path | None, resume: str | Path | None, world: World) -> Place:
@@ -92,25 +63,21 @@ def find_place(recipe: Recipe, out: str | Path | None, resume: str | Path | None
     if resume == AUTO:
         source = _newest_run(recipe, folder)
     elif not resume and (world.restarted or world.launch not in ("", "none")):  # 'none' is torchrun's default name
-        source = _newest_run(recipe, folder, world.launch, finished=world.restarted)
-        if source and (source / METRICS).exists():
-            return Finished(source)
+        source = _newest_run(recipe, folder, world)
     start = None
     if source:
         run = source if source.is_dir() else source.parent
         own = (run / RECORD).is_file() and (source.is_dir() or source.name in (LAST, PREVIOUS))
-        path = find_checkpoint(source)
-        start = _last_of(run) if source.is_dir() else Start(path, load_checkpoint(path))
+        start = _start_from(find_checkpoint(source))
         if own and (folder is None or real_path(folder) == real_path(run)):
-            return _resume(run, start)
+            return Place(run, start, resumes=True)
         if start is None:
             raise UserError(f"{run} has no checkpoint to go on from")
     if folder is not None and (folder.is_file() or (folder.is_dir() and is_used(folder))):
         raise UserError(
             f"{folder} exists and is not empty; go on with it by --resume {folder}, or name another folder with --out"
         )
-    path, named = folder or default_folder(recipe), folder is not None
-    return WarmStart(path, named, start) if start else Fresh(path, named, sought=resume == AUTO)
+    return Place(folder or default_folder(recipe), start, resumes=False, named=folder is not None)
 
 
 def default_folder(recipe: Recipe) -> Path:
@@ -120,37 +87,29 @@ def default_folder(recipe: Recipe) -> Path:
     return next(path for n in itertools.count(1) if not (path := Path("runs") / (stem + f"-{n}" * (n > 1))).exists())
 
 
-def _newest_run(recipe: Recipe, folder: Path | None, launch: str = "", finished: bool = False) -> Path | None:
-    """The newest run of this recipe that is not finished, or with `finished` may be; with `launch`, of those that
-    torchrun began in it. `folder`: look at no other."""
+def _newest_run(recipe: Recipe, folder: Path | None, world: World | None = None) -> Path | None:
+    """The newest unfinished run of this recipe, in `folder` or else in `runs`; with `world`, of those that this launch
+    of torchrun began. After a restart a finished one too, which is then scored again: there may be a run after it."""
     found: list[tuple[str, Path]] = []
     for run in [folder] if folder else [record.parent for record in Path("runs").glob(f"*/{RECORD}")]:
         try:
             record, before = read_record(run / RECORD), load_recipe(run / RECIPE)
         except UserError:  # no run, or one that was killed while it made its folder
             continue
-        wanted = (not launch or record.get("launch") == launch) and (finished or not (run / METRICS).exists())
-        if wanted and not differing(before, recipe, FREE_IN_RUN):
+        open_to_go_on = (world is not None and world.restarted) or not (run / METRICS).exists()
+        of_launch = world is None or record.get("launch") == world.launch
+        if open_to_go_on and of_launch and not differing(before, recipe, FREE):
             found.append((record["started"], run))
     return max(found)[1] if found else None
 
 
-def _last_of(run: Path) -> Start | None:
-    """The last checkpoint of a run, or if that cannot be read the one before it; None if it has none."""
-    failures: list[str] = []
-    for path in (run / LAST, run / PREVIOUS):
-        if path.exists():
-            try:
-                return Start(path, load_checkpoint(path), remark="; ".join(failures))
-            except UserError as error:
-                failures.append(str(error))
-    if failures:
-        raise UserError(f"{'; '.join(failures)}: without either, train anew into another folder with --out")
-    return None
-
-
-def _resume(run: Path, start: Start | None) -> Resume:
-    processes = None
-    with contextlib.suppress(UserError):  # a damaged record is written anew when the run goes on
-        processes = read_record(run / RECORD).get("processes")
-    return Resume(run, start, processes)
+def _start_from(source: Path) -> Start | None:
+    """The checkpoint `source`; of a run folder the last one, or if the disk has spoiled that the one before it, None
+    where there is none."""
+    if not source.is_dir():
+        return Start(source, load_checkpoint(source))
+    there = [source / name for name in (LAST, PREVIOUS) if (source / name).exists()]
+    for path in there[:-1]:
+        with contextlib.suppress(UserError):
+            return Start(path, load_checkpoint(path))
+    return Start(there[-1], load_checkpoint(there[-1])) if there else None

@@ -9,17 +9,17 @@ from pathlib import Path
 import torch
 
 from equipoise.base.device import describe_machine, deterministic, keep_freed_memory
-from equipoise.base.errors import UserError, in_words, out_of_memory, own_command, reason
+from equipoise.base.errors import UserError, in_words, out_of_memory, own_command
 from equipoise.base.world import join, lost_rank
 from equipoise.config.recipe import Recipe
 from equipoise.data.images import ImageList
 from equipoise.evaluation.run import Run
 from equipoise.evaluation.score import evaluate_run
 from equipoise.method.network import TwoBranchNetwork
-from equipoise.runs.checkpoint import create_network, load_checkpoint
+from equipoise.runs.checkpoint import create_network
 from equipoise.runs.folder import BAD_IMAGES, LAST, METRICS, PREVIOUS, RunFolder, write_record
 from equipoise.training.loop import NonFiniteLossError, Trainer
-from equipoise.training.place import Finished, Resume, default_folder
+from equipoise.training.place import default_folder
 from equipoise.training.plan import Plan, prepare
 from equipoise.training.signals import Requests
 from equipoise.views.loader import Batches, open_batches, worker_count
@@ -45,23 +45,28 @@ class Session:
     `plan` names the folder that was got."""
 
     plan: Plan
-    trainer: Trainer | None  # None: the run is finished
+    trainer: Trainer
 
     def run(self, progress: bool = True) -> Run:
         """Train and score. See `train`."""
-        if self.trainer is not None:
-            self.trainer.train(progress and self.plan.world.is_first)
-            _score(self.plan, self.trainer.requests)
-        return Run(self.plan.folder)
+        plan, requests = self.plan, self.trainer.requests
+        self.trainer.train(progress and plan.world.is_first)
+        state = "training is done and saved, but not scored"  # nothing more has to be saved
+        plan.world.each_makes(lambda: requests.stop_at_once(state, plan.resume_command()))
+        try:
+            evaluate_run(plan.folder, plan.parts, str(plan.device), plan.world)
+        except (UserError, RuntimeError, MemoryError) as error:
+            if not isinstance(error, UserError) and not out_of_memory(error):
+                raise
+            again = f"{own_command()} evaluate {shlex.quote(str(plan.folder))}"
+            raise UserError(f"{in_words(error)}. Training is done and kept; then: {again}") from None
+        return Run(plan.folder)
 
 
 @contextmanager
 def start(plan: Plan) -> Generator[Session]:
     """A session of `plan`. What can be refused is refused here, before the folder is made: weights that do not fit or
     cannot be had, images, a folder that cannot be made. See `train` for what it raises."""
-    if isinstance(plan.place, Finished):
-        yield Session(plan, None)
-        return
     if plan.device.type == "cpu":
         keep_freed_memory()
     network, batches, validation = plan.world.each_makes(lambda: _open(plan))
@@ -77,19 +82,19 @@ def _open(plan: Plan) -> tuple[TwoBranchNetwork, Batches, Batches | None]:
     recipe, parts, world = plan.recipe, plan.parts, plan.world
     workers = worker_count(recipe.workers, world.local_size)
 
-    def read(images: ImageList, workers: int = 0) -> Batches:
+    def read(images: ImageList) -> Batches:
         skip = recipe.data.on_bad_image == "skip"
         return open_batches(images, view_settings(recipe), plan.device, workers, world, skip)
 
-    batches = read(parts.train, workers)
-    validation = read(parts.validation, workers) if parts.validation else None
-    if parts.test is not None:
-        read(parts.test)  # small images are decoded by it: errors come now, and not at the end
+    batches = read(parts.train)
+    validation = read(parts.validation) if parts.validation else None
     classes, begin = len(parts.train.class_names), plan.start
     if begin is not None and not begin.checkpoint.fits(recipe, classes):
+        before = begin.checkpoint.recipe
         raise UserError(
-            f"the weights of {begin.path} do not fit method {recipe.method} with a {recipe.model.encoder}; it was "
-            f"trained with {begin.checkpoint.recipe.method}"
+            f"the weights of {begin.path} (method {before.method}, {before.model.encoder}, "
+            f"{len(begin.checkpoint.class_names):,} classes) do not fit method {recipe.method} with a "
+            f"{recipe.model.encoder} and {classes:,} classes"
         )
     torch.manual_seed(recipe.seed)
     # MKL takes fewer threads where the machine is busy, unless their number was set: and sums in another order.
@@ -106,22 +111,17 @@ def _open(plan: Plan) -> tuple[TwoBranchNetwork, Batches, Batches | None]:
 
 def _take(folder: RunFolder, plan: Plan) -> Path:
     """Take the planned folder, or if that is taken and the user did not name it, another; and write down the plan."""
-    path, place = plan.folder, plan.place
-    while not folder.take(path, goes_on=isinstance(place, Resume)):
-        if isinstance(place, Resume | Finished) or place.named:
+    path, place, begin = plan.folder, plan.place, plan.start
+    while not folder.take(path, goes_on=place.resumes):
+        if place.named:
             raise UserError(f"another run is writing into {path}; wait for it, or name another folder with --out")
         path = default_folder(plan.recipe)
     (path / METRICS).unlink(missing_ok=True)  # of an earlier end
-    if plan.start is None:
+    if begin is None:
         (path / BAD_IMAGES).unlink(missing_ok=True)  # they may have been repaired
-    elif isinstance(place, Resume) and plan.start.path.name == PREVIOUS:
+    elif place.resumes and begin.path.name == PREVIOUS:
         (path / LAST).unlink(missing_ok=True)  # the damaged one must not become the previous one
-    _write_record(plan, path)
-    return path
-
-
-def _write_record(plan: Plan, path: Path) -> None:
-    parts, begin = plan.parts, plan.start
+    parts = plan.parts
     about = {
         "machine": describe_machine(plan.device),
         "processes": plan.world.size,
@@ -140,21 +140,7 @@ def _write_record(plan: Plan, path: Path) -> None:
         done = begin.checkpoint
         about["resumed"] = {"from": str(begin.path), "after_epoch": done.epoch, "after_step": done.step}
     write_record(path, plan.recipe, about)
-
-
-def _score(plan: Plan, requests: Requests) -> None:
-    """Score what was trained. Nothing more has to be saved, so a signal ends the run at once."""
-    requests.stop_at_once("training is done and saved, but not scored", plan.resume_command())
-    try:
-        evaluate_run(plan.folder, plan.parts, str(plan.device), plan.world)
-    except (UserError, RuntimeError, MemoryError) as error:
-        if not isinstance(error, UserError) and not out_of_memory(error):
-            raise
-        again = f"{own_command()} evaluate {shlex.quote(str(plan.folder))}"
-        raise UserError(f"{in_words(error)}. Training is done and kept; then: {again}") from None
-
-
-# ---------------------------------------------------------------------------------------------- failures
+    return path
 
 
 @contextmanager
@@ -162,42 +148,20 @@ def _failures_in_one_line(plan: Plan, folder: RunFolder) -> Generator[None]:
     """Raise what ends a run for a reason of the user's as one line that says how to go on."""
     try:
         yield
-    except NonFiniteLossError as error:
-        folder.keep()
-        raise NonFiniteLossError(f"{error}. The log is in {plan.folder}{_with_another_rate(plan)}") from None
+    except NonFiniteLossError:
+        folder.keep()  # its log shows why
+        raise
     except (OSError, RuntimeError, MemoryError) as error:
         if out_of_memory(error):
-            raise _too_little_memory(plan) from None
+            raise UserError(
+                f"there is not enough memory for batches of {plan.recipe.batch_size} images on {plan.device}; free "
+                "some, or train anew with --micro-batch, which computes the same batch in parts, or a smaller "
+                "--batch-size"
+            ) from None
         # The disk is full, say. A broken pipe is no file: nobody reads what is printed.
-        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError) and plan.world.is_first:
-            said = f"{plan.folder} could not be written ({in_words(error)}); once it can, {_then(plan)}"
-            raise UserError(said) from None
-        if plan.recipe.deterministic and plan.device.type == "cuda" and "deterministic" in str(error):
-            why = reason(error, library=True, otherwise="torch does not say why")
-            encoder = plan.recipe.model.encoder
-            raise UserError(f"{encoder} cannot be deterministic on a GPU ({why}); leave out --deterministic") from None
+        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+            then = f"go on with: {plan.resume_command()}" if (plan.folder / LAST).exists() else "start again"
+            raise UserError(f"{plan.folder} could not be written ({in_words(error)}); once it can, {then}") from None
+        if plan.recipe.deterministic and "deterministic" in str(error):
+            raise UserError(f"{str(error).partition(',')[0]}; leave out --deterministic") from None
         raise lost_rank(error) or error from None
-
-
-def _too_little_memory(plan: Plan) -> UserError:
-    what = f"there is not enough memory for batches of {plan.recipe.batch_size} images on {plan.device}"
-    if _has_checkpoint(plan):  # the run goes on under its own recipe
-        return UserError(f"{what}; once there is more, {_then(plan)}")
-    return UserError(f"{what}; set --micro-batch, which computes the same batch in parts, or a smaller --batch-size")
-
-
-def _then(plan: Plan) -> str:
-    return f"go on with: {plan.resume_command()}" if _has_checkpoint(plan) else "start again"
-
-
-def _has_checkpoint(plan: Plan) -> bool:
-    return isinstance(plan.place, Resume) or (plan.folder / LAST).exists()
-
-
-def _with_another_rate(plan: Plan) -> str:
-    """After a loss that is not finite: a command, where there is a checkpoint of a whole epoch to go on from."""
-    last = plan.folder / LAST
-    if not plan.world.is_first or not last.exists() or not load_checkpoint(last).epoch:
-        return ""
-    flags = f"--resume {shlex.quote(str(plan.folder))} --out ANOTHER_FOLDER --lr {plan.recipe.optim.lr / 10:g}"
-    return f"; its last checkpoint is whole. To go on from there with another rate: {own_command()} train {flags}"

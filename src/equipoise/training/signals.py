@@ -19,9 +19,9 @@ class Requests:
     """
 
     def __init__(self) -> None:
-        self._asked: dict[str, int] = dict.fromkeys(("save", *_STOPPING.values()), 0)
+        self._save = False
+        self._stop = ""  # how, once it was asked for
         self._before: dict[int, Any] = {}
-        self._stopping = False
         self._at_once: tuple[str, str] | None = None
 
     def __enter__(self) -> "Requests":
@@ -35,11 +35,10 @@ class Requests:
             signal.signal(number, handler)
 
     def votes(self, save: bool = False) -> list[int]:
-        """How often each thing was asked for since the last time; `save` asks for that too. Ranks add up their votes,
-        and all `read` the sum."""
-        # Two names change hands at once: a signal between two lines would be lost.
-        asked, self._asked = self._asked, dict.fromkeys(self._asked, 0)
-        return [asked.pop("save") + save, *asked.values()]
+        """Whether to save, as `save` or a signal since the last time says, to be interrupted, to be terminated: 0 or 1
+        each. Ranks add up their votes, and all `read` the sum."""
+        save, self._save = save or self._save, False
+        return [int(save), *(int(self._stop == how) for how in _STOPPING.values())]
 
     @staticmethod
     def read(votes: list[float]) -> tuple[bool, str | None]:
@@ -49,10 +48,9 @@ class Requests:
         return bool(save) or how is not None, how
 
     def leave_if_stopped(self, state: str, resume_command: str) -> None:
-        """Raise Stopped if this process was asked to stop and has not voted on it yet. All is saved already."""
-        for how in _STOPPING.values():
-            if self._asked[how]:
-                raise Stopped(how, state, resume_command)
+        """Raise Stopped if this process was asked to stop. All is saved already."""
+        if self._stop:
+            raise Stopped(self._stop, state, resume_command)
 
     def stop_at_once(self, state: str, resume_command: str) -> None:
         """From now on there is nothing to save: a signal ends the run at once, in this state."""
@@ -60,20 +58,17 @@ class Requests:
         self.leave_if_stopped(state, resume_command)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        how = _STOPPING.get(number)
-        if how is None:
-            self._asked["save"] += 1
-        elif self._stopping:
-            # Slurm sends SIGTERM to every process, and torchrun sends it on to the same ones: that is the same request.
-            if number == signal.SIGINT:
-                raise KeyboardInterrupt
-            if "TORCHELASTIC_RUN_ID" not in os.environ:
-                signal.signal(number, signal.SIG_DFL)
-                os.kill(os.getpid(), number)
-        else:
-            self._stopping = True
+        if number not in _STOPPING:
+            self._save = True
+        elif not self._stop:
+            self._stop = _STOPPING[number]
             if self._at_once is not None:
-                raise Stopped(how, *self._at_once)
-            self._asked[how] += 1
+                raise Stopped(self._stop, *self._at_once)
             if os.environ.get("RANK", "0") == "0":
                 print("\nfinishing this step, then saving; once more to stop at once", file=sys.stderr, flush=True)
+        elif number == signal.SIGINT:
+            raise KeyboardInterrupt
+        # Slurm sends SIGTERM to every process, and torchrun sends it on to the same ones: that is the same request.
+        elif "TORCHELASTIC_RUN_ID" not in os.environ:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)

@@ -3,9 +3,7 @@
 Shapes: B images of this rank, G images of the whole batch, V contrastive views, C classes, D width of the features.
 """
 
-import inspect
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -25,13 +23,6 @@ from equipoise.training.graph import StepGraph, Terms
 from equipoise.views.loader import Batch
 
 
-def is_recorded(recipe: Recipe, device: torch.device, world: World) -> bool:
-    """Whether the steps of full batches are recorded as CUDA graphs: where the recipe says so, and nothing else in it
-    stands against it that was not tried together."""
-    against = recipe.deterministic or recipe.micro_batch or recipe.compile
-    return recipe.cuda_graph and device.type == "cuda" and world.size == 1 and not against
-
-
 class Step:
     """Computes the gradients of one batch into the network's parameters; with several ranks, those of the batch that
     they hold together, on every rank."""
@@ -45,20 +36,19 @@ class Step:
         precision: str,
         world: World,
     ) -> None:
-        self._terms_of = loss_terms(recipe, class_counts, device)
-        self._device, self._precision, self._world = device, precision, world
+        self._recipe, self._device, self._precision, self._world = recipe, device, precision, world
+        self._log_prior_C = log_prior(torch.tensor(class_counts)).to(device, torch.float32)
         if recipe.compile:
             network.encoder.compile()  # in its place: the names of its weights stay
         self._forward: nn.Module = _Forward(network, recipe.micro_batch)
-        recorded = is_recorded(recipe, device, world)
+        # Recorded steps were not tried together with these.
+        untried = recipe.deterministic or recipe.micro_batch or recipe.compile or world.size > 1
+        recorded = recipe.cuda_graph and device.type == "cuda" and not untried
         self._graph = StepGraph(self._losses, network, recipe.batch_size) if recorded else None
         if world.size > 1:
-            # Buffers stay each rank's own while training: see World.first_buffers. Newer torch has renamed the option.
-            parallel = nn.parallel.DistributedDataParallel
-            names = ("forward_sync_buffers", "broadcast_buffers")
-            name = next(name for name in names if name in inspect.signature(parallel).parameters)
-            options: dict[str, Any] = {name: False}
-            self._forward = parallel(self._forward, gradient_as_bucket_view=True, **options)
+            parallel = nn.parallel.DistributedDataParallel(self._forward, gradient_as_bucket_view=True)
+            parallel.broadcast_buffers = False  # each rank's are its own while training: see World.first_buffers
+            self._forward = parallel
 
     def __call__(self, batch: Batch, votes: Sequence[int] = ()) -> tuple[dict[str, float], list[float]]:
         """The loss terms of the whole batch, and the sum over ranks of the votes. The gradients are there, the weights
@@ -66,16 +56,19 @@ class Step:
         if self._graph is not None and self._graph.takes(batch):
             terms, backward = self._graph.forward(batch), self._graph.backward
         else:
-            terms, loss = self._losses(batch)
+            terms = self._losses(batch)
             # The losses of all ranks add up to the batch's, but DistributedDataParallel takes the mean of their
             # gradients.
-            backward = (loss * self._world.size).backward
-        read = _start_reading(terms, votes, self._world)
+            backward = (terms["loss"] * self._world.size).backward
+        # Sent to the host before the backward pass is queued: a GPU goes on with that while the terms are looked at.
+        own = torch.stack([*terms.values()]).detach()
+        asked = torch.tensor(votes, dtype=own.dtype, pin_memory=own.device.type == "cuda")
+        read = start_reading(self._world.sum(torch.cat([own, asked.to(own.device, non_blocking=True)])))
         backward()
-        return read()
+        numbers: list[float] = read()[0].tolist()
+        return dict(zip(terms, numbers, strict=False)), numbers[len(terms) :]
 
-    def _losses(self, batch: Batch) -> tuple[Terms, Tensor]:
-        """The loss terms of a batch, and the loss that the gradients are of."""
+    def _losses(self, batch: Batch) -> Terms:
         images, own = len(batch.labels_G), batch.rows
         with autocast(self._device, self._precision):
             logits_BC, features_BVD, prototypes_CD = self._forward(batch.images_VB3SS)
@@ -83,7 +76,8 @@ class Step:
         count = own.stop - own.start
         if features_BVD is not None:
             features_BVD = self._world.gather_rows(features_BVD[:count], images)
-        return self._terms_of(Outputs(logits_BC[:count], features_BVD, prototypes_CD), batch.labels_G, own)
+        outputs = Outputs(logits_BC[:count], features_BVD, prototypes_CD)
+        return loss_terms(self._recipe, self._log_prior_C, outputs, batch.labels_G, own)
 
 
 class _Forward(nn.Module):
@@ -98,11 +92,9 @@ class _Forward(nn.Module):
         return self.network.training_outputs(images_VB3SS, self.micro_batch)
 
 
-def loss_terms(
-    recipe: Recipe, class_counts: Sequence[int], device: torch.device
-) -> Callable[[Outputs, Tensor, slice], tuple[Terms, Tensor]]:
-    """The objective of the recipe's method: outputs, labels of the whole batch and this rank's rows of it, to its named
-    terms (`loss` is the total) and the total. Of several ranks, each has its rows' part; the parts add up.
+def loss_terms(recipe: Recipe, log_prior_C: Tensor, outputs: Outputs, labels_G: Tensor, rows: slice) -> Terms:
+    """The objective of the recipe's method: its named terms, of which `loss` is the total. Of several ranks, each has
+    the part of its `rows` of the batch; the parts add up.
 
     `outputs` has the logits of these rows, `[B, C]`, and the features of the whole batch, `[G, V, D]`.
 
@@ -110,42 +102,19 @@ def loss_terms(
     supervised contrastive loss. The others have one term, with weight 1.
     """
     loss, method = recipe.loss, recipe.method
-    log_prior_C = log_prior(torch.tensor(class_counts)).to(device, torch.float32)
-
-    def terms_of(outputs: Outputs, labels_G: Tensor, rows: slice) -> tuple[Terms, Tensor]:
-        logits_BC, labels_B = outputs.logits_BC, labels_G[rows]
-        if method == "ce":
-            total = F.cross_entropy(logits_BC, labels_B, reduction="sum") / len(labels_G)
-            return {"loss": total.detach()}, total
-        adjusted = logit_adjusted_cross_entropy(logits_BC, labels_B, log_prior_C, loss.tau, reduction="sum")
-        classification = adjusted / len(labels_G)
-        if method == "logit-adjusted":
-            return {"loss": classification.detach()}, classification
-        features_GVD, prototypes_CD = outputs.features_BVD, outputs.prototypes_CD
-        assert features_GVD is not None
-        if method == "bcl":
-            assert prototypes_CD is not None
-            contrastive = balanced_contrastive_loss(features_GVD, labels_G, prototypes_CD, loss.temperature, rows)
-        else:
-            contrastive = supervised_contrastive_loss(features_GVD, labels_G, loss.temperature, rows)
-        total = loss.alpha * classification + loss.beta * contrastive
-        terms = {"loss": total, "classification": classification, "contrastive": contrastive}
-        return {name: term.detach() for name, term in terms.items()}, total
-
-    return terms_of
-
-
-def _start_reading(
-    terms: Terms, votes: Sequence[int], world: World
-) -> Callable[[], tuple[dict[str, float], list[float]]]:
-    """Add up the terms and votes of all ranks and send them to the host now, before the backward pass is queued: a GPU
-    goes on with that while its loss is looked at."""
-    stacked = torch.stack([*terms.values()])
-    votes_on_host = torch.tensor(votes, dtype=stacked.dtype, pin_memory=stacked.device.type == "cuda")
-    read = start_reading(world.sum(torch.cat([stacked, votes_on_host.to(stacked.device, non_blocking=True)])))
-
-    def values() -> tuple[dict[str, float], list[float]]:
-        numbers: list[float] = read()[0].tolist()
-        return dict(zip(terms, numbers, strict=False)), numbers[len(terms) :]
-
-    return values
+    logits_BC, labels_B = outputs.logits_BC, labels_G[rows]
+    if method == "ce":
+        return {"loss": F.cross_entropy(logits_BC, labels_B, reduction="sum") / len(labels_G)}
+    adjusted = logit_adjusted_cross_entropy(logits_BC, labels_B, log_prior_C, loss.tau, reduction="sum")
+    classification = adjusted / len(labels_G)
+    if method == "logit-adjusted":
+        return {"loss": classification}
+    features_GVD, prototypes_CD = outputs.features_BVD, outputs.prototypes_CD
+    assert features_GVD is not None
+    if method == "bcl":
+        assert prototypes_CD is not None
+        contrastive = balanced_contrastive_loss(features_GVD, labels_G, prototypes_CD, loss.temperature, rows)
+    else:
+        contrastive = supervised_contrastive_loss(features_GVD, labels_G, loss.temperature, rows)
+    total = loss.alpha * classification + loss.beta * contrastive
+    return {"loss": total, "classification": classification, "contrastive": contrastive}
