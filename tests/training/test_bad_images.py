@@ -113,7 +113,7 @@ def test_an_image_that_vanishes_during_training(skip, data, tmp_path):
             bad = session.run(progress=False).metrics["bad_images"]
         assert bad == {"train": {str(data / "ant" / "7.png"): "no such file or directory"}}
     else:
-        with pytest.raises(UserError, match="ant/7.png cannot be read"), start(plan) as session:
+        with pytest.raises(UserError, match=r"ant/7\.png cannot be read"), start(plan) as session:
             session.run(progress=False)
         assert no_run(tmp_path)
 
