@@ -66,7 +66,7 @@ def recognise(path: str) -> str:
     if packed := _files(root, SUFFIX):
         return open_packed(packed).benchmark
     if archive := find_cifar(root):
-        return f"cifar{archive.classes}"
+        return archive[1]
     if (root / "train_val2018").is_dir():
         return "inat2018"
     for name, published in BENCHMARKS.items():
@@ -111,10 +111,10 @@ def find_parts(data: Data | str) -> Found:
     archive = find_cifar(root)
     tables = _files(root, ".parquet") if archive is None else []
     if root.is_dir() and not data.allow_outside:
-        for file in [*tables, *([archive.path, *archive.path.glob("*")] if archive else [])]:
+        for file in [*tables, *([archive[0], *archive[0].glob("*")] if archive else [])]:
             refuse_outside(root, file)
     if archive is not None:
-        return Found(f"CIFAR-{archive.classes} archive ({archive.form})", open_cifar(archive), divided=True)
+        return open_cifar(*archive)
     if tables:
         return open_parquet(tables, data.image_column, data.label_column)
     return open_class_folders(root, data.allow_outside)
