@@ -15,7 +15,7 @@ import torch
 from benchmarks.input import BATCH, NAMES, PHOTOS, SIZE, child, read_photos, report, write_folder
 from benchmarks.timing import say_where
 from equipoise.data.decode import decode
-from equipoise.data.pack import pack
+from equipoise.data.packed import pack
 from equipoise.data.sources import find_parts
 
 

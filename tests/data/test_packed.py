@@ -1,19 +1,205 @@
-"""Packed files: shared, not copied; damaged ones are told from whole ones."""
+"""Packed images: what is made smaller, what stays, what is left when packing fails; files shared, and damaged ones."""
 
+import io
+import os
 import pickle
+import shlex
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import draw_folder
+from conftest import draw_folder, opened, refusal
+from PIL import Image
+from torchvision.transforms import v2
 
+from benchmarks.rehearsal import build_imagenet
 from equipoise import UserError
+from equipoise.cli.main import main
 from equipoise.config.recipe import Data
 from equipoise.data.decode import decode
-from equipoise.data.pack import pack
-from equipoise.data.sources import find_parts, open_part
+from equipoise.data.packed import pack
+from equipoise.data.sources import as_recognised, find_parts, open_part, recognise
+
+
+def large_pictures(root: Path, size: tuple[int, int] = (90, 130)) -> Path:
+    """Two classes of two parts: smooth pictures, so that JPEG keeps them."""
+    generator = np.random.default_rng(0)
+    for part, count in (("train", 3), ("val", 2)):
+        for name in ("ant", "bee"):
+            for number in range(count):
+                coarse = Image.fromarray(generator.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+                path = root / part / name / f"{number}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                coarse.resize(size, Image.Resampling.BICUBIC).save(path)
+    return root
+
+
+def packed(data: Path, out: Path, short_side: int = 48, threads: int = 0) -> list[str]:
+    return pack(find_parts(as_recognised(Data(str(data)))[0]), out, short_side, threads)
+
+
+def contents(images) -> list[bytes]:
+    return [images.images.content(index) for index in range(len(images))]
+
+
+def test_large_images_become_smaller(tmp_path):
+    data, out = large_pictures(tmp_path / "data"), tmp_path / "out"
+    told = packed(data, out)
+    assert [line.partition(" (")[0] for line in told] == [f"written: {out}/{p}.pack" for p in ("train", "validation")]
+    before, after = opened(data), opened(out)
+    assert after.kind == "packed class folders"
+    for mine, theirs in zip(after.named().values(), before.named().values(), strict=True):
+        assert mine.labels_N.tolist() == theirs.labels_N.tolist()
+        assert mine.class_names == theirs.class_names
+        assert mine.fingerprint() != theirs.fingerprint()
+        for index in range(len(mine)):
+            expected = v2.Resize(48)(Image.fromarray(decode(theirs, index)))
+            made = decode(mine, index)
+            assert made.shape == np.asarray(expected).shape
+            assert np.abs(made.astype(int) - np.asarray(expected)).mean() < 3
+
+
+def test_small_images_stay_byte_for_byte(pictures, tmp_path):
+    Image.new("RGB", (90_000, 40), (200, 10, 10)).save(pictures / "cat" / "strip.png")  # longer than JPEG may be
+    packed(pictures, tmp_path / "out", short_side=32)
+    before, after = find_parts(str(pictures)).parts["train"], find_parts(str(tmp_path / "out")).parts["train"]
+    assert contents(after) == contents(before)
+    assert after.images.name(13) == f"bee/1.png in {tmp_path}/out/train.pack"
+    assert not find_parts(str(tmp_path / "out")).divided, "and so a part is held out, as of the folders"
+
+
+def test_exif_orientation_is_kept_or_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name, size in (("small", (40, 30)), ("large", (200, 150))):
+        for label in ("ant", "bee"):
+            path = tmp_path / "data" / label / f"{name}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.linear_gradient("L").resize(size).convert("RGB").save(path, exif=exif, quality=95)
+    packed(tmp_path / "data", tmp_path / "out")
+    before, after = find_parts(str(tmp_path / "data")).parts["train"], find_parts(str(tmp_path / "out")).parts["train"]
+    shapes = [decode(after, index).shape for index in range(2)]
+    assert shapes == [(64, 48, 3), (40, 30, 3)]
+    small = Image.fromarray(decode(before, 0)).resize((48, 64), Image.Resampling.BILINEAR)
+    assert np.abs(decode(after, 0).astype(int) - np.asarray(small)).mean() < 3
+
+
+def test_threads_change_no_byte(tmp_path):
+    data = large_pictures(tmp_path / "data")
+    for threads in (0, 3):
+        packed(data, tmp_path / str(threads), threads=threads)
+    for part in ("train", "validation"):
+        assert (tmp_path / f"0/{part}.pack").read_bytes() == (tmp_path / f"3/{part}.pack").read_bytes()
+
+
+def test_a_published_data_set_is_recognised_packed(tmp_path):
+    """Classes are numbers of its lists, parts are theirs, and no list is asked for any more."""
+    root, out = build_imagenet(tmp_path / "imagenet", counts=(3, 2)), str(tmp_path / "out")
+    packed(root, tmp_path / "out")
+    assert recognise(out) == recognise(str(root)) == "imagenet-lt"
+    before, after = opened(root, benchmark="imagenet-lt"), opened(out, benchmark="imagenet-lt")
+    assert list(before.named()) == list(after.named()) == ["train", "validation", "test"]
+    assert before.train.class_names == after.train.class_names
+    assert not find_parts(out).named
+    with pytest.raises(UserError, match="is packed: its parts are in its files, and no list can divide it otherwise"):
+        find_parts(Data(out, train_list="x.txt"))
+
+
+# ---- what goes wrong
+
+
+def test_what_is_there_already_is_kept(tmp_path):
+    data, out = large_pictures(tmp_path / "data"), tmp_path / "out"
+    packed(data, out)
+    before = (out / "train.pack").stat().st_mtime_ns
+    (out / "validation.pack").unlink()
+    (out / ".validation.pack.x1y2.equipoise-part").write_bytes(b"of a killed process")
+    assert [line.split(":")[0] for line in packed(data, out)] == ["there already", "written"]
+    assert (out / "train.pack").stat().st_mtime_ns == before
+    assert sorted(path.name for path in out.iterdir()) == ["train.pack", "validation.pack"]
+    with pytest.raises(UserError, match=r"train.pack is there already, of other images or another size; remove it"):
+        packed(data, out, short_side=40)
+
+
+def test_a_broken_image_is_named_and_nothing_is_left(tmp_path):
+    data = large_pictures(tmp_path / "data")
+    whole = (data / "train/bee/1.png").read_bytes()
+    (data / "train/bee/1.png").write_bytes(whole[: len(whole) // 2])  # its header is good
+    with pytest.raises(UserError, match=r"train/bee/1.png cannot be read .*--check lists all such images"):
+        packed(data, tmp_path / "out", threads=2)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_refusals(pictures, tmp_path, capsys):
+    with pytest.raises(UserError, match="digits needs no packing: its images are in one file already"):
+        packed(Path("digits"), tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("precious")
+    with pytest.raises(UserError, match=r"out holds other files; name a folder of its own with --out"):
+        packed(pictures, tmp_path / "out")
+    words = ["pack", str(pictures), "--out", str(tmp_path / "o")]
+    assert refusal(capsys, *words, "--short-side", "4") == "--short-side must be at least 8 pixels, not 4"
+    assert "pack leaves out no bad image" in refusal(capsys, *words, "--set", "data.on_bad_image=skip")
+
+
+def test_what_pack_says(tmp_path, capsys, monkeypatch):
+    data, out = tmp_path / "my pictures", tmp_path / "it's packed"
+    draw_folder(data / "train", {"ant": 2, "bee": 1})
+    words = ["pack", str(data), "--out", str(out), "--workers", "0"]
+    assert main(words) == 0
+    command = capsys.readouterr().out.splitlines()[-1].removeprefix("train on it: ")
+    assert shlex.split(command)[1:] == ["train", "--data", str(out)]
+    draw_folder(data / "test", {"ant": 2, "bee": 1})
+    monkeypatch.setattr("equipoise.data.packed._write", Mock(side_effect=OSError(28, "No space left on device")))
+    said = refusal(capsys, *words)
+    assert said.startswith(f"{out}/test.pack could not be written (no space left on device); make room there")
+    assert [path.name for path in out.iterdir()] == ["train.pack"]
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_interrupted_it_leaves_no_file(tmp_path):
+    generator = np.random.default_rng(0)
+    for name in ("ant", "bee"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        noise = io.BytesIO()
+        Image.fromarray(generator.integers(0, 256, (800, 800, 3), dtype=np.uint8)).save(noise, "JPEG")
+        for number in range(400):  # more than a machine that is busy packs before it is interrupted
+            (tmp_path / "data" / name / f"{number}.jpg").write_bytes(noise.getvalue())
+    command = [sys.executable, "-m", "equipoise", "pack", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a job in the background ignores
+    )
+    while not (tmp_path / "out").is_dir() or not any(path.stat().st_size for path in (tmp_path / "out").iterdir()):
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGINT)
+    process.communicate()
+    assert process.returncode == 130
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_training_on_packed_images(tmp_path):
+    data = draw_folder(tmp_path / "data", {"ant": 12, "bee": 8})
+    assert main(["pack", str(data), "--out", str(tmp_path / "packed"), "--short-side", "24", "--workers", "2"]) == 0
+    words = ["--set", "views.size=24", "--arch", "resnet8", "--epochs", "1", "--batch-size", "8", "--workers", "2"]
+    run = tmp_path / "run"
+    assert main(["train", "--data", str(tmp_path / "packed"), *words, "--out", str(run)]) == 0
+    assert '"kind": "packed class folders"' in (run / "run.json").read_text()
+    assert main(["evaluate", str(run)]) == 0
+
+
+# ---------------------------------------------------------------------------------------------- reading
 
 
 @pytest.fixture

@@ -56,7 +56,7 @@ def pack(options: argparse.Namespace) -> None:
     if meant.on_bad_image == "skip":
         raise UserError("pack leaves out no bad image: equipoise data FOLDER --check lists them; repair or remove them")
 
-    from equipoise.data.pack import pack as write_packed_parts
+    from equipoise.data.packed import pack as write_packed_parts
     from equipoise.data.sources import as_recognised, find_parts
     from equipoise.views.loader import worker_count
 

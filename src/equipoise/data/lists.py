@@ -174,7 +174,7 @@ def open_lists(root: Path, named: Mapping[str, str], benchmark: str, allow_outsi
     lists = {part: read_list(file, allow_outside) for part, file in files.items()}
     leading = [lists["train"]] if "train" in lists else lists.values()
     classes = 1 + max(int(read.labels_N.max()) for read in leading)
-    names, notes = _class_names(lists.values(), classes)
+    names, notes = _class_names(lists.values(), classes), list[str]()
     parts: dict[str, ImageList] = {}
     described: list[str] = []
     for part, read in lists.items():
@@ -217,26 +217,19 @@ def absent_list(root: Path, part: str, known: Published) -> str:
     )
 
 
-def _class_names(files: Iterable[ListFile], classes: int) -> tuple[tuple[str, ...], list[str]]:
-    """Names of the classes by the folders of their images, or their numbers where the folders do not tell; and a note
-    where one label stands for different folders in different lists."""
-    numbers = tuple(map(str, range(classes)))
-    names: dict[int, str] = {}
+def _class_names(files: Iterable[ListFile], classes: int) -> tuple[str, ...]:
+    """Names of the classes by the folders of their images, or their numbers where these do not tell them apart."""
+    names: dict[int, set[bytes]] = {}
     for read in files:
-        folders = (path.rpartition(b"/")[0] for path in read.paths_N.tolist())
-        pairs = set(zip(read.labels_N.tolist(), folders, strict=True))
-        own = {label: os.fsdecode(folder) for label, folder in sorted(pairs)}
-        if len({folder.partition("/")[0] for folder in own.values()}) == 1:  # train/, val/, train_val2018/
-            own = {label: folder.partition("/")[2] for label, folder in own.items()}
-        if len(own) < len(pairs) or not all(own.values()):
-            return numbers, []
-        for label, name in own.items():
-            if (other := names.setdefault(label, name)) != name:
-                note = f"{read.file}: label {label} is {name}, but {other} in another list; do they belong together?"
-                return numbers, [note]
-    if len(set(names.values())) < len(names):
-        return numbers, []
-    return tuple(names.get(label, str(label)) for label in range(classes)), []
+        folders = [path.rpartition(b"/")[0] for path in read.paths_N.tolist()]
+        if len({folder.partition(b"/")[0] for folder in folders}) == 1:  # train/, val/, train_val2018/
+            folders = [folder.partition(b"/")[2] for folder in folders]
+        for label, folder in set(zip(read.labels_N.tolist(), folders, strict=True)):
+            names.setdefault(label, set()).add(folder)
+    distinct = set().union(*names.values())
+    if b"" in distinct or not len(distinct) == len(names) == sum(map(len, names.values())):
+        return tuple(map(str, range(classes)))
+    return tuple(os.fsdecode(min(names.get(label, {str(label).encode()}))) for label in range(classes))
 
 
 def _fault(images: ImageList, others: Iterable[ImageList], bounds: Path | None) -> str | None:

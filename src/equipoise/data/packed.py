@@ -1,24 +1,36 @@
-"""Packed images become image lists: an Arrow IPC file for each part, mapped into memory. `pack.py` writes them.
+"""Packed images: an Arrow IPC file for each part, mapped into memory, in which large images were made smaller once.
 
 A row is an image: `name` and `image` (bytes), `crc32` of the image, `label`. The schema's metadata say what it all is.
 """
 
 import json
-from dataclasses import dataclass
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import cv2
 import msgspec
+import numpy as np
+from PIL import Image
+from rich.progress import track
 
 from equipoise.base.errors import UserError, reason
-from equipoise.data.images import Found, ImageList, import_pyarrow, map_packed
+from equipoise.base.files import UNFINISHED, atomic_file
+from equipoise.data.decode import BadImageError, bad_images, decode
+from equipoise.data.images import EncodedImages, Found, ImageFiles, ImageList, PixelArrays, import_pyarrow, map_packed
 
 SUFFIX = ".pack"
-KEY = b"equipoise"  # of the metadata
+_KEY = b"equipoise"  # of the metadata
+_LONGEST_JPEG = 65_500  # pixels: libjpeg writes no longer side. Such a strip stays as it is
+_QUALITY = 90  # of JPEG: short sides of 256 pixels take 30 kB
+_ROWS = 256  # written at a time
 
 
 @dataclass(frozen=True)
-class About:
+class _About:
     """What a packed file says of itself. `fingerprint`: of the list that was packed; the rest is `Found`'s."""
 
     part: str
@@ -31,21 +43,21 @@ class About:
     fingerprint: str
 
 
-def columns(pa: Any) -> Any:
+def _columns(pa: Any) -> Any:
     """The schema of a packed file, without metadata. `pa`: the library pyarrow."""
     kinds = {"name": pa.binary(), "image": pa.large_binary(), "crc32": pa.uint32(), "label": pa.int64()}
     return pa.schema(list(kinds.items()))
 
 
-def read_packed(path: Path) -> tuple[About, ImageList]:
+def _read(path: Path) -> tuple[_About, ImageList]:
     """What a packed file says of itself, and its images. Raises UserError where it is none, or damaged."""
     pa = import_pyarrow(path)
     try:
         images = map_packed(str(path))
-        if images.table.schema.remove_metadata() != columns(pa):
+        if images.table.schema.remove_metadata() != _columns(pa):
             raise ValueError
         # Not msgspec's own decoder: the name of a class is that of a folder, which need not be UTF-8.
-        about = msgspec.convert(json.loads(images.table.schema.metadata[KEY]), About)
+        about = msgspec.convert(json.loads(images.table.schema.metadata[_KEY]), _About)
         labels_N = images.table["label"].to_numpy()
         if not 0 <= labels_N.min() <= labels_N.max() < len(about.class_names):
             raise ValueError
@@ -59,7 +71,7 @@ def read_packed(path: Path) -> tuple[About, ImageList]:
 
 def open_packed(files: list[Path]) -> Found:
     """Raises UserError for a file that is damaged or does not belong to the others."""
-    opened = [read_packed(path) for path in files]
+    opened = [_read(path) for path in files]
     first = opened[0][0]
     for about, images in opened:
         if (about.class_names, about.kind) != (first.class_names, first.kind):
@@ -75,3 +87,95 @@ def open_packed(files: list[Path]) -> Found:
         ),
         benchmark=first.benchmark,
     )
+
+
+# ---------------------------------------------------------------------------------------------- writing
+
+
+def pack(found: Found, out: Path, short_side: int, threads: int) -> list[str]:
+    """Write the parts of what was found into the folder `out`; one line about each.
+
+    An image whose short side is longer than `short_side` pixels is resized (Pillow's antialiased bilinear filter) and
+    becomes JPEG; others stay as they are, byte for byte. A part that is there already, of the same images, is kept:
+    what was interrupted goes on with the next part.
+
+    Raises UserError for images that cannot be read or need no packing, or where other files are in the way. A file
+    appears only when it is complete.
+    """
+    import_pyarrow(out)
+    if found.faults:
+        raise UserError(next(iter(found.faults.values())))
+    for part in found.parts.values():
+        if isinstance(part.images, PixelArrays) or (isinstance(part.images, EncodedImages) and part.images.packed):
+            raise UserError(f"{part.origin} needs no packing: its images are in one file already")
+        for error in filter(None, bad_images(part)):
+            raise _unpackable(error)
+    _claim(out, [f"{name}{SUFFIX}" for name in found.parts])
+    said: list[str] = []
+    for name, images in found.parts.items():
+        file = out / f"{name}{SUFFIX}"
+        fields = (name, found.kind, found.benchmark, found.divided, found.named, images.class_names)
+        about = _About(*fields, short_side, images.fingerprint())
+        if file.exists():
+            if _read(file)[0] != about:
+                raise UserError(f"{file} is there already, of other images or another size; remove it")
+            said.append(f"there already: {file}")
+            continue
+        try:
+            with atomic_file(file) as opened:
+                _write(opened, images, about, threads)
+        except OSError as error:
+            raise UserError(
+                f"{file} could not be written ({reason(error)}); make room there and start again: parts that are "
+                "complete are kept"
+            ) from None
+        said.append(f"written: {file} ({len(images):,} images, {file.stat().st_size / 1e6:,.1f} MB)")
+    return said
+
+
+def _claim(out: Path, files: list[str]) -> None:
+    """Make the folder, or take it where it holds these files alone, and what a killed process left of them."""
+    there = list(out.iterdir()) if out.is_dir() else []
+    unfinished = [path for path in there if path.name.endswith(UNFINISHED)]
+    if out.is_file() or not {path.name for path in there if path not in unfinished}.issubset(files):
+        raise UserError(f"{out} holds other files; name a folder of its own with --out")
+    for path in unfinished:
+        path.unlink()
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def _write(file: IO[bytes], images: ImageList, about: _About, threads: int) -> None:
+    """Write all images as they are to be stored."""
+    pa = import_pyarrow(file.name)
+    schema = _columns(pa).with_metadata({_KEY: json.dumps(asdict(about))})
+    source = images.images
+    with ThreadPoolExecutor(max(1, threads)) as pool, pa.ipc.new_file(file, schema) as writer:
+        for first in track(range(0, len(images), _ROWS), f"packing {about.part}", transient=True):
+            rows = range(first, min(first + _ROWS, len(images)))
+            encoded = list(pool.map(_encoded, repeat(images), rows, repeat(about.short_side)))
+            names = [source.paths_N[row] if isinstance(source, ImageFiles) else source.name(row) for row in rows]
+            checksums = [zlib.crc32(content) for content in encoded]
+            writer.write(pa.record_batch([names, encoded, checksums, images.labels_N[rows]], schema))
+
+
+def _encoded(images: ImageList, index: int, short_side: int) -> bytes:
+    """The image as it is to be stored."""
+    assert not isinstance(images.images, PixelArrays)
+    try:
+        pixels = decode(images, index)  # of small ones too: what is broken must not be packed
+    except BadImageError as error:
+        raise _unpackable(error) from None
+    height, width = pixels.shape[:2]
+    # The long side is truncated, as torchvision's Resize does it, and evaluation views here.
+    scale = short_side / min(height, width)
+    size = (short_side, int(scale * height)) if width <= height else (int(scale * width), short_side)
+    if scale >= 1 or max(size) > _LONGEST_JPEG:
+        return images.images.content(index)
+    resized = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))
+    options = [cv2.IMWRITE_JPEG_QUALITY, _QUALITY, cv2.IMWRITE_JPEG_OPTIMIZE, 1]
+    _, encoded = cv2.imencode(".jpg", cv2.cvtColor(resized, cv2.COLOR_RGB2BGR), options)
+    return encoded.tobytes()
+
+
+def _unpackable(error: BadImageError) -> UserError:
+    return UserError(f"{error.fault}; repair or remove it (equipoise data FOLDER --check lists all such images)")
