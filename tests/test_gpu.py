@@ -23,14 +23,13 @@ from equipoise.base.device import choose_device, choose_precision, describe_mach
 from equipoise.base.world import ALONE
 from equipoise.data.sources import find_parts
 from equipoise.evaluation.score import evaluate_run
-from equipoise.method.batchnorm import batch_norms
 from equipoise.method.losses import (
     balanced_contrastive_loss,
     log_prior,
     logit_adjusted_cross_entropy,
     supervised_contrastive_loss,
 )
-from equipoise.method.network import TwoBranchNetwork
+from equipoise.method.network import TwoBranchNetwork, batch_norms
 from equipoise.runs.checkpoint import create_network
 from equipoise.training.loop import set_training
 from equipoise.training.optim import create_sgd
