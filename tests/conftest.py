@@ -159,17 +159,10 @@ def odd_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for number in range(count):
                 seed = 10_000 * len(part) + 100 * label + number
                 draw_colour(root / "data" / part / name / f"{number}.png", label, seed)
-    fields = {
-        "arch": "resnet8",
-        "size": 16,
-        "epochs": 15,
-        "batch_size": 12,
-        "lr": 0.05,
-        "warmup_epochs": 0,
-        "workers": 0,
-        "precision": "fp32",  # so that the figures are those of any processor, nearly
-    }
-    recipe = load_recipe("pictures", data=str(root / "data"), hidden_dim=16, feature_dim=8, randaug=False, **fields)
+    fields = {"arch": "resnet8", "size": 16, "hidden_dim": 16, "feature_dim": 8, "randaug": False, "workers": 0}
+    fields |= {"epochs": 15, "batch_size": 12, "lr": 0.05, "warmup_epochs": 0}
+    fields["precision"] = "fp32"  # so that the figures are those of any processor, nearly
+    recipe = load_recipe("pictures", data=str(root / "data"), **fields)
     return train(recipe, root / "run", progress=False).path
 
 

@@ -260,11 +260,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.mark.slow
 def test_a_run_learns(run):
-    record = record_of(run.path)
-    assert record["machine"]["device"] == torch.cuda.get_device_name(DEVICE)
-    assert record["precision"] == choose_precision("auto", DEVICE)
+    assert record_of(run.path)["machine"]["device"] == torch.cuda.get_device_name(DEVICE)
     losses = [line["loss"] for line in log_lines(run.path)]
-    assert len(losses) == 18
     assert sum(losses[12:]) < sum(losses[:6]), "the third epoch's against the first's"
     assert run.metrics["test"]["top1"] > 0.1, "chance"
 

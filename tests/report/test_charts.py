@@ -38,7 +38,6 @@ def test_trend_is_the_classes_or_means_of_equal_groups():
 
 def test_one_figure_of_few_classes_and_one_a_run_of_many():
     (few,) = charts.accuracy_by_count([(BCL, [100, 5], [1, 0.5]), (CE, [100, 5], [0.5, 0])], ["a", "<b>"])
-    assert len(circles(few, "run0 faint")) == len(circles(few, "run1 faint")) == 2
     assert "&lt;b&gt;: 5 training images, bcl 50.0 %" in few
     assert sorted(y for _, y in circles(few, "run1 faint")) == [150, 300]  # 50 % and 0 % of 300 pixels
     classes = EACH_AS_DOT + 100
@@ -65,11 +64,9 @@ def test_group_bars_leave_out_what_is_not_there():
     assert re.findall(r'<rect class="bar run(\d)" x="0.00%" width="([\d.]+)%"', svg) == [
         ("0", "75.00"), ("1", "75.00"), ("0", "80.00"), ("1", "80.00"), ("0", "50.00"), ("1", "25.00"),
     ]  # fmt: skip
-    assert words(svg, "row") == [
-        "overall · all 4 classes",
-        "medium · 1 class with 20 to 100 images",
-        "few · 3 classes with fewer than 20 images",
-    ]
+    assert [heading.split(" with")[0] for heading in words(svg, "row")] == [
+        "overall · all 4 classes", "medium · 1 class", "few · 3 classes",
+    ]  # fmt: skip
 
 
 def test_equal_accuracies_do_not_hide_each_other():
@@ -92,13 +89,8 @@ def test_the_chosen_tau_has_a_ring():
     svg = charts.prior_sweep([(BCL, points, 1.0), (CE, points, None)], "few")
     assert circles(svg, "run0 ring") == circles(svg, "run0")[1:2]
     assert circles(svg, "run1 ring") == []
-
-
-@pytest.mark.parametrize(("accuracy", "ticks"), [(0.0, (0, 1)), (50.0, (49, 51)), (100.0, (99, 100))])
-def test_one_accuracy_alone_has_an_axis_within_0_to_100(accuracy, ticks):
-    svg = charts.prior_sweep([(BCL, [(0.0, accuracy), (2.0, accuracy)], 1.0)], "few")
-    shown = [float(text) for text in re.findall(r'text-anchor="end">([\d.]+)<', svg)]
-    assert (min(shown), max(shown)) == ticks
+    alone = charts.prior_sweep([(BCL, [(0.0, 100.0), (2.0, 100.0)], 1.0)], "few")  # an axis within 0 to 100
+    assert words(alone, "tick")[-1] == "100"
 
 
 def test_cosines_show_the_simplex_and_the_groups_that_are_there():
@@ -132,7 +124,6 @@ def test_seeds_and_differences():
 
 def test_curves_end_in_a_dot_with_the_last_value():
     svg = charts.curves([(BCL, [(1.0, 3.0), (2.0, 2.0), (3.0, 1.0)]), (CE, [(1.0, 1.5)])], "loss", 0)
-    assert words(svg, "tick") == ["0", "1", "2", "3"] * 2
     assert circles(svg, "run0") == [(100, 100)]
     assert circles(svg, "run1") == [(33.33, 75)]
     assert "<title>ce 1.5</title>" in svg
@@ -150,8 +141,7 @@ def test_the_map_names_few_classes_and_rings_mistakes():
     assert circles(svg, "many ring") == [(50, 160)]
     assert "<title>&lt;a&gt; taken for a name of many letters</title>" in svg
     assert len(circles(svg, "few")) == 5
-    many = charts.feature_map(places, labels, predicted, ["many"] * 13, [*names, *"123456789ab"])
-    assert words(many, "place") == []
+    assert "place" not in charts.feature_map(places, labels, predicted, ["many"] * 13, [*names, *"123456789ab"])
 
 
 # ---- mistakes
@@ -175,28 +165,23 @@ def test_pairs_by_number_then_by_share():
     assert charts.confused_pairs(LABELS, LABELS, SURE, 3, 5) == []
 
 
-def test_thumbnails_hold_the_picture(tmp_path):
-    images = find_parts(str(draw_folder(tmp_path / "data", {"<b>x & y": 2, "z": 1}))).parts["train"]
-    first, second = charts.thumbnails(images, [0, 2])
-    assert 'alt="&lt;b&gt;x &amp; y"' in first
-    assert 'alt="z"' in second
-    data = re.search(r'src="data:image/png;base64,([^"]+)"', first)[1]
-    with Image.open(io.BytesIO(base64.b64decode(data))) as shown, Image.open(images.images.name(0)) as file:
-        assert np.array_equal(np.asarray(shown), np.asarray(file.convert("RGB")))
+def shown(picture: str) -> tuple[bytes, str]:
+    kind, data = re.search(r'src="data:image/(\w+);base64,([^"]+)"', picture).groups()
+    return base64.b64decode(data), kind
 
 
-def test_large_pictures_become_small_jpegs_and_broken_ones_are_passed_over(tmp_path):
-    folder = tmp_path / "data" / "a"
-    folder.mkdir(parents=True)
+def test_thumbnails_hold_the_picture_and_broken_ones_are_passed_over(tmp_path):
+    folder = draw_folder(tmp_path / "data", {"<b>x & y": 2, "z": 1})
     noise = np.random.default_rng(0).integers(0, 255, (600, 400, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(folder / "1.jpg")
-    (folder / "2.jpg").write_bytes((folder / "1.jpg").read_bytes()[:900])
-    (tmp_path / "data" / "b").mkdir()
-    Image.fromarray(noise).save(tmp_path / "data" / "b" / "1.jpg")
-    images = find_parts(str(tmp_path / "data")).parts["train"]
-    pictures = charts.thumbnails(images, [0, 1])
-    assert len(pictures) == 1
-    data = base64.b64decode(re.search(r'src="data:image/jpeg;base64,([^"]+)"', pictures[0])[1])
-    assert len(data) < 5000
-    with Image.open(io.BytesIO(data)) as shown:
-        assert shown.size == (48, 72)
+    Image.fromarray(noise).save(folder / "z" / "1.jpg")
+    (folder / "z" / "2.jpg").write_bytes((folder / "z" / "1.jpg").read_bytes()[:900])
+    images = find_parts(str(folder)).parts["train"]
+    small, _, other, large = charts.thumbnails(images, range(5))
+    assert 'alt="&lt;b&gt;x &amp; y"' in small
+    assert 'alt="z"' in other
+    with Image.open(io.BytesIO(shown(small)[0])) as seen, Image.open(images.images.name(0)) as file:
+        assert np.array_equal(np.asarray(seen), np.asarray(file.convert("RGB")))
+    data, kind = shown(large)
+    assert (kind, len(data) < 5000) == ("jpeg", True)
+    with Image.open(io.BytesIO(data)) as seen:
+        assert seen.size == (48, 72)
