@@ -25,7 +25,7 @@ def step(encoder: str, size: int, micro_batch: int, file: str) -> None:
 
     from equipoise.base.world import ALONE
     from equipoise.config.recipe import load_recipe
-    from equipoise.method.batchnorm import batch_norms
+    from equipoise.method.network import batch_norms
     from equipoise.runs.checkpoint import create_network
     from equipoise.training.step import Step
     from equipoise.views.loader import Batch

@@ -17,6 +17,50 @@ from PIL import Image
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text(encoding="utf-8"))
 
 
+def _golden_values(seed: int, count: int):
+    """The golden file's pseudo-random inputs."""
+    import torch
+
+    values, x = np.empty(count), seed
+    for index in range(count):
+        x = (1103515245 * x + 12345) % 2**31
+        values[index] = x / 2**31 - 0.5
+    return torch.from_numpy(values)
+
+
+def check_bcl_golden(case: dict, device: str) -> None:
+    """Value and gradients of the balanced contrastive loss, from features and prototypes before they are normalised."""
+    import torch
+    from torch.nn.functional import normalize
+
+    from equipoise import BalancedContrastiveLoss
+
+    batch, width, classes = case["batch"], case["dim"], case["classes"]
+    values = _golden_values(case["lcg_seed"], (2 * batch + classes) * width).to(device)
+    features = values[: 2 * batch * width].reshape(batch, 2, width).requires_grad_()
+    prototypes = values[2 * batch * width :].reshape(classes, width).requires_grad_()
+    labels = torch.tensor(case["labels"], device=device)
+    loss = BalancedContrastiveLoss(case["temperature"])(
+        normalize(features, dim=-1), labels, normalize(prototypes, dim=-1)
+    )
+    assert loss.item() == pytest.approx(case["loss"], rel=1e-9)
+    gradients = torch.autograd.grad(loss, [features, prototypes])
+    for name, gradient in zip(("features", "prototypes"), gradients, strict=True):
+        assert gradient.norm().item() == pytest.approx(case[f"grad_{name}_norm"], rel=1e-9)
+        assert gradient.flatten()[:4].tolist() == pytest.approx(case[f"grad_{name}_first"], rel=1e-9)
+
+
+def check_logit_adjusted_golden(device: str) -> None:
+    import torch
+
+    from equipoise import LogitAdjustedCrossEntropy
+
+    case = GOLDEN["logit_adjusted_cross_entropy"]
+    logits = _golden_values(case["lcg_seed"], 40).to(device).reshape(8, 5) * case["scale"]
+    loss = LogitAdjustedCrossEntropy(case["class_counts"], tau=case["tau"]).to(device)
+    assert loss(logits, torch.tensor(case["labels"], device=device)).item() == pytest.approx(case["loss"], rel=1e-9)
+
+
 def draw_picture(path: Path, label: int, seed: int, size: tuple[int, int] = (40, 32)) -> None:
     """A picture whose class can be seen: a bright band, at a height that belongs to the label, on noise."""
     width, height = size
@@ -115,17 +159,10 @@ def odd_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for number in range(count):
                 seed = 10_000 * len(part) + 100 * label + number
                 draw_colour(root / "data" / part / name / f"{number}.png", label, seed)
-    fields = {
-        "arch": "resnet8",
-        "size": 16,
-        "epochs": 15,
-        "batch_size": 12,
-        "lr": 0.05,
-        "warmup_epochs": 0,
-        "workers": 0,
-        "precision": "fp32",  # so that the figures are those of any processor, nearly
-    }
-    recipe = load_recipe("pictures", data=str(root / "data"), hidden_dim=16, feature_dim=8, randaug=False, **fields)
+    fields = {"arch": "resnet8", "size": 16, "hidden_dim": 16, "feature_dim": 8, "randaug": False, "workers": 0}
+    fields |= {"epochs": 15, "batch_size": 12, "lr": 0.05, "warmup_epochs": 0}
+    fields["precision"] = "fp32"  # so that the figures are those of any processor, nearly
+    recipe = load_recipe("pictures", data=str(root / "data"), **fields)
     return train(recipe, root / "run", progress=False).path
 
 

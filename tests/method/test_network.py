@@ -50,19 +50,11 @@ def test_training_outputs():
     assert torch.allclose(outputs.logits_BC, model.classifier(hidden[:4]), atol=1e-4)
 
 
-def test_without_a_contrastive_branch_there_is_nothing_of_it():
-    model = network(contrastive=False)
-    outputs = model.training_outputs(IMAGES[None])
-    assert outputs.features_BVD is None
-    assert outputs.prototypes_CD is None
-    assert not any("projection" in name for name, _ in model.named_parameters())
-
-
-@pytest.mark.parametrize("prototypes", [True, False])
-def test_every_parameter_gets_a_gradient(prototypes):
-    model = network(prototypes=prototypes)
+@pytest.mark.parametrize(("contrastive", "prototypes"), [(True, True), (True, False), (False, False)])
+def test_every_branch_that_is_there_gets_a_gradient(contrastive, prototypes):
+    model = network(contrastive=contrastive, prototypes=prototypes)
     outputs = model.training_outputs(IMAGES.unflatten(0, (3, 4)))
-    assert (outputs.prototypes_CD is None) != prototypes
+    assert (outputs.features_BVD is not None, outputs.prototypes_CD is not None) == (contrastive, prototypes)
     sum(output.sum() for output in outputs if output is not None).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 

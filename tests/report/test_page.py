@@ -36,10 +36,6 @@ def report(tmp_path):
     return lambda *runs: write_report(runs, tmp_path / "report.html").read_text(encoding="utf-8")
 
 
-def section(page: str, title: str) -> str:
-    return page.split(f"<h2>{title}</h2>")[1].partition("<h2>")[0]
-
-
 @pytest.mark.slow
 def test_everything_is_there_and_nothing_from_elsewhere(runs, report):
     page = report(*runs)
@@ -56,21 +52,18 @@ def test_everything_is_there_and_nothing_from_elsewhere(runs, report):
         "How far confidence can be trusted", "Adjusting for the prior afterwards", "The geometry of the classes",
         "How far classes spread", "A map of the features", "Where this comes from",
     ]  # fmt: skip
-    assert "validation: mean over classes, percent" in section(page, "Training")
-    assert "A ring is the tau that validation chose" in page
+    assert "validation: mean over classes, percent" in page.split("<h2>Training</h2>")[1]
     assert "regular simplex, with cosine \u22121/(C\u22121) = \u22120.11" in page
     for said in ("equipoise train --method bcl", "test test-10", "torch 2.14.1", "method = &#34;bcl&#34;"):
-        assert said in section(page, "Where this comes from")
-    assert "no; its log ends in epoch 10 of 20" in page
+        assert said in page.split("<h2>Where this comes from</h2>")[1]
     assert "No example pictures: there is no file or folder at no-such-folder." in page
-    # Names stay text.
     assert ODD not in page
     assert "&lt;b&gt;x &amp; y&lt;/b&gt;" in page
     assert "said &#34;so&#34;" in page
 
 
 @pytest.mark.slow
-def test_calibration_after_scaling_is_better_where_it_was_bad(tmp_path, report):
+def test_calibration_is_better_after_scaling_and_without_validation_nothing_is_fitted(tmp_path, report):
     """A made-up network of scale 30 is too sure of hard images; one temperature mends some of it."""
     run = write_run(tmp_path / "run", [5] * 100, images_per_class=20)
     found = re.search(r"calibration error ([\d.]+) %, ([\d.]+) % at temperature ([\d.]+)", report(run))
@@ -79,32 +72,20 @@ def test_calibration_after_scaling_is_better_where_it_was_bad(tmp_path, report):
     assert before == pytest.approx(100 * metrics["test"]["ece"], abs=0.051)
     assert after < before
     assert temperature == pytest.approx(metrics["last"]["temperature"], abs=0.0051)
-
-
-@pytest.mark.slow
-def test_without_validation_nothing_is_fitted(tmp_path, report):
-    page = report(write_run(tmp_path / "run", FEW_CLASSES, validation=False))
-    assert "Without a validation part, or where it fixes none, no temperature is fitted" in page
-    assert "Without a validation part none is chosen" in page
+    page = report(write_run(tmp_path / "other", FEW_CLASSES, validation=False))
     assert "at temperature" not in page
     assert 'class="dot run0 after"' not in page
 
-
-@pytest.mark.slow
-def test_without_a_test_part_validation_is_shown_and_said_to_be_fitted_on(tmp_path, report):
-    run = write_run(tmp_path / "run", [5] * 100, images_per_class=1)
-    metrics = json.loads((run / "metrics.json").read_text())
+    # Without a test part, validation is shown.
     metrics["test"] = metrics["last"]["test"] = None
     del metrics["last"]["post_hoc"]["test"]
     (run / "metrics.json").write_text(json.dumps(metrics))
     page = report(run)
     assert "last checkpoint (after epoch 20), validation part" in page
-    assert f"{100 * metrics['validation']['top1']:.1f}" in section(page, "Frequent and rare classes")
     assert "Temperature and error are from the same validation images" in page
-    assert 'class="dot run0 after"' in page
 
 
-def test_one_run_that_stopped_early_has_its_curves(tmp_path, report):
+def test_one_run_that_stopped_early_has_its_curves(runs, tmp_path, report):
     run = write_run(tmp_path / "run", FEW_CLASSES, scored=False)
     with (run / "metrics.jsonl").open("a") as log:
         log.write('{"kind": "train", "st')  # killed while it wrote
@@ -114,9 +95,6 @@ def test_one_run_that_stopped_early_has_its_curves(tmp_path, report):
     assert page.count('<svg class="figure"') == 6
     (run / "metrics.jsonl").unlink()
     assert "Nothing was logged" in report(run)
-
-
-def test_a_run_without_what_was_observed_has_its_curves(runs, tmp_path, report):
     old = shutil.copytree(runs[0], tmp_path / "old")
     (old / "observed.npz").unlink()
     page = report(runs[1], old)
@@ -130,7 +108,6 @@ def test_perfect_runs_and_features_that_are_all_the_same(tmp_path, report):
     np.savez(run / "observed.npz", **{**arrays, "test/map_MF": np.ones_like(arrays["test/map_MF"])})
     assert json.loads((run / "metrics.json").read_text())["test"]["top1"] == 1
     page = report(run)
-    assert "2 classes with more than 100 training images" in page
     assert "No mistakes." in page
     assert "The worst classes" not in page
     assert "A map of the features" not in page
@@ -140,7 +117,6 @@ def test_perfect_runs_and_features_that_are_all_the_same(tmp_path, report):
     ("file", "content", "sentence"),
     [
         ("run.json", b"", "run.json is damaged ("),
-        ("metrics.json", b"{", "metrics.json is damaged ("),
         ("metrics.jsonl", b'{"kind": "train"}\n', "metrics.jsonl is damaged (Object missing required field"),
         ("observed.npz", b"PK", "observed.npz is damaged (its content makes no sense); write it anew: equipoise eval"),
     ],
@@ -188,7 +164,6 @@ def test_labels_tell_the_runs_apart(tmp_path, report):
     assert "bcl, seed 0 · bcl, seed 1</h1>" in report(one, two)
     page = report(one, shutil.copytree(one, tmp_path / "copy"))
     assert "one · copy</h1>" in page
-    assert "The recipes are the same." in page
     assert "run 1 · run 2</h1>" in report(one, one)
 
 
@@ -206,8 +181,7 @@ def test_seeds_come_first(runs, tmp_path):
     page = write_report(runs[:2], tmp_path / "report.html", comparison(3)).read_text(encoding="utf-8")
     assert re.findall(r"<h2>(.*?)</h2>", page)[0] == "Over 3 seeds"
     assert ", in the mean of 3 seeds." in page
-    page = write_report(runs[:2], tmp_path / "report.html", comparison(1)).read_text(encoding="utf-8")
-    assert "With one seed there is no interval" in page
+    write_report(runs[:2], tmp_path / "report.html", comparison(1))  # without intervals
 
 
 # ---- as a browser draws it

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from equipoise.report.svg import Axis, Figure, Name, linear_axis, log_axis, row_figure, shortened, signed
+from equipoise.report.svg import Axis, Figure, Name, linear_axis, log_axis, row_figure
 
 TENTHS = Axis("x", 0, 10, ((0, "0"), (10, "10")))
 
@@ -69,9 +69,3 @@ def test_rows_lie_below_their_headings():
     assert figure.height == 132
     headings = re.findall(r'class="row" x="0.00%" y="([\d.]+)"[^>]*>(\w)<', figure.svg(""))
     assert headings == [("16.0", "a"), ("92.0", "b")]
-
-
-def test_words():
-    assert shortened("a" * 30) == "a" * 30
-    assert shortened("a long name, too long", 8) == "a long\u2026"
-    assert signed("-0.5 to +1") == "\u22120.5 to +1"

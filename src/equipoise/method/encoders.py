@@ -25,9 +25,8 @@ _TIMM_NAMES = {"resnext50": "resnext50_32x4d"}  # the authors' spelling
 def create_encoder(name: str, size: int, pretrained: bool = False, weights: str | Path = "") -> tuple[nn.Module, int]:
     """The encoder called `name` for images of `size` pixels, and its width F.
 
-    It starts from random weights, or with `pretrained` from those of timm's hub, or from the file `weights`: in
-    timm's naming or that of torchvision's ResNets, `.safetensors` or what torch saves, with or without a classifier; a
-    checkpoint of a run or of the BCL authors' code too. Nothing in the file is executed.
+    It starts from random weights, or with `pretrained` from those of timm's hub, or from the file `weights` in timm's
+    or torchvision's names (`.safetensors`, or what torch saves; a checkpoint of a run or of the BCL authors' code too).
 
     Raises UserError for an unknown name, weights that cannot be had or do not fit, or a size the encoder does not take.
     """
@@ -57,8 +56,7 @@ def _width(encoder: nn.Module, name: str, size: int) -> int:
 
 
 def pretrained_normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Mean and std (of 1) with which the images for an encoder's pretrained weights are normalised; None if there are
-    no such weights."""
+    """Mean and std (of 1) of the images for an encoder's pretrained weights; None if there are no such weights."""
     import timm
 
     try:
@@ -102,8 +100,7 @@ def _load_weights(encoder: nn.Module, name: str, file: Path) -> None:
     """Put the weights of a file into the encoder, all of them. Raises UserError where any is missing or differs."""
     state, expected = _read_weights(file), encoder.state_dict()
     if not any(key.startswith("encoder.") for key in expected):
-        # In a checkpoint of a network with two branches, the encoder is a part.
-        state = {key.removeprefix("encoder."): value for key, value in state.items()}
+        state = {key.removeprefix("encoder."): value for key, value in state.items()}  # of a two-branch network
     state = _in_timms_names(state, encoder)
     # Other keys, those of a classifier above the encoder, are ignored.
     found = [key for key in expected if key in state]

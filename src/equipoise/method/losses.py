@@ -57,9 +57,8 @@ def balanced_contrastive_loss(
     `rows`: the images whose features are anchors. Only they are computed, still divided by V * B, so that the losses of
     disjoint rows, each computed elsewhere, add up to the loss of the batch.
 
-    Computed in float32 at least, also under autocast; the gradients always with the value, so that a second derivative
-    cannot be taken: to try (`create_graph=True`) raises RuntimeError. Raises ValueError where the shapes do not fit
-    together.
+    Computed in float32 at least, also under autocast; the gradients with the value, so that `create_graph=True`, for a
+    second derivative, raises RuntimeError. Raises ValueError where the shapes do not fit together.
     """
     features_KD, labels_K, anchors = _flat(features_BVD, labels_B, rows)
     width = prototypes_CD.shape[1]
@@ -193,8 +192,7 @@ def _divergence_and_gradient(scores_RM: Tensor, labels_K: Tensor, members_K: Ten
 class LogitAdjustedCrossEntropy(nn.Module):
     """`LogitAdjustedCrossEntropy(class_counts, tau=1.0)(logits_BC, labels_B) -> scalar`.
 
-    `class_counts`: training images of each class. See `logit_adjusted_cross_entropy`.
-    Raises ValueError if a class count is not positive.
+    `class_counts`: training images of each class. Raises ValueError if one is not positive.
     """
 
     log_prior_C: Tensor

@@ -1,24 +1,29 @@
 """The figures of the report, each drawn from plain values. `None` is "there is nothing to average", as in `metrics.py`.
 
-Shapes: C classes, G shot groups, K bins of a cosine, M images of the map, N images.
+Shapes: C classes, G shot groups, K bins of a cosine, M images of the map, N images, P pairs of classes.
 """
 
+import base64
+import io
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from markupsafe import Markup
+from PIL import Image
 
+from equipoise.base.errors import UserError
+from equipoise.data.decode import decode
+from equipoise.data.images import ImageList
 from equipoise.evaluation.metrics import FEW_BELOW, GROUP_LIMITS, GROUPS, MANY_ABOVE, percent, shot_group
 from equipoise.report import svg
 from equipoise.report.svg import PERCENT, Axis, ByHeading, Figure, Name, Point, row_figure, shortened, signed
 
-EACH_AS_DOT = 400  # classes; more are drawn as bubbles, each for all classes of about one count and accuracy
-_TOGETHER = 60  # classes; the dots of more would hide those of another run
+EACH_AS_DOT = 100  # classes; more are drawn as bubbles, each for all classes of about one count and accuracy
 _NAMED = 12  # classes whose names fit on the map
 
 Array = npt.NDArray[Any]
@@ -32,15 +37,13 @@ def _room(runs: Sequence[tuple[Name, *tuple[Any, ...]]], more: int = 0) -> int:
 
 
 def accuracy_by_count(runs: Sequence[PerClass], class_names: Sequence[str]) -> list[Markup]:
-    """Accuracy of each class against its training images: one figure of all runs or, of many classes, one a run, each
-    with the trends of all runs."""
-    together = len(class_names) <= _TOGETHER
+    """Classes against their training images: one figure or, of many, one a run with the trends of all runs."""
     counts = {count for _, of_run, _ in runs for count in of_run}
     axis = svg.log_axis("training images of the class, logarithmic", counts)
     trends = [(name, trend(of_run, shares)) for name, of_run, shares in runs]
     figures: list[Markup] = []
-    for dotted in [runs] if together else [[run] for run in runs]:
-        figure = Figure(axis, 320 if together else 260, (60, _room(runs), 40, 34), PERCENT)
+    for dotted in [runs] if len(class_names) <= EACH_AS_DOT else [[run] for run in runs]:
+        figure = Figure(axis, 300, (46, _room(runs), 40, 34), PERCENT)
         _name_groups(figure, {shot_group(count) for count in counts})
         for run in dotted:
             _dot_classes(figure, run, class_names)
@@ -53,27 +56,23 @@ def accuracy_by_count(runs: Sequence[PerClass], class_names: Sequence[str]) -> l
 
 
 def _name_groups(figure: Figure, groups: Collection[str]) -> None:
-    """Lines between the shot groups, and the names of those that have classes: few and many beside the lines, medium a
-    line of text higher, since there may be little room between the two."""
+    """Lines between the shot groups and, beside them, the names of those that have classes."""
     axis = figure.x
     for limit in (FEW_BELOW, MANY_ABOVE):
         if axis.low < limit < axis.high:
             figure.rule(limit, "rule")
-    few, many = (axis.share(min(max(limit, axis.low), axis.high)) for limit in (FEW_BELOW, MANY_ABOVE))
-    middle = (few + many) / 2
-    places = {"few": (few, -10, "end", -6), "medium": (middle, -24, "middle", 0), "many": (many, -10, "start", 6)}
-    for group, (share, y, anchor, dx) in places.items():
+    places = {"few": (FEW_BELOW, "end", -6), "medium": (MANY_ABOVE, "end", -6), "many": (MANY_ABOVE, "start", 6)}
+    for group, (limit, anchor, dx) in places.items():
         if group in groups:
-            figure.text(share, y, group, "axis", anchor, dx)
+            figure.text(axis.share(min(max(limit, axis.low), axis.high)), -10, group, "axis", anchor, dx)
 
 
 def _dot_classes(figure: Figure, run: PerClass, class_names: Sequence[str]) -> None:
-    """A dot for each class; of many classes bubbles, whose area is the number of classes of about this count and
-    accuracy."""
+    """A dot for each class, or of many classes bubbles whose area is the number of classes of about one place."""
     name, counts, shares = run
     look, axis = f"{name.look} faint", figure.x
     known = [(counts[c], 100 * share, class_names[c]) for c, share in enumerate(shares) if share is not None]
-    if len(known) <= EACH_AS_DOT:
+    if len(class_names) <= EACH_AS_DOT:
         for count, y, class_name in known:
             figure.dot(count, y, look, 4, f"{class_name}: {count:,} training images, {name.label} {y:.1f} %")
         return
@@ -130,7 +129,7 @@ def worst_classes(rows: Sequence[tuple[str, int, str, Sequence[tuple[Name, float
 def curves(runs: Sequence[Curve], heading: str, low: float | None) -> Markup:
     """Lines over the epochs, and a dot at the last value; the y axis begins at `low`, if given."""
     epochs = svg.linear_axis("epoch", [x for _, points in runs for x, _ in points], 0)
-    axis = svg.linear_axis("", [y for _, points in runs for _, y in points], low, 4)
+    axis = svg.linear_axis("", [y for _, points in runs for _, y in points], low)
     figure = Figure(epochs, 150, (12, _room(runs), 40, 44), axis)
     for name, points in runs:
         parts = np.array_split(np.array(points, dtype=float), min(len(points), 150))
@@ -141,8 +140,7 @@ def curves(runs: Sequence[Curve], heading: str, low: float | None) -> Markup:
 
 
 def reliability(name: Name, right_N: Array, confidences: Mapping[str, Array]) -> Markup:
-    """Share of right predictions against confidence, in bins of equal width, for each of `confidences` ('before',
-    'after'); a dot's area is the bin's share of the images."""
+    """Share of right predictions in bins of confidence, 'before' and 'after'; a dot's area is the number of images."""
     figure = Figure(replace(PERCENT, label="confidence, percent"), 220, (26, 16, 40, 34), PERCENT)
     figure.path([(0, 0), (100, 100)], "line diagonal")
     edges = np.linspace(0, 1, 16)[1:-1]
@@ -156,18 +154,16 @@ def reliability(name: Name, right_N: Array, confidences: Mapping[str, Array]) ->
     return figure.svg(f"accuracy against confidence, {name.label}")
 
 
-def _accuracy_axis(values: Sequence[float], ticks: int = 5) -> Axis:
-    """An axis over accuracies with a point of room, within 0 to 100: a difference of a tenth must not fill the figure,
-    and one value alone has no range."""
-    return svg.linear_axis("accuracy, percent", [max(0.0, min(values) - 1), min(100.0, max(values) + 1)], None, ticks)
+def _accuracy_axis(values: Sequence[float]) -> Axis:
+    """With a point of room, within 0 to 100: a difference of a tenth must not fill the figure."""
+    return svg.linear_axis("accuracy, percent", [max(0.0, min(values) - 1), min(100.0, max(values) + 1)])
 
 
 def prior_sweep(runs: Sequence[tuple[Name, Sequence[Point], float | None]], key: str) -> Markup:
-    """An accuracy (percent) over tau, the strength of the post-hoc prior, and a ring at the tau that validation chose,
-    if any."""
+    """An accuracy (percent) over tau, the strength of the post-hoc prior; a ring at the tau that validation chose."""
     # A little room at the left: a ring at 0 would cover the numbers of the axis.
     taus = Axis("tau", -0.1, 2, tuple((tau, f"{tau:g}") for tau in (0, 0.5, 1, 1.5, 2)))
-    axis = _accuracy_axis([y for _, points, _ in runs for _, y in points], 4)
+    axis = _accuracy_axis([y for _, points, _ in runs for _, y in points])
     figure = Figure(taus, 150, (26, _room(runs), 40, 34), axis)
     for name, points, chosen in runs:
         figure.path(points, f"line {name.look}")
@@ -181,21 +177,20 @@ def prior_sweep(runs: Sequence[tuple[Name, Sequence[Point], float | None]], key:
 
 
 def cosines(runs: Sequence[tuple[Name, Array]], classes: int) -> Markup:
-    """Histograms of the cosines [G, K] between a class of the group and the other classes; the regular simplex's cosine
-    as a line."""
+    """Histograms of the cosines [G, K] of a group's classes to all others; that of the regular simplex is a line."""
     present = [group for group in range(len(GROUPS)) if any(counts_GK[group].any() for _, counts_GK in runs)]
     peak, step, top = 44, 68, 18  # pixels; above each histogram, which may begin at -1, a line for the group's name
     axis = Axis("cosine", -1, 1, tuple((value, signed(f"{value:g}")) for value in (-1, -0.5, 0, 0.5, 1)))
     figure = Figure(axis, top + step * len(present), (22, 14, 40, 10))
+    edges = np.linspace(-1, 1, 51).repeat(2).tolist()
     for row, group in enumerate(present, 1):
         foot = top + step * row - 6
-        figure.path([(-1, foot), (1, foot)], "line base")
-        bins = 40 if max(counts_GK[group].sum() for _, counts_GK in runs) < 2000 else 100
-        counts = [(name, counts_GK[group].reshape(bins, -1).sum(1)) for name, counts_GK in runs]
+        counts = [(name, counts_GK[group].reshape(50, -1).sum(1)) for name, counts_GK in runs]
         shares = [(name, count / count.sum()) for name, count in counts if count.any()]
         scale = peak / max(share.max() for _, share in shares)
         for name, share in shares:
-            figure.path(_outline(share * scale, foot), f"line {name.look} thin area")
+            heights = foot - scale * np.pad(share.repeat(2), 1)
+            figure.path(zip(edges, heights.tolist(), strict=True), f"line {name.look} thin area")
         figure.text(0, foot - peak - 4, GROUPS[group], "row")
     simplex = -1 / (classes - 1)
     figure.rule(simplex, "simplex")
@@ -203,17 +198,8 @@ def cosines(runs: Sequence[tuple[Name, Array]], classes: int) -> Markup:
     return figure.svg("cosines between the classes, by shot group")
 
 
-def _outline(heights: Array, foot: float) -> list[Point]:
-    """The outline of a histogram over -1 to 1 that stands on `foot`, without the empty bins at its ends."""
-    filled = np.flatnonzero(heights)
-    first, end = filled[0], filled[-1] + 1
-    xs = np.linspace(-1, 1, len(heights) + 1)[first : end + 1].repeat(2)
-    return list(zip(xs.tolist(), (foot - np.pad(heights[first:end].repeat(2), 1)).tolist(), strict=True))
-
-
 def spread(runs: Sequence[tuple[Name, Sequence[str], Array]]) -> Markup:
-    """By shot group: the median of the values [C] of its classes, half of the classes (thick) and nine in ten (thin).
-    A run gives the shot group of each class and its value; NaN is a class without a value."""
+    """By shot group: the median of its classes' values [C] (NaN: none), half of them (thick) and nine in ten (thin)."""
     rows: dict[str, list[tuple[Name, Array]]] = {}
     for group in GROUPS:
         row = [(name, values_C[np.isfinite(values_C) & (np.array(groups) == group)]) for name, groups, values_C in runs]
@@ -235,8 +221,7 @@ def spread(runs: Sequence[tuple[Name, Sequence[str], Array]]) -> Markup:
 def feature_map(
     places_M2: Array, labels_M: Array, predicted_M: Array, groups: Sequence[str], class_names: Sequence[str]
 ) -> Markup:
-    """Images as dots, coloured by shot group, wrong predictions as rings; a class's name is each dot's title and, of
-    few classes, written over its middle."""
+    """Images as dots, coloured by shot group, mistakes as rings; of few classes, the names over their middles."""
     figure = Figure(Axis("", 0, 1), 320, (10, 12, 10, 12))
     points_M2 = (places_M2 - places_M2.min(0)) / np.maximum(np.ptp(places_M2, axis=0), 1e-9)
     points_M2[:, 1] = figure.height * (1 - points_M2[:, 1])
@@ -257,8 +242,8 @@ def feature_map(
 
 
 def over_seeds(rows: ByHeading) -> Markup:
-    """For each method its seeds as faint dots, their mean and, below it, the paired difference to the first method with
-    its 95 % interval (none with one seed). The rows' values are those of `compare.json`."""
+    """For each method its seeds as faint dots, their mean and, below it, the paired difference to the first method; the
+    rows' values are those of `compare.json`."""
     axis = _accuracy_axis([100 * value for row in rows.values() for _, result in row for value in result["values"]])
     figure, places = row_figure(axis, rows, 52, (4, 14, 40, 10))
     for y, _, name, result in places:
@@ -274,3 +259,52 @@ def over_seeds(rows: ByHeading) -> Markup:
             interval = "" if low is None else f" [{100 * low:+.1f}, {100 * high:+.1f}]"
             figure.text(1, y + 38, signed(f"difference {100 * mean:+.1f}{interval}"), "value", "end")
     return figure.svg("accuracy over the seeds, percent")
+
+
+class Pair(NamedTuple):
+    """Images of the class `true` that were taken for the class `said`: how many, of how many; the rows of a few, the
+    surest first, and of a few that rightly are `said`."""
+
+    true: int
+    said: int
+    mistakes: int
+    images: int
+    wrong: list[int]
+    typical: list[int]
+
+
+def confused_pairs(labels_N: Array, predicted_N: Array, confidence_N: Array, classes: int, most: int) -> list[Pair]:
+    """At most `most` pairs, those with the most mistakes; of equal ones, the larger share of the class's images."""
+    surest_N = np.argsort(-confidence_N, kind="stable")
+    true_N, said_N = labels_N[surest_N].astype(np.int64), predicted_N[surest_N]
+    keys_P, mistakes_P = np.unique((true_N * classes + said_N)[true_N != said_N], return_counts=True)
+    images_C = np.bincount(true_N, minlength=classes)
+    share_P = mistakes_P / images_C[keys_P // classes]
+    pairs: list[Pair] = []
+    for place in np.lexsort((-share_P, -mistakes_P))[:most]:
+        true, said = divmod(int(keys_P[place]), classes)
+        wrong = surest_N[(true_N == true) & (said_N == said)][:3].tolist()
+        typical = surest_N[(true_N == said) & (said_N == said)][:2].tolist()
+        pairs.append(Pair(true, said, int(mistakes_P[place]), int(images_C[true]), wrong, typical))
+    return pairs
+
+
+def thumbnails(images: ImageList, rows: Sequence[int]) -> list[Markup]:
+    """An <img> for each of these images that can be read, with the picture inside."""
+    pictures: list[Markup] = []
+    for row in rows:
+        try:
+            picture = Image.fromarray(decode(images, row))
+        except UserError:
+            continue
+        look, kind = ("pixels", "png") if max(picture.size) <= 40 else ("photo", "jpeg")  # which are smoothed
+        picture.thumbnail((72, 72))
+        content = io.BytesIO()
+        picture.save(content, kind)
+        data, class_name = base64.b64encode(content.getvalue()).decode(), images.class_names[images.labels_N[row]]
+        pictures.append(
+            Markup('<img class="{}" src="data:image/{};base64,{}" alt="{}" title="{}" width="56" height="56">').format(
+                look, kind, data, class_name, images.images.name(row)
+            )
+        )
+    return pictures

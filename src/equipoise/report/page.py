@@ -1,35 +1,75 @@
-"""Run folders become one HTML page, side by side. It reads what a run left and runs no network.
+"""Run folders become one HTML page, side by side. No network is run; a run that stopped early has its curves alone.
 
 Shapes: C classes, G shot groups, K bins of a cosine, M images of the map, N of the scored part.
 """
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import msgspec
 import numpy as np
 from markupsafe import Markup
 
-from equipoise.base.errors import UserError
+from equipoise.base.errors import UserError, reason
 from equipoise.base.files import atomic_file
-from equipoise.config.recipe import field_value, recipe_fields
+from equipoise.config.recipe import Recipe, field_value, load_recipe, recipe_fields
 from equipoise.data.images import ImageList, imbalance_factor
 from equipoise.data.sources import open_data
-from equipoise.evaluation.metrics import FURTHER, GROUP_LIMITS, GROUPS, calibration_error, percent
+from equipoise.evaluation.metrics import FURTHER, GROUP_LIMITS, GROUPS, calibration_error, percent, shot_group
+from equipoise.evaluation.run import chosen
 from equipoise.report import charts
-from equipoise.report.charts import Curve
-from equipoise.report.confusions import Pair, confused_pairs, thumbnails
-from equipoise.report.read import RunRead, ScoredRun, read_runs
+from equipoise.report.charts import Array, Curve
 from equipoise.report.svg import Name, Point, shortened, signed
-from equipoise.runs.folder import RECIPE
+from equipoise.runs.folder import LOG, METRICS, OBSERVED, RECIPE, RECORD
+from equipoise.runs.records import CheckpointMetrics, RunRecord, read_metrics, read_record
 from equipoise.views.loader import steps_per_epoch
 
 MOST_RUNS = 6  # as many as there are colours that can be told apart
-_WORST = 12
-
 Titled = list[tuple[str, Markup]]  # figures with their headings
+
+
+class LogLine(msgspec.Struct):
+    """What is drawn of a line of the log: losses and learning rate of 'train', shares of 'validation'."""
+
+    kind: str
+    step: int
+    epoch: int
+    loss: float | None = None
+    classification: float | None = None
+    contrastive: float | None = None
+    lr: float | None = None
+    mean_per_class: float | None = None
+    few: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class RunRead:
+    """A run, finished or not; of each class its training images (`counts`) and its shot group."""
+
+    path: Path
+    name: Name
+    recipe: Recipe
+    record: RunRecord
+    log: list[LogLine]
+    class_names: list[str]
+    counts: list[int]
+    groups: list[str]
+
+
+@dataclass(frozen=True, eq=False)
+class ScoredRun(RunRead):
+    """A run with the metrics of the checkpoint and the scores on the part that speak for it, and what was observed on
+    that part (arrays as `Observation` names them)."""
+
+    checkpoint: str
+    part: str
+    metrics: CheckpointMetrics
+    scores: Mapping[str, Any]  # of `PartMetrics`
+    observed: Mapping[str, Array]
 
 
 def write_report(runs: Sequence[Path], out: Path, comparison: Mapping[str, Any] | None = None) -> Path:
@@ -119,7 +159,7 @@ def _worst(scored: Sequence[ScoredRun]) -> dict[str, Any] | None:
     first = scored[0]
     accuracies = [[(run.name, run.scores["per_class"][c]) for run in scored] for c in range(len(first.counts))]
     known = sorted((of[0][1], -first.counts[c], c) for c, of in enumerate(accuracies) if of[0][1] is not None)
-    wrong = [c for _, _, c in known if any((share or 0) < 1 for _, share in accuracies[c])][:_WORST]
+    wrong = [c for _, _, c in known if any((share or 0) < 1 for _, share in accuracies[c])][:12]
     rows = [(first.class_names[c], first.counts[c], _taken_for(first, c), accuracies[c]) for c in wrong]
     return {"figure": charts.worst_classes(rows), "rows": len(rows), "of": len(known)} if rows else None
 
@@ -129,17 +169,19 @@ def _taken_for(run: ScoredRun, c: int) -> str:
     said = run.observed["predicted_N"][run.observed["labels_N"] == c].tolist()
     for other, images in Counter(said).most_common(2):
         if other != c:
-            other_name = shortened(run.class_names[other], 24)
-            return f"{run.name.label} takes {100 * images / len(said):.0f} % for {other_name}"
+            share = f"{run.name.label} takes {100 * images / len(said):.0f} %"
+            return f"{share} for {shortened(run.class_names[other], 24)}"
     return ""
 
 
-def _confusions(run: ScoredRun, most: int) -> tuple[ScoredRun, list[tuple[Pair, list[list[Markup]]]], str]:
+def _confusions(run: ScoredRun, most: int) -> tuple[ScoredRun, list[tuple[charts.Pair, list[list[Markup]]]], str]:
     """A run, its pairs with pictures of the mistakes and of the class said, and why there are none."""
     labels_N, predicted_N, confidence_N = (run.observed[key] for key in ("labels_N", "predicted_N", "confidence_N"))
-    pairs = confused_pairs(labels_N, predicted_N, confidence_N, len(run.counts), most)
+    pairs = charts.confused_pairs(labels_N, predicted_N, confidence_N, len(run.counts), most)
     images, absent = _images(run)
-    pictures = [[thumbnails(images, rows) if images else [] for rows in (pair.wrong, pair.typical)] for pair in pairs]
+    pictures = [
+        [charts.thumbnails(images, rows) if images else [] for rows in (pair.wrong, pair.typical)] for pair in pairs
+    ]
     return run, list(zip(pairs, pictures, strict=True)), absent
 
 
@@ -213,3 +255,59 @@ def _map(run: ScoredRun) -> Markup | None:
         places_M2 = layout.fit_transform(features_MF.astype(np.float32))
     labels_M, predicted_M = run.observed["labels_N"][rows_M], run.observed["predicted_N"][rows_M]
     return charts.feature_map(places_M2, labels_M, predicted_M, run.groups, run.class_names)
+
+
+def read_runs(paths: Sequence[Path]) -> list[RunRead]:
+    """What the run folders hold. Raises UserError for a path that is no run folder, and for a damaged file."""
+    for path in paths:
+        if not (path / RECIPE).is_file() or not (path / RECORD).is_file():
+            fault = f"{path} is not a run folder: it has no {RECIPE} or no {RECORD}"
+            raise UserError(f"{fault}; name one that equipoise train wrote")
+    recipes = [load_recipe(path / RECIPE) for path in paths]
+    names = [Name(label, f"run{number}") for number, label in enumerate(_labels(paths, recipes))]
+    return [_read_run(*run) for run in zip(paths, names, recipes, strict=True)]
+
+
+def _labels(paths: Sequence[Path], recipes: Sequence[Recipe]) -> list[str]:
+    """The shortest labels that tell the runs apart."""
+    ways = (
+        [recipe.method for recipe in recipes],
+        [f"{recipe.method}, seed {recipe.seed}" for recipe in recipes],
+        [shortened(path.resolve().name, 24) for path in paths],
+        [f"run {number}" for number in range(1, len(paths) + 1)],
+    )
+    return next(labels for labels in ways if len(set(labels)) == len(labels))
+
+
+def _read_run(path: Path, name: Name, recipe: Recipe) -> RunRead:
+    record = read_record(path / RECORD)
+    log = _read_log(path / LOG) if (path / LOG).is_file() else []
+    names, counts = list(record["class_counts"]), list(record["class_counts"].values())
+    run = RunRead(path, name, recipe, record, log, names, counts, [shot_group(count) for count in counts])
+    if not (path / METRICS).is_file() or not (path / OBSERVED).is_file():
+        return run
+    metrics = read_metrics(path / METRICS)
+    checkpoint, part = chosen(metrics)
+    block = metrics["best"] or metrics["last"]
+    scores, observed = block[part], _read_observed(path / OBSERVED, part)
+    if scores is None or not observed:
+        return run  # there was nothing to score it on
+    return ScoredRun(**vars(run), checkpoint=checkpoint, part=part, metrics=block, scores=scores, observed=observed)
+
+
+def _read_observed(file: Path, part: str) -> dict[str, Array]:
+    """The arrays of a part."""
+    try:
+        with np.load(file, allow_pickle=False) as arrays:  # so that nothing in it is executed
+            return {key.removeprefix(f"{part}/"): arrays[key] for key in arrays.files if key.startswith(f"{part}/")}
+    except Exception as error:  # numpy, zipfile and zlib raise errors of many kinds
+        fault = f"{file} is damaged ({reason(error)})"
+        raise UserError(f"{fault}; write it anew: equipoise evaluate {file.parent}") from None
+
+
+def _read_log(file: Path) -> list[LogLine]:
+    lines, _, _ = file.read_bytes().rpartition(b"\n")  # without half a line, which a killed run may leave
+    try:
+        return msgspec.json.Decoder(LogLine).decode_lines(lines)
+    except ValueError as error:
+        raise UserError(f"{file} is damaged ({error}); remove it, and the report is without curves") from None

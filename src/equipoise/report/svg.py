@@ -1,8 +1,7 @@
 """Numbers become figures: SVG whose marks are placed, not scaled.
 
-Across, a place is a share of the figure's width; down, it is in pixels. So one figure fits a phone and a wide screen
-with letters and dots of the same size. Colours are the page's: each mark has CSS classes (`look`, as `run0 faint`), to
-which the page gives a colour, in light and in dark.
+Across, a place is a share of the figure's width; down, it is in pixels: one figure fits a phone and a wide screen, its
+letters of one size. Colours are the page's, in light and in dark: each mark has CSS classes (`look`, as `run0 faint`).
 """
 
 import math
@@ -47,12 +46,12 @@ class Axis:
 PERCENT = Axis("accuracy, percent", 0, 100, tuple((value, str(value)) for value in (0, 25, 50, 75, 100)))
 
 
-def linear_axis(label: str, values: Collection[float], low: float | None = None, ticks: int = 5) -> Axis:
-    """An axis over `values`, from `low` if given, with about that many round ticks."""
+def linear_axis(label: str, values: Collection[float], low: float | None = None) -> Axis:
+    """An axis over `values`, from `low` if given, with about five round ticks."""
     start, end = min(values) if low is None else low, max(values)
     if end <= start:
         end = start + (abs(start) or 1.0)
-    raw = (end - start) / ticks
+    raw = (end - start) / 5
     unit = 10.0 ** math.floor(math.log10(raw))
     step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= raw * 0.999)
     first, last = math.floor(start / step + 1e-9), math.ceil(end / step - 1e-9)
@@ -61,8 +60,7 @@ def linear_axis(label: str, values: Collection[float], low: float | None = None,
 
 
 def log_axis(label: str, values: Collection[float]) -> Axis:
-    """A logarithmic axis over positive `values`, with a little room at both ends; ticks at 1, 2 and 5 or, over more
-    than two decades, at powers of ten."""
+    """A logarithmic axis over positive `values`, with a little room; ticks at 1, 2, 5 or, of many, at powers of ten."""
     low, high = min(values) / 1.15, max(values) * 1.15
     factors = (1, 2, 5) if high / low < 250 else (1,)
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -71,11 +69,8 @@ def log_axis(label: str, values: Collection[float]) -> Axis:
 
 
 class Figure:
-    """Marks over an x axis, `height` pixels high.
-
-    Dots, bars, lines and areas are placed in the units of the axes; without a `y` axis, y is pixels from the top. Text
-    is placed at a share of the width and at pixels from the top. The margins hold what is written around the marks.
-    """
+    """Marks over an x axis, `height` pixels high, placed in the units of the axes; without a `y` axis, y is pixels from
+    the top. Text is placed at a share of the width and at pixels from the top. The margins hold what is around."""
 
     def __init__(self, x: Axis, height: int, margins: Margins, y: Axis | None = None):
         self.x, self.height, self._y_axis, self._margins = x, height, y, margins
@@ -157,16 +152,15 @@ def row_figure(
     x: Axis, rows: ByHeading, row_height: int, margins: Margins
 ) -> tuple[Figure, list[tuple[int, str, Name, Any]]]:
     """A figure of rows below headings, one for each run, and of each row its top (pixels), heading, run and value."""
+    figure = Figure(x, sum(36 + row_height * len(of_heading) for of_heading in rows.values()), margins)
     places: list[tuple[int, str, Name, Any]] = []
-    tops: dict[str, int] = {}
     y = 0
     for heading, of_heading in rows.items():
-        y = tops[heading] = y + 26
-        places += [(y + row_height * at, heading, name, value) for at, (name, value) in enumerate(of_heading)]
-        y += row_height * len(of_heading) + 10
-    figure = Figure(x, y, margins)
-    for heading, top in tops.items():
-        figure.text(0, top - 10, heading, "row")
+        figure.text(0, y + 16, heading, "row")
+        for name, value in of_heading:
+            places.append((y + 26, heading, name, value))
+            y += row_height
+        y += 36
     return figure, places
 
 

@@ -13,8 +13,7 @@ from equipoise.config.recipe import Recipe
 from equipoise.evaluation.metrics import score
 from equipoise.evaluation.predictions import predict
 from equipoise.evaluation.score import record_bad_images
-from equipoise.method.batchnorm import batch_norms
-from equipoise.method.network import TwoBranchNetwork
+from equipoise.method.network import TwoBranchNetwork, batch_norms
 from equipoise.runs.checkpoint import Checkpoint, state_on_cpu
 from equipoise.runs.folder import BEST
 from equipoise.runs.log import RunLog
