@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from synthetic import untrained
 
 from equipoise import UserError, load
-from equipoise.deploy.hub import is_hub_folder, read_hub_folder, write_hub_folder
+from equipoise.deploy.hub import read_hub_folder, write_hub_folder
 from equipoise.runs.checkpoint import Checkpoint
 from equipoise.views.views import short_side
 
@@ -36,7 +36,6 @@ def figures(per_class) -> dict:
 def test_round_trip(tmp_path):
     checkpoint = sample(data="/home/somebody/secret", weights="/home/somebody/start.pth", lr=0.123)
     write_hub_folder(tmp_path / "hub", checkpoint, 1.25, None)
-    assert is_hub_folder(tmp_path / "hub")
     read, temperature = read_hub_folder(tmp_path / "hub")
     assert temperature == 1.25
     assert (read.class_names, read.class_counts, read.epoch, read.step) == (NAMES, (130, 95, 60, 25), 7, 70)

@@ -22,8 +22,7 @@ _DESCRIPTION = """\
 Train image classifiers on long-tailed data with Balanced Contrastive Learning (BCL, CVPR 2022).
 
   equipoise train                          the demo: digits with a long tail, BCL beside plain cross-entropy
-  equipoise train --data FOLDER            your own pictures: one sub-folder a class; or ImageNet, iNaturalist 2018,
-                                           CIFAR, which are recognised
+  equipoise train --data FOLDER            your own pictures, one sub-folder a class; or a published data set
   equipoise train cifar10-lt --data FOLDER a recipe of the literature
   equipoise predict RUN IMAGES_OR_FOLDER   the classes of images, with probabilities
 """

@@ -176,13 +176,11 @@ def add_export_options(command: argparse.ArgumentParser) -> None:
 
 
 def export(options: argparse.Namespace) -> None:
-    form: str = options.to
-
     from equipoise.deploy.export import export_file
     from equipoise.deploy.hub import write_hub_folder
     from equipoise.deploy.predict import load
 
-    classifier = load(options.target, "cpu")
+    classifier, form = load(options.target, "cpu"), options.to
     origin = classifier.origin.resolve()
     out = Path(options.out or origin.with_name(origin.name.partition(".pt")[0] + _ENDINGS[form]))
     if form == "safetensors":
