@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.rehearsal import build_imagenet, build_inaturalist
 from equipoise import load_recipe
-from equipoise.authors.flags import authors_folder
+from equipoise.authors.flags import DATASETS, authors_folder
 from equipoise.cli.flags import chosen_recipe
 from equipoise.cli.main import _dashed, _parser, main
 from equipoise.config.recipe import Recipe
@@ -32,7 +32,7 @@ def imagenet(tmp_path_factory) -> Path:
 
 def test_their_imagenet_command_is_the_recipe(imagenet):
     recipe, said = chosen(SEED_IMAGENET, imagenet)
-    assert said.startswith(f"no recipe named: {imagenet} is an ImageNet-2012 folder, so taking 'imagenet-lt'")
+    assert said.startswith("no recipe named: taking 'imagenet-lt'")
     assert recipe == load_recipe("imagenet-lt", data=str(imagenet), log_every=200)
     name = "imagenet_resnet50_batchsize256_epochs_90_temp_0.07_lr_0.1_sim-sim"
     assert authors_folder("log", recipe) == Path("log") / name, "as their README has it"
@@ -41,7 +41,7 @@ def test_their_imagenet_command_is_the_recipe(imagenet):
 def test_their_inaturalist_command_is_the_recipe(tmp_path):
     inaturalist = build_inaturalist(tmp_path / "inat2018", counts=(3, 2))
     recipe, said = chosen(SEED_INATURALIST, inaturalist)
-    assert f"{inaturalist} is an iNaturalist 2018 folder, so taking 'inat2018'" in said
+    assert said.startswith("no recipe named: taking 'inat2018'")
     assert recipe == load_recipe("inat2018", data=str(inaturalist), log_every=200)
     assert authors_folder("log", recipe).name == "inat_resnet50_batchsize256_epochs_100_temp_0.07_lr_0.2_sim-sim"
 
@@ -75,10 +75,9 @@ def test_their_flags(words, field, value, imagenet):
     assert found == value
 
 
-@pytest.mark.parametrize("name", ["imagenet", "inat", "cifar10", "cifar100", "places", "imagenet-lt"])
-def test_a_data_set_by_name(name):
-    recipe = {"imagenet": "imagenet-lt", "inat": "inat2018"}.get(name, name if name.endswith("-lt") else f"{name}-lt")
-    assert chosen(f"--dataset {name}")[0] == load_recipe(recipe)
+def test_a_data_set_by_name():
+    for name in ("imagenet", "inat", "cifar10", "cifar100", "places", "imagenet-lt"):
+        assert chosen(f"--dataset {name}")[0] == load_recipe(DATASETS.get(name, name))
 
 
 @pytest.mark.parametrize(
@@ -88,15 +87,11 @@ def test_a_data_set_by_name(name):
         ("--use-norm True --classifier linear", "--use-norm says model.classifier = cosine, but another flag"),
         ("--cos False --schedule cosine", "--cos says optim.schedule = step, but another flag says cosine; drop one"),
         ("--gpu 0 --device cpu", "--gpu says device = cuda:0, but another flag says cpu; drop one of them"),
-        ("--gpu first", "device must be one of auto, cpu, cuda, cuda:N, mps, not 'cuda:first'"),
         ("--dataset imagnet", "--dataset knows no 'imagnet'; did you mean imagenet?"),
-        ("--dataset inat", "the recipe inat2018 is not for {data}: that is an ImageNet-2012 folder; take imagenet-lt"),
+        ("--dataset inat", "the recipe inat2018 is not for {data}: take imagenet-lt"),
         ("inat2018 --dataset imagenet", "--dataset imagenet means the recipe imagenet-lt, not inat2018; drop one"),
-        ("--schedule 60 later", "optim.milestones must be a list of numbers"),
         ("--reload True", "--reload scores a checkpoint: name it with --resume CHECKPOINT"),
         ("--reload True --resume log/x.pth.tar", "there is no run folder or checkpoint at log/x.pth.tar"),
-        ("--reload True --resume x --beside ce", "--reload trains nothing: drop --beside"),
-        ("--resume log/x.pth.tar", "there is no run folder or checkpoint at log/x.pth.tar"),
     ],
 )
 def test_refusals(words, sentence, imagenet, capsys, tmp_path, monkeypatch):
@@ -108,11 +103,8 @@ def test_refusals(words, sentence, imagenet, capsys, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_their_name_of_a_folder_leaves_out():
-    base = load_recipe("imagenet-lt", method="supcon+la", seed=3)
-    assert authors_folder("x", base).name.endswith("_lr_0.1_sim-sim_supcon-la_seed_3")
-
-
-def test_the_value_of_an_option_keeps_its_underscores():
+def test_names_of_folders_and_underscores():
+    recipe = load_recipe("imagenet-lt", method="supcon+la", seed=3)
+    assert authors_folder("x", recipe).name.endswith("_lr_0.1_sim-sim_supcon-la_seed_3")
     assert _dashed("--batch_size=8") == "--batch-size=8"
     assert _dashed("--data=my_pictures") == "--data=my_pictures"

@@ -28,11 +28,9 @@ def add_authors_flags(command: argparse.ArgumentParser) -> None:
     group.add_argument("--cos", help="the cosine schedule, or the step schedule", **switch)
     group.add_argument("--gpu", metavar="N", help="train on this GPU: --device cuda:N")
     group.add_argument(
-        "--root-log", metavar="FOLDER", help=f"name the run folder as the authors do, in this one: {LOG}"
+        "--root-log", metavar="FOLDER", help=f"name the run folder as they do, in this one (theirs: {LOG})"
     )
-    group.add_argument(
-        "--resume", metavar="RUN", help="go on from it, or score it (below); auto: the newest unfinished"
-    )
+    group.add_argument("--resume", metavar="RUN", help="go on with it, or score it; auto: the newest unfinished")
     group.add_argument("--reload", help="score the checkpoint of --resume on the test part; no training", **switch)
     group.add_argument("-e", "--evaluate", help="score it on the validation part; no training", **switch)
 

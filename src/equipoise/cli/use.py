@@ -30,8 +30,7 @@ def add_evaluate_options(command: argparse.ArgumentParser) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    target = Path(options.target)
-    overrides = flags.overrides_of(options)
+    target, overrides = Path(options.target), flags.overrides_of(options)
     other_data = options.data or options.split or any(field.path[-1].endswith("_list") for field, _ in overrides)
     if not target.is_dir() or other_data or options.out or options.logits or options.set:
         score_checkpoint(target, options.data, options.split, overrides, options.out, options.logits)
@@ -180,7 +179,10 @@ def export(options: argparse.Namespace) -> None:
     from equipoise.deploy.hub import write_hub_folder
     from equipoise.deploy.predict import load
 
-    classifier, form = load(options.target, "cpu"), options.to
+    form = options.to
+    if options.images and form == "safetensors":
+        raise UserError("--images goes with --to onnx or torch-export")
+    classifier = load(options.target, "cpu")
     origin = classifier.origin.resolve()
     out = Path(options.out or origin.with_name(origin.name.partition(".pt")[0] + _ENDINGS[form]))
     if form == "safetensors":
