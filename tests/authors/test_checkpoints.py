@@ -17,8 +17,6 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class TheirClassifier(nn.Module):
-    """A cosine classifier with one column a class."""
-
     def __init__(self, width: int, classes: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(width, classes))
@@ -130,8 +128,6 @@ def test_as_many_classes_as_features():
 
 # ---- what is refused
 
-MOMENTUM = {"momentum_buffer": torch.zeros(1)}
-
 
 @pytest.mark.parametrize(
     ("damage", "said"),
@@ -142,8 +138,7 @@ MOMENTUM = {"momentum_buffer": torch.zeros(1)}
             "'module.backbone.x' is no part of the BCL authors' model",
         ),
         (lambda table: table.update(epoch="90"), "arch is 'resnet50' and epoch '90'; take another checkpoint"),
-        (lambda table: table["optimizer"]["state"].update({0: MOMENTUM}), "the optimizer's state does not fit"),
-        (lambda table: table["optimizer"]["state"].update({9999: MOMENTUM}), "the optimizer's state does not fit"),
+        (lambda table: table["optimizer"]["state"].update({9999: {}}), "the optimizer's state does not fit"),
     ],
 )
 def test_refused_tables(damage, said):

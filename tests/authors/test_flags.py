@@ -45,9 +45,8 @@ def test_their_commands_are_the_recipes(imagenet, tmp_path):
     ("words", "field", "value"),
     [
         ("--arch resnext50", "model.encoder", "resnext50"), ("-j 12", "workers", 12), ("-b 512", "batch_size", 512),
-        ("--learning_rate 0.3", "optim.lr", 0.3),
-        ("--momentum 0.8", "optim.momentum", 0.8), ("--wd 1e-3", "optim.weight_decay", 1e-3),
-        ("--weight-decay 1e-3", "optim.weight_decay", 1e-3), ("--p 7", "log_every", 7),
+        ("--learning_rate 0.3", "optim.lr", 0.3), ("--momentum 0.8", "optim.momentum", 0.8), ("--p 7", "log_every", 7),
+        ("--wd 1e-3", "optim.weight_decay", 1e-3), ("--weight-decay 1e-3", "optim.weight_decay", 1e-3),
         ("--cos False", "optim.schedule", "step"), ("--cos", "optim.schedule", "cosine"),
         ("--schedule 60 80", "optim.milestones", (60, 80)), ("--schedule 60 80", "optim.schedule", "step"),
         ("--schedule 60 80 --cos True", "optim.schedule", "cosine"),

@@ -97,18 +97,11 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def run_example(*arguments) -> list[list[str]]:
-    done = subprocess.run(
-        [sys.executable, "-c", BLOCKED, str(EXAMPLE), *map(str, arguments)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return [line.split("\t") for line in done.stdout.splitlines()]
-
-
 def assert_example_agrees(classifier, model: Path, files) -> None:
     """The example, without this package, gives predict's first class and its probability."""
     predicted = classifier.predict(files)
-    lines = run_example(model, *files)
+    words = [sys.executable, "-c", BLOCKED, EXAMPLE, model, *files]
+    lines = [line.split("\t") for line in subprocess.check_output(words, text=True).splitlines()]
     assert len(lines) == len(predicted) == len(files)
     for (file, name, share), (expected_file, classes) in zip(lines, predicted, strict=True):
         assert (file, name) == (expected_file, " ".join(classes[0][0].split()))

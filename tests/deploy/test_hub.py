@@ -54,16 +54,6 @@ def test_round_trip(tmp_path):
     assert sorted(os.listdir(tmp_path / "hub")) == ["README.md", "config.json", "head.safetensors", "model.safetensors"]
 
 
-def test_an_existing_folder_is_not_written_over(tmp_path):
-    (tmp_path / "hub").mkdir()
-    write_hub_folder(tmp_path / "hub", sample(), None, None)  # an empty one is
-    before = (tmp_path / "hub" / "model.safetensors").stat().st_mtime_ns
-    with pytest.raises(UserError, match=r"hub could not be written \(directory not empty\); name another folder"):
-        write_hub_folder(tmp_path / "hub", sample(), None, None)
-    assert (tmp_path / "hub" / "model.safetensors").stat().st_mtime_ns == before
-    assert os.listdir(tmp_path) == ["hub"]
-
-
 @pytest.mark.parametrize(
     ("file", "content", "reason"),
     [
