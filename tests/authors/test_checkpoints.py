@@ -126,9 +126,6 @@ def test_as_many_classes_as_features():
     assert read.optimizer["state"] == {}
 
 
-# ---- what is refused
-
-
 @pytest.mark.parametrize(
     ("damage", "said"),
     [

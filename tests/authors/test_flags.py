@@ -67,9 +67,12 @@ def test_their_flags(words, field, value, imagenet):
     assert found == value
 
 
-def test_a_data_set_by_name():
+def test_names_of_data_sets_and_folders():
     for name in ("imagenet", "inat", "cifar10", "cifar100", "places", "imagenet-lt"):
         assert chosen(f"--dataset {name}")[0] == load_recipe(DATASETS.get(name, name))
+    recipe, _ = chosen("imagenet-lt --method supcon+la --batch_size=8 --seed 3 --train_list=my_list")
+    assert authors_folder("x", recipe).name.endswith("_batchsize8_epochs_90_temp_0.07_lr_0.1_sim-sim_supcon-la_seed_3")
+    assert recipe.data.train_list == "my_list", "the value of an option keeps its underscores"
 
 
 @pytest.mark.parametrize(
@@ -92,10 +95,3 @@ def test_refusals(words, sentence, imagenet, capsys, tmp_path, monkeypatch):
     assert sentence.format(data=imagenet) in said
     assert said.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
-
-
-def test_names_of_folders_and_underscores():
-    recipe = load_recipe("imagenet-lt", method="supcon+la", seed=3)
-    assert authors_folder("x", recipe).name.endswith("_lr_0.1_sim-sim_supcon-la_seed_3")
-    assert _dashed("--batch_size=8") == "--batch-size=8"
-    assert _dashed("--data=my_pictures") == "--data=my_pictures"

@@ -164,7 +164,6 @@ def test_every_shipped_recipe_trains(name, tmp_path, capsys):
         (["train", "--data", "absent"], "there is no file or folder at"),
         (["train", "cifar10-lt"], "this recipe needs data: name a folder with --data FOLDER"),
         (["train", "--batch-size", "5000"], "batch_size (5000) is larger than the training part (342 images)"),
-        (["train", "-b"], "argument --batch-size: expected one argument"),
         (["evaluate", "nowhere"], "there is no run folder or checkpoint at nowhere"),
         (["trian"], "argument COMMAND: invalid choice: 'trian'"),
         ([], "the following arguments are required: COMMAND"),
@@ -329,8 +328,6 @@ def test_data_names_lists_and_says_how_they_depart(capsys, tmp_path, shared_data
     said = capsys.readouterr().out
     assert "the published Places_LT_train.txt (git blob 6392252f8ae867bc8a5e841cc1b29e5b8ef4b636)" in said
     assert "train: 62,500 images, 365 classes, imbalance factor 996" in said
-    assert "62,500 of the 62,500 images" in said
-
     data = build_imagenet(tmp_path / "data", counts=(4, 3))
     assert main(["data", str(data)]) == 0
     assert "ImageNet_LT_train.txt is not the published ImageNet_LT_train.txt (git blob" in capsys.readouterr().out

@@ -209,9 +209,6 @@ def test_a_checkpoint_of_the_authors(tmp_path):
             classifier.predict(tmp_path / "x.png", prior="train")
 
 
-# ---- files
-
-
 def test_bad_files_are_passed_over_and_the_order_stays(odd_run, tmp_path):
     """More than three batches, bad ones among them; each file alone gives the same."""
     for number in range(230):
@@ -233,14 +230,10 @@ def test_bad_files_are_passed_over_and_the_order_stays(odd_run, tmp_path):
     assert sorted(str(error).partition(" ")[0] for error in predicted.errors) == [str(tmp_path / name) for name in bad]
     said = "\n".join(map(str, predicted.errors))
     assert "000.png cannot be read (it is no image: not JPEG, PNG, GIF, BMP, TIFF, WebP or PPM)\n" in said
-    assert len(classifier.predict(shutil.copy(tmp_path / "many" / "001.png", tmp_path / "x"))) == 1, "by name"
     for index in (0, 62, 63, 64, 140, 226):
         alone = classifier.predict(predicted.files[index])
         assert alone.ranked_NK[0].tolist() == predicted.ranked_NK[index].tolist()
         assert alone.probability_NK[0] == pytest.approx(predicted.probability_NK[index], abs=1e-5)
-
-
-# ---- priors
 
 
 @pytest.mark.parametrize(
