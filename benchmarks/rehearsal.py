@@ -201,7 +201,7 @@ def rehearse(place: Path, photos: Path | None, size: int, epochs: int, encoders:
         said = equipoise(f"train {TRAIN_IMAGENET.format(data=imagenet.name, **options)} {small}", place)
         check(
             "the ImageNet tree is recognised",
-            "imagenet_2012 is an ImageNet-2012 folder, so taking 'imagenet-lt'" in said,
+            "no recipe named: taking 'imagenet-lt'" in said,
         )
         run = place / "log" / name
         per_part = len(COUNTS) * PER_CLASS
@@ -231,9 +231,7 @@ def rehearse(place: Path, photos: Path | None, size: int, epochs: int, encoders:
 
         options["name"] = name = f"inat_{encoder}_batchsize16_epochs_{epochs}_temp_0.07_lr_0.2_{views}"
         said = equipoise(f"train {TRAIN_INATURALIST.format(data=inaturalist.name, **options)} {small}", place)
-        check(
-            "the iNaturalist tree is recognised", "inat2018 is an iNaturalist 2018 folder, so taking 'inat2018'" in said
-        )
+        check("the iNaturalist tree is recognised", "no recipe named: taking 'inat2018'" in said)
         run = place / "log" / name
         metrics = left(run, {"train": sum(COUNTS), "test": per_part})
         check("the test part chooses nothing", metrics["best"] is None and not (run / "best.pt").exists())

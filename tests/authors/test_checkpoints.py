@@ -17,8 +17,6 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class TheirClassifier(nn.Module):
-    """A cosine classifier with one column a class."""
-
     def __init__(self, width: int, classes: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(width, classes))
@@ -128,37 +126,24 @@ def test_as_many_classes_as_features():
     assert read.optimizer["state"] == {}
 
 
-# ---- what is refused
-
-
-def put(key, value):
-    return lambda table: table["state_dict"].__setitem__(key, value)
-
-
-def momentum_of(number):
-    return lambda table: table["optimizer"]["state"].update({number: {"momentum_buffer": torch.zeros(1)}})
-
-
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
         (lambda table: table["state_dict"].pop("module.head.3.weight"), "it lacks the matrix of a layer; is it"),
-        (put("module.fc.weight", torch.zeros(3)), "it lacks the matrix of a layer"),
-        (put("module.backbone.x", torch.zeros(1)), "'module.backbone.x' is no part of the BCL authors' model"),
-        (put("module.fc.weight", [1.0]), "'module.fc.weight' is no part of the BCL authors' model"),
+        (
+            lambda table: table["state_dict"].update({"module.backbone.x": torch.zeros(1)}),
+            "'module.backbone.x' is no part of the BCL authors' model",
+        ),
         (lambda table: table.update(epoch="90"), "arch is 'resnet50' and epoch '90'; take another checkpoint"),
-        (momentum_of(0), "the optimizer's state does not fit the model"),
-        (momentum_of(9999), "the optimizer's state does not fit the model"),
+        (lambda table: table["optimizer"]["state"].update({9999: {}}), "the optimizer's state does not fit"),
     ],
 )
 def test_refused_tables(damage, said):
     table = small_table()
     assert from_authors(table, "file").epoch == 90
     damage(table)
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=f"^bcl_ckpt.pth.tar: .*{said}"):
         from_authors(table, "bcl_ckpt.pth.tar")
-    assert str(error.value).startswith("bcl_ckpt.pth.tar: ")
-    assert said in str(error.value)
 
 
 def test_parts_that_do_not_fit_each_other_are_refused(tmp_path):

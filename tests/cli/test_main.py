@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -81,12 +82,9 @@ def test_train_without_arguments_is_the_demo(tmp_path):
     assert [re.sub(r"\d{8}-\d{6}", "TIME", folder) for folder in folders] == [
         "runs/digits-lt-bcl-TIME", "runs/digits-lt-ce-TIME",
     ]  # fmt: skip
-    metrics = json.loads((tmp_path / folders[0] / "metrics.json").read_text())
-    assert metrics["method"] == "bcl"
     assert json.loads((tmp_path / folders[0] / "run.json").read_text())["command"].endswith("--log_every=5")
-    report = tmp_path / folders[0] / "report.html"
-    assert text.splitlines()[-1] == f"report: {report.relative_to(tmp_path)}"
-    page = report.read_text(encoding="utf-8")
+    assert text.splitlines()[-1] == f"report: {folders[0]}/report.html"
+    page = (tmp_path / folders[0] / "report.html").read_text(encoding="utf-8")
     assert "digits-lt: bcl · ce</h1>" in page
     assert page.count("<img class=") > 10, "pictures of what was taken for what"
 
@@ -107,7 +105,6 @@ def test_train_own_pictures_then_evaluate_and_report(pictures, tmp_path, capsys,
     assert "no recipe named: taking 'pictures'" in text
     assert "accuracy on the validation part" in text
     assert re.search(r"training +bcl +bcl +logit-adjusted +logit-adjusted *\n +images +last +best", text)
-    assert (out / "best.pt").is_file()
     assert (tmp_path / "a run-logit-adjusted" / "metrics.json").is_file()
     before = json.loads((out / "metrics.json").read_text())
 
@@ -159,23 +156,15 @@ def test_every_shipped_recipe_trains(name, tmp_path, capsys):
     ("arguments", "sentence"),
     [
         (["train", "digit-lt"], "no recipe is called 'digit-lt'; did you mean digits-lt?"),
-        (["train", "--set", "optim.lr=-1"], "optim.lr must be a number, above 0, not '-1'"),
         (["train", "--lr", "0.1", "--set", "optim.lr=0.2"], "--set optim.lr=0.2, but a flag says 0.1; drop one of"),
         (["train", "--set", "optim.milestones=3", "--schedule", "6", "8"], "optim.milestones=3, but a flag says 6 8"),
-        (["evaluate", "x", "--set", "data.test_list=a", "--test-list", "b"], "data.test_list=a, but a flag says b"),
         (["train", "--set", "optim.lr"], "--set takes SECTION.FIELD=VALUE, not 'optim.lr'"),
-        (["train", "--set", "opt.lr=1"], "no recipe field is called 'opt.lr'; did you mean optim.lr"),
         (["train", "--epoch", "3"], "no option is called --epoch; did you mean --epochs"),
         (["train", "digits-lt", "more"], "'more' is one argument too many (see equipoise train --help)"),
         (["train", "--data", "absent"], "there is no file or folder at"),
         (["train", "cifar10-lt"], "this recipe needs data: name a folder with --data FOLDER"),
         (["train", "--batch-size", "5000"], "batch_size (5000) is larger than the training part (342 images)"),
-        (["train", "--out", ""], "--out names no folder"),
-        (["train", "--data"], "argument --data: expected one argument"),
-        (["train", "-b"], "argument --batch-size: expected one argument"),
         (["evaluate", "nowhere"], "there is no run folder or checkpoint at nowhere"),
-        (["data", "nowhere"], "there is no file or folder at nowhere"),
-        (["data"], "the following arguments are required: PATH"),
         (["trian"], "argument COMMAND: invalid choice: 'trian'"),
         ([], "the following arguments are required: COMMAND"),
     ],
@@ -192,11 +181,6 @@ def test_refusals(arguments, sentence, capsys, tmp_path, monkeypatch):
         (["--weights", "other.pth"], "other.pth does not hold the weights of resnet8"),
         (["--arch", "resnet18.nonsense"], "timm cannot build resnet18.nonsense"),
         (["--out", "other.pth/run"], "other.pth/run cannot be made (not a directory)"),
-        pytest.param(
-            ["--device", "cuda"],
-            "this machine has no cuda device",
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has one"),
-        ),
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_the_plan_is_shown(arguments, sentence, capsys, tmp_path, monkeypatch):
@@ -223,28 +207,21 @@ def test_nobody_reads_the_plan(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_full_disk_is_one_line(capsys, monkeypatch):
-    def fill(_):
-        raise OSError(errno.ENOSPC, "No space left on device", "x.json")
-
-    monkeypatch.setattr(cli, "_run", fill)
-    assert refusal(capsys, "recipes") == "no space left on device: x.json"
-
-
-def test_ctrl_c(capsys, monkeypatch):
-    def interrupt(_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(cli, "_run", interrupt)
-    assert main([]) == 130
-    assert capsys.readouterr().err == "equipoise: interrupted\n"
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "x.json"), 2, "no space left on device: x.json"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_what_ends_a_command_is_one_line(error, code, said, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "_run", Mock(side_effect=error))
+    assert main([]) == code
+    assert capsys.readouterr().err == f"equipoise: {said}\n"
 
 
 def test_evaluate_a_folder_that_is_no_run(capsys, pictures):
     assert refusal(capsys, "evaluate", str(pictures)) == f"there is no checkpoint at {pictures}/last.pt"
-
-
-def test_pictures_without_the_flag(capsys, pictures):
     assert refusal(capsys, "train", str(pictures)).endswith(f"to train on the pictures in it: --data {pictures}")
 
 
@@ -311,24 +288,19 @@ def test_reload_and_evaluate_score_their_parts(imagenet_run, capsys):
         written = run_folder / f"metrics-best-imagenet-{part}.json"
         assert f"written: {written}" in capsys.readouterr().out
         assert json.loads(written.read_text())[part] == metrics["best"][part]
-    for named in (["places-lt"], ["--dataset", "inat"]):  # without --data: it would be scored on its own
-        said = refusal(capsys, "train", *named, "--reload", "True", "--resume", str(run_folder / "last.pt"))
-        assert "last.pt was trained by the recipe imagenet-lt, not " in said
-    assert main(["train", "--dataset", "imagenet", "--reload", "--resume", str(run_folder / "best.pt")]) == 0
-    for arguments, field in ((["--arch", "resnext50"], "model.encoder"), (["--use-norm", "False"], "model.classifier")):
-        said = refusal(
-            capsys, "train", "--data", str(data), *arguments, "--reload", "--resume", str(run_folder / "best.pt")
-        )
-        assert f"{run_folder}/best.pt has {field} = " in said
+    resumed = ["--reload", "--resume", str(run_folder / "best.pt")]
+    assert "own data, whatever the recipe" in refusal(capsys, "train", "--dataset", "inat", *resumed)
+    said = refusal(capsys, "train", "--data", str(data), "--arch", "resnext50", *resumed)
+    assert f"{run_folder}/best.pt has model.encoder = " in said
 
 
-def test_a_checkpoint_of_theirs_scores_the_same(imagenet_run, theirs, capsys, tmp_path):
+def test_a_checkpoint_of_theirs_scores_the_same(imagenet_run, capsys, tmp_path):
     """The same logits, on the same data."""
     run_folder, data = imagenet_run
+    theirs = write_as_authors(load_checkpoint(run_folder / "best.pt"), tmp_path / "theirs.pth.tar")
     ours = ["evaluate", str(run_folder / "best.pt"), "--data", str(data), "--logits", str(tmp_path / "ours.npz")]
     assert main([*ours, "--out", str(tmp_path / "ours.json")]) == 0
-    file = theirs
-    arguments = ["evaluate", str(file), "--data", str(data), "--set", "views.size=32"]
+    arguments = ["evaluate", str(theirs), "--data", str(data), "--set", "views.size=32"]
     assert main([*arguments, "--logits", str(tmp_path / "theirs.npz"), "--out", str(tmp_path / "theirs.json")]) == 0
     with np.load(tmp_path / "ours.npz") as expected, np.load(tmp_path / "theirs.npz") as found:
         assert expected["logits"].shape == (6, 2)
@@ -338,11 +310,7 @@ def test_a_checkpoint_of_theirs_scores_the_same(imagenet_run, theirs, capsys, tm
     of_theirs, whole = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("theirs", "ours"))
     assert of_theirs["test"] == whole["test"]
     assert of_theirs["train_counts"] == [8, 4]
-    assert refusal(capsys, "evaluate", str(file)).endswith(
-        "does not say what it was trained on; name the data with --data FOLDER"
-    )
-    other = draw_folder(tmp_path / "other", {"ant": 1, "bee": 1, "cat": 1})
-    assert "knows 2 classes, but" in refusal(capsys, "evaluate", str(file), "--data", str(other))
+    assert refusal(capsys, "evaluate", str(theirs)).endswith("name the data with --data FOLDER")
     (data / "ImageNet_LT_train.txt").rename(tmp_path / "away.txt")
     try:
         assert main([*arguments, "--out", str(tmp_path / "alone.json")]) == 0
@@ -360,34 +328,22 @@ def test_data_names_lists_and_says_how_they_depart(capsys, tmp_path, shared_data
     said = capsys.readouterr().out
     assert "the published Places_LT_train.txt (git blob 6392252f8ae867bc8a5e841cc1b29e5b8ef4b636)" in said
     assert "train: 62,500 images, 365 classes, imbalance factor 996" in said
-    assert "62,500 of the 62,500 images" in said
-
     data = build_imagenet(tmp_path / "data", counts=(4, 3))
     assert main(["data", str(data)]) == 0
     assert "ImageNet_LT_train.txt is not the published ImageNet_LT_train.txt (git blob" in capsys.readouterr().out
     (tmp_path / "list.csv").write_text("a.jpg,3\n")
     assert "is a file, but no Parquet file" in refusal(capsys, "data", str(tmp_path / "list.csv"))
-    assert "--images goes with a list file as PATH" in refusal(capsys, "data", str(data), "--images", str(data))
 
 
 # ---- resuming
-
-
-def metric_lines(run_folder):
-    return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.slow
 def test_a_run_goes_on_where_its_data_have_moved(tmp_path, capsys):
     data, moved, run_folder = tmp_path / "data", tmp_path / "moved", tmp_path / "run"
     draw_folder(data, {"ant": 9, "bee": 6})
-    arguments = [
-        "train",
-        "--data",
-        str(data),
-        *["--arch=resnet8", "--method=ce", "--size=16", "-b6", "-j0", "--device=cpu"],
-    ]
-    assert main([*arguments, "--epochs=1", "--out", str(run_folder)]) == 0
+    small = ["--arch=resnet8", "--method=ce", "--size=16", "-b6", "-j0", "--device=cpu", "--epochs=1"]
+    assert main(["train", "--data", str(data), *small, "--out", str(run_folder)]) == 0
     data.rename(moved)
     on = ["train", "--resume", str(run_folder), "--epochs=2"]
     assert f"there is no file or folder at {data}; correct the path; if the data have moved" in refusal(capsys, *on)
@@ -395,28 +351,9 @@ def test_a_run_goes_on_where_its_data_have_moved(tmp_path, capsys):
     assert load_checkpoint(run_folder / "last.pt").epoch == 2
     assert load_recipe(run_folder).data.path == str(moved)
     assert main(["evaluate", str(run_folder)]) == 0
-    draw_folder(moved, {"cow": 2})
-    assert "is not what" in refusal(capsys, "train", "--resume", str(run_folder), "--epochs=3", "--data", str(moved))
-    shutil.rmtree(moved / "cow")
     (moved / "ant" / "0.png").unlink()
     said = refusal(capsys, "train", "--resume", str(run_folder), "--epochs=3", "--data", str(moved))
     assert f"the train part of {moved} is not what {run_folder}/last.pt was trained with" in said
-
-
-@pytest.fixture
-def theirs(imagenet_run, tmp_path):
-    """A checkpoint as the authors' code writes it."""
-    return write_as_authors(load_checkpoint(imagenet_run[0] / "best.pt"), tmp_path / "theirs.pth.tar")
-
-
-@pytest.mark.long
-def test_training_goes_on_from_their_checkpoint(imagenet_run, theirs, tmp_path, capsys):
-    arguments = ["train", "--data", str(imagenet_run[1]), *SMALL, "--epochs", "2", "--resume", str(theirs)]
-    assert main([*arguments, "--out", str(tmp_path / "run")]) == 0
-    assert "after epoch 1" in " ".join(capsys.readouterr().out.split())
-    assert load_checkpoint(tmp_path / "run" / "last.pt").epoch == 2
-    steps = [line["step"] for line in metric_lines(tmp_path / "run") if line["kind"] == "train"]
-    assert steps[0] > 3, "of three steps an epoch, the first epoch is not done again"
 
 
 @pytest.mark.long
@@ -435,13 +372,3 @@ def test_a_run_of_lists_is_scored_on_others(tmp_path, capsys):
     mine.write_text((one / "ImageNet_LT_test.txt").read_text().splitlines()[0] + "\n")
     assert main(["evaluate", str(tmp_path / "run"), "--test-list", str(mine), "--out", str(tmp_path / "x.json")]) == 0
     assert json.loads((tmp_path / "x.json").read_text())["test"]["images"] == 1
-
-
-def test_a_run_does_not_go_on_with_other_data(imagenet_run, capsys, tmp_path):
-    run_folder, _ = imagenet_run
-    other = build_imagenet(tmp_path / "other", counts=(5, 2))
-    arguments = ["--data", str(other), "--epochs", "2", "-b", "4", "--out", str(tmp_path / "run")]
-    said = refusal(capsys, "train", *arguments, "--resume", str(run_folder))
-    assert f"the train part of {other} is not what" in said
-    assert "name the data it was trained on" in said
-    assert not (tmp_path / "run").exists()

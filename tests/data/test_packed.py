@@ -145,7 +145,6 @@ def test_refusals(pictures, tmp_path, capsys):
         packed(pictures, tmp_path / "out")
     words = ["pack", str(pictures), "--out", str(tmp_path / "o")]
     assert refusal(capsys, *words, "--short-side", "4") == "--short-side must be at least 8 pixels, not 4"
-    assert "pack leaves out no bad image" in refusal(capsys, *words, "--set", "data.on_bad_image=skip")
 
 
 def test_what_pack_says(tmp_path, capsys, monkeypatch):

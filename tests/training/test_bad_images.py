@@ -89,10 +89,10 @@ def test_with_skip_they_are_replaced_counted_and_the_same_whatever_the_workers(d
         assert main(words) == 0
         lines = capsys.readouterr().out.splitlines()
         [train_line, test_line] = lines[-2:]
-        assert train_line.startswith("6 images could not be read and were replaced by others of the same class: ")
+        assert train_line.startswith("train part: 6 images could not be read, replaced by others of the same class: ")
         assert f"{data}/train/ant/0.png (it is no image" in train_line
         assert train_line.endswith("; and 1 more")
-        assert test_line.startswith("1 image of the test part could not be read and was left out of its metrics: ")
+        assert test_line.startswith("test part: 1 image could not be read, left out of the metrics: ")
         metrics = json.loads((run / "metrics.json").read_text())
         assert metrics["bad_images"].keys() == {"train", "test"}
         assert metrics["bad_images"]["train"].keys() == bad.keys()
@@ -163,7 +163,7 @@ def test_evaluation_refuses_a_bad_image_or_leaves_it_out(data, tmp_path, capsys)
     assert main(["evaluate", str(run.path), "--device", "cpu"]) == 2
     assert f"{validation.images.name(0)} cannot be read" in capsys.readouterr().err
     assert main(["evaluate", str(run.path), "--device", "cpu", "--on-bad-image", "skip"]) == 0
-    assert "1 image of the validation part could not be read and was left out" in capsys.readouterr().out
+    assert "validation part: 1 image could not be read, left out" in capsys.readouterr().out
     metrics = json.loads((run.path / "metrics.json").read_text())
     assert metrics["validation"]["images"] == len(validation) - 1
     assert list(metrics["bad_images"]) == ["validation"]

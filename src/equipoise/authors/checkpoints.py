@@ -9,13 +9,13 @@ Shapes: C classes, F width of the encoder.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from torch import Tensor
 
 from equipoise.base.errors import UserError, shown
-from equipoise.config.recipe import Recipe
+from equipoise.config.recipe import Model, Recipe
 
 # Their parts and ours, in the order of `TwoBranchNetwork`, by which its optimizer numbers the parameters.
 _PARTS = {"encoder": "encoder", "fc": "classifier", "head": "projection", "head_fc": "prototype_projection"}
@@ -26,14 +26,12 @@ _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 @dataclass(frozen=True)
 class AuthorsModel:
-    """A checkpoint of the authors in our names and layout. Of the `recipe` only the model is known; `optimizer` is the
-    state of our SGD with their momentum, where the file has it. Their best accuracy is not read: it belongs to the best
-    checkpoint of a run, which may be another file."""
+    """A checkpoint of the authors in our names and layout. Of the recipe only the model is known."""
 
     recipe: Recipe
     epoch: int
     weights: dict[str, Tensor]
-    optimizer: dict[str, Any]
+    optimizer: dict[str, Any]  # the state of our SGD with their momentum, where the file has it
 
 
 def is_authors_table(table: object) -> TypeGuard[dict[str, Any]]:
@@ -66,15 +64,13 @@ def from_authors(table: Mapping[str, Any], where: str) -> AuthorsModel:
     numbered = enumerate(_parameters(weights))
     buffers = {number: {"momentum_buffer": momentum[name]} for number, name in numbered if name in momentum}
     hidden, width = state["projection.0.weight"].shape
-    model = replace(
-        Recipe().model,
+    model = Model(
         encoder=encoder,
         classifier="cosine" if cosine else "linear",
         hidden_dim=0 if hidden == width else hidden,  # in a recipe, 0 is the encoder's width
         feature_dim=len(state["projection.3.weight"]),
     )
-    recipe = Recipe(name="authors", model=model)
-    return AuthorsModel(recipe, epoch, weights, {"state": buffers, "param_groups": []})
+    return AuthorsModel(Recipe(name="authors", model=model), epoch, weights, {"state": buffers, "param_groups": []})
 
 
 def _parameters(names: Iterable[str]) -> list[str]:

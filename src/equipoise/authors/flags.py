@@ -1,9 +1,4 @@
-"""The flags of the BCL authors' `main.py` that have another name or another form here, and their run folder.
-
-Most of their flags are fields of a recipe under their names (`--temp`, `--feat_dim`, `--wd`: see `recipe.py`). The rest
-is here. What they mean was read in github.com/FlamieZhu/Balanced-Contrastive-Learning, `main.py`; docs/authors.md lists
-them all.
-"""
+"""The flags of the BCL authors' `main.py` that are no fields of a recipe, and their run folder: see docs/authors.md."""
 
 import argparse
 from pathlib import Path
@@ -33,13 +28,9 @@ def add_authors_flags(command: argparse.ArgumentParser) -> None:
     group.add_argument("--cos", help="the cosine schedule, or the step schedule", **switch)
     group.add_argument("--gpu", metavar="N", help="train on this GPU: --device cuda:N")
     group.add_argument(
-        "--root-log", metavar="FOLDER", help=f"name the run folder as the authors do, inside this one (theirs: {LOG})"
+        "--root-log", metavar="FOLDER", help=f"name the run folder as they do, in this one (theirs: {LOG})"
     )
-    group.add_argument(
-        "--resume",
-        metavar="CHECKPOINT",
-        help="go on with this run or from this checkpoint, or score it (see below); auto: the newest unfinished run",
-    )
+    group.add_argument("--resume", metavar="RUN", help="go on with it, or score it; auto: the newest unfinished")
     group.add_argument("--reload", help="score the checkpoint of --resume on the test part; no training", **switch)
     group.add_argument("-e", "--evaluate", help="score it on the validation part; no training", **switch)
 
@@ -77,9 +68,8 @@ def authors_overrides(options: argparse.Namespace) -> list[tuple[Field, Any]]:
 
 
 def milestones_of(options: argparse.Namespace) -> list[tuple[Field, Any]]:
-    """The fields that `--schedule` stands for. With a name it is our field. With numbers it is the authors' flag: the
-    epochs at which the learning rate drops. That means the step schedule, unless `--cos True` is given too: then, as in
-    their code, the cosine schedule stands."""
+    """The fields that `--schedule` stands for: ours with a name, the authors' with numbers, the epochs at which the
+    learning rate drops. That means the step schedule, unless `--cos` is given too, as in their code."""
     schedule, values = find_field("optim.schedule"), getattr(options, "optim.schedule")
     if values is None or not _are_milestones(values):
         return [(schedule, values[0])] if values else []

@@ -1,8 +1,4 @@
-"""Options that several commands have, and how they become a recipe.
-
-The fields of a recipe are flags under their own names; the checks, and so the messages, are the recipe's. Where no
-recipe is named, the data at `--data` decides.
-"""
+"""Options that several commands have, and how they become a recipe, whose checks and messages are the recipe's own."""
 
 import argparse
 import os
@@ -11,7 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from equipoise.authors.flags import authors_overrides, milestones_of, recipe_of_dataset
+from equipoise.authors.flags import DATASETS, authors_overrides, milestones_of, recipe_of_dataset
 from equipoise.base.errors import UserError
 from equipoise.config.recipe import (
     Field,
@@ -28,15 +24,8 @@ Overrides = list[tuple[Field, Any]]  # fields of a recipe, and their values as t
 
 DEMO = "digits-lt"
 OWN_FOLDER = "pictures"
-# What `sources.recognise` returns: the recipe for it, and its name in a message.
-_RECOGNISED = {
-    "digits": (DEMO, "the built-in digits"),
-    "imagenet-lt": ("imagenet-lt", "an ImageNet-2012 folder"),
-    "inat2018": ("inat2018", "an iNaturalist 2018 folder"),
-    "places-lt": ("places-lt", "a Places-LT folder"),
-    "cifar10": ("cifar10-lt", "CIFAR-10"),
-    "cifar100": ("cifar100-lt", "CIFAR-100"),
-}
+# The recipe for what `sources.recognise` returns, where it has another name.
+_RECIPES = {"": OWN_FOLDER, "digits": DEMO, "cifar10": "cifar10-lt", "cifar100": "cifar100-lt"}
 
 
 def refuse_unwritable(option: str, file: str | Path | None, suffix: str) -> None:
@@ -45,10 +34,8 @@ def refuse_unwritable(option: str, file: str | Path | None, suffix: str) -> None
     if file is None:
         return
     path = Path(file).resolve()
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UserError(f"{option} must be a file in a folder that exists and may be written, not {file}")
-    if path.exists() and path.suffix != suffix:
-        raise UserError(f"{option} would replace {file}, which is no {suffix} file; name another file")
+    if path.is_dir() or not os.access(path.parent, os.W_OK) or (path.exists() and path.suffix != suffix):
+        raise UserError(f"{option} must be a new file or a {suffix} file, in a folder that may be written, not {file}")
 
 
 def add_set(command: argparse.ArgumentParser) -> None:
@@ -129,8 +116,7 @@ def chosen_recipe(options: argparse.Namespace) -> tuple[Recipe, str]:
     of_run = _resumed_recipe(options)
     if of_run:
         return of_run, ""
-    path = data_path(options)
-    name, remark = options.recipe, ""
+    path, name, remark = data_path(options), options.recipe, ""
     if options.dataset is not None:
         of_dataset = recipe_of_dataset(options.dataset)
         if name not in (None, of_dataset):
@@ -140,16 +126,12 @@ def chosen_recipe(options: argparse.Namespace) -> tuple[Recipe, str]:
     from equipoise.data.sources import recognise
 
     found = recognise(path) if path else ("" if name else "digits")
-    fitting, spoken = _RECOGNISED.get(found, (OWN_FOLDER, ""))
-    published = {recipe for recipe, _ in _RECOGNISED.values() if recipe != DEMO}
+    fitting = _RECIPES.get(found, found)
     if name is None:
         name = fitting
-        why = f"{path} is {spoken}, so " if path and spoken else ""
-        remark = f"no recipe named: {why}taking '{name}' (equipoise recipes lists them all)"
-    elif found and name in published and name != fitting:
-        raise UserError(
-            f"the recipe {name} is not for {path}: that is {spoken}; take {fitting}, or name another folder"
-        )
+        remark = f"no recipe named: taking '{name}' (equipoise recipes lists them all)"
+    elif found and name != fitting and name in DATASETS.values():
+        raise UserError(f"the recipe {name} is not for {path}: take {fitting}, or name another folder")
     return with_overrides(load_recipe(name), options), remark
 
 

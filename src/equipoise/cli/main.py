@@ -15,15 +15,14 @@ from typing import Any, NoReturn
 
 from equipoise import __version__
 from equipoise.base.errors import SharedError, Stopped, UserError, in_words, one_line, out_of_memory
-from equipoise.cli import data, deploy, score, train
+from equipoise.cli import train, use
 from equipoise.config.recipe import load_recipe, nearest, shipped_recipes
 
 _DESCRIPTION = """\
 Train image classifiers on long-tailed data with Balanced Contrastive Learning (BCL, CVPR 2022).
 
   equipoise train                          the demo: digits with a long tail, BCL beside plain cross-entropy
-  equipoise train --data FOLDER            your own pictures: one sub-folder a class; or ImageNet, iNaturalist 2018,
-                                           CIFAR, which are recognised
+  equipoise train --data FOLDER            your own pictures, one sub-folder a class; or a published data set
   equipoise train cifar10-lt --data FOLDER a recipe of the literature
   equipoise predict RUN IMAGES_OR_FOLDER   the classes of images, with probabilities
 """
@@ -35,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names may be no valid text
-    _ignore_save_signal()
+    if hasattr(signal, "SIGUSR1") and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it asks a run to save: until one handles it, it must not kill
     try:
         return _run(list(sys.argv[1:] if arguments is None else arguments))
     except UserError as error:
@@ -58,12 +58,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"equipoise: {one_line(in_words(error))}", file=sys.stderr)
         return 2
-
-
-def _ignore_save_signal() -> None:
-    """SIGUSR1 asks a run to save. Until the run handles it, which takes seconds, it must not end the process."""
-    if hasattr(signal, "SIGUSR1") and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def _run(arguments: list[str]) -> int:
@@ -114,22 +108,17 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
         return command
 
     train.add_train_options(add("train", "train a classifier from a recipe", train.train), arguments)
-    several = "train several methods under one recipe and several seeds"
-    score.add_compare_options(add("compare", several, score.compare), arguments)
-    score.add_evaluate_options(add("evaluate", "score a run or a checkpoint", score.evaluate))
-    score.add_report_options(add("report", "write runs as one HTML page, side by side", score.report))
+    train.add_compare_options(add("compare", "train several methods with several seeds", train.compare), arguments)
+    use.add_evaluate_options(add("evaluate", "score a run or a checkpoint", use.evaluate))
+    use.add_report_options(add("report", "write runs as one HTML page, side by side", use.report))
     add("recipes", "the recipes that come with the package", _recipes)
-    data.add_data_options(add("data", "what a folder holds: classes, counts, problems", data.data))
-    data.add_pack_options(add("pack", "re-encode images once, smaller, into one file a part", data.pack))
-    deploy.add_predict_options(add("predict", "name the classes of images", deploy.predict))
-    deploy.add_export_options(add("export", "write a run in another layout", deploy.export))
+    train.add_data_options(add("data", "what a folder holds: classes, counts, problems", train.data))
+    train.add_pack_options(add("pack", "re-encode images once, smaller, into one file a part", train.pack))
+    use.add_predict_options(add("predict", "name the classes of images", use.predict))
+    use.add_export_options(add("export", "write a run in another layout", use.export))
     return parser
 
 
 def _recipes(_: argparse.Namespace) -> None:
     for name in shipped_recipes():
         print(f"{name:<12}  {load_recipe(name).summary}")
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,5 +1,6 @@
 """What the command line shows: plans, data sets, metrics and predictions as tables in the terminal."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -8,7 +9,7 @@ from rich.bar import Bar
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from equipoise.base.errors import one_line, several
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from equipoise.deploy.predict import Predicted
 
 _ROWS_SHOWN = 40
-_BAR = 30  # letters
 _BAD_SHOWN = 5
 
 
@@ -40,31 +40,27 @@ def print_metrics(results: Sequence[tuple[str, Mapping[str, Any]]], title: str, 
     """
     names, counts = run["class_names"], run["train_counts"]
     figures = [metrics for _, metrics in results]
-    table = Table(box=SIMPLE, title=title, title_justify="left", title_style="bold")
-    table.add_column("")  # in a narrow terminal the names of the classes are cut, not the numbers
+    table = Table("", box=SIMPLE, title=title, title_justify="left", title_style="bold")
     for heading in ("training\nimages", *(heading.replace(" ", "\n") for heading, _ in results)):
         table.add_column(heading, justify="right", no_wrap=True)
-
-    def add_row(label: str | Text, images: str, shares: Sequence[float | None]) -> None:
-        table.add_row(label, images, *map(percent, shares))
-
-    add_row("overall (top-1)", f"{sum(counts):,}" if counts else "?", [of["top1"] for of in figures])
+    table.add_row("overall (top-1)", f"{sum(counts):,}" if counts else "?", *(percent(of["top1"]) for of in figures))
     for group, limits in GROUP_LIMITS.items():
         classes = sum(count > 0 and shot_group(count) == group for count in counts)
         if classes:
             noun = "class" if classes == 1 else "classes"
-            add_row(f"{group} ({classes:,} {noun})", limits, [of[group] for of in figures])
+            table.add_row(f"{group} ({classes:,} {noun})", limits, *(percent(of[group]) for of in figures))
     table.add_section()
     for label, field in FURTHER.items():
-        shares = [of[field] for of in figures]
-        if shares != [None] * len(shares):
-            add_row(label, "", shares)
+        if any(of[field] is not None for of in figures):
+            table.add_row(label, "", *(percent(of[field]) for of in figures))
     table.add_section()
     # A class that no image was scored of has no row.
     scored = [label for label in range(len(names)) if any(of["per_class"][label] is not None for of in figures)]
     for label in _ends(scored, counts):
+        # In a narrow terminal the names of the classes are cut, not the numbers.
         name = Text(one_line(str(names[label])), no_wrap=True, overflow="ellipsis")
-        add_row(name, f"{counts[label]:,}" if counts else "?", [of["per_class"][label] for of in figures])
+        shares = (percent(of["per_class"][label]) for of in figures)
+        table.add_row(name, f"{counts[label]:,}" if counts else "?", *shares)
     Console().print(table)
     if not counts:
         print("(the data has no training part: many, medium and few are not known)")
@@ -88,14 +84,10 @@ def print_post_hoc(metrics: Mapping[str, Any]) -> None:
 def print_unreadable(metrics: Mapping[str, Any]) -> None:
     """How many images could not be read, and the first of them."""
     for part, bad in metrics["bad_images"].items():
-        count, were = several(len(bad), "image"), "was" if len(bad) == 1 else "were"
-        if part == "train":
-            said = f"{count} could not be read and {were} replaced by others of the same class"
-        else:
-            said = f"{count} of the {part} part could not be read and {were} left out of its metrics"
+        then = "replaced by others of the same class" if part == "train" else "left out of the metrics"
         first = "; ".join(f"{name} ({reason})" for name, reason in islice(bad.items(), _BAD_SHOWN))
         more = f"; and {len(bad) - _BAD_SHOWN:,} more" if len(bad) > _BAD_SHOWN else ""
-        print(one_line(f"{said}: {first}{more}"))
+        print(one_line(f"{part} part: {several(len(bad), 'image')} could not be read, {then}: {first}{more}"))
 
 
 def print_data(path: str, found: Found, problems: Sequence[str], bad: Sequence[BadImageError], checked: bool) -> None:
@@ -125,11 +117,9 @@ def _print_counts(console: Console, part: str, images: ImageList) -> None:
     filled = [count for count in counts if count]
     factor = f", imbalance factor {imbalance_factor(filled):.4g}" if filled else ""
     console.print(f"\n[bold]{part}[/bold]: {len(images):,} images, {len(counts):,} classes{factor}", highlight=False)
-    table = Table.grid(padding=(0, 1))
-    table.add_column()
-    table.add_column(justify="right")
+    table = Table.grid(Column(), Column(justify="right"), padding=(0, 1))
     for label in _ends(range(len(counts)), counts):
-        bar = Bar(max(counts), 0, counts[label], width=_BAR)
+        bar = Bar(max(counts), 0, counts[label], width=30)
         table.add_row(_plain(images.class_names[label]), f"{counts[label]:,}", bar)
     console.print(table)
     if len(counts) > _ROWS_SHOWN:
@@ -138,16 +128,11 @@ def _print_counts(console: Console, part: str, images: ImageList) -> None:
 
 def print_predictions(predicted: "Predicted") -> None:
     """A line an image: its file, then classes with their probabilities in percent, the most probable first."""
-    table = Table(box=SIMPLE)
-    for heading in ("file", "class", "percent", "next"):
-        table.add_column(heading, justify="right" if heading == "percent" else "left", overflow="fold")
+    table = Table(*(Column(heading, overflow="fold") for heading in ("file", "class", "percent", "next")), box=SIMPLE)
     for file, ((name, share), *others) in islice(predicted, _ROWS_SHOWN):
         further = ", ".join(f"{other} {percent(of_other)}" for other, of_other in others)
         table.add_row(*(_plain(" ".join(cell.split())) for cell in (file, name, percent(share), further)))
-    console = Console()
-    if not console.is_terminal:
-        console.width = 10_000  # in a file or a pipe, a line an image
-    console.print(table)
+    Console(width=None if sys.stdout.isatty() else 10_000).print(table)  # in a file or a pipe, a line an image
     if len(predicted) > _ROWS_SHOWN:
         print(f"({_ROWS_SHOWN} of {len(predicted):,} images; --csv FILE or --json FILE writes all of them)")
 

@@ -1,9 +1,10 @@
-"""`equipoise train`: its options, what they start, and what is shown of it."""
+"""`equipoise data`, `pack`, `train` and `compare`: their options, and the calls that these become."""
 
 import argparse
 import contextlib
 import io
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,15 +12,70 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from equipoise.authors.flags import LOG, add_authors_flags, authors_folder, truth
-from equipoise.base.errors import UserError
+from equipoise.base.errors import UserError, own_command
 from equipoise.cli import flags
-from equipoise.cli.score import score_checkpoint
+from equipoise.cli.use import score_checkpoint
 from equipoise.config.recipe import Method, Recipe, shipped_recipes
 
 if TYPE_CHECKING:
     from equipoise.base.world import World
     from equipoise.evaluation.run import Run
     from equipoise.training.plan import Plan
+
+
+# ---------------------------------------------------------------------------------------------- data
+
+
+def add_data_options(command: argparse.ArgumentParser) -> None:
+    data = "a data set, as for train: a folder, Parquet, a CIFAR archive, 'digits'; a list file in its folder"
+    command.add_argument("data.path", metavar="PATH", help=data)
+    check = "decode every image, list all bad ones; exit code 1 if there are any"
+    command.add_argument("--check", action="store_true", help=check)
+    flags.add_fields(command, "data.train_list", "data.val_list", "data.test_list", "data.allow_outside")
+    flags.add_set(command)
+
+
+def data(options: argparse.Namespace) -> int:
+    """1 where `--check` has found bad images."""
+    meant = flags.with_overrides(Recipe(), options).data
+
+    from equipoise.cli.tables import print_data
+    from equipoise.data.sources import survey
+
+    path = Path(meant.path)
+    if path.is_file() and path.suffix in (".txt", ".lst", ".json"):
+        meant = replace(meant, path=str(path.absolute().parent), train_list=str(path))
+    found, problems, bad = survey(meant, options.check)
+    print_data(str(path), found, problems, bad, options.check)
+    return 1 if options.check and bad else 0
+
+
+def add_pack_options(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("data.path", metavar="DATA", help="any data that `train` takes as files of images")
+    add("--out", metavar="FOLDER", required=True, help="then: equipoise train --data FOLDER")
+    help = "larger images are resized to it, and become JPEG [256: for training at 224 pixels]"
+    add("--short-side", type=int, default=256, metavar="PIXELS", help=help)
+    add("--workers", type=int, default=-1, help="threads (default: one for each core)")
+    flags.add_fields(command, "data.train_list", "data.val_list", "data.test_list")
+    flags.add_set(command)
+
+
+def pack(options: argparse.Namespace) -> None:
+    if options.short_side < 8:
+        raise UserError(f"--short-side must be at least 8 pixels, not {options.short_side}")
+    meant = flags.with_overrides(Recipe(), options).data
+
+    from equipoise.data.packed import pack as write_packed_parts
+    from equipoise.data.sources import as_recognised, find_parts
+    from equipoise.views.loader import worker_count
+
+    out, workers = Path(os.path.expanduser(options.out)), worker_count(options.workers)
+    lines = write_packed_parts(find_parts(as_recognised(meant)[0]), out, options.short_side, workers)
+    print("\n".join([*lines, f"train on it: {own_command()} train --data {shlex.quote(str(out))}"]))
+
+
+# ---------------------------------------------------------------------------------------------- train
 
 
 def add_train_options(command: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
@@ -36,12 +92,10 @@ def add_train_options(command: argparse.ArgumentParser, arguments: Sequence[str]
 
 
 def train(options: argparse.Namespace) -> None:
-    if options.out == "":
-        raise UserError("--out names no folder")
-    reload, evaluate = truth("--reload", options.reload), truth("--evaluate", options.evaluate)
-    if reload or evaluate:
-        _score_resumed(options, "test" if reload else "validation")
-        return
+    for flag, given, part in (("--reload", options.reload, "test"), ("--evaluate", options.evaluate, "validation")):
+        if truth(flag, given):
+            _score_resumed(options, flag, part)
+            return
     # A process alone refuses bad options before torch is imported.
     chosen = flags.chosen_recipe(options) if "WORLD_SIZE" not in os.environ else None
 
@@ -49,6 +103,16 @@ def train(options: argparse.Namespace) -> None:
 
     with join() as world, contextlib.redirect_stdout(sys.stdout if world.is_first else io.StringIO()):
         _train(world, options, *(chosen or world.each_makes(lambda: flags.chosen_recipe(options))))
+
+
+def _score_resumed(options: argparse.Namespace, flag: str, part: str) -> None:
+    """`--reload True --resume CHECKPOINT` scores the checkpoint and trains nothing."""
+    data = flags.data_path(options)
+    if not options.resume:
+        raise UserError(f"{flag} scores a checkpoint: name it with --resume CHECKPOINT")
+    if (options.recipe or options.dataset) and not data:
+        raise UserError(f"{flag} scores on the checkpoint's own data, whatever the recipe; name other data with --data")
+    score_checkpoint(Path(options.resume), data, part, flags.overrides_of(options), options.out, None)
 
 
 def _train(world: "World", options: argparse.Namespace, recipe: Recipe, remark: str) -> None:
@@ -115,18 +179,36 @@ def _show(runs: "Sequence[Run]") -> None:
         print_unreadable(run.metrics)
 
 
-def _score_resumed(options: argparse.Namespace, part: str) -> None:
-    """`--reload True --resume CHECKPOINT` scores the checkpoint and trains nothing."""
-    flag = "--reload" if part == "test" else "--evaluate"
-    if not options.resume:
-        raise UserError(f"{flag} scores a checkpoint: name it with --resume CHECKPOINT")
-    if options.beside:
-        raise UserError(f"{flag} trains nothing: drop --beside")
-    checkpoint, data = Path(options.resume), flags.data_path(options)
-    if (options.recipe or options.dataset) and not data:
-        from equipoise.runs.checkpoint import recipe_of
+# ---------------------------------------------------------------------------------------------- compare
 
-        named, own = flags.chosen_recipe(options)[0].name, recipe_of(checkpoint).name
-        if named != own:
-            raise UserError(f"{checkpoint} was trained by the recipe {own}, not {named}: name other data with --data")
-    score_checkpoint(checkpoint, data, part, flags.overrides_of(options), options.out, None)
+
+def add_compare_options(command: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    add = command.add_argument
+    add("recipe", metavar="RECIPE", help="a shipped recipe, a TOML file, or a run folder")
+    methods = "separated by commas; differences are to the first [%(default)s]"
+    add("--methods", default=",".join(get_args(Method)), help=methods)
+    add("--seeds", type=int, default=3, help="how many, from --seed on [%(default)s]")
+    add("--out", metavar="FOLDER", help="for the run folders; finished runs are kept (default: runs/compare-RECIPE)")
+    # Options of `train` that it does not have.
+    command.set_defaults(dataset=None, resume=None, use_norm=None, cos=None, gpu=None)
+    flags.add_set(command)
+    flags.add_recipe_flags(command, arguments)
+
+
+def compare(options: argparse.Namespace) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("compare trains one run after the other in one process: start it without torchrun")
+    recipe, _ = flags.chosen_recipe(options)
+    if options.method is not None:
+        raise UserError("compare trains the methods of --methods; drop --method")
+    out = Path(options.out or Path("runs") / f"compare-{recipe.name}")
+
+    from equipoise.report.page import write_report
+    from equipoise.training.compare import compare as train_all
+    from equipoise.training.compare import markdown
+
+    result = train_all(recipe, options.methods.split(","), options.seeds, out)
+    print(f"\n{markdown(result)}")
+    print(f"written: {out / 'compare.json'}, {out / 'compare.md'}")
+    of_first_seed = [out / name for name in list(result["runs"].values())[: len(result["methods"])]]
+    print(f"report: {write_report(of_first_seed, out / 'report.html', result)}")

@@ -9,8 +9,6 @@ Shapes: N images, C classes, S side of the view.
 
 import io
 import json
-import shlex
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -31,12 +29,13 @@ from equipoise.views.views import short_side
 TOLERANCE = 1e-4  # of a logit
 NOTES = "equipoise.json"  # the file in a .pt2 that holds what an ONNX file has in its metadata
 _CHECKED = 16  # images
+_ANY_NUMBER = ({0: torch.export.Dim("batch")},)
 
 Form = Literal["onnx", "torch-export"]
 Scorer = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]  # uint8 images [N, 3, S, S] to scores [N, C]
 
 
-def export_file(classifier: Classifier, form: Form, out: Path, pictures: Sequence[Path] = ()) -> str:
+def export_file(classifier: Classifier, form: Form, out: Path, pictures: Sequence[str | Path] = ()) -> str:
     """Write the classifier to `out` and return a line about the check. `pictures`: files or folders of images to check
     it with (none: images that the run was trained and scored on).
 
@@ -58,10 +57,7 @@ def _onnx(classifier: Classifier, example_N3SS: torch.Tensor) -> tuple[bytes, Sc
         import onnxruntime
         import onnxscript  # noqa: F401  # pyright: ignore[reportUnusedImport] torch's exporter needs it
     except ImportError as error:
-        raise UserError(
-            f"the package {error.name} is missing; run: {shlex.quote(sys.executable)} -m pip install onnx onnxscript "
-            "onnxruntime (the extra 'export')"
-        ) from None
+        raise UserError(f"the package {error.name} is missing; pip install onnx onnxscript onnxruntime") from None
     try:
         program = torch.onnx.export(
             classifier.calibrated,
@@ -70,12 +66,11 @@ def _onnx(classifier: Classifier, example_N3SS: torch.Tensor) -> tuple[bytes, Sc
             verbose=False,
             input_names=["images"],
             output_names=["scores"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            dynamic_shapes=_ANY_NUMBER,
         )
     except torch.onnx.OnnxExporterError as error:
         why = reason(error, library=True, otherwise="its exporter does not say why")
-        encoder = classifier.checkpoint.recipe.model.encoder
-        raise UserError(f"torch cannot write {encoder} as ONNX ({why}); take --to torch-export") from None
+        raise UserError(f"torch cannot write this encoder as ONNX ({why}); take --to torch-export") from None
     assert program is not None
     model = program.model_proto
     for node in (*model.graph.node, *(node for function in model.functions for node in function.node)):
@@ -91,9 +86,7 @@ def _onnx(classifier: Classifier, example_N3SS: torch.Tensor) -> tuple[bytes, Sc
 
 def _torch_export(classifier: Classifier, example_N3SS: torch.Tensor) -> tuple[bytes, Scorer]:
     """The content of a file of `torch.export.save`, and what it computes."""
-    program = torch.export.export(
-        classifier.calibrated, (example_N3SS,), dynamic_shapes=({0: torch.export.Dim("batch")},)
-    )
+    program = torch.export.export(classifier.calibrated, (example_N3SS,), dynamic_shapes=_ANY_NUMBER)
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
             node.meta.pop("stack_trace", None)  # it has the paths of this machine
@@ -104,16 +97,13 @@ def _torch_export(classifier: Classifier, example_N3SS: torch.Tensor) -> tuple[b
     return content, lambda images: read(torch.from_numpy(images)).numpy()
 
 
-def checking_views(classifier: Classifier, pictures: Sequence[Path]) -> torch.Tensor:
+def checking_views(classifier: Classifier, pictures: Sequence[str | Path]) -> torch.Tensor:
     """`[N, 3, S, S]` uint8: some of the pictures as the network takes them or, without any, images of the run's test
     part (else validation, else training), spread over it. Raises UserError where there are none."""
-    if pictures:
-        files, errors = find_images(pictures)
-        if not files:
-            raise errors[0]
-        images = as_list(files)
-    else:
-        images = _own_images(classifier)
+    files, errors = find_images(pictures)
+    if errors:
+        raise errors[0]
+    images = as_list(files) if files else _own_images(classifier)
     chosen = np.linspace(0, len(images) - 1, min(_CHECKED, len(images))).astype(int)
     try:
         # Two at least: of a single example, torch would take the batch for one that always has one image.
@@ -124,13 +114,13 @@ def checking_views(classifier: Classifier, pictures: Sequence[Path]) -> torch.Te
 
 
 def _own_images(classifier: Classifier) -> ImageList:
-    recipe, advice = classifier.checkpoint.recipe, "name images to check the file with: --images FOLDER"
-    if not classifier.checkpoint.class_counts or not recipe.data.path:
-        raise UserError(f"{classifier.origin} does not name its data; {advice}")
+    source = classifier.checkpoint.recipe.data
     try:
-        parts = open_data(recipe.data).named()
+        if not classifier.checkpoint.class_counts or not source.path:
+            raise UserError(f"{classifier.origin} does not name its data")
+        parts = open_data(source).named()
     except UserError as error:
-        raise UserError(f"{error}; or {advice}") from None
+        raise UserError(f"{error}; or name images to check the file with: --images FOLDER") from None
     return parts.get("test") or parts.get("validation") or parts["train"]
 
 
@@ -140,19 +130,13 @@ def check(classifier: Classifier, views_N3SS: torch.Tensor, run: Scorer) -> str:
     images = views_N3SS.numpy()
     with torch.inference_mode():
         expected_NC = classifier.calibrated(views_N3SS).numpy()
-        difference = max(
-            float(np.abs(run(images[:size]) - expected_NC[:size]).max(initial=0)) for size in (1, len(images))
-        )
+        difference = np.max([np.abs(run(images[:size]) - expected_NC[:size]).max() for size in (1, len(images))])
     allowed = TOLERANCE / min(1.0, classifier.temperature or 1.0)
     if not difference <= allowed:  # NaN is no agreement
         raise UserError(
-            f"the exported file's scores differ from the model's by {difference:.2g}, more than {allowed:g}: nothing "
-            "was written; take another form with --to"
+            f"the scores differ from the model's by {difference:.2g}, more than {allowed:g}; take another --to"
         )
-    return (
-        f"checked on {len(images) - 1} images: no score differs from the model's by more than {difference:.1g} "
-        f"(of {allowed:g} allowed)"
-    )
+    return f"checked on {len(images) - 1} images: scores differ from the model's by {difference:.1g} at most"
 
 
 def _notes(classifier: Classifier) -> dict[str, Any]:

@@ -27,7 +27,6 @@ from equipoise.views.views import short_side
 
 CONFIG, WEIGHTS, HEAD, CARD = "config.json", "model.safetensors", "head.safetensors", "README.md"
 _ENCODER = "encoder."
-_SHOWN = 10  # classes of the model card
 
 
 class _About(msgspec.Struct):
@@ -37,18 +36,7 @@ class _About(msgspec.Struct):
     class_names: tuple[str, ...]
     class_counts: tuple[int, ...]  # empty where the training images are not known
     epoch: int
-    step: int
     temperature: float | None
-
-
-class _Config(msgspec.Struct):
-    """What is read of `config.json`."""
-
-    equipoise: _About
-
-
-def is_hub_folder(path: Path) -> bool:
-    return (path / CONFIG).is_file()
 
 
 def write_hub_folder(
@@ -64,17 +52,18 @@ def write_hub_folder(
     weights = {name: value.clone() for name, value in checkpoint.weights.items()}  # no two may share memory
     encoder = {name.removeprefix(_ENCODER): value for name, value in weights.items() if name.startswith(_ENCODER)}
     head = {name: value for name, value in weights.items() if not name.startswith(_ENCODER)}
-    config = json.dumps(_config(checkpoint, temperature), indent=1, ensure_ascii=False) + "\n"
-    card = model_card(checkpoint, temperature, metrics)
+    files = {
+        WEIGHTS: save(encoder, {"format": "pt"}),
+        HEAD: save(head, {"format": "pt"}),
+        CONFIG: json.dumps(_config(checkpoint, temperature), indent=1).encode(),
+        CARD: model_card(checkpoint, temperature, metrics).encode("utf-8", "backslashreplace"),
+    }
     try:
         with tempfile.TemporaryDirectory(dir=folder.absolute().parent, prefix=f".{folder.name}.") as temporary:
             written = Path(temporary) / folder.name
             written.mkdir()
-            (written / WEIGHTS).write_bytes(save(encoder, {"format": "pt"}))
-            (written / HEAD).write_bytes(save(head, {"format": "pt"}))
-            # Part of a class name may be no UTF-8: it becomes an escape, which JSON reads back.
-            (written / CONFIG).write_text(config, encoding="utf-8", errors="backslashreplace")
-            (written / CARD).write_text(card, encoding="utf-8", errors="backslashreplace")
+            for name, content in files.items():
+                (written / name).write_bytes(content)
             os.replace(written, folder)
     except OSError as error:
         raise UserError(f"{folder} could not be written ({reason(error)}); name another folder with --out") from None
@@ -88,10 +77,10 @@ def read_hub_folder(folder: Path) -> tuple[Checkpoint, float | None]:
 
     try:
         # Not msgspec's own JSON reader: it refuses the escapes of class names that are no UTF-8.
-        about = msgspec.convert(json.loads((folder / CONFIG).read_bytes()), _Config).equipoise
+        about = msgspec.convert(json.loads((folder / CONFIG).read_bytes())["equipoise"], _About)
         weights = {_ENCODER + name: value for name, value in load_file(folder / WEIGHTS).items()}
         weights |= load_file(folder / HEAD)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
         raise UserError(
             f"{folder} is not a folder that equipoise export --to safetensors wrote, or it is damaged "
             f"({in_words(error)}); export the model anew"
@@ -101,7 +90,7 @@ def read_hub_folder(folder: Path) -> tuple[Checkpoint, float | None]:
         class_names=about.class_names,
         class_counts=about.class_counts,
         epoch=about.epoch,
-        step=about.step,
+        step=0,
         best=None,
         weights=weights,
         optimizer={},
@@ -117,18 +106,9 @@ def _config(checkpoint: Checkpoint, temperature: float | None) -> dict[str, Any]
     name, arguments = timm_arguments(recipe.model.encoder, size) or (recipe.model.encoder, {})
     # The paths of the data and of the starting weights are private, and of no use elsewhere.
     published = replace(recipe, data=Data(path=""), model=replace(recipe.model, weights=""))
-    about = _About(
-        recipe=recipe_table(published),
-        class_names=checkpoint.class_names,
-        class_counts=checkpoint.class_counts,
-        epoch=checkpoint.epoch,
-        step=checkpoint.step,
-        temperature=temperature,
-    )
     return {
         "architecture": name,
         "num_classes": 0,  # the classifier is not one of timm's: the encoder alone is
-        "num_features": checkpoint.weights["classifier.weight"].shape[1],
         "model_args": arguments,
         "pretrained_cfg": {
             "input_size": [3, size, size],
@@ -139,16 +119,18 @@ def _config(checkpoint: Checkpoint, temperature: float | None) -> dict[str, Any]
             "crop_mode": "center" if photos else "squash",
             "mean": list(recipe.views.mean),
             "std": list(recipe.views.std),
-            "num_classes": 0,
             "classifier": None,
         },
-        "equipoise": msgspec.to_builtins(about),
+        "equipoise": {
+            "recipe": recipe_table(published),
+            "class_names": checkpoint.class_names,
+            "class_counts": checkpoint.class_counts,
+            "epoch": checkpoint.epoch,
+            "temperature": temperature,
+        },
     }
 
 
-# ---------------------------------------------------------------------------------------------- model card
-
-_MARKED = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", **{mark: f"\\{mark}" for mark in "\\`*_[]|~#!$"}})
 _FIELDS = {
     "top-1": "top1",
     **{f"{group} ({limits} training images)": group for group, limits in GROUP_LIMITS.items()},
@@ -161,11 +143,9 @@ def model_card(checkpoint: Checkpoint, temperature: float | None, metrics: Mappi
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("equipoise.deploy", "."), undefined=jinja2.StrictUndefined, trim_blocks=True
     )
-    environment.filters |= {"plain": _plain, "thousands": "{:,}".format, "percent": partial(percent, absent="")}
+    environment.filters |= {"thousands": "{:,}".format, "percent": partial(percent, absent="")}
     recipe, counts = checkpoint.recipe, checkpoint.class_counts
     parts = {part: metrics[part] for part in ("validation", "test") if metrics and metrics[part]}
-    accuracy_C = [*parts.values()][-1]["per_class"] if parts and counts else []
-    scored = sorted((share, label) for label, share in enumerate(accuracy_C) if share is not None)
     return environment.get_template("card.md.jinja").render(
         recipe=recipe,
         names=checkpoint.class_names,
@@ -175,12 +155,6 @@ def model_card(checkpoint: Checkpoint, temperature: float | None, metrics: Mappi
         fields=_FIELDS,
         imbalance_factor=f"{imbalance_factor(counts):.4g}" if counts else "",
         groups={group: [count for count in counts if shot_group(count) == group] for group in GROUPS},
-        worst=scored[:_SHOWN],
         temperature=temperature,
         in_timm=timm_arguments(recipe.model.encoder, recipe.views.size) is not None,
     )
-
-
-def _plain(name: str) -> str:
-    """A name as text of a Markdown table: no mark-up, one line."""
-    return " ".join(name.split()).translate(_MARKED)

@@ -1,14 +1,10 @@
 """A trained model and image files become classes with probabilities.
 
-What a probability means (docs/probabilities.md). With labels y, images x and a class prior q, Bayes' rule says
-p(y|x) ~ p(x|y) q(y). A network trained with logit adjustment of strength tau has the logits
-f(x) = log p(x|y) + (1 - tau) log p(y) + const(x), where p(y) is the training prior (`Checkpoint.log_prior_of_logits`;
-tau = 0 is plain cross-entropy). Then
+A network trained with logit adjustment of strength tau has logits f(x) = log p(x|y) + (1 - tau) log p(y) + const(x),
+p(y) being the training prior; for any other prior q, the temperature T and why this is so: docs/probabilities.md.
 
-    scores s(x) = f(x) / T - (1 - tau) log p(y)     `CalibratedNetwork`; the temperature T is fitted on validation
+    scores s(x) = f(x) / T - (1 - tau) log p(y)     `CalibratedNetwork`
     p(y|x) under the prior q = softmax(s(x) + log q(y))
-
-The uniform prior is the default: softmax(s).
 
 Shapes: N images, B of a batch, C classes, K ranked classes of an image, S side of the view.
 """
@@ -17,7 +13,6 @@ import csv
 import io
 import json
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -33,12 +28,11 @@ from torch import Tensor, nn
 from equipoise.base.device import choose_device, exact_float32
 from equipoise.base.errors import UserError, reason, shown
 from equipoise.base.files import atomic_file
-from equipoise.config.recipe import load_recipe, nearest
+from equipoise.config.recipe import load_recipe
 from equipoise.data.decode import BadImageError, Pixels, decode, resized
 from equipoise.data.folders import SUFFIXES
 from equipoise.data.images import ImageFiles, ImageList
-from equipoise.data.lists import BENCHMARKS
-from equipoise.deploy.hub import is_hub_folder, read_hub_folder
+from equipoise.deploy.hub import CONFIG, read_hub_folder
 from equipoise.evaluation.run import figures_of
 from equipoise.method.losses import log_prior
 from equipoise.method.network import TwoBranchNetwork
@@ -90,8 +84,7 @@ class Predicted:
 @dataclass(frozen=True)
 class Classifier:
     """A trained network, ready for use. `model` is on the device, in evaluation mode: uint8 images `[N, 3, S, S]` to
-    raw logits `[N, C]`. `temperature` is None where no validation part could fit one. `metrics` are the checkpoint's in
-    `metrics.json`, if it has any."""
+    raw logits `[N, C]`. `temperature`: None where validation fitted none. `metrics`: the checkpoint's, if any."""
 
     origin: Path
     checkpoint: Checkpoint
@@ -122,9 +115,8 @@ class Classifier:
 
         `prior` is how frequent the classes are where the model is used: 'uniform', 'train' (as in training), a weight
         for each class, or a CSV or JSON file of weights. `progress` is called with the number of files done and of all
-        files. A file that cannot be read is left out and becomes one of the `errors`.
-
-        Raises UserError for a prior that does not fit the classes.
+        files. A file that cannot be read is left out and becomes one of the `errors`. Raises UserError for a prior that
+        does not fit the classes.
         """
         log_prior_C = self._log_prior(prior)
         top = min(top, len(log_prior_C))
@@ -173,11 +165,8 @@ class Classifier:
             if not counts:
                 raise UserError(f"{self.origin} has no counts of its training images; name another --prior than train")
             return log_prior(torch.tensor(counts))
-        if isinstance(prior, Mapping):
-            weights_C = in_class_order(prior, names, "the prior")
-        else:
-            weights_C = in_class_order(read_weights(Path(os.path.expanduser(prior))), names, str(prior))
-        return torch.from_numpy(weights_C).log()
+        weights = prior if isinstance(prior, Mapping) else read_weights(Path(os.path.expanduser(prior)))
+        return torch.from_numpy(in_class_order(weights, names)).log()
 
 
 def load(path: str | Path, device: str = "auto") -> Classifier:
@@ -188,20 +177,17 @@ def load(path: str | Path, device: str = "auto") -> Classifier:
     """
     path = Path(os.path.expanduser(path))
     where = choose_device(device)
-    if is_hub_folder(path):
+    if (path / CONFIG).is_file():
         checkpoint, temperature = read_hub_folder(path)
         return Classifier(path, checkpoint, checkpoint.build().to(where), temperature, None, where)
     file = chosen_checkpoint(path)
     checkpoint = load_checkpoint(file)
-    if not checkpoint.class_counts and len(checkpoint.class_names) == BENCHMARKS["inat2018"]["train"].classes:
-        # The authors' files do not name their data, but those of 8,142 classes are of iNaturalist: it has its own mean.
+    if not checkpoint.class_counts and len(checkpoint.class_names) == 8142:
+        # The authors' files do not name their data, but so many classes has iNaturalist alone: it has its own mean.
         checkpoint = replace(checkpoint, recipe=replace(checkpoint.recipe, views=load_recipe("inat2018").views))
     metrics = figures_of(file, checkpoint)
     temperature = metrics["temperature"] if metrics else None
     return Classifier(file, checkpoint, checkpoint.build().to(where), temperature, metrics, where)
-
-
-# ---------------------------------------------------------------------------------------------- input
 
 
 def find_images(paths: Sequence[str | Path]) -> tuple[list[str], list[UserError]]:
@@ -213,12 +199,10 @@ def find_images(paths: Sequence[str | Path]) -> tuple[list[str], list[UserError]
         if not path.is_dir():
             files.append(str(path))
             continue
+        found = [entry for entry in sorted(path.rglob("*")) if entry.suffix.lower() in SUFFIXES]
         within = [
-            str(entry)
-            for entry in sorted(path.rglob("*"))
-            if entry.suffix.lower() in SUFFIXES
-            and not any(part.startswith(".") for part in entry.relative_to(path).parts)  # thumbnails
-        ]
+            str(entry) for entry in found if "/." not in f"/{entry.relative_to(path).as_posix()}"
+        ]  # no thumbnails
         files += within
         if not within:
             errors.append(UserError(f"{path} holds no images (known endings: {' '.join(sorted(SUFFIXES))})"))
@@ -242,40 +226,27 @@ def read_weights(file: Path) -> dict[str, float]:
             if pairs and not any(letter.isdigit() for letter in pairs[0][-1]):
                 del pairs[0]  # the heading
         weights = {str(name): float(weight) for name, weight in pairs}
-    except OSError as error:
+    except (OSError, TypeError, ValueError, csv.Error) as error:
         raise UserError(
-            f"--prior must be uniform, train, or a CSV or JSON file; {file} cannot be read ({reason(error)})"
-        ) from None
-    except (TypeError, ValueError, csv.Error) as error:
-        raise UserError(
-            f"{file} must hold class names and weights, in two columns of CSV or as one JSON object ({error})"
+            f"--prior is uniform, train, or a file of classes and weights, in two columns of CSV or one JSON object; "
+            f"{file} cannot be read so ({reason(error, library=True)})"
         ) from None
     if len(weights) < len(pairs):
-        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise UserError(f"{file} names the class {shown(twice)} twice")
+        raise UserError(f"{file} names a class twice")
     return weights
 
 
-def in_class_order(weights: Mapping[str, float], class_names: Sequence[str], where: str) -> npt.NDArray[np.float64]:
+def in_class_order(weights: Mapping[str, float], class_names: Sequence[str]) -> npt.NDArray[np.float64]:
     """The weights in the order of the classes. Raises UserError unless there is one finite number, 0 or more, for each
     class, and one above 0."""
-    unknown = sorted(weights.keys() - set(class_names))
-    if unknown:
-        hint = nearest(unknown[0], [*class_names])
-        raise UserError(f"{where} names a class {shown(unknown[0])} that the model does not know{hint}")
-    missing = [name for name in class_names if name not in weights]
-    if missing:
+    if differing := sorted(weights.keys() ^ set(class_names)):
         raise UserError(
-            f"{where} lacks {len(missing):,} of the {len(class_names):,} classes (first: {shown(missing[0])}); give "
-            "each class a weight, 0 where it does not occur"
+            f"the prior must weigh every class of the model, 0 if absent, and no other; see {shown(differing[0])}"
         )
     weights_C = np.array([weights[name] for name in class_names], np.float64)
     if not np.isfinite(weights_C).all() or weights_C.min() < 0 or not weights_C.any():
-        raise UserError(f"{where}: each weight must be a finite number, 0 or more, and one at least above 0")
+        raise UserError("each weight of the prior must be a finite number, 0 or more, and one at least above 0")
     return weights_C
-
-
-# ---------------------------------------------------------------------------------------------- output
 
 
 def write_csv(file: Path, predicted: Predicted) -> None:
