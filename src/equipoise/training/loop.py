@@ -2,23 +2,22 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 
 import torch
+from torch import nn
 
 from equipoise.base.errors import SharedError, Stopped
 from equipoise.base.progress import ProgressLine
-from equipoise.config.recipe import Recipe
+from equipoise.config.recipe import Optim, Recipe
 from equipoise.evaluation.metrics import score
 from equipoise.evaluation.predictions import predict
 from equipoise.evaluation.score import record_bad_images
 from equipoise.method.batchnorm import batch_norms
 from equipoise.method.network import TwoBranchNetwork
 from equipoise.runs.checkpoint import Checkpoint, state_on_cpu
-from equipoise.runs.folder import BEST
-from equipoise.runs.log import RunLog
-from equipoise.training.optim import create_sgd, learning_rate
+from equipoise.runs.folder import BEST, RunLog
 from equipoise.training.plan import Plan
 from equipoise.training.signals import Requests
 from equipoise.training.step import Step
@@ -191,3 +190,26 @@ def set_training(network: TwoBranchNetwork, recipe: Recipe) -> None:
     if recipe.model.batch_norm == "frozen":
         for module in batch_norms(network):
             module.eval()
+
+
+def create_sgd(parameters: Iterable[nn.Parameter], lr: float, momentum: float, weight_decay: float) -> torch.optim.SGD:
+    """SGD as the authors run it: weight decay on every parameter, biases and BatchNorm too."""
+    return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
+
+
+def learning_rate(epoch: int, epochs: int, optim: Optim) -> float:
+    """The learning rate of `epoch` (from 0) of `epochs`, constant within it, as in the authors' code.
+
+    Linear warm-up reaches `optim.lr` in epoch `warmup_epochs - 1`. Then 'cosine' ends one step above 0, and 'step'
+    multiplies by 0.1 at each milestone passed; a milestone below 1 is a share of `epochs`. A run shorter than its
+    warm-up ends within it.
+    """
+    warmup = optim.warmup_epochs
+    if epoch < warmup:
+        return optim.lr * (epoch + 1) / warmup
+    if optim.schedule == "cosine":
+        # The denominator is of the epochs that follow the warm-up, plus one, so that no epoch trains at 0.
+        progress = (epoch - warmup + 1) / (epochs - warmup + 1)
+        return optim.lr * 0.5 * (1 + math.cos(math.pi * progress))
+    starts = [round(milestone * epochs) if milestone < 1 else int(milestone) for milestone in optim.milestones]
+    return optim.lr * 0.1 ** sum(epoch >= start for start in starts)

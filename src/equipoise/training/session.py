@@ -19,8 +19,7 @@ from equipoise.method.network import TwoBranchNetwork
 from equipoise.runs.checkpoint import create_network
 from equipoise.runs.folder import BAD_IMAGES, LAST, METRICS, PREVIOUS, RunFolder, write_record
 from equipoise.training.loop import NonFiniteLossError, Trainer
-from equipoise.training.place import default_folder
-from equipoise.training.plan import Plan, prepare
+from equipoise.training.plan import Plan, default_folder, prepare
 from equipoise.training.signals import Requests
 from equipoise.views.loader import Batches, open_batches, worker_count
 from equipoise.views.views import view_settings
