@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import equipoise
 from equipoise import UserError
-from equipoise.runs.folder import RunFolder, RunLog, commit_of, is_used
+from equipoise.runs.folder import RunFolder, RunLog, is_used
 
 HOLDER = """
 import os, sys, time
@@ -109,20 +108,6 @@ def test_a_folder_that_cannot_be_had_is_refused(goes_on, tmp_path):
     (tmp_path / "run" / "run.lock").mkdir(parents=True)
     with pytest.raises(UserError, match="cannot be"):
         take(tmp_path / "run", goes_on)
-
-
-def test_the_commit_is_that_of_the_code(tmp_path):
-    def git(*arguments: str, folder: Path) -> str:
-        return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout
-
-    source = Path(equipoise.__file__)
-    assert commit_of(source)["commit"] == git("rev-parse", "HEAD", folder=source.parent).strip()
-    git("init", folder=tmp_path)
-    git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "--allow-empty", "-m", "another", folder=tmp_path)
-    installed = tmp_path / "lib" / "folder.py"  # in an environment within another project's repository
-    installed.parent.mkdir()
-    installed.touch()
-    assert commit_of(installed) is None
 
 
 LINES = [("train", 1, 0), ("train", 2, 0), ("train", 3, 0), ("validation", 3, 0),

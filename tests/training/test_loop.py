@@ -46,7 +46,7 @@ def test_run_folder_of_a_benchmark(tmp_path):
     assert record["class_counts"] == dict(zip("0123456789", [124, 80, 51, 33, 21, 14, 9, 5, 3, 2], strict=True))
     assert record["data"]["images"] == {"train": 342, "test": 500}
     assert record["versions"]["torch"] == metadata.version("torch")
-    assert {"command", "machine", "git", "precision", "started"} <= record.keys()
+    assert {"command", "machine", "precision", "started"} <= record.keys()
 
     lines = json_lines(run.path / "metrics.jsonl")
     assert [line["step"] for line in lines] == [4, 6, 8, 12]
@@ -84,8 +84,6 @@ def test_best_is_chosen_on_validation_and_test_is_reported_apart(tmp_path):
     assert metrics["validation"]["images"] == 7
     assert metrics["test"]["images"] == metrics["best"]["test"]["images"] == 9
     assert run.evaluate() == metrics
-    other = run.evaluate(data=str(folder / "test"))
-    assert other["test"]["per_class"] == metrics["test"]["per_class"]
 
 
 def weights_of(run) -> dict[str, torch.Tensor]:

@@ -191,7 +191,7 @@ def test_the_plan_says_what_will_happen(pictures, tmp_path):
     plan = prepare(small(pictures, holdout=0.2, precision="fp32"), tmp_path / "run")
     said = plan.describe()
     assert said["images"] == "17 to train on, 4 for validation"
-    assert said["classes"] == "3, of 10 to 2 images: imbalance factor 5"
+    assert said["classes"] == "3, of 10 (ant) to 2 (cat) images: imbalance factor 5"
     assert said["steps"] == "2 epochs of 4: 8 steps of 4 images"
     assert said["device"] == "cpu, fp32"
     assert said["run folder"] == str(tmp_path / "run")

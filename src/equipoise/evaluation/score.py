@@ -6,9 +6,10 @@ post-hoc prior; then the network predicts the test part, which never chooses any
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,16 +24,22 @@ from equipoise.data.images import ImageList, Parts
 from equipoise.data.lists import BENCHMARKS
 from equipoise.data.sources import LISTS, PARTS, find_parts, named_lists, open_data, open_part, part_of, recognise
 from equipoise.evaluation.metrics import Predictions, choose_tau, fit_temperature, score
-from equipoise.evaluation.observe import Table, confidence_at, observe
-from equipoise.evaluation.predictions import predict
+from equipoise.evaluation.predictions import Table, confidence_at, observe, predict
 from equipoise.method.losses import log_prior
 from equipoise.method.network import TwoBranchNetwork
 from equipoise.runs.checkpoint import Checkpoint, changed_part, load_checkpoint
-from equipoise.runs.folder import BAD_IMAGES, BEST, LAST, METRICS, OBSERVED, write_json
-from equipoise.runs.records import BadImages, CheckpointMetrics, PartMetrics, PostHocPrior, RunMetrics, read_bad_images
+from equipoise.runs.folder import BAD_IMAGES, BEST, LAST, METRICS, OBSERVED, RECIPE, write_json
+from equipoise.runs.records import (
+    BadImages,
+    CheckpointMetrics,
+    PartMetrics,
+    PostHocPrior,
+    RunMetrics,
+    read_bad_images,
+    read_metrics,
+)
 from equipoise.views.loader import Batches, open_batches, worker_count
 from equipoise.views.views import view_settings
-
 
 Overrides = Sequence[tuple[Field, Any]]  # fields of a recipe, as text or values
 
@@ -92,19 +99,19 @@ def evaluate_checkpoint(
     fields of the recipe: those that decide the model must be the checkpoint's; a list file among them stands for the
     data's own lists. Raises UserError where there is no such part or its classes are not the checkpoint's.
     """
-    target = world.each_makes(lambda: find_target(path, data, split, overrides))
-    checkpoint, device = target.checkpoint, target.checkpoint.recipe.device
-    with closing(world.each_makes(lambda: _open(checkpoint.recipe, target.images, device, world))) as batches:
+    checkpoint, part, images, note = world.each_makes(lambda: find_target(path, data, split, overrides))
+    device = checkpoint.recipe.device
+    with closing(world.each_makes(lambda: _open(checkpoint.recipe, images, device, world))) as batches:
         network = checkpoint.build().to(choose_device(device, world.local_rank))
         metrics, predictions = _score(checkpoint, network, batches, world, keep_logits)
         bad = _bad_images(batches, world)
     table = {
         "method": checkpoint.recipe.method,
         "epoch": checkpoint.epoch,
-        "split": target.part,
-        "note": target.note,
-        target.part: metrics,
-        "bad_images": {target.part: bad} if bad else {},
+        "split": part,
+        "note": note,
+        part: metrics,
+        "bad_images": {part: bad} if bad else {},
         "class_names": list(checkpoint.class_names),
         "train_counts": list(checkpoint.class_counts),
     }
@@ -233,14 +240,7 @@ def _write_arrays(path: Path, arrays: Table) -> None:
 # ---------------------------------------------------------------------------------------------- what is scored
 
 
-class Target(NamedTuple):
-    """The checkpoint and the images of the part that it is to be scored on. `note`: what is odd about them, if
-    anything is."""
-
-    checkpoint: Checkpoint
-    part: str
-    images: ImageList
-    note: str = ""
+Target = tuple[Checkpoint, str, ImageList, str]  # the images of a part to be scored on, and what is odd about them
 
 
 def find_target(path: Path, data: str | None, part: str | None, overrides: Overrides) -> Target:
@@ -257,7 +257,7 @@ def find_target(path: Path, data: str | None, part: str | None, overrides: Overr
     part = part or ("test" if "test" in parts else "validation")
     if part not in parts:
         raise UserError(f"the data of {path} has no {part} part; it has {', '.join(parts)}")
-    return Target(checkpoint, part, parts[part])
+    return checkpoint, part, parts[part], ""
 
 
 def with_overrides(checkpoint: Checkpoint, overrides: Overrides, path: Path) -> Checkpoint:
@@ -301,24 +301,9 @@ def _on_other_data(checkpoint: Checkpoint, data: str, part: str | None, override
         return _with_classes_of(checkpoint, source, part, path)
     part = part or "test"
     images = open_part(source, part, checkpoint.class_names)
-    if part == "train" or named_lists(source) or source.benchmark or not _were_trained_on(images, checkpoint):
-        return Target(checkpoint, part, images)
-    note = f"{data} holds the images that {path} was trained on: these figures are too good"
-    return Target(checkpoint, part, images, note)
-
-
-def _were_trained_on(images: ImageList, checkpoint: Checkpoint) -> bool:
-    """Whether the images are the training part of the checkpoint, or all of its data, moved and not divided into
-    parts."""
-    if len(images) < sum(checkpoint.class_counts):
-        return False
-    if images.fingerprint() == checkpoint.fingerprints.get("train"):
-        return True
-    try:
-        parts = open_data(checkpoint.recipe.data)
-    except UserError:  # it can be scored on, but not be trained on
-        return False
-    return len(images) == sum(map(len, parts.named().values())) and changed_part(parts, checkpoint) is None
+    trained_on = part != "train" and images.fingerprint() == checkpoint.fingerprints.get("train")
+    note = f"{data} holds the images that {path} was trained on: these figures are too good" if trained_on else ""
+    return checkpoint, part, images, note
 
 
 def _with_classes_of(checkpoint: Checkpoint, source: Data, part: str | None, path: Path) -> Target:
@@ -334,4 +319,50 @@ def _with_classes_of(checkpoint: Checkpoint, source: Data, part: str | None, pat
     train = found.parts.get("train") if found.divided else None
     # Lists may name the first classes only: the others have no images here, and no shot group.
     counts = (*train.class_counts, *[0] * (classes - known)) if train is not None else ()
-    return Target(replace(checkpoint, class_names=names, class_counts=counts), part, replace(images, class_names=names))
+    checkpoint = replace(checkpoint, class_names=names, class_counts=counts)
+    return checkpoint, part, replace(images, class_names=names), ""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished training run, in the folder `path`."""
+
+    path: Path
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """The complete recipe, as it was run."""
+        return load_recipe(self.path / RECIPE)
+
+    @cached_property
+    def metrics(self) -> RunMetrics:
+        """What `metrics.json` holds."""
+        if not (self.path / METRICS).is_file():
+            raise UserError(f"{self.path} has no {METRICS}: the run did not finish")
+        return read_metrics(self.path / METRICS)
+
+    @cached_property
+    def model(self) -> TwoBranchNetwork:
+        """The network of the last checkpoint, on the CPU: uint8 images `[N, 3, S, S]` to logits `[N, C]`."""
+        return load_checkpoint(self.path / LAST).build()
+
+    def evaluate(self) -> RunMetrics:
+        """The metrics computed anew: see `evaluate_run`."""
+        return evaluate_run(self.path)
+
+
+def chosen(metrics: Mapping[str, Any]) -> tuple[Literal["last", "best"], Literal["validation", "test"]]:
+    """Which metrics are shown as the result of a run (`RunMetrics`): the best checkpoint's where validation chose one,
+    else the last's, on the test part, or else on validation."""
+    checkpoint = "best" if metrics["best"] else "last"
+    return checkpoint, "test" if metrics[checkpoint]["test"] else "validation"
+
+
+def figures_of(file: Path, checkpoint: Checkpoint) -> CheckpointMetrics | None:
+    """What the `metrics.json` beside a checkpoint's file says of it; None where it says nothing, or was written after
+    another step, as while a resumed run is being trained."""
+    written = file.with_name(METRICS)
+    if file.name not in (LAST, BEST) or not written.is_file():
+        return None
+    figures = read_metrics(written)["last" if file.name == LAST else "best"]
+    return figures if figures and figures.get("step") == checkpoint.step else None

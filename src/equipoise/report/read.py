@@ -15,7 +15,7 @@ import numpy.typing as npt
 from equipoise.base.errors import UserError, reason
 from equipoise.config.recipe import Recipe, load_recipe
 from equipoise.evaluation.metrics import shot_group
-from equipoise.evaluation.run import chosen
+from equipoise.evaluation.score import chosen
 from equipoise.report.charts import Name
 from equipoise.report.svg import shortened
 from equipoise.runs.folder import LOG, METRICS, OBSERVED, RECIPE, RECORD

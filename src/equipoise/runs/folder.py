@@ -6,7 +6,6 @@ import os
 import platform
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 from importlib import metadata
@@ -121,7 +120,7 @@ def is_used(folder: Path) -> bool:
 
 
 def write_record(folder: Path, recipe: Recipe, about: dict[str, Any]) -> None:
-    """Write `recipe.toml` and `run.json`: `about` this run, with command, start, versions and commit."""
+    """Write `recipe.toml` and `run.json`: `about` this run, with command, start and versions."""
     with atomic_file(folder / RECIPE) as file:
         file.write(recipe_toml(recipe).encode())
     versions = {name: metadata.version(name) for name in ("torch", "torchvision", "timm", "numpy")}
@@ -129,25 +128,9 @@ def write_record(folder: Path, recipe: Recipe, about: dict[str, Any]) -> None:
         "command": shlex.join(sys.argv),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "versions": {"python": platform.python_version(), "equipoise": __version__, **versions},
-        "git": commit_of(Path(__file__)),
         **about,
     }
     write_json(folder / RECORD, record)
-
-
-def commit_of(file: Path) -> dict[str, Any] | None:
-    """The commit of a source file's repository, and whether that has changes; None where git does not know the file:
-    in an installed package, whose version says it all."""
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=file.parent, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", file.name)  # an environment may lie within another project's repository
-        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 if TYPE_CHECKING:

@@ -160,7 +160,8 @@ class Plan:
     def describe(self) -> dict[str, str]:
         """The plan for people: what, and its value."""
         recipe, parts, world = self.recipe, self.parts, self.world
-        counts = parts.train.class_counts
+        counts, names = parts.train.class_counts, parts.train.class_names
+        largest, smallest = (names[counts.index(count)] for count in (max(counts), min(counts)))
         others = [f", {len(part):,} for {name}" for name, part in parts.named().items() if name != "train"]
         ranks = f", {world.size} processes, BatchNorm {recipe.model.batch_norm}" if world.size > 1 else ""
         at_a_time = f", {recipe.micro_batch} at a time" if recipe.micro_batch else ""
@@ -170,8 +171,8 @@ class Plan:
             "lists": "; ".join(parts.described),
             "note": "; ".join(parts.notes),
             "images": f"{len(parts.train):,} to train on{''.join(others)}",
-            "classes": f"{len(counts):,}, of {max(counts):,} to {min(counts):,} images: imbalance factor "
-            f"{imbalance_factor(counts):.4g}",
+            "classes": f"{len(counts):,}, of {max(counts):,} ({largest}) to {min(counts):,} ({smallest}) images: "
+            f"imbalance factor {imbalance_factor(counts):.4g}",
             "network": f"{recipe.model.encoder} at {recipe.views.size} pixels, {recipe.model.classifier} classifier",
             "device": f"{self.device}, {self.precision}{ranks}",
             "steps": f"{several(recipe.epochs, 'epoch')} of {self.steps_per_epoch:,}: {several(self.steps, 'step')} "

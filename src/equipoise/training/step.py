@@ -23,7 +23,6 @@ from equipoise.method.losses import (
 from equipoise.method.network import Outputs, TwoBranchNetwork
 from equipoise.views.loader import Batch
 
-
 Terms = dict[str, Tensor]
 
 _STEPS_BEFORE_GRAPH = 3
