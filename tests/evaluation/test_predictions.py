@@ -133,7 +133,7 @@ def test_the_map_of_many_classes_is_evenly_spaced():
     assert (rows[0], rows[-1]) == (0, 2499)
 
 
-CLASSES = 9
+OUTPUTS = 9
 
 
 class Images:
@@ -142,7 +142,7 @@ class Images:
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
         self.images = torch.randint(0, 256, (620, 3, 4, 4), dtype=torch.uint8, generator=generator)
-        self.labels = torch.randint(0, CLASSES, (620,), generator=generator)
+        self.labels = torch.randint(0, OUTPUTS, (620,), generator=generator)
 
     def evaluation(self, batch_size: int) -> Iterator[Batch]:
         for images, labels in zip(self.images.split(batch_size), self.labels.split(batch_size), strict=True):
@@ -153,7 +153,7 @@ class Network(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.normal = nn.BatchNorm1d(48)
-        self.linear = nn.Linear(48, CLASSES)
+        self.linear = nn.Linear(48, OUTPUTS)
 
     def forward(self, images):
         assert not self.training
@@ -169,7 +169,7 @@ def linear() -> Network:
 
 def test_predictions_against_the_whole_matrix(linear):
     images = Images()
-    counts = torch.arange(1, CLASSES + 1).double() ** 2
+    counts = torch.arange(1, OUTPUTS + 1).double() ** 2
     log_prior = (counts / counts.sum()).log()
     with torch.inference_mode():
         logits = linear(images.images).double()
@@ -192,10 +192,10 @@ def test_predictions_against_the_whole_matrix(linear):
 def test_of_equal_logits_the_first_class_is_predicted(linear):
     nn.init.zeros_(linear.linear.weight)
     nn.init.zeros_(linear.linear.bias)
-    made = predict(linear, Images(), torch.zeros(CLASSES))
+    made = predict(linear, Images(), torch.zeros(OUTPUTS))
     assert (made.ranked_NK == np.arange(5)).all()
     assert (made.adjusted[1.0] == 0).all()
-    assert made.confidence_N == pytest.approx(1 / CLASSES)
+    assert made.confidence_N == pytest.approx(1 / OUTPUTS)
 
 
 @pytest.mark.parametrize("spoilt", [torch.nan, torch.inf])
