@@ -140,7 +140,7 @@ def _metrics() -> bytes:
 def _record() -> bytes:
     table = {"command": "equipoise train", "started": "2026-11-24T12:00:00Z", "precision": "fp32", "launch": "",
              "processes": 1, "versions": {"torch": "2.6"}, "machine": {"device": "cpu", "threads": 1},
-             "git": {"commit": "f00", "changed": False}, "class_counts": _COUNTS,
+             "class_counts": _COUNTS,
              "data": {"kind": "class folders", "lists": [], "notes": [], "images": {"train": 152, "test": 9},
                       "fingerprints": {"train": "f00", "test": "f01"}}}  # fmt: skip
     return json.dumps(table).encode()

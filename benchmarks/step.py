@@ -21,7 +21,7 @@ from equipoise.base.device import choose_precision, keep_freed_memory
 from equipoise.base.world import ALONE
 from equipoise.config.recipe import Recipe, load_recipe
 from equipoise.runs.checkpoint import create_network
-from equipoise.training.optim import create_sgd
+from equipoise.training.loop import create_sgd
 from equipoise.training.step import Step
 from equipoise.views.loader import Batch
 

@@ -16,8 +16,7 @@ from equipoise.config.recipe import load_recipe
 from equipoise.data.images import ImageList, PixelArrays
 from equipoise.method.network import batch_norms
 from equipoise.runs.checkpoint import create_network
-from equipoise.training.loop import set_training
-from equipoise.training.optim import create_sgd
+from equipoise.training.loop import create_sgd, set_training
 from equipoise.training.step import Step
 from equipoise.views.loader import open_batches, steps_per_epoch
 from equipoise.views.views import view_settings

@@ -81,7 +81,6 @@ def write_run(
             "versions": {"python": "3.11", "torch": "2.14.1"},
             "machine": {"system": "Linux", "device": "cpu"},
             "precision": "fp32",
-            "git": None,
             "data": {
                 "kind": "class folders",
                 "fingerprints": {part: f"{part}-{len(counts)}" for part in parts},

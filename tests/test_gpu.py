@@ -31,8 +31,7 @@ from equipoise.method.losses import (
 )
 from equipoise.method.network import TwoBranchNetwork, batch_norms
 from equipoise.runs.checkpoint import create_network
-from equipoise.training.loop import set_training
-from equipoise.training.optim import create_sgd
+from equipoise.training.loop import create_sgd, set_training
 from equipoise.training.step import Step
 from equipoise.views.loader import Batch, open_batches
 from equipoise.views.views import ViewSettings, view_settings

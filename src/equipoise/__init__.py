@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
     from equipoise.config.recipe import load_recipe as load_recipe
     from equipoise.deploy.predict import Classifier as Classifier
     from equipoise.deploy.predict import load as load
-    from equipoise.evaluation.run import Run as Run
+    from equipoise.evaluation.score import Run as Run
     from equipoise.method.losses import BalancedContrastiveLoss as BalancedContrastiveLoss
     from equipoise.method.losses import LogitAdjustedCrossEntropy as LogitAdjustedCrossEntropy
     from equipoise.runs.checkpoint import load_checkpoint as load_checkpoint
@@ -25,7 +25,7 @@ _HOME = {
     "Classifier": "deploy.predict",
     "LogitAdjustedCrossEntropy": "method.losses",
     "Recipe": "config.recipe",
-    "Run": "evaluation.run",
+    "Run": "evaluation.score",
     "UserError": "base.errors",
     "load": "deploy.predict",
     "load_checkpoint": "runs.checkpoint",

@@ -9,12 +9,11 @@ import pytest
 import torch
 from conftest import ODD_NAMES, draw_colour
 
-from equipoise import UserError, load_checkpoint, load_recipe, train
+from equipoise import UserError, load_checkpoint, load_recipe
 from equipoise.config.recipe import find_field
 from equipoise.evaluation.metrics import fit_temperature, sweep
 from equipoise.evaluation.predictions import predict
-from equipoise.evaluation.run import Run, chosen
-from equipoise.evaluation.score import evaluate_checkpoint, evaluate_run, score_checkpoint
+from equipoise.evaluation.score import Run, chosen, evaluate_checkpoint, evaluate_run, score_checkpoint
 from equipoise.method.losses import log_prior
 from equipoise.runs.checkpoint import Checkpoint, create_network, state_on_cpu
 from equipoise.views.loader import Batch
@@ -139,15 +138,10 @@ def test_one_checkpoint_on_a_part_of_other_data(odd_run, tmp_path):
 
 
 @pytest.mark.slow
-def test_moved_data_without_parts_are_said_to_be_those_trained_on(odd_run, tmp_path):
-    """All of them would be scored as the test part: those held out for validation too."""
-    data = shutil.copytree(odd_run.parent / "data" / "train", tmp_path / "data")
-    moved = shutil.copytree(data, tmp_path / "moved")
-    recipe = load_recipe(odd_run, data=str(data), holdout=0.1, epochs=1)
-    for trained in (odd_run, train(recipe, tmp_path / "run", progress=False).path):
-        table, _ = evaluate_checkpoint(trained / "last.pt", str(moved))
-        assert table["note"].startswith(f"{moved} holds the images that {trained}/last.pt was trained on")
-        assert table["test"]["images"] == 47
+def test_images_trained_on_are_said_to_be_those(odd_run, tmp_path):
+    moved = shutil.copytree(odd_run.parent / "data" / "train", tmp_path / "moved")
+    table, _ = evaluate_checkpoint(odd_run / "last.pt", str(moved))
+    assert table["note"].startswith(f"{moved} holds the images that {odd_run}/last.pt was trained on")
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from equipoise.base.errors import Stopped
 from equipoise.evaluation import predictions as evaluate
 from equipoise.runs.checkpoint import load_checkpoint
 from equipoise.training import loop as training
-from equipoise.training.signals import Requests
+from equipoise.training.loop import Requests
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals as POSIX has them")
 

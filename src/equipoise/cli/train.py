@@ -19,7 +19,7 @@ from equipoise.config.recipe import Method, Recipe, shipped_recipes
 
 if TYPE_CHECKING:
     from equipoise.base.world import World
-    from equipoise.evaluation.run import Run
+    from equipoise.evaluation.score import Run
     from equipoise.training.plan import Plan
 
 

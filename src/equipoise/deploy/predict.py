@@ -33,7 +33,7 @@ from equipoise.data.decode import BadImageError, Pixels, decode, resized
 from equipoise.data.folders import SUFFIXES
 from equipoise.data.images import ImageFiles, ImageList
 from equipoise.deploy.hub import CONFIG, read_hub_folder
-from equipoise.evaluation.run import figures_of
+from equipoise.evaluation.score import figures_of
 from equipoise.method.losses import log_prior
 from equipoise.method.network import TwoBranchNetwork
 from equipoise.runs.checkpoint import Checkpoint, load_checkpoint

@@ -3,18 +3,22 @@
 Shapes: N images of the list, B of a batch, C classes, K the classes ranked of each image, T strengths of the prior.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from equipoise.base.device import exact_float32, start_reading
 from equipoise.base.errors import SharedError, UserError
 from equipoise.base.world import ALONE, World
-from equipoise.evaluation.metrics import TAUS, Predictions
+from equipoise.evaluation.metrics import GROUPS, TAUS, Predictions, shot_group
+from equipoise.method.network import TwoBranchNetwork
 from equipoise.views.loader import Batches
 
 _BATCH = 256
@@ -87,3 +91,155 @@ def _arrays(read: tuple[Tensor, ...]) -> Arrays:
     if not finite:
         raise UserError("the network's logits are not finite numbers, so nothing can be scored; use an earlier one")
     return tuple(tensor.numpy().copy() for tensor in found)  # pinned memory, which a GPU reads, is scarce
+
+
+COSINE_BINS = 200  # of equal width, -1 to 1
+_MAPPED = 600  # images at most on the map: their t-SNE takes under 2 s
+_ROWS_AT_ONCE = 1024
+
+Table = dict[str, npt.NDArray[Any]]
+
+
+@contextmanager
+def observe(
+    network: TwoBranchNetwork, train_counts_C: Sequence[int], temperature: float | None = None
+) -> Generator["Observation"]:
+    """A context with an observation, to whose `add` the labels and the logits of each batch are given after `network`
+    computed it."""
+    observation = Observation(network, train_counts_C, temperature)
+    hook = network.encoder.register_forward_hook(observation.keep)
+    try:
+        yield observation
+    finally:
+        hook.remove()
+
+
+class Observation:
+    """Collects batch by batch what a network shows of one list; with a `temperature`, its confidence at it too."""
+
+    def __init__(self, network: TwoBranchNetwork, train_counts_C: Sequence[int], temperature: float | None) -> None:
+        self._network, self._temperature = network, temperature
+        self._groups_C = torch.tensor([GROUPS.index(shot_group(count)) for count in train_counts_C])
+        self._mapped_of_each = max(1, _MAPPED // len(train_counts_C))
+        self._hidden_BF = torch.empty(0)
+        self._calibrated_B: list[Tensor] = []
+        self._labels_B: list[Tensor] = []
+        self._sums: dict[str, Tensor] = {}  # of unit features, [C, F] by space
+        self._mapped_C = torch.zeros(len(train_counts_C), dtype=torch.int64)
+        self._map_BF: list[Tensor] = []
+        self._map_rows_B: list[Tensor] = []  # within their batch
+
+    def keep(self, _: nn.Module, __: Any, hidden_BF: Tensor) -> None:
+        """The encoder's hook: its output for the next batch."""
+        self._hidden_BF = hidden_BF.float()
+
+    def add(self, labels_B: Tensor, logits_BC: Tensor) -> None:
+        """The labels and the logits of the batch that the network has computed last."""
+        labels_B, spaces = labels_B.cpu(), {"encoder": self._hidden_BF}
+        if self._network.projection is not None:
+            spaces["contrastive"] = self._network.projection(self._hidden_BF)
+        for space, vectors_BF in spaces.items():
+            if space not in self._sums:
+                self._sums[space] = self._no_sums(vectors_BF.shape[1])
+            self._sums[space].index_add_(0, labels_B, F.normalize(vectors_BF, dim=1).cpu().double())
+        # Of each class its first few images.
+        rows_B = torch.nonzero(_place_in_class(labels_B) + self._mapped_C[labels_B] < self._mapped_of_each)[:, 0]
+        self._mapped_C += torch.bincount(labels_B, minlength=len(self._mapped_C))
+        self._map_BF.append(F.normalize(self._hidden_BF[rows_B.to(self._hidden_BF.device)], dim=1).half().cpu())
+        self._map_rows_B.append(rows_B)
+        if self._temperature is not None:
+            self._calibrated_B.append(confidence_at(logits_BC, self._temperature).cpu())
+        self._labels_B.append(labels_B)
+
+    def _no_sums(self, width: int) -> Tensor:
+        return torch.zeros(len(self._groups_C), width, dtype=torch.float64)
+
+    def gather(self, world: World) -> None:
+        """Put together what all ranks have collected; they compute batches in turn."""
+        if world.size == 1:
+            return
+        mine = list(zip(self._labels_B, self._map_BF, self._map_rows_B, strict=True))
+        self._labels_B, self._map_BF, self._map_rows_B = map(list, zip(*world.gather_in_turn(mine), strict=True))
+        self._calibrated_B = world.gather_in_turn(self._calibrated_B)
+        # A rank without a batch does not know the widths.
+        of_ranks = world.gather_objects({space: sums_CF.shape[1] for space, sums_CF in self._sums.items()})
+        for space, width in sorted({pair for widths in of_ranks for pair in widths.items()}):
+            world.sum(self._sums.setdefault(space, self._no_sums(width)))
+
+    def table(self, predictions: Predictions) -> Table:
+        """All that the report draws of the list: how sure the network is, how class means and class vectors lie to each
+        other, by shot group, and how far classes spread.
+
+        `calibrated_N`: as `confidence_N`, at the temperature; absent without one. `*_cosines_GK` counts the cosines
+        between a class of the group and every other class, of class means (`encoder_means`, `contrastive_means`: of
+        unit features), of the classifier's weights (`classifier`) and of the prototypes (`prototypes`). The encoder's
+        means and the classifier's weights have their common mean subtracted: the output of a ReLU has no negative
+        cosines otherwise. `*_spread_C`: 1 - the mean cosine between two images of the class; NaN with fewer than two.
+        `map_MF`: unit features of the images `map_rows_M`.
+        """
+        table: Table = {
+            "labels_N": predictions.labels_N.astype(np.int32),
+            "predicted_N": predictions.ranked_NK[:, 0].astype(np.int32),
+            "confidence_N": predictions.confidence_N.astype(np.float32),
+        }
+        if self._calibrated_B:
+            table["calibrated_N"] = torch.cat(self._calibrated_B).numpy()
+        labels_N = torch.cat(self._labels_B)
+        starts = itertools.accumulate(map(len, self._labels_B), initial=0)
+        map_rows = torch.cat([rows_B + start for rows_B, start in zip(self._map_rows_B, starts, strict=False)])
+        # Each rank has kept the first images of its own batches.
+        kept = torch.nonzero(_place_in_class(labels_N[map_rows]) < self._mapped_of_each)[:, 0]
+        # Of more classes than a map can show, evenly many.
+        shown_M = kept[torch.linspace(0, len(kept) - 1, min(_MAPPED, len(kept))).long()]
+        table |= {"map_MF": torch.cat(self._map_BF)[shown_M].numpy(), "map_rows_M": map_rows[shown_M].numpy()}
+        counts_C = torch.bincount(labels_N, minlength=len(self._groups_C)).double()
+        seen_C = counts_C > 0
+        for space, sums_CF in self._sums.items():
+            table[f"{space}_spread_C"] = _spread(sums_CF, counts_C)
+            means_CF = sums_CF[seen_C] / counts_C[seen_C, None]
+            centred = space == "encoder"
+            table[f"{space}_means_cosines_GK"] = count_cosines(means_CF, self._groups_C[seen_C], centred)
+        with torch.inference_mode():
+            weights_CF, projection = self._network.classifier.weight, self._network.prototype_projection
+            table["classifier_cosines_GK"] = count_cosines(weights_CF.cpu(), self._groups_C, True)
+            if projection is not None:
+                table["prototypes_cosines_GK"] = count_cosines(projection(weights_CF).cpu(), self._groups_C, False)
+        return table
+
+
+def _place_in_class(labels_B: Tensor) -> Tensor:
+    """For each image, how many before it have its label."""
+    order = labels_B.argsort(stable=True)
+    first = torch.searchsorted(labels_B[order], labels_B[order])
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order)) - first)
+
+
+def confidence_at(logits_NC: Tensor, temperature: float) -> Tensor:
+    """The largest softmax probability of `logits / temperature`, a piece at a time."""
+    return torch.cat([(rows / temperature).softmax(1).amax(1) for rows in logits_NC.split(_ROWS_AT_ONCE)])
+
+
+def count_cosines(vectors_CF: Tensor, groups_C: Tensor, centred: bool) -> npt.NDArray[np.int64]:
+    """[G, K]: how many cosines between a vector of a class of that group and the vector of another class fall into each
+    of `COSINE_BINS`; if `centred`, after subtracting the mean of all vectors."""
+    vectors_CF = vectors_CF.float()
+    units_CF = F.normalize(vectors_CF - vectors_CF.mean(0) if centred else vectors_CF, dim=1)
+    counts_GK = torch.zeros(len(GROUPS), COSINE_BINS, dtype=torch.int64)
+    for group, row_GK in enumerate(counts_GK):
+        for rows in torch.nonzero(groups_C == group)[:, 0].split(_ROWS_AT_ONCE):
+            cosines = (units_CF[rows] @ units_CF.T).clamp_(-1, 1)
+            itself = cosines[torch.arange(len(rows)), rows]
+            # Exact in float32: a piece has fewer than 2^24 cosines, of up to 16,384 classes.
+            row_GK += (_histogram(cosines) - _histogram(itself)).long()
+    return counts_GK.numpy()
+
+
+def _histogram(cosines: Tensor) -> Tensor:
+    return torch.histc(cosines, COSINE_BINS, -1, 1)
+
+
+def _spread(sums_CF: Tensor, counts_C: Tensor) -> npt.NDArray[np.float32]:
+    """1 - the mean cosine of the n (n - 1) ordered pairs of unit vectors; |sum of the vectors|^2 - n is their total."""
+    pairs_C = counts_C * (counts_C - 1)
+    cosine_C = (sums_CF.double().square().sum(1) - counts_C) / pairs_C
+    return torch.where(pairs_C > 0, 1 - cosine_C, torch.nan).float().numpy()

@@ -6,30 +6,42 @@ post-hoc prior; then the network predicts the test part, which never chooses any
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from equipoise.base.device import choose_device
+from equipoise.base.errors import UserError
 from equipoise.base.files import atomic_file
 from equipoise.base.world import ALONE, World
-from equipoise.config.recipe import Recipe
+from equipoise.config.recipe import Data, Field, Recipe, field_value, find_field, load_recipe, override
 from equipoise.data.images import ImageList, Parts
-from equipoise.data.sources import PARTS
+from equipoise.data.lists import BENCHMARKS
+from equipoise.data.sources import LISTS, PARTS, find_parts, named_lists, open_data, open_part, part_of, recognise
 from equipoise.evaluation.metrics import Predictions, choose_tau, fit_temperature, score
-from equipoise.evaluation.observe import Table, confidence_at, observe
-from equipoise.evaluation.predictions import predict
-from equipoise.evaluation.target import Overrides, find_target, unchanged_data, with_overrides
+from equipoise.evaluation.predictions import Table, confidence_at, observe, predict
 from equipoise.method.losses import log_prior
 from equipoise.method.network import TwoBranchNetwork
-from equipoise.runs.checkpoint import Checkpoint, load_checkpoint
-from equipoise.runs.folder import BAD_IMAGES, BEST, LAST, METRICS, OBSERVED, write_json
-from equipoise.runs.records import BadImages, CheckpointMetrics, PartMetrics, PostHocPrior, RunMetrics, read_bad_images
+from equipoise.runs.checkpoint import Checkpoint, changed_part, load_checkpoint
+from equipoise.runs.folder import BAD_IMAGES, BEST, LAST, METRICS, OBSERVED, RECIPE, write_json
+from equipoise.runs.records import (
+    BadImages,
+    CheckpointMetrics,
+    PartMetrics,
+    PostHocPrior,
+    RunMetrics,
+    read_bad_images,
+    read_metrics,
+)
 from equipoise.views.loader import Batches, open_batches, worker_count
 from equipoise.views.views import view_settings
+
+Overrides = Sequence[tuple[Field, Any]]  # fields of a recipe, as text or values
 
 
 def evaluate_run(
@@ -87,19 +99,19 @@ def evaluate_checkpoint(
     fields of the recipe: those that decide the model must be the checkpoint's; a list file among them stands for the
     data's own lists. Raises UserError where there is no such part or its classes are not the checkpoint's.
     """
-    target = world.each_makes(lambda: find_target(path, data, split, overrides))
-    checkpoint, device = target.checkpoint, target.checkpoint.recipe.device
-    with closing(world.each_makes(lambda: _open(checkpoint.recipe, target.images, device, world))) as batches:
+    checkpoint, part, images, note = world.each_makes(lambda: find_target(path, data, split, overrides))
+    device = checkpoint.recipe.device
+    with closing(world.each_makes(lambda: _open(checkpoint.recipe, images, device, world))) as batches:
         network = checkpoint.build().to(choose_device(device, world.local_rank))
         metrics, predictions = _score(checkpoint, network, batches, world, keep_logits)
         bad = _bad_images(batches, world)
     table = {
         "method": checkpoint.recipe.method,
         "epoch": checkpoint.epoch,
-        "split": target.part,
-        "note": target.note,
-        target.part: metrics,
-        "bad_images": {target.part: bad} if bad else {},
+        "split": part,
+        "note": note,
+        part: metrics,
+        "bad_images": {part: bad} if bad else {},
         "class_names": list(checkpoint.class_names),
         "train_counts": list(checkpoint.class_counts),
     }
@@ -223,3 +235,134 @@ def write_logits(path: Path, predictions: Predictions, class_names: Sequence[str
 def _write_arrays(path: Path, arrays: Table) -> None:
     with atomic_file(path) as file:
         np.savez_compressed(file, **arrays)  # pyright: ignore[reportArgumentType] no key is its own argument
+
+
+# ---------------------------------------------------------------------------------------------- what is scored
+
+
+Target = tuple[Checkpoint, str, ImageList, str]  # the images of a part to be scored on, and what is odd about them
+
+
+def find_target(path: Path, data: str | None, part: str | None, overrides: Overrides) -> Target:
+    """What `evaluate_checkpoint` scores; its arguments are explained there."""
+    checkpoint = load_checkpoint(path)
+    if data is None and not checkpoint.class_counts:
+        raise UserError(f"{path} does not say what it was trained on; name the data with --data FOLDER")
+    if data is None and any(field.key in LISTS.values() for field, _ in overrides):
+        data = checkpoint.recipe.data.path  # the images are where they were, the list is another
+    if data is not None:
+        return _on_other_data(checkpoint, data, part, overrides, path)
+    checkpoint = with_overrides(checkpoint, overrides, path)
+    parts = unchanged_data(checkpoint, path).named()
+    part = part or ("test" if "test" in parts else "validation")
+    if part not in parts:
+        raise UserError(f"the data of {path} has no {part} part; it has {', '.join(parts)}")
+    return checkpoint, part, parts[part], ""
+
+
+def with_overrides(checkpoint: Checkpoint, overrides: Overrides, path: Path) -> Checkpoint:
+    """The checkpoint with fields of its recipe changed. Raises UserError for one that decides the model."""
+    recipe = checkpoint.recipe
+    for field, value in overrides:
+        changed = override(recipe, field, value)
+        if changed != recipe and (field.path[0] == "model" or field.key == "method"):
+            before, after = field_value(recipe, field), field_value(changed, field)
+            raise UserError(
+                f"{path} has {field.key} = {before}, not {after}; change it back or name another checkpoint"
+            )
+        recipe = changed
+    return replace(checkpoint, recipe=recipe)
+
+
+def unchanged_data(checkpoint: Checkpoint, path: Path) -> Parts:
+    """The data that the checkpoint was trained and scored on. Raises UserError if it has changed since: labels would
+    shift, and images trained on would be held out."""
+    parts = open_data(checkpoint.recipe.data)
+    changed = changed_part(parts, checkpoint)
+    if changed:
+        raise UserError(
+            f"the {changed} part of {checkpoint.recipe.data.path} is not what {path} was trained with (images were "
+            "added, removed or renamed); restore it, or score other data with --data"
+        )
+    return parts
+
+
+def _on_other_data(checkpoint: Checkpoint, data: str, part: str | None, overrides: Overrides, path: Path) -> Target:
+    benchmark = known if (known := recognise(data)) in BENCHMARKS else ""
+    of_authors = not checkpoint.class_counts
+    if of_authors and benchmark:  # its file has no mean and std: they are those of the data set
+        checkpoint = replace(checkpoint, recipe=replace(checkpoint.recipe, views=load_recipe(benchmark).views))
+    no_lists = [(find_field(key), "") for key in LISTS.values()]  # its own are of its data
+    checkpoint = with_overrides(checkpoint, [*no_lists, *overrides, (find_field("data"), data)], path)
+    source = checkpoint.recipe.data
+    if not named_lists(source):
+        source = replace(source, benchmark=benchmark)
+    if of_authors:
+        return _with_classes_of(checkpoint, source, part, path)
+    part = part or "test"
+    images = open_part(source, part, checkpoint.class_names)
+    trained_on = part != "train" and images.fingerprint() == checkpoint.fingerprints.get("train")
+    note = f"{data} holds the images that {path} was trained on: these figures are too good" if trained_on else ""
+    return checkpoint, part, images, note
+
+
+def _with_classes_of(checkpoint: Checkpoint, source: Data, part: str | None, path: Path) -> Target:
+    """A checkpoint of the authors' with the class names of the data, and its training counts where it has a training
+    part. Raises UserError where the number of classes differs."""
+    found = find_parts(source)
+    part = part or ("test" if "test" in {**found.parts, **found.faults} or not found.divided else "validation")
+    images = part_of(found, part, source.path)
+    classes, known = len(checkpoint.class_names), len(images.class_names)
+    if known > classes or (known < classes and found.named):
+        raise UserError(f"{path} knows {classes:,} classes, but {source.path} has {known:,}: it is of other data")
+    names = (*images.class_names, *checkpoint.class_names[known:])
+    train = found.parts.get("train") if found.divided else None
+    # Lists may name the first classes only: the others have no images here, and no shot group.
+    counts = (*train.class_counts, *[0] * (classes - known)) if train is not None else ()
+    checkpoint = replace(checkpoint, class_names=names, class_counts=counts)
+    return checkpoint, part, replace(images, class_names=names), ""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished training run, in the folder `path`."""
+
+    path: Path
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """The complete recipe, as it was run."""
+        return load_recipe(self.path / RECIPE)
+
+    @cached_property
+    def metrics(self) -> RunMetrics:
+        """What `metrics.json` holds."""
+        if not (self.path / METRICS).is_file():
+            raise UserError(f"{self.path} has no {METRICS}: the run did not finish")
+        return read_metrics(self.path / METRICS)
+
+    @cached_property
+    def model(self) -> TwoBranchNetwork:
+        """The network of the last checkpoint, on the CPU: uint8 images `[N, 3, S, S]` to logits `[N, C]`."""
+        return load_checkpoint(self.path / LAST).build()
+
+    def evaluate(self) -> RunMetrics:
+        """The metrics computed anew: see `evaluate_run`."""
+        return evaluate_run(self.path)
+
+
+def chosen(metrics: Mapping[str, Any]) -> tuple[Literal["last", "best"], Literal["validation", "test"]]:
+    """Which metrics are shown as the result of a run (`RunMetrics`): the best checkpoint's where validation chose one,
+    else the last's, on the test part, or else on validation."""
+    checkpoint = "best" if metrics["best"] else "last"
+    return checkpoint, "test" if metrics[checkpoint]["test"] else "validation"
+
+
+def figures_of(file: Path, checkpoint: Checkpoint) -> CheckpointMetrics | None:
+    """What the `metrics.json` beside a checkpoint's file says of it; None where it says nothing, or was written after
+    another step, as while a resumed run is being trained."""
+    written = file.with_name(METRICS)
+    if file.name not in (LAST, BEST) or not written.is_file():
+        return None
+    figures = read_metrics(written)["last" if file.name == LAST else "best"]
+    return figures if figures and figures.get("step") == checkpoint.step else None

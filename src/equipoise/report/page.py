@@ -20,7 +20,7 @@ from equipoise.config.recipe import Recipe, field_value, load_recipe, recipe_fie
 from equipoise.data.images import ImageList, imbalance_factor
 from equipoise.data.sources import open_data
 from equipoise.evaluation.metrics import FURTHER, GROUP_LIMITS, GROUPS, calibration_error, percent, shot_group
-from equipoise.evaluation.run import chosen
+from equipoise.evaluation.score import chosen
 from equipoise.report import charts
 from equipoise.report.charts import Array, Curve
 from equipoise.report.svg import Name, Point, shortened, signed

@@ -6,7 +6,7 @@ type. Keys that another version has written are left out.
 
 import json
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict, TypeVar
+from typing import NotRequired, TypedDict, TypeVar
 
 import msgspec
 
@@ -109,7 +109,6 @@ class RunRecord(TypedDict):
     processes: NotRequired[int]
     launch: NotRequired[str]
     precision: str
-    git: NotRequired[dict[str, Any] | None]
     data: DataRecord
     class_counts: dict[str, int]
 

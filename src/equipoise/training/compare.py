@@ -18,11 +18,10 @@ import numpy as np
 from equipoise.base.errors import UserError, several
 from equipoise.base.files import atomic_file
 from equipoise.config.recipe import Recipe, find_field, load_recipe, override
-from equipoise.evaluation.run import Run, chosen
+from equipoise.evaluation.score import Run, chosen
 from equipoise.runs.folder import METRICS, RECIPE, RECORD, write_json
 from equipoise.runs.records import read_record
-from equipoise.training.place import FREE, differing
-from equipoise.training.plan import Plan, prepare
+from equipoise.training.plan import FREE, Plan, differing, prepare
 from equipoise.training.session import train
 
 FIGURES = {"top1": "overall", "many": "many", "medium": "medium", "few": "few"}

@@ -1,31 +1,100 @@
 """Epochs of steps, each looked at before the weights move, saved and validated. Here is the only `optimizer.step()`."""
 
 import math
+import os
+import signal
+import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
+from types import FrameType, TracebackType
+from typing import Any
 
 import torch
+from torch import nn
 
 from equipoise.base.errors import SharedError, Stopped
 from equipoise.base.progress import ProgressLine
-from equipoise.config.recipe import Recipe
+from equipoise.config.recipe import Optim, Recipe
 from equipoise.evaluation.metrics import score
 from equipoise.evaluation.predictions import predict
 from equipoise.evaluation.score import record_bad_images
 from equipoise.method.network import TwoBranchNetwork, batch_norms
 from equipoise.runs.checkpoint import Checkpoint, state_on_cpu
-from equipoise.runs.folder import BEST
-from equipoise.runs.log import RunLog
-from equipoise.training.optim import create_sgd, learning_rate
+from equipoise.runs.folder import BEST, RunLog
 from equipoise.training.plan import Plan
-from equipoise.training.signals import Requests
 from equipoise.training.step import Step
 from equipoise.views.loader import Batch, Batches
 
 
 class NonFiniteLossError(SharedError):
     """A loss term became infinite or not a number; the optimizer has not moved since."""
+
+
+_STOPPING: dict[int, str] = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+
+
+class Requests:
+    """SIGUSR1 asks to save and go on, SIGINT and SIGTERM to save and stop; a second one of these stops at once.
+
+    A context: the handlers that were there before come back with its end. Outside the main thread nothing is handled.
+    """
+
+    def __init__(self) -> None:
+        self._save = False
+        self._stop = ""  # how, once it was asked for
+        self._before: dict[int, Any] = {}
+        self._at_once: tuple[str, str] | None = None
+
+    def __enter__(self) -> "Requests":
+        if threading.current_thread() is threading.main_thread():
+            saving = (signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()
+            self._before = {number: signal.signal(number, self._handle) for number in (*saving, *_STOPPING)}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def votes(self, save: bool = False) -> list[int]:
+        """Whether to save, as `save` or a signal since the last time says, to be interrupted, to be terminated: 0 or 1
+        each. Ranks add up their votes, and all `read` the sum."""
+        save, self._save = save or self._save, False
+        return [int(save), *(int(self._stop == how) for how in _STOPPING.values())]
+
+    @staticmethod
+    def read(votes: list[float]) -> tuple[bool, str | None]:
+        """Whether to save now, and how the run was stopped if it was."""
+        save, interrupted, terminated = votes
+        how = "terminated" if terminated else "interrupted" if interrupted else None
+        return bool(save) or how is not None, how
+
+    def leave_if_stopped(self, state: str, resume_command: str) -> None:
+        """Raise Stopped if this process was asked to stop. All is saved already."""
+        if self._stop:
+            raise Stopped(self._stop, state, resume_command)
+
+    def stop_at_once(self, state: str, resume_command: str) -> None:
+        """From now on there is nothing to save: a signal ends the run at once, in this state."""
+        self._at_once = state, resume_command
+        self.leave_if_stopped(state, resume_command)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if number not in _STOPPING:
+            self._save = True
+        elif not self._stop:
+            self._stop = _STOPPING[number]
+            if self._at_once is not None:
+                raise Stopped(self._stop, *self._at_once)
+            if os.environ.get("RANK", "0") == "0":
+                print("\nfinishing this step, then saving; once more to stop at once", file=sys.stderr, flush=True)
+        elif number == signal.SIGINT:
+            raise KeyboardInterrupt
+        # Slurm sends SIGTERM to every process, and torchrun sends it on to the same ones: that is the same request.
+        elif "TORCHELASTIC_RUN_ID" not in os.environ:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
 
 class Trainer:
@@ -190,3 +259,26 @@ def set_training(network: TwoBranchNetwork, recipe: Recipe) -> None:
     if recipe.model.batch_norm == "frozen":
         for module in batch_norms(network):
             module.eval()
+
+
+def create_sgd(parameters: Iterable[nn.Parameter], lr: float, momentum: float, weight_decay: float) -> torch.optim.SGD:
+    """SGD as the authors run it: weight decay on every parameter, biases and BatchNorm too."""
+    return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
+
+
+def learning_rate(epoch: int, epochs: int, optim: Optim) -> float:
+    """The learning rate of `epoch` (from 0) of `epochs`, constant within it, as in the authors' code.
+
+    Linear warm-up reaches `optim.lr` in epoch `warmup_epochs - 1`. Then 'cosine' ends one step above 0, and 'step'
+    multiplies by 0.1 at each milestone passed; a milestone below 1 is a share of `epochs`. A run shorter than its
+    warm-up ends within it.
+    """
+    warmup = optim.warmup_epochs
+    if epoch < warmup:
+        return optim.lr * (epoch + 1) / warmup
+    if optim.schedule == "cosine":
+        # The denominator is of the epochs that follow the warm-up, plus one, so that no epoch trains at 0.
+        progress = (epoch - warmup + 1) / (epochs - warmup + 1)
+        return optim.lr * 0.5 * (1 + math.cos(math.pi * progress))
+    starts = [round(milestone * epochs) if milestone < 1 else int(milestone) for milestone in optim.milestones]
+    return optim.lr * 0.1 ** sum(epoch >= start for start in starts)

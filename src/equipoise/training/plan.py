@@ -1,10 +1,14 @@
 """A recipe becomes a plan: its place is found, its data read, what cannot be trained refused, and nothing written."""
 
+import contextlib
+import itertools
 import os
 import shlex
+import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,15 +17,113 @@ from equipoise.base.device import choose_device, choose_precision
 from equipoise.base.errors import SharedError, UserError, own_command, several
 from equipoise.base.files import real_path
 from equipoise.base.world import ALONE, World
-from equipoise.config.recipe import Recipe, field_value, find_field, override
+from equipoise.config.recipe import Recipe, field_value, find_field, load_recipe, override, recipe_fields
 from equipoise.data.decode import bad_images
 from equipoise.data.images import DIGITS, Parts, imbalance_factor
 from equipoise.data.sources import open_data
-from equipoise.runs.checkpoint import changed_part
-from equipoise.runs.folder import METRICS
-from equipoise.training.place import FILES, FREE, Place, Start, differing, find_place
+from equipoise.runs.checkpoint import Checkpoint, changed_part, load_checkpoint
+from equipoise.runs.folder import LAST, METRICS, PREVIOUS, RECIPE, RECORD, find_checkpoint, is_used
+from equipoise.runs.records import read_record
 from equipoise.views.loader import steps_per_epoch
 from equipoise.views.views import view_settings
+
+AUTO = "auto"  # --resume auto: find out which run
+
+# Fields in which a recipe may change while a run goes on: they say where and how it is computed, not what.
+FREE = frozenset(
+    {
+        *("name", "summary", "device", "workers", "log_every", "checkpoint_minutes"),
+        *("precision", "compile", "cuda_graph", "deterministic", "data.on_bad_image", "data.allow_outside"),
+    }
+)
+# Files may be moved, and lie elsewhere on each host: fingerprints tell whether they are the same.
+FILES = frozenset({"model.weights", "data.path", "data.train_list", "data.val_list", "data.test_list"})
+
+
+def differing(one: Recipe, other: Recipe, free: frozenset[str]) -> list[tuple[str, Any, Any]]:
+    """The fields, without the `free` ones, in which two recipes differ, each with both values."""
+    fields = [field for field in recipe_fields() if field.key not in free]
+    values = [(field.key, field_value(one, field), field_value(other, field)) for field in fields]
+    return [(key, before, now) for key, before, now in values if before != now]
+
+
+@dataclass(frozen=True)
+class Start:
+    """The checkpoint that a run starts from."""
+
+    path: Path
+    checkpoint: Checkpoint
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run is written. `start`: a checkpoint to start from, its own, another run's or of the BCL authors' code.
+    `resumes`: the run is there and goes on, or begins again where it has no checkpoint. `named`: no other folder will
+    do."""
+
+    folder: Path
+    start: Start | None
+    resumes: bool
+    named: bool = True
+
+
+def find_place(recipe: Recipe, out: str | Path | None, resume: str | Path | None, world: World) -> Place:
+    """Where to write a run of `recipe`: see `prepare`. Raises UserError where a folder or checkpoint will not do."""
+    folder = Path(os.path.expanduser(out)) if out else None
+    source = Path(os.path.expanduser(resume)) if resume else None
+    if resume == AUTO:
+        source = _newest_run(recipe, folder)
+    elif not resume and (world.restarted or world.launch not in ("", "none")):  # 'none' is torchrun's default name
+        source = _newest_run(recipe, folder, world)
+    start = None
+    if source:
+        run = source if source.is_dir() else source.parent
+        own = (run / RECORD).is_file() and (source.is_dir() or source.name in (LAST, PREVIOUS))
+        start = _start_from(find_checkpoint(source))
+        if own and (folder is None or real_path(folder) == real_path(run)):
+            return Place(run, start, resumes=True)
+        if start is None:
+            raise UserError(f"{run} has no checkpoint to go on from")
+    if folder is not None and (folder.is_file() or (folder.is_dir() and is_used(folder))):
+        raise UserError(
+            f"{folder} exists and is not empty; go on with it by --resume {folder}, or name another folder with --out"
+        )
+    return Place(folder or default_folder(recipe), start, resumes=False, named=folder is not None)
+
+
+def default_folder(recipe: Recipe) -> Path:
+    """A folder in `runs` that does not exist yet."""
+    stem = f"{recipe.name}-{recipe.method.replace('+', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
+    # A sweep may start several runs in one second.
+    return next(path for n in itertools.count(1) if not (path := Path("runs") / (stem + f"-{n}" * (n > 1))).exists())
+
+
+def _newest_run(recipe: Recipe, folder: Path | None, world: World | None = None) -> Path | None:
+    """The newest unfinished run of this recipe, in `folder` or else in `runs`; with `world`, of those that this launch
+    of torchrun began. After a restart a finished one too, which is then scored again: there may be a run after it."""
+    found: list[tuple[str, Path]] = []
+    for run in [folder] if folder else [record.parent for record in Path("runs").glob(f"*/{RECORD}")]:
+        try:
+            record, before = read_record(run / RECORD), load_recipe(run / RECIPE)
+        except UserError:  # no run, or one that was killed while it made its folder
+            continue
+        open_to_go_on = (world is not None and world.restarted) or not (run / METRICS).exists()
+        of_launch = world is None or record.get("launch") == world.launch
+        if open_to_go_on and of_launch and not differing(before, recipe, FREE):
+            found.append((record["started"], run))
+    return max(found)[1] if found else None
+
+
+def _start_from(source: Path) -> Start | None:
+    """The checkpoint `source`; of a run folder the last one, or if the disk has spoiled that the one before it, None
+    where there is none."""
+    if not source.is_dir():
+        return Start(source, load_checkpoint(source))
+    there = [source / name for name in (LAST, PREVIOUS) if (source / name).exists()]
+    for path in there[:-1]:
+        with contextlib.suppress(UserError):
+            return Start(path, load_checkpoint(path))
+    return Start(there[-1], load_checkpoint(there[-1])) if there else None
 
 
 @dataclass(frozen=True)
@@ -58,7 +160,8 @@ class Plan:
     def describe(self) -> dict[str, str]:
         """The plan for people: what, and its value."""
         recipe, parts, world = self.recipe, self.parts, self.world
-        counts = parts.train.class_counts
+        counts, names = parts.train.class_counts, parts.train.class_names
+        largest, smallest = (names[counts.index(count)] for count in (max(counts), min(counts)))
         others = [f", {len(part):,} for {name}" for name, part in parts.named().items() if name != "train"]
         ranks = f", {world.size} processes, BatchNorm {recipe.model.batch_norm}" if world.size > 1 else ""
         at_a_time = f", {recipe.micro_batch} at a time" if recipe.micro_batch else ""
@@ -68,8 +171,8 @@ class Plan:
             "lists": "; ".join(parts.described),
             "note": "; ".join(parts.notes),
             "images": f"{len(parts.train):,} to train on{''.join(others)}",
-            "classes": f"{len(counts):,}, of {max(counts):,} to {min(counts):,} images: imbalance factor "
-            f"{imbalance_factor(counts):.4g}",
+            "classes": f"{len(counts):,}, of {max(counts):,} ({largest}) to {min(counts):,} ({smallest}) images: "
+            f"imbalance factor {imbalance_factor(counts):.4g}",
             "network": f"{recipe.model.encoder} at {recipe.views.size} pixels, {recipe.model.classifier} classifier",
             "device": f"{self.device}, {self.precision}{ranks}",
             "steps": f"{several(recipe.epochs, 'epoch')} of {self.steps_per_epoch:,}: {several(self.steps, 'step')} "

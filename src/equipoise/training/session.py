@@ -13,15 +13,12 @@ from equipoise.base.errors import UserError, in_words, out_of_memory, own_comman
 from equipoise.base.world import join, lost_rank
 from equipoise.config.recipe import Recipe
 from equipoise.data.images import ImageList
-from equipoise.evaluation.run import Run
-from equipoise.evaluation.score import evaluate_run
+from equipoise.evaluation.score import Run, evaluate_run
 from equipoise.method.network import TwoBranchNetwork
 from equipoise.runs.checkpoint import create_network
 from equipoise.runs.folder import BAD_IMAGES, LAST, METRICS, PREVIOUS, RunFolder, write_record
-from equipoise.training.loop import NonFiniteLossError, Trainer
-from equipoise.training.place import default_folder
-from equipoise.training.plan import Plan, prepare
-from equipoise.training.signals import Requests
+from equipoise.training.loop import NonFiniteLossError, Requests, Trainer
+from equipoise.training.plan import Plan, default_folder, prepare
 from equipoise.views.loader import Batches, open_batches, worker_count
 from equipoise.views.views import view_settings
 
