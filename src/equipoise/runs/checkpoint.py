@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from equipoise.authors.checkpoints import from_authors, is_authors_table
 from equipoise.base.errors import UserError
-from equipoise.base.files import atomic_file
-from equipoise.base.tensors import load_tensors
+from equipoise.base.files import atomic_file, load_tensors
 from equipoise.config.recipe import Recipe, Views, load_recipe, recipe_from_table, recipe_table
 from equipoise.data.images import Parts
 from equipoise.data.sources import PARTS
