@@ -9,7 +9,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import jinja2
 import msgspec
 
 from equipoise.base.errors import UserError, in_words, reason, several
-from equipoise.config.recipe import Data, recipe_from_table, recipe_table
+from equipoise.config.recipe import Data, recipe_from_table
 from equipoise.data.images import imbalance_factor
 from equipoise.evaluation.metrics import FURTHER, GROUP_LIMITS, GROUPS, percent, shot_group
 from equipoise.method.encoders import timm_arguments
@@ -118,7 +118,7 @@ def _config(checkpoint: Checkpoint, temperature: float | None) -> dict[str, Any]
     # The paths of the data and of the starting weights are private, and of no use elsewhere.
     published = replace(recipe, data=Data(path=""), model=replace(recipe.model, weights=""))
     about = _About(
-        recipe=recipe_table(published),
+        recipe=asdict(published),
         class_names=checkpoint.class_names,
         class_counts=checkpoint.class_counts,
         epoch=checkpoint.epoch,
