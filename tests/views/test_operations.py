@@ -10,7 +10,7 @@ from timm.data import auto_augment as timm_augment
 from torchvision.transforms.v2 import functional as tv
 
 from equipoise.data.decode import decode_bytes
-from equipoise.views import operations, policies
+from equipoise.views import operations, views
 
 FILL = (124, 116, 104)
 OF_PILLOW = {"nearest": Image.NEAREST, "bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC}
@@ -49,7 +49,7 @@ def of_rand_augment(name: str, side: int):
     to_argument = timm_augment.LEVEL_TO_ARG[IN_TIMM.get(name, name)]
     for level, sign in itertools.product((2.6, 6.6, 10.0), (1.0, -1.0) if signed else (1.0,)):
         # Below 2.5 Posterize keeps no bit, which Pillow refuses.
-        ours = policies.rand_augment_arguments(np.array([level / 10]), np.array([sign * level / 10]), side)
+        ours = views.rand_augment_arguments(np.array([level / 10]), np.array([sign * level / 10]), side)
         theirs = to_argument(level, {}) if to_argument else ()
         theirs = (sign * abs(theirs[0]),) if signed else theirs
         for resampling in ("bilinear", "bicubic") if signed else ("bilinear",):
@@ -63,7 +63,7 @@ def done(name: str, image: np.ndarray, argument: float, resampling: str = "neare
     return made[0]
 
 
-@pytest.mark.parametrize("name", policies.RAND_AUGMENT)
+@pytest.mark.parametrize("name", views.RAND_AUGMENT)
 def test_rand_augment_is_timms(name, images):
     reference = timm_augment.NAME_TO_OP[IN_TIMM.get(name, name)]
     for image in images:
@@ -120,8 +120,8 @@ def test_affine_is_pillows(resampling):
         assert (ours[outside] == FILL).all()
 
 
-@pytest.mark.parametrize("resampling", policies.RESAMPLINGS)
-@pytest.mark.parametrize("name", policies.OPERATIONS)
+@pytest.mark.parametrize("resampling", views.RESAMPLINGS)
+@pytest.mark.parametrize("name", views.OPERATIONS)
 def test_an_image_of_a_stack_becomes_what_it_becomes_alone(name, resampling):
     """Each by its own argument; also one whose rows do not fill a vector of the processor."""
     ranges = {"Posterize": (0, 8), "Solarize": (0, 256), "SolarizeAdd": (0, 110), "Rotate": (-30, 30)}
@@ -180,7 +180,7 @@ def test_what_clips_is_not_passed_over():
     assert set(operations.in_turn(image, steps[::-1]).flat) == {139}  # 140, rounded down twice
 
 
-@pytest.mark.parametrize("resampling", policies.RESAMPLINGS)
+@pytest.mark.parametrize("resampling", views.RESAMPLINGS)
 @pytest.mark.parametrize("name", ["TranslateX", "TranslateY"])
 def test_translations_are_pillows_also_at_the_border(name, resampling):
     for side in (33, 5):

@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from scipy import stats
 from timm.data import auto_augment as timm_augment
-from torchvision.transforms import AutoAugment, AutoAugmentPolicy, v2
+from torchvision.transforms import AutoAugment, AutoAugmentPolicy, RandomResizedCrop, v2
 
 from equipoise import load_recipe
 from equipoise.data.decode import decode_bytes
-from equipoise.views import operations, policies, views
+from equipoise.views import operations, views
 from equipoise.views.draws import Numbers
 from equipoise.views.views import ViewSettings, evaluation_view, photo_views, small_views, view_settings
 
@@ -128,6 +128,56 @@ def test_half_of_the_views_are_flipped(policy, kind):
     assert abs(flipped.mean() - 0.5) < 5 * np.sqrt(0.25 / len(flipped))
 
 
+# ---- policies
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (300, 400), (500, 60)])
+def test_boxes_are_those_of_random_resized_crop(height, width):
+    """Every coordinate of 2,000 boxes has torchvision's distribution (Kolmogorov-Smirnov)."""
+    count = 2000
+    numbers = Numbers(0, 0, np.arange(count), 0)
+    ours = views.random_boxes(numbers, np.full(count, height), np.full(count, width), 0.2).T
+    image = torch.empty(3, height, width)
+    torch.manual_seed(0)
+    theirs = np.array([RandomResizedCrop.get_params(image, [0.2, 1.0], [3 / 4, 4 / 3]) for _ in range(count)]).T
+    for name, mine, reference in zip(("top", "left", "height", "width"), ours, theirs, strict=True):
+        assert stats.ks_2samp(mine, reference).pvalue > 1e-4, name
+    top, left, box_height, box_width = ours
+    assert min(top.min(), left.min()) >= 0
+    assert (top + box_height <= height).all()
+    assert (left + box_width <= width).all()
+
+
+def test_auto_augment_is_torchvisions_policy():
+    theirs = AutoAugment(AutoAugmentPolicy.CIFAR10)
+    expected_policies = [tuple((name, p, magnitude or 0) for name, p, magnitude in pair) for pair in theirs.policies]
+    assert list(views.AUTO_AUGMENT) == expected_policies
+    bins = np.arange(10) / 9
+    for name, (magnitudes, signed) in theirs._augmentation_space(10, (32, 32)).items():
+        for sign in (1.0, -1.0) if signed else (1.0,):
+            ours = views.auto_augment_arguments(bins, sign * bins, 32).get(name, 0 * bins)
+            expected = magnitudes.expand(10).numpy() * sign
+            if name in ("Brightness", "Color", "Contrast", "Sharpness"):
+                expected = 1 + expected
+            if name.startswith("Translate"):
+                expected = -np.trunc(expected)  # _apply_op's int()
+            assert ours == pytest.approx(expected, abs=1e-4), name
+
+
+def test_rand_augment_has_timms_operations_and_arguments(monkeypatch):
+    monkeypatch.setattr(timm_augment, "_randomly_negate", lambda value: value)
+    timm_name = {"TranslateX": "TranslateXRel", "TranslateY": "TranslateYRel"}
+    assert [timm_name.get(name, name) for name in views.RAND_AUGMENT] == timm_augment._RAND_TRANSFORMS
+    for level in (0.0, 3.3, 7.77, 9.5, 10.0):
+        ours = views.rand_augment_arguments(np.array([level / 10]), np.array([level / 10]), 48)
+        for name in views.RAND_AUGMENT:
+            to_argument = timm_augment.LEVEL_TO_ARG[timm_name.get(name, name)]
+            assert (name in ours) == (to_argument is not None)
+            if to_argument is not None:
+                scale = 48 if name.startswith("Translate") else 1
+                assert ours[name][0] == pytest.approx(to_argument(level, {})[0] * scale), name
+
+
 def mean_and_spread(images: torch.Tensor) -> np.ndarray:
     """Two numbers of each image that every operation moves."""
     pixels = images.float()
@@ -154,7 +204,7 @@ def difference_of_crops(photo: np.ndarray, size: int, boxes: int) -> float:
     """The largest mean difference of a resized crop to torchvision's of a PIL image, over random boxes."""
     height, width = photo.shape[:2]
     numbers = Numbers(height, 0, np.arange(boxes), 0)
-    drawn = policies.random_boxes(numbers, np.full(boxes, height), np.full(boxes, width), 0.08)
+    drawn = views.random_boxes(numbers, np.full(boxes, height), np.full(boxes, width), 0.08)
     differences = []
     for box in drawn.tolist():
         theirs = v2.functional.resized_crop(Image.fromarray(photo), *box, [size, size], antialias=True)
