@@ -76,6 +76,8 @@ def test_many_processes_train_what_one_trains(trained, case, processes):
     assert one["gradients"].keys() == many["gradients"].keys() == {32, CASES[case]["images"] % 32}
     for rows, gradients in one["gradients"].items():
         assert largest_relative_error(many["gradients"][rows], gradients) < 1e-9, f"after a batch of {rows}"
+        if case == "micro":
+            assert largest_relative_error(trained[1]["bcl"]["gradients"][rows], gradients) < 1e-9
     assert largest_relative_error(many["state"], one["state"]) < 1e-6
     assert len(one["terms"]) >= 20
     for ours, expected in zip(many["terms"], one["terms"], strict=True):
@@ -92,12 +94,6 @@ def test_some_ranks_lack_images_and_classes_and_statistics_of_each_rank_are_anot
     one, four = trained[1]["per-rank"]["gradients"][32], trained[4]["per-rank"]["gradients"][32]
     assert largest_relative_error(four, one) > 0.05
     assert largest_relative_error(trained[1]["synchronised"]["gradients"][32], one) == 0
-
-
-@pytest.mark.slow
-def test_micro_batches_give_the_gradients_of_the_batch(trained):
-    for rows, gradients in trained[1]["bcl"]["gradients"].items():
-        assert largest_relative_error(trained[1]["micro"]["gradients"][rows], gradients) < 1e-9
 
 
 # ---- shares
@@ -165,10 +161,8 @@ def test_figures_of_three_processes_are_those_of_one(tmp_path):
         assert saved.files == list(observed_by_three)
         for name in saved.files:
             np.testing.assert_allclose(observed_by_three[name], saved[name], rtol=1e-6, atol=1e-7, err_msg=name)
-    files = ["--out", str(tmp_path / "again.json"), "--logits", str(tmp_path / "again.npz")]
-    done = torchrun(3, *evaluate, "--split", "test", *files)
+    done = torchrun(3, *evaluate, "--split", "test", "--logits", str(tmp_path / "again.npz"))
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "again.json").read_text())["test"] == of_three["test"]
     with np.load(tmp_path / "again.npz") as saved:
         assert saved["logits"].shape == (500, 10)
         assert (saved["logits"].argmax(1) == saved["labels"]).mean() == of_three["test"]["top1"]

@@ -23,8 +23,7 @@ def test_shipped_recipes_say_what_they_are(name, tmp_path):
     assert recipe.name == name
     assert len(recipe.summary) < 100
     header = shipped_recipes()[name].read_text(encoding="utf-8")
-    assert "Source:" in header
-    assert "Command: equipoise train" in header
+    assert "Source:" in header and "Command: equipoise train" in header  # noqa: PT018
     changed = load_recipe(name, lr=0.037, milestones=[0.5, 3])
     (tmp_path / "recipe.toml").write_text(recipe_toml(changed), encoding="utf-8")
     assert load_recipe(tmp_path / "recipe.toml") == load_recipe(tmp_path) == changed, "by its file, and as a run folder"
@@ -87,7 +86,6 @@ def test_overrides_take_text_and_values():
         ("lr", float("nan"), "optim.lr must be a number, above 0, not nan"),
         ("tau", "inf", "loss.tau must be a number, at least 0, not 'inf'"),
         ("lr", True, "optim.lr must be a number, above 0, not True"),
-        ("log_every", "9" * 5000, f"log_every must be a whole number, at least 1, not '{'9' * 47}...{'9' * 48}'"),
         ("holdout", 0.9, "data.holdout must be a number, at least 0 and at most 0.5, not 0.9"),
         ("device", "gpu", "device must be one of auto, cpu, cuda, cuda:N, mps, not 'gpu'"),
         ("method", "BCL", "method must be one of bcl, ce, logit-adjusted, supcon+la, not 'BCL'"),
@@ -123,9 +121,7 @@ def test_unknown_recipes():
     [
         ("epoch = 3", "no recipe field is called 'epoch'; did you mean epochs?"),
         ("lr = 0.1", "no recipe field is called 'lr'; write optim.lr"),
-        ("[optim]\nlearning = 1", "no recipe field is called 'optim.learning'"),
         ("[optimizer]\nlr = 1", "no recipe field is called 'optimizer.lr'; did you mean optim.lr"),
-        ("optim = 3", "no recipe field is called 'optim'"),
         ("[optim]\nlr = -1", "optim.lr must be a number, above 0, not -1"),
         ("epochs = [", "is no recipe that can be read (Invalid value (at end of document))"),
         (b"\xff\xfe", "is no recipe that can be read"),

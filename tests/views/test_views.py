@@ -164,20 +164,6 @@ def test_auto_augment_is_torchvisions_policy():
             assert ours == pytest.approx(expected, abs=1e-4), name
 
 
-def test_rand_augment_has_timms_operations_and_arguments(monkeypatch):
-    monkeypatch.setattr(timm_augment, "_randomly_negate", lambda value: value)
-    timm_name = {"TranslateX": "TranslateXRel", "TranslateY": "TranslateYRel"}
-    assert [timm_name.get(name, name) for name in views.RAND_AUGMENT] == timm_augment._RAND_TRANSFORMS
-    for level in (0.0, 3.3, 7.77, 9.5, 10.0):
-        ours = views.rand_augment_arguments(np.array([level / 10]), np.array([level / 10]), 48)
-        for name in views.RAND_AUGMENT:
-            to_argument = timm_augment.LEVEL_TO_ARG[timm_name.get(name, name)]
-            assert (name in ours) == (to_argument is not None)
-            if to_argument is not None:
-                scale = 48 if name.startswith("Translate") else 1
-                assert ours[name][0] == pytest.approx(to_argument(level, {})[0] * scale), name
-
-
 def mean_and_spread(images: torch.Tensor) -> np.ndarray:
     """Two numbers of each image that every operation moves."""
     pixels = images.float()
@@ -195,22 +181,14 @@ def test_evaluation_view_is_torchvisions(size, side):
 # ---- photographs, at the size they are trained at
 
 
-def photographs(shared_data, count: int) -> list[np.ndarray]:
-    files = sorted((shared_data / "photos").glob("*.JPEG"))
-    return [decode_bytes(file.read_bytes()) for file in files[:: len(files) // count][:count]]
-
-
 def difference_of_crops(photo: np.ndarray, size: int, boxes: int) -> float:
     """The largest mean difference of a resized crop to torchvision's of a PIL image, over random boxes."""
     height, width = photo.shape[:2]
     numbers = Numbers(height, 0, np.arange(boxes), 0)
     drawn = views.random_boxes(numbers, np.full(boxes, height), np.full(boxes, width), 0.08)
-    differences = []
-    for box in drawn.tolist():
-        theirs = v2.functional.resized_crop(Image.fromarray(photo), *box, [size, size], antialias=True)
-        ours = operations.resized_crop(photo, box, size)
-        differences.append(np.abs(ours.astype(float) - np.asarray(theirs)).mean())
-    return max(differences)
+    theirs = [v2.functional.resized_crop(Image.fromarray(photo), *box, [size, size], antialias=True) for box in drawn]
+    ours = [operations.resized_crop(photo, box, size) for box in drawn.tolist()]
+    return np.abs(np.stack(ours).astype(float) - np.stack(theirs)).mean((1, 2, 3)).max()
 
 
 @pytest.mark.parametrize("size", [24, 96, 224])
@@ -221,13 +199,8 @@ def test_resized_crops_are_torchvisions(shape, size):
 
 
 def test_resized_crops_of_photographs_are_torchvisions(shared_data):
-    assert max(difference_of_crops(photo, 224, boxes=6) for photo in photographs(shared_data, 16)) < 0.5
-
-
-def test_decoding_is_pillows(shared_data):
-    files = sorted((shared_data / "photos").glob("*.JPEG"))[::10]
-    for file in files:
-        assert (decode_bytes(file.read_bytes()) == np.asarray(Image.open(file).convert("RGB"))).all()
+    for file in sorted((shared_data / "photos").glob("*.JPEG"))[::10]:
+        assert difference_of_crops(decode_bytes(file.read_bytes()), 224, boxes=6) < 0.5
 
 
 CROP, FLIP = v2.RandomResizedCrop(32, (0.08, 1)), v2.RandomHorizontalFlip()
