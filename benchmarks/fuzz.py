@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ def _instrumented() -> contextlib.AbstractContextManager[Any]:
 
 with _instrumented():
     from equipoise import UserError
-    from equipoise.config.recipe import Recipe, load_recipe, recipe_table, recipe_toml
+    from equipoise.config.recipe import Recipe, load_recipe, recipe_toml
     from equipoise.data.decode import decode
     from equipoise.data.images import ImageFiles, ImageList
     from equipoise.data.lists import read_list
@@ -111,7 +111,7 @@ def _recipes() -> list[bytes]:
 
 
 def _hub_config() -> bytes:
-    about = {"recipe": recipe_table(Recipe()), "class_names": ["a", "b"], "class_counts": [5, 1], "temperature": 1.5}
+    about = {"recipe": asdict(Recipe()), "class_names": ["a", "b"], "class_counts": [5, 1], "temperature": 1.5}
     return json.dumps({"architecture": "resnet8", "equipoise": {**about, "epoch": 4, "step": 20}}).encode()
 
 

@@ -5,16 +5,15 @@ import torch
 
 from equipoise import UserError
 from equipoise.base import device
-from equipoise.base.device import autocast, choose_device, choose_precision
+from equipoise.base.device import choose_device, choose_precision
 
 CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("name", ["tpu", "", "cpu:0", "cuda:x", "cuda:", "mps:1"])
 def test_what_is_no_device(name):
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError, match=f"a device is one of .*; not '{name}'"):
         choose_device(name)
-    assert str(refused.value) == f"a device is one of auto, cpu, cuda, cuda:N, mps; not '{name}'"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device that must be missing")
@@ -28,10 +27,3 @@ def test_auto_precision_follows_the_processor(flags, precision, monkeypatch):
     monkeypatch.setattr(device, "_cpu_field", lambda name: flags)
     assert choose_precision("auto", CPU) == precision
     assert [choose_precision(name, CPU) for name in ("fp32", "bf16")] == ["fp32", "bf16"]
-
-
-def test_autocast():
-    a = torch.ones(2, 2)
-    for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        with autocast(CPU, precision):
-            assert (a @ a).dtype == dtype

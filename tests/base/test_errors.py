@@ -26,11 +26,9 @@ def raised(call) -> Exception:
         (PermissionError(13, "Permission denied", "x"), "permission denied", "permission denied"),
         (raised(lambda: json.loads("{}}")), UNCLEAR, "Extra data: line 1 column 3 (char 2)"),
         (RuntimeError("first \x1b[31mline\nsecond line"), UNCLEAR, r"first \x1b[31mline"),
-        (ValueError("x" * 1000), UNCLEAR, "x" * 150),
         (raised(lambda: Image.open(io.BytesIO(b"x"))), UNCLEAR, UNCLEAR),
         (KeyError(1946569571), UNCLEAR, UNCLEAR),
         (raised(lambda: b"\xff".decode()), UNCLEAR, UNCLEAR),
-        (ValueError("Can only append to lists, but got <class 'dict'>"), UNCLEAR, UNCLEAR),
         (RuntimeError("[enforce fail at inline_container.cc:340] . no central directory"), UNCLEAR, UNCLEAR),
     ],
 )
@@ -47,7 +45,6 @@ def test_reasons(error, ours, with_the_library):
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB."), True),
         (raised(lambda: torch.empty(2**60)), True),
         (raised(lambda: cv2.resize(np.zeros((9, 9), np.uint8), (2**20, 2**30))), True),
-        (OSError("out of memory error when reading image file"), True),  # Pillow's
         (OSError(12, "Cannot allocate memory"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),

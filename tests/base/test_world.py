@@ -20,17 +20,16 @@ from equipoise.base.world import ALONE, World, join
 from equipoise.runs.checkpoint import load_checkpoint
 
 HERE = Path(__file__).resolve().parents[1]
+BCL = {"method": "bcl", "micro_batch": 0, "batch_norm": "frozen", "images": 83}
 CASES = {
-    "bcl": {"method": "bcl", "micro_batch": 0, "batch_norm": "frozen", "images": 83},
-    # The last batch has three images: of four ranks, three have none.
-    "three-left": {"method": "bcl", "micro_batch": 0, "batch_norm": "frozen", "images": 67},
-    "supcon": {"method": "supcon+la", "micro_batch": 0, "batch_norm": "frozen", "images": 83},
-    "ce": {"method": "ce", "micro_batch": 0, "batch_norm": "frozen", "images": 67},
-    "micro": {"method": "bcl", "micro_batch": 3, "batch_norm": "frozen", "images": 83},
-    "synchronised": {"method": "bcl", "micro_batch": 0, "batch_norm": "synchronised", "images": 83},
-    "per-rank": {"method": "bcl", "micro_batch": 0, "batch_norm": "per-rank", "images": 83},
+    "bcl": BCL,
+    "three-left": BCL | {"images": 67},  # in the last batch: of four ranks, three have none
+    "supcon": BCL | {"method": "supcon+la"},
+    "ce": BCL | {"method": "ce", "images": 67},
+    "micro": BCL | {"micro_batch": 3},
+    "synchronised": BCL | {"batch_norm": "synchronised"},
+    "per-rank": BCL | {"batch_norm": "per-rank"},
 }
-
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
@@ -77,6 +76,8 @@ def test_many_processes_train_what_one_trains(trained, case, processes):
     assert one["gradients"].keys() == many["gradients"].keys() == {32, CASES[case]["images"] % 32}
     for rows, gradients in one["gradients"].items():
         assert largest_relative_error(many["gradients"][rows], gradients) < 1e-9, f"after a batch of {rows}"
+        if case == "micro":
+            assert largest_relative_error(trained[1]["bcl"]["gradients"][rows], gradients) < 1e-9
     assert largest_relative_error(many["state"], one["state"]) < 1e-6
     assert len(one["terms"]) >= 20
     for ours, expected in zip(many["terms"], one["terms"], strict=True):
@@ -85,23 +86,14 @@ def test_many_processes_train_what_one_trains(trained, case, processes):
 
 
 @pytest.mark.slow
-def test_some_ranks_lack_images_and_classes(trained):
+def test_some_ranks_lack_images_and_classes_and_statistics_of_each_rank_are_another_thing(trained):
+    """BatchNorm over a quarter of the batch differs from BatchNorm over all of it, which 'synchronised' computes."""
     assert trained[4]["three-left"]["rows"][2] == [(0, 3), (3, 3), (3, 3), (3, 3)]
     assert any(set(own) != set(range(5)) for ranks in trained[4]["bcl"]["classes"] for own in ranks)
 
-
-@pytest.mark.slow
-def test_statistics_of_each_rank_are_another_thing(trained):
-    """BatchNorm over a quarter of the batch differs from BatchNorm over all of it, which 'synchronised' computes."""
     one, four = trained[1]["per-rank"]["gradients"][32], trained[4]["per-rank"]["gradients"][32]
     assert largest_relative_error(four, one) > 0.05
     assert largest_relative_error(trained[1]["synchronised"]["gradients"][32], one) == 0
-
-
-@pytest.mark.slow
-def test_micro_batches_give_the_gradients_of_the_batch(trained):
-    for rows, gradients in trained[1]["bcl"]["gradients"].items():
-        assert largest_relative_error(trained[1]["micro"]["gradients"][rows], gradients) < 1e-9
 
 
 # ---- shares
@@ -169,10 +161,8 @@ def test_figures_of_three_processes_are_those_of_one(tmp_path):
         assert saved.files == list(observed_by_three)
         for name in saved.files:
             np.testing.assert_allclose(observed_by_three[name], saved[name], rtol=1e-6, atol=1e-7, err_msg=name)
-    files = ["--out", str(tmp_path / "again.json"), "--logits", str(tmp_path / "again.npz")]
-    done = torchrun(3, *evaluate, "--split", "test", *files)
+    done = torchrun(3, *evaluate, "--split", "test", "--logits", str(tmp_path / "again.npz"))
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "again.json").read_text())["test"] == of_three["test"]
     with np.load(tmp_path / "again.npz") as saved:
         assert saved["logits"].shape == (500, 10)
         assert (saved["logits"].argmax(1) == saved["labels"]).mean() == of_three["test"]["top1"]
@@ -225,19 +215,6 @@ def test_rank_0_alone_writes_or_all_refuse(difference, said, tmp_path):
     assert os.listdir(tmp_path / "of 0") == []
 
 
-@pytest.mark.long
-def test_synchronised_batch_norm_is_over_all_processes(tmp_path):
-    arguments = ["-b", "60", "--log-every", "1", "--set", "model.batch_norm=synchronised", "--precision", "bf16"]
-    first = {}
-    for processes in (1, 2):
-        run = tmp_path / f"of {processes}"
-        done = torchrun(processes, *train_command(run, *arguments))
-        assert done.returncode == 0, done.stderr
-        first[processes] = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()][:2]
-    # The second loss comes after a step. In bfloat16 the two kinds of BatchNorm round differently.
-    assert first[2] == pytest.approx(first[1], rel=2e-2)
-
-
 SMALL = ["--arch=resnet8", "--size=16", "--epochs=1", "-b6", "-j1", "--precision=fp32", "--set", "data.holdout=0"]
 
 
@@ -264,12 +241,6 @@ def test_bad_images_of_all_ranks_are_replaced_and_counted(tmp_path):
         found[processes] = metrics["bad_images"], load_checkpoint(run / "last.pt").weights
     assert found[1][0] == found[2][0]
     assert largest_relative_error(found[2][1], found[1][1]) < 1e-3, "what stands in is the same"
-    for number in range(12):
-        (data / "train" / "ant" / f"{number}.png").write_bytes(b"none")
-    done = torchrun(2, *arguments, "--out", str(tmp_path / "other"))
-    (said,) = messages(done.stderr)
-    assert "none of the 12 images of class 'ant' can be read" in said
-    assert not (tmp_path / "other").exists()
 
 
 # ---- failures

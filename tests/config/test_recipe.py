@@ -23,8 +23,7 @@ def test_shipped_recipes_say_what_they_are(name, tmp_path):
     assert recipe.name == name
     assert len(recipe.summary) < 100
     header = shipped_recipes()[name].read_text(encoding="utf-8")
-    assert "Source:" in header
-    assert "Command: equipoise train" in header
+    assert "Source:" in header and "Command: equipoise train" in header  # noqa: PT018
     changed = load_recipe(name, lr=0.037, milestones=[0.5, 3])
     (tmp_path / "recipe.toml").write_text(recipe_toml(changed), encoding="utf-8")
     assert load_recipe(tmp_path / "recipe.toml") == load_recipe(tmp_path) == changed, "by its file, and as a run folder"
@@ -84,16 +83,12 @@ def test_overrides_take_text_and_values():
     ("key", "value", "said"),
     [
         ("lr", -0.1, "optim.lr must be a number, above 0, not -0.1"),
-        ("lr", "fast", "optim.lr must be a number, above 0, not 'fast'"),
         ("lr", float("nan"), "optim.lr must be a number, above 0, not nan"),
         ("tau", "inf", "loss.tau must be a number, at least 0, not 'inf'"),
         ("lr", True, "optim.lr must be a number, above 0, not True"),
-        ("epochs", 2.5, "epochs must be a whole number, at least 1 and at most 1000000, not 2.5"),
-        ("log_every", "9" * 5000, f"log_every must be a whole number, at least 1, not '{'9' * 47}...{'9' * 48}'"),
         ("holdout", 0.9, "data.holdout must be a number, at least 0 and at most 0.5, not 0.9"),
         ("device", "gpu", "device must be one of auto, cpu, cuda, cuda:N, mps, not 'gpu'"),
         ("method", "BCL", "method must be one of bcl, ce, logit-adjusted, supcon+la, not 'BCL'"),
-        ("pretrained", "maybe", "model.pretrained must be true or false, not 'maybe'"),
         ("pretrained", 1, "model.pretrained must be true or false, not 1"),
         ("mean", "0.1 0.2", "views.mean must be 3 numbers, at least 0 and at most 1, not '0.1 0.2'"),
         ("std", [0.2, 0, 0.2], "views.std must be 3 numbers, above 0 and at most 1, not [0.2, 0, 0.2]"),
@@ -109,19 +104,16 @@ def test_refused_values(key, value, said):
     assert str(error.value) == said
 
 
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("digit-lt", "no recipe is called 'digit-lt'; did you mean digits-lt?"),
-        ("zzz", f"no recipe is called 'zzz'; there are: {', '.join(shipped_recipes())}"),
-        ("absent.toml", "absent.toml is no recipe that can be read (no such file or directory)"),
-        ("/", "/ is a folder, not a recipe; to train on the pictures in it: --data /"),
-    ],
-)
-def test_unknown_recipes(name, said):
-    with pytest.raises(UserError) as error:
-        load_recipe(name)
-    assert str(error.value) == said
+def test_unknown_recipes():
+    for name, said in {
+        "digit-lt": "no recipe is called 'digit-lt'; did you mean digits-lt?",
+        "zzz": f"no recipe is called 'zzz'; there are: {', '.join(shipped_recipes())}",
+        "absent.toml": "absent.toml is no recipe that can be read (no such file or directory)",
+        "/": "/ is a folder, not a recipe; to train on the pictures in it: --data /",
+    }.items():
+        with pytest.raises(UserError) as error:
+            load_recipe(name)
+        assert str(error.value) == said
 
 
 @pytest.mark.parametrize(
@@ -129,9 +121,7 @@ def test_unknown_recipes(name, said):
     [
         ("epoch = 3", "no recipe field is called 'epoch'; did you mean epochs?"),
         ("lr = 0.1", "no recipe field is called 'lr'; write optim.lr"),
-        ("[optim]\nlearning = 1", "no recipe field is called 'optim.learning'"),
         ("[optimizer]\nlr = 1", "no recipe field is called 'optimizer.lr'; did you mean optim.lr"),
-        ("optim = 3", "no recipe field is called 'optim'"),
         ("[optim]\nlr = -1", "optim.lr must be a number, above 0, not -1"),
         ("epochs = [", "is no recipe that can be read (Invalid value (at end of document))"),
         (b"\xff\xfe", "is no recipe that can be read"),
@@ -146,11 +136,13 @@ def test_wrong_files(text, said, tmp_path):
     assert said in str(error.value)
 
 
-@pytest.mark.parametrize("table", [3, {1: 2}, {"optim": {1: 2}}, {"data": {"path": b"x"}}])
-def test_tables_of_other_programs(table):
-    """As a checkpoint or a hub's config may hold them."""
-    with pytest.raises(UserError, match=r"^here: "):
-        recipe_from_table(table, "here")
+def test_tables_and_files_of_other_programs(tmp_path):
+    """As a checkpoint or a hub's config may hold them; and as an editor may begin a file."""
+    for table in (3, {1: 2}, {"optim": {1: 2}}, {"data": {"path": b"x"}}):
+        with pytest.raises(UserError, match=r"^here: "):
+            recipe_from_table(table, "here")
+    (tmp_path / "mine.toml").write_text("epochs = 3", encoding="utf-8-sig")
+    assert load_recipe(tmp_path / "mine.toml").epochs == 3
 
 
 def test_the_written_file_is_complete():
@@ -158,8 +150,3 @@ def test_the_written_file_is_complete():
     for field in recipe_fields():
         assert reduce(lambda part, name: part[name], field.path, table) is not None
     assert recipe_from_table(table, "here") == Recipe()
-
-
-def test_a_byte_order_mark_is_no_part_of_a_recipe(tmp_path):
-    (tmp_path / "mine.toml").write_text("epochs = 3", encoding="utf-8-sig")
-    assert load_recipe(tmp_path / "mine.toml").epochs == 3

@@ -6,7 +6,7 @@ import platform
 import re
 import warnings
 from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,9 +16,8 @@ from equipoise.base.errors import UserError
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """'auto' takes cuda, mps, cpu; 'cuda:1' is the second GPU. 'cuda' without a number is, for each process on this
-    host, its own. A GPU becomes the current one, to which pinned memory, streams and events belong. Raises UserError
-    for a device that does not exist, here or at all."""
+    """'auto' takes cuda, mps, cpu. 'cuda' without a number is each process's own, and becomes the current one, to which
+    pinned memory, streams and events belong. Raises UserError for a device that does not exist, here or at all."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(device for device, there in available.items() if there)
@@ -98,11 +97,6 @@ def choose_precision(name: str, device: torch.device) -> str:
         return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp32"
     flags = _cpu_field("flags").split() if device.type == "cpu" else []
     return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
-
-
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """The context in which the forward pass runs."""
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
 def describe_machine(device: torch.device) -> dict[str, str | int]:

@@ -9,11 +9,8 @@ from shutil import which
 
 
 class UserError(ValueError):
-    """Something the user can put right: bad data, a bad recipe, a bad argument.
-
-    The text is one line that says what is wrong, where, and what to do. The command line prints it and exits with
-    `code`; any other exception is a bug of ours and shows its traceback.
-    """
+    """Something the user can put right: one line that says what is wrong, where, and what to do. The command line
+    prints it and exits with `code`; any other exception is a bug of ours and shows its traceback."""
 
     code = 2
 
@@ -53,15 +50,13 @@ def shown(value: object) -> str:
 
 
 # torch has a class of its own only for what its caching allocator cannot get on a GPU.
-_OUT_OF_MEMORY = re.compile(
-    "(not enough|out of|Insufficient) memory|allocate memory|_ALLOC(ATION)?_FAILED|std::bad_alloc"
-)
+_NO_MEMORY = re.compile("(not enough|out of|Insufficient) memory|allocate memory|_ALLOC(ATION)?_FAILED|std::bad_alloc")
 
 
 def out_of_memory(error: Exception) -> bool:
     """Whether the memory, of the machine or of a GPU, was too small."""
     text = "" if isinstance(error, ValueError) else str(error)
-    return isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(text) is not None
+    return isinstance(error, MemoryError) or _NO_MEMORY.search(text) is not None
 
 
 # What only the programmers of a library understand: addresses, classes, places in its source.

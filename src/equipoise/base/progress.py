@@ -10,7 +10,6 @@ from typing import TypeVar
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 T = TypeVar("T")
-
 _SECONDS_BETWEEN_PLAIN_LINES = 10.0
 
 

@@ -1,10 +1,5 @@
-"""torchrun's environment becomes a world of ranks, which exchange tensors and fail together.
-
-One process a GPU (or a share of a CPU's cores), started by torchrun or by whatever sets the same variables. Without
-them the world has one rank, and everything here does nothing.
-
-Shapes: B images of this rank, G images of the whole batch.
-"""
+"""torchrun's environment becomes a world of ranks, which exchange tensors and fail together. Without it the world has
+one rank, and everything here does nothing. Shapes: B images of this rank, G images of the whole batch."""
 
 import hashlib
 import os
@@ -18,16 +13,13 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from equipoise.base.errors import LostRankError, SharedError, Stopped, UserError, in_words, out_of_memory, reason
 
 Made = TypeVar("Made")
-
-# How long ranks wait for one that is alive but does not come: rank 0 may save or open data for minutes. The end of a
-# process is noticed at once, since its connections close.
+# For a rank that is alive but does not come: rank 0 may save for minutes. The end of a process is noticed at once.
 _PATIENCE = timedelta(minutes=20)
 
 
@@ -60,24 +52,20 @@ class World:
         ranks that names it; where one was stopped, all are."""
         if self.size == 1:
             return make()
-        made, failure = None, None
+        made = failure = None
         try:
             made = make()
         except (UserError, OSError) as error:
             failure = SharedError(f"rank {self.rank}: {in_words(error)}")
         except Stopped as error:
             failure = error
-        failures = [failure for failure in self.gather_objects(failure) if failure is not None]
-        if failures:
-            raise failures[0]
+        for failed in filter(None, self.gather_objects(failure)):
+            raise failed
         return made  # pyright: ignore[reportReturnType]
 
     def first_makes(self, make: Callable[[], Made]) -> Made:
         """What rank 0 makes, on every rank. Its errors become those of all ranks, as in `each_makes`."""
-        made: list[Any] = [self.each_makes(lambda: make() if self.is_first else None)]
-        if self.size > 1:
-            dist.broadcast_object_list(made, src=0)
-        return made[0]
+        return self.gather_objects(self.each_makes(lambda: make() if self.is_first else None))[0]
 
     def gather_in_turn(self, values: Sequence[Made]) -> list[Made]:
         """The values of all ranks in the order of the work, of which rank r did the parts r, r + size, ..."""
@@ -99,14 +87,9 @@ class World:
         return values
 
     def gather_rows(self, rows_BX: Tensor, batch: int) -> Tensor:
-        """`[G, ...]` the rows of every rank, in the order of the batch of `batch` rows.
-
-        Each rank may use the result differently: a row's gradient is the sum of the gradients on all ranks.
-        """
-        if self.size == 1:
-            return rows_BX
-        shares = [World(rank, self.size).share(batch) for rank in range(self.size)]
-        return _GatherRows.apply(rows_BX, shares[self.rank], [share.stop - share.start for share in shares])  # pyright: ignore[reportReturnType]
+        """`[G, ...]` the rows of every rank, in the order of the batch of `batch` rows. Each rank may use the result
+        differently: a row's gradient is the sum of the gradients on all ranks."""
+        return rows_BX if self.size == 1 else _GatherRows.apply(rows_BX, self.share(batch), batch)  # pyright: ignore[reportReturnType]
 
     def first_buffers(self, module: nn.Module) -> None:
         """Give every rank rank 0's buffers (BatchNorm's averages), as DataParallel keeps those of its first GPU."""
@@ -120,22 +103,20 @@ ALONE = World()
 
 @contextmanager
 def join() -> Generator[World]:
-    """The world of this process, joined to its other ranks for the time of the context.
-
-    nccl exchanges tensors on GPUs, gloo all others, and all tensors where there are more ranks than GPUs. Raises
-    UserError, with the number of the rank, where the other ranks cannot be reached and for an error of the user's in
-    the context; LostRankError where an exchange with the others failed.
-    """
-    world = _world_of_environment()
+    """The world of this process, joined to its other ranks for the time of the context. Raises UserError, with the
+    number of the rank, where they cannot be reached and for an error of the user's in the context; LostRankError where
+    an exchange with them failed."""
+    get = os.environ.get
+    ranks = int(get("RANK", 0)), int(get("WORLD_SIZE", 1)), int(get("LOCAL_RANK", 0)), int(get("LOCAL_WORLD_SIZE", 1))
+    world = World(*ranks, get("TORCHELASTIC_RUN_ID", ""), get("TORCHELASTIC_RESTART_COUNT", "0") != "0")
     if world.size == 1:
         yield world
         return
     try:
-        store, rank, size = next(dist.rendezvous("env://"))
+        store = _store_of_this_start()
         # nccl refuses ranks that share a GPU.
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.device_count() >= world.local_size else "gloo"
-        store = _store_of_this_start(store, rank, size)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
+        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
         why = reason(error, library=True, otherwise="torch does not say why")
         raise UserError(f"rank {world.rank} could not join the others ({why}); start all with torchrun") from None
@@ -154,21 +135,10 @@ def join() -> Generator[World]:
     dist.destroy_process_group()
 
 
-def _world_of_environment() -> World:
-    get = os.environ.get
-    return World(
-        rank=int(get("RANK", 0)),
-        size=int(get("WORLD_SIZE", 1)),
-        local_rank=int(get("LOCAL_RANK", 0)),
-        local_size=int(get("LOCAL_WORLD_SIZE", 1)),
-        launch=get("TORCHELASTIC_RUN_ID", ""),
-        restarted=get("TORCHELASTIC_RESTART_COUNT", "0") != "0",
-    )
-
-
-def _store_of_this_start(store: dist.Store, rank: int, size: int) -> dist.Store:
+def _store_of_this_start() -> dist.Store:
     """The part of torchrun's store that exactly these processes share. The store outlives a restart, and may hold the
     addresses of processes that have ended; hosts may count their restarts differently."""
+    store, rank, size = next(dist.rendezvous("env://"))
     store.set(f"equipoise/id/{rank}", uuid.uuid4().hex)
     while True:  # until all ranks have seen the same ranks
         ids = b"".join(store.multi_get([f"equipoise/id/{other}" for other in range(size)]))
@@ -190,16 +160,15 @@ def lost_rank(error: Exception) -> LostRankError | None:
 
 
 class _GatherRows(torch.autograd.Function):
-    """All ranks' rows, of which each may have another number. Backward: the sum over ranks of the gradients."""
+    """All ranks' rows, as a sum of which each rank adds its own. Backward: the sum over ranks of the gradients."""
 
     @staticmethod
-    def forward(ctx: Any, rows_BX: Tensor, share: slice, sizes: Sequence[int]) -> Tensor:
+    def forward(ctx: Any, rows_BX: Tensor, share: slice, batch: int) -> Tensor:
         ctx.share = share
-        padded = F.pad(rows_BX.flatten(1), (0, 0, 0, max(sizes) - len(rows_BX))).contiguous()
-        gathered = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(gathered, padded)
-        rows_GX = torch.cat([rows[:size] for rows, size in zip(gathered, sizes, strict=True)])
-        return rows_GX.view(-1, *rows_BX.shape[1:])
+        rows_GX = rows_BX.new_zeros(batch, *rows_BX.shape[1:])
+        rows_GX[share] = rows_BX
+        dist.all_reduce(rows_GX)
+        return rows_GX
 
     @staticmethod
     @once_differentiable

@@ -1,15 +1,11 @@
-"""A name or TOML file, plus overrides, becomes one frozen, validated `Recipe`.
-
-Every field is declared once, here: its type, what it means, what it may be. The command line's flags, `--set`,
-`load_recipe(**overrides)` and TOML files all pass through the same check, so that a wrong value gives the same message
-whichever way it came.
-"""
+"""A name or TOML file, plus overrides, becomes one frozen, validated `Recipe`. Every field is declared once, here: its
+type, what it means, what it may be. All values pass through the same check, whichever way they came."""
 
 import dataclasses
 import difflib
 import math
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache, reduce
 from pathlib import Path
@@ -161,37 +157,25 @@ class Field:
         return (self.path[-1].replace("_", "-"), *self.flags)
 
 
-def _walk(cls: Any, prefix: tuple[str, ...]) -> Iterator[Field]:
-    for one in dataclasses.fields(cls):
+@cache
+def recipe_fields(table: Any = Recipe, prefix: tuple[str, ...] = ()) -> tuple[Field, ...]:
+    """All fields, in the order of the file; or those of a table in it."""
+    fields: list[Field] = []
+    for one in dataclasses.fields(table):
         path = (*prefix, one.name)
-        if dataclasses.is_dataclass(one.type):
-            yield from _walk(one.type, path)
-        else:
-            yield Field(path, one.type, **one.metadata)
-
-
-@cache
-def recipe_fields() -> tuple[Field, ...]:
-    """All fields, in the order of the file."""
-    return tuple(_walk(Recipe, ()))
-
-
-@cache
-def _fields_by_name() -> dict[str, Field]:
-    """Fields by every name a user may write: `optim.lr`, `lr`, `learning-rate`."""
-    return {name: field for field in recipe_fields() for name in (field.key.replace("_", "-"), *field.names)}
+        of_table = dataclasses.is_dataclass(one.type)
+        fields += recipe_fields(one.type, path) if of_table else [Field(path, one.type, **one.metadata)]
+    return tuple(fields)
 
 
 def find_field(name: str) -> Field:
-    """The field called `name` (`optim.lr`, `lr`, `weight_decay`, `weight-decay`).
-
-    Raises UserError with the nearest names where there is none.
-    """
-    field = _fields_by_name().get(name.replace("_", "-"))
-    if field is None:
-        names = [field.key if "." in name else field.path[-1] for field in recipe_fields()]
-        raise UserError(f"no recipe field is called '{name}'{nearest(name, names)}")
-    return field
+    """The field called `name` (`optim.lr`, `lr`, `weight_decay`, `weight-decay`). Raises UserError with the nearest
+    names where there is none."""
+    for field in recipe_fields():
+        if name.replace("_", "-") in (field.key.replace("_", "-"), *field.names):
+            return field
+    names = [field.key if "." in name else field.path[-1] for field in recipe_fields()]
+    raise UserError(f"no recipe field is called '{name}'{nearest(name, names)}")
 
 
 def nearest(word: str, valid: list[str]) -> str:
@@ -208,10 +192,8 @@ def field_value(recipe: Recipe, field: Field) -> Any:
 
 
 def override(recipe: Recipe, field: Field, value: Any) -> Recipe:
-    """`recipe` with `field` set to `value`, which may be text (`"0.1"`, as from a command line).
-
-    Raises UserError naming the field and what it may be.
-    """
+    """`recipe` with `field` set to `value`, which may be text (`"0.1"`, as from a command line). Raises UserError that
+    names the field and says what it may be."""
     *section, name = field.path
     changed: dict[str, Any] = {name: _checked(field, value)}
     return replace(recipe, **{section[0]: replace(getattr(recipe, section[0]), **changed)} if section else changed)
@@ -249,10 +231,8 @@ def _expected(field: Field) -> str:
 
 
 def recipe_from_table(table: Mapping[str, Any], where: str) -> Recipe:
-    """A recipe from nested tables, as TOML gives them; `where` names the source in messages.
-
-    Raises UserError for unknown sections, fields and refused values.
-    """
+    """A recipe from nested tables, as TOML gives them; `where` names the source in messages. Raises UserError for
+    unknown sections, fields and refused values."""
     if not isinstance(table, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance] a file may hold anything
         raise UserError(f"{where}: its recipe is no table of fields")
     recipe = Recipe()
@@ -280,9 +260,7 @@ def load_recipe(name: str | Path, /, **overrides: Any) -> Recipe:
     """The recipe called `name`: a shipped one, or a path to a TOML file, or to a run folder that holds one.
 
     `overrides` are fields by their own name (`epochs=3`, `lr=0.05`, `imbalance_factor=50`) or flag name
-    (`data="pictures"`); `**{"optim.lr": 0.05}` works too.
-
-    Raises UserError for an unknown recipe or field, or a refused value.
+    (`data="pictures"`); `**{"optim.lr": 0.05}` works too. Raises UserError for what is unknown or refused.
     """
     path = _recipe_file(name)
     try:
@@ -308,13 +286,8 @@ def _recipe_file(name: str | Path) -> Path:
     raise UserError(f"no recipe is called '{name}'{nearest(str(name), list(shipped))}")
 
 
-def recipe_table(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as nested plain tables; `recipe_from_table` reads it back."""
-    return asdict(recipe)
-
-
 def recipe_toml(recipe: Recipe) -> str:
     """The complete recipe as TOML; `load_recipe` reads it back."""
     import tomli_w
 
-    return tomli_w.dumps(recipe_table(recipe))
+    return tomli_w.dumps(asdict(recipe))

@@ -9,7 +9,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import jinja2
 import msgspec
 
 from equipoise.base.errors import UserError, in_words, reason, several
-from equipoise.config.recipe import Data, recipe_from_table, recipe_table
+from equipoise.config.recipe import Data, recipe_from_table
 from equipoise.data.images import imbalance_factor
 from equipoise.evaluation.metrics import FURTHER, GROUP_LIMITS, GROUPS, percent, shot_group
 from equipoise.method.encoders import timm_arguments
@@ -122,7 +122,7 @@ def _config(checkpoint: Checkpoint, temperature: float | None) -> dict[str, Any]
             "classifier": None,
         },
         "equipoise": {
-            "recipe": recipe_table(published),
+            "recipe": asdict(published),
             "class_names": checkpoint.class_names,
             "class_counts": checkpoint.class_counts,
             "epoch": checkpoint.epoch,

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from equipoise.base.errors import UserError, reason
-from equipoise.base.tensors import load_tensors
+from equipoise.base.files import load_tensors
 from equipoise.config.recipe import nearest
 
 _BLOCKS_PER_STAGE = {"resnet8": 1, "resnet20": 3, "resnet32": 5}

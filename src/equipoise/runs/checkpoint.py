@@ -3,7 +3,7 @@
 import os
 import shutil
 import zipfile
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from equipoise.authors.checkpoints import from_authors, is_authors_table
 from equipoise.base.errors import UserError
-from equipoise.base.files import atomic_file
-from equipoise.base.tensors import load_tensors
-from equipoise.config.recipe import Recipe, Views, load_recipe, recipe_from_table, recipe_table
+from equipoise.base.files import atomic_file, load_tensors
+from equipoise.config.recipe import Recipe, Views, load_recipe, recipe_from_table
 from equipoise.data.images import Parts
 from equipoise.data.sources import PARTS
 from equipoise.method.encoders import pretrained_normalisation
@@ -50,7 +49,7 @@ class Checkpoint:
         """Write to `path`, which holds the old file or the whole new one at any moment. Raises OSError."""
         try:
             with atomic_file(path) as file:
-                torch.save({"format": FORMAT, **vars(self), "recipe": recipe_table(self.recipe)}, file)
+                torch.save({"format": FORMAT, **vars(self), "recipe": asdict(self.recipe)}, file)
         except RuntimeError as error:
             if isinstance(error.__context__, OSError):  # torch hides a full disk behind an error of its own
                 raise error.__context__ from None

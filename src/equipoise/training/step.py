@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from equipoise.base.device import autocast, start_reading
+from equipoise.base.device import start_reading
 from equipoise.base.errors import UserError, out_of_memory, reason
 from equipoise.base.world import World
 from equipoise.config.recipe import Recipe
@@ -75,7 +75,7 @@ class Step:
 
     def _losses(self, batch: Batch) -> Terms:
         images, own = len(batch.labels_G), batch.rows
-        with autocast(self._device, self._precision):
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._precision == "bf16"):
             logits_BC, features_BVD, prototypes_CD = self._forward(batch.images_VB3SS)
         # A rank without images of its own has computed others, so that every rank does the same: they do not count.
         count = own.stop - own.start

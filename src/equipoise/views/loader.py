@@ -1,11 +1,6 @@
-"""A list of images and its views become batches, in an order that depends on (seed, epoch) alone.
-
-Loader processes make the batches ahead of the step, so that a GPU does not wait for them. Any number of processes gives
-the same numbers, because every random number comes from (seed, epoch, index).
-
-With `skip`, an image that cannot be read is no error: in training another of its class stands in for it
-(`decode.stand_ins`), in evaluation it is left out, and `bad` says which they were.
-"""
+"""A list of images and its views become batches, in an order that depends on (seed, epoch) alone, made by any number of
+loader processes ahead of the step. With `skip`, an image that cannot be read is no error: in training another of its
+class stands in for it (`decode.stand_ins`), in evaluation it is left out, and `bad` says which they were."""
 
 import signal
 import threading
@@ -23,8 +18,6 @@ from equipoise.data.decode import BadImageError, Pixels, decode, decode_all, no_
 from equipoise.data.images import ImageList, Indices
 from equipoise.views.draws import permutation
 from equipoise.views.views import ViewSettings, evaluation_view, photo_views, small_views
-
-_SECONDS_AFTER_SIGTERM = 60
 
 
 @dataclass(frozen=True)
@@ -84,12 +77,8 @@ def open_batches(
     world: World = ALONE,
     skip: bool = False,
 ) -> "Batches":
-    """Batches of `images`, made by `workers` processes (0: this one). Images of `digits` and `cifar` are decoded now
-    and stay in memory.
-
-    Raises UserError naming an image that cannot be read, or with `skip` a class of which none can: here, or, of
-    photographs, when their turn comes.
-    """
+    """Batches of `images`, made by `workers` processes (0: this one). Raises UserError naming an image that cannot be
+    read, or with `skip` a class of which none can: here, or, of photographs, when their turn comes."""
     if settings.policy == "cifar":  # a step of ResNet-32 takes 11 ms on a GPU; on a CPU, far longer than its views
         workers = min(workers, 6 if device.type == "cuda" else 1)
     if settings.policy == "digits":
@@ -142,14 +131,12 @@ class Batches:
         getattr(self._receiving, "_shutdown_workers", lambda: None)()  # torch has no public way
 
     def _training_tasks(self, seed: int, batch_size: int, steps: range) -> Iterator[_Task]:
-        per_epoch = steps_per_epoch(len(self), batch_size)
-        epoch, order = -1, np.empty(0, np.int64)
+        order = np.empty(0, np.int64)
         for step in steps:
-            if step // per_epoch != epoch:
-                epoch = step // per_epoch
+            epoch, place = divmod(step, steps_per_epoch(len(self), batch_size))
+            if place == 0 or step == steps.start:
                 order = permutation(seed, epoch, len(self))
-            first = step % per_epoch * batch_size
-            indices_G = order[first : first + batch_size]
+            indices_G = order[place * batch_size : (place + 1) * batch_size]
             rows = self._world.share(len(indices_G))
             indices_B = indices_G[rows] if rows.stop > rows.start else indices_G[:2]
             yield _Task(indices_G, rows, indices_B, (seed, epoch))
@@ -169,7 +156,7 @@ class Batches:
 
     def _start(self) -> Iterator[Batch | UserError]:
         """The loader's batches. torch sets a handler of SIGCHLD, which would raise the death of a process in whatever
-        line this one executes; without it, torch raises where the batch is waited for, five seconds later at most."""
+        line this one executes; without it, torch raises where the batch is waited for, seconds later."""
         if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
             return iter(self._loader)  # then torch sets no handler either
         before = signal.getsignal(signal.SIGCHLD)
@@ -188,8 +175,8 @@ class Batches:
 
 
 class _Maker(Dataset["Batch | UserError"]):
-    """Makes the batches, in the loader processes. Photographs are decoded for each batch; of other policies all images
-    have the size of a view, and are in memory."""
+    """Makes the batches, in the loader processes. Photographs are decoded for each batch; other images, which have the
+    size of a view, are in memory."""
 
     def __init__(self, images: ImageList, settings: ViewSettings, skip: bool) -> None:
         self.in_memory = settings.policy != "photos"
@@ -223,15 +210,14 @@ class _Maker(Dataset["Batch | UserError"]):
     def _evaluation(self, indices_B: Indices) -> Batch:
         bad: dict[int, BadImageError] = {}
         size = self._settings.size
-        views_BSS3, good_B = np.empty((len(indices_B), size, size, 3), np.uint8), np.ones(len(indices_B), bool)
-        for place, index in enumerate(indices_B.tolist()):
+        views_BSS3, good = np.empty((len(indices_B), size, size, 3), np.uint8), list[int]()
+        for index in indices_B.tolist():
             image = self._image(index, bad)
-            if image is None:
-                good_B[place] = False
-            else:
-                views_BSS3[place] = image if self.in_memory else evaluation_view(image, size)
-        images_1B3SS = torch.from_numpy(views_BSS3[good_B]).permute(0, 3, 1, 2)[None]
-        labels_B = torch.from_numpy(self._images.labels_N[indices_B[good_B]])
+            if image is not None:
+                views_BSS3[len(good)] = image if self.in_memory else evaluation_view(image, size)
+                good.append(index)
+        images_1B3SS = torch.from_numpy(views_BSS3[: len(good)]).permute(0, 3, 1, 2)[None]
+        labels_B = torch.from_numpy(self._images.labels_N[good])
         return Batch(images_1B3SS, labels_B, slice(0, len(labels_B)), bad)
 
     def _image(self, index: int, bad: dict[int, BadImageError]) -> Pixels | None:
@@ -260,5 +246,5 @@ def _start_worker(_: int) -> None:
     # loader processes. They end with it, or by themselves a minute after SIGTERM.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "alarm"):
-        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_SECONDS_AFTER_SIGTERM))
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(60))
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -41,8 +41,8 @@ cv2.setNumThreads(0)  # the loader's processes run in parallel; threads inside e
 
 @lru_cache
 def operation(name: str, resampling: str, fill: tuple[float, ...]) -> Operation:
-    """The operation `name` of `policies.OPERATIONS`. `resampling` (of `policies.RESAMPLINGS`) and the colour `fill`
-    (0 to 255) are for those that move pixels."""
+    """The operation `name` of `views.OPERATIONS`. `resampling` (of `views.RESAMPLINGS`) and the colour `fill` (0 to
+    255) are for those that move pixels."""
     if name in _OF_COLOUR:
         return _OF_COLOUR[name]
     if name in _AXES:
@@ -51,11 +51,9 @@ def operation(name: str, resampling: str, fill: tuple[float, ...]) -> Operation:
 
 
 def in_turn(image_1HW3: Pixels, steps: Sequence[Step]) -> Pixels:
-    """A photograph `[1, H, W, 3]` through several operations.
-
-    Brightness, contrast and saturation are each a * colour + b * luma + c. One after the other they are that again, if
-    nothing is clipped in between; and a factor of at most 1 clips nothing. Such steps share one pass over the pixels.
-    """
+    """A photograph `[1, H, W, 3]` through several operations. Brightness, contrast and saturation are each
+    a * colour + b * luma + c. One after the other they are that again, if nothing is clipped in between; and a factor
+    of at most 1 clips nothing. Such steps share one pass over the pixels."""
     pending, clips = _UNCHANGED, False
     for name, operation, argument_1 in steps:
         if name not in _LINEAR or clips:
@@ -93,10 +91,8 @@ def flip_horizontal(images: Pixels) -> Pixels:
 
 
 def affine(images: Pixels, matrix_N23: Array, fill: tuple[float, ...], resampling: str) -> Pixels:
-    """Pillow's `Image.transform(size, AFFINE, matrix)`, but that at the border the colour `fill` is blended in.
-
-    A matrix takes the centre (x + 0.5, y + 0.5) of an output pixel to a point of the input.
-    """
+    """Pillow's `Image.transform(size, AFFINE, matrix)`, but that at the border the colour `fill` is blended in. A
+    matrix takes the centre (x + 0.5, y + 0.5) of an output pixel to a point of the input."""
     x_N2, y_N2, shift_N2 = np.moveaxis(matrix_N23, 2, 0)
     # OpenCV counts from the centres of pixels.
     matrix_N23 = np.stack([x_N2, y_N2, shift_N2 + (x_N2 + y_N2) / 2 - 0.5], axis=2)
@@ -202,10 +198,6 @@ def _by_table(levels: Callable[[Array], npt.NDArray[Any]]) -> Operation:
     return lambda images, argument_N: _look_up(images, levels(argument_N[:, None]))
 
 
-def _image_by_image(change: Callable[[Pixels, float, Pixels], object]) -> Operation:
-    return lambda images, argument_N: _each(images, argument_N.tolist(), change)
-
-
 def _autocontrast(images: Pixels, _: Array) -> Pixels:
     channels = [channel.reshape(len(images), -1) for channel in cv2.split(images.reshape(-1, images.shape[2], 3))]
     low_N31 = np.array([channel.min(axis=1) for channel in channels], float).T[:, :, None]
@@ -234,6 +226,10 @@ def _equalize(images: Pixels, _: Array) -> Pixels:
     return _look_up(images, table_N3V.astype(np.uint8).transpose(0, 2, 1))
 
 
+def _blur(image: Pixels, sigma: float, out: Pixels) -> None:
+    cv2.GaussianBlur(image, (17, 17), sigma, out)
+
+
 def _sharpen(image: Pixels, factor: float, out: Pixels) -> None:
     smooth = cv2.filter2D(image, -1, _SMOOTH)
     smooth[0], smooth[-1] = image[0], image[-1]
@@ -254,8 +250,8 @@ _OF_COLOUR: dict[str, Operation] = {
     **{name: _linear_operation(name) for name in _LINEAR},
     "Hue": _hue,
     "Grayscale": _grayscale,
-    "Sharpness": _image_by_image(_sharpen),
-    "Blur": _image_by_image(lambda image, sigma, out: cv2.GaussianBlur(image, (17, 17), sigma, out)),
+    "Sharpness": lambda images, factor_N: _each(images, factor_N.tolist(), _sharpen),
+    "Blur": lambda images, sigma_N: _each(images, sigma_N.tolist(), _blur),
     "AutoContrast": _autocontrast,
     "Equalize": _equalize,
     "Invert": lambda images, _: ~images,
