@@ -71,7 +71,7 @@ def pack(options: argparse.Namespace) -> None:
     from equipoise.views.loader import worker_count
 
     out, workers = Path(os.path.expanduser(options.out)), worker_count(options.workers)
-    lines = write_packed_parts(find_parts(as_recognised(meant)[0]), out, options.short_side, workers)
+    lines = write_packed_parts(find_parts(as_recognised(meant)), out, options.short_side, workers)
     print("\n".join([*lines, f"train on it: {own_command()} train --data {shlex.quote(str(out))}"]))
 
 

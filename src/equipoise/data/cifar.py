@@ -12,7 +12,7 @@ from equipoise.base.errors import UserError
 from equipoise.data.images import Found, ImageList, PixelArrays
 
 _FOLDERS = {"cifar-10-batches-py": "cifar10", "cifar-100-python": "cifar100"}
-_OTHERS = ("cifar-10-python.tar.gz", "cifar-100-python.tar.gz", "cifar-10-batches-bin", "cifar-100-binary")
+_ARCHIVES = [f"cifar-{classes}-{form}.tar.gz" for classes in (10, 100) for form in ("python", "binary")]
 
 
 def find_cifar(root: Path) -> tuple[Path, str] | None:
@@ -22,7 +22,7 @@ def find_cifar(root: Path) -> tuple[Path, str] | None:
         for path in (root, root / folder):
             if path.resolve().name == folder and path.is_dir():
                 return path, name
-    for other in _OTHERS:
+    for other in (*_ARCHIVES, "cifar-10-batches-bin", "cifar-100-binary"):
         if root.name == other or (root / other).exists():
             raise UserError(f"{root} holds CIFAR as {other}; take the python version, unpacked: tar xzf FILE.tar.gz")
     return None
@@ -39,10 +39,10 @@ def open_cifar(path: Path, name: str) -> Found:
         try:
             with warnings.catch_warnings(action="ignore"):  # numpy: how Python 2 wrote arrays is deprecated
                 read = dataset(path.resolve().parent, train=part == "train")
-        except RuntimeError:
+        except (RuntimeError, OSError):
             raise UserError(
-                f"{path} is not the published {dataset.__name__}: a file is missing, or its MD5 differs, so that none "
-                "was loaded; take the archive anew"
+                f"{path} is not the published {dataset.__name__}: a file is missing or cannot be read, or its MD5 "
+                "differs, so that none was loaded; take the archive anew"
             ) from None
         images = PixelArrays(f"{path} ({part})", np.ascontiguousarray(read.data))
         parts[part] = ImageList(str(path), images, np.array(read.targets, np.int64), tuple(read.classes))

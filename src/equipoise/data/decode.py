@@ -30,20 +30,12 @@ warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd metadata: an image 
 
 
 class BadImageError(UserError):
-    """An image that cannot be read: `args` are its name and the reason. (Made so that it survives being pickled.)"""
+    """An image that cannot be read. `fault`: what is wrong, without what to do."""
 
-    @property
-    def name(self) -> str:
-        return self.args[0]
-
-    @property
-    def reason(self) -> str:
-        return self.args[1]
-
-    @property
-    def fault(self) -> str:
-        """What is wrong, without what to do."""
-        return f"{self.name} cannot be read ({self.reason})"
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)  # `args`: it survives being pickled
+        self.name, self.reason = name, reason
+        self.fault = f"{name} cannot be read ({reason})"
 
     def __str__(self) -> str:
         return one_line(f"{self.fault}; repair or remove it, or pass over such images with --on-bad-image skip")
@@ -76,11 +68,8 @@ def decode_bytes(content: bytes) -> Pixels:
 
 
 def decode_all(images: ImageList, size: int, skip: bool = False) -> tuple[Pixels, dict[int, BadImageError]]:
-    """All images as `[N, size, size, 3]`, for sets small enough to stay in memory, and the bad ones by their index.
-
-    An image of another size is resized. The first bad image is raised; with `skip` it stays black, and is for the
-    caller to leave out.
-    """
+    """All images as `[N, size, size, 3]`, resized, and the bad ones by their index: with `skip` these stay black, else
+    the first of them is raised."""
     pixels_NHW3 = np.zeros((len(images), size, size, 3), np.uint8)
     bad: dict[int, BadImageError] = {}
     for index in range(len(images)):
@@ -100,13 +89,10 @@ def resized(pixels: Pixels, size: int) -> Pixels:
     return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR))
 
 
-# ---------------------------------------------------------------------------------------------- bad images
-
-
 def bad_images(images: ImageList, decoded: bool = False) -> Iterator[BadImageError | None]:
     """For each image of the list, in its order, the error if it is a bad one, else None. With `decoded` every pixel is
-    decoded, in a thread for each core; else the file is opened and its header read: most bad files, in no time. Nothing
-    for images in memory, nor, without `decoded`, for packed ones: they were decoded when they were packed."""
+    decoded; else the header is read: most bad files, in no time. Nothing for images in memory, nor, without `decoded`,
+    for packed ones: they were decoded when they were packed."""
     source = images.images
     if isinstance(source, PixelArrays) or (isinstance(source, EncodedImages) and source.packed and not decoded):
         return
@@ -131,7 +117,7 @@ def bad_images(images: ImageList, decoded: bool = False) -> Iterator[BadImageErr
 
 def stand_ins(images: ImageList, index: int) -> list[int]:
     """Which images may stand in for the bad one at `index`, in this order: the others of its class, from there on and
-    round to the beginning. So it is the same one in every run and in every loader process."""
+    round to the beginning: the same in every process."""
     of_class = np.flatnonzero(images.labels_N == images.labels_N[index])
     return np.roll(of_class, -1 - int(np.searchsorted(of_class, index)))[:-1].tolist()
 

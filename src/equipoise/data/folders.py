@@ -2,7 +2,6 @@
 
 import os
 import posixpath
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,6 @@ from equipoise.base.errors import UserError, reason, several
 from equipoise.data.images import PART_NAMES, Found, ImageFiles, ImageList, missing_files
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
-_ENDINGS_SHOWN = 5
 
 
 def open_class_folders(root: Path, allow_outside: bool = False) -> Found:
@@ -58,24 +56,24 @@ def _class_folders(root: Path, names: tuple[str, ...], notes: list[str]) -> Imag
         raise UserError(f"{root / unknown[0]} is no class of the training part ({len(names)} classes); remove it")
     paths: list[str] = []
     labels: list[int] = []
-    others: Counter[str] = Counter()
+    others = [entry.name for entry in _entries(root) if not entry.is_dir() and _is_image(entry.name)]
     for label, name in enumerate(names):
         for path in _files_below(root, name) if (root / name).is_dir() else ():
-            ending = posixpath.splitext(path)[1].lower()
-            if ending in SUFFIXES:
+            if _is_image(path):
                 paths.append(path)
                 labels.append(label)
             else:
-                others[ending or "none"] += 1
-    loose = [entry for entry in _entries(root) if not entry.is_dir() and Path(entry.name).suffix.lower() in SUFFIXES]
-    if loose:
-        notes.append(f"{root}: {several(len(loose), 'image')} beside the folders of the classes: passed over")
+                others.append(path)
     if others:
-        endings = ", ".join(ending for ending, _ in others.most_common(_ENDINGS_SHOWN))
-        notes.append(f"{root}: {several(others.total(), 'file')} passed over, no images by their ending ({endings})")
+        passed_over = f"{several(len(others), 'file')} passed over (first: {others[0]})"
+        notes.append(f"{root}: {passed_over}: beside the folders of the classes, or no image by its ending")
     if not paths:
         raise UserError(f"{root} holds no images in its class folders (known endings: {' '.join(sorted(SUFFIXES))})")
     return ImageList(str(root), ImageFiles.of(root, paths), np.array(labels, np.int64), names)
+
+
+def _is_image(path: str) -> bool:
+    return posixpath.splitext(path)[1].lower() in SUFFIXES
 
 
 def _files_below(root: Path, name: str) -> list[str]:

@@ -27,13 +27,9 @@ if TYPE_CHECKING:
 
 DIGITS = "digits"
 PART_NAMES = {
-    "train": "train",
-    "training": "train",
-    "test": "test",
-    "testing": "test",
-    "val": "validation",
-    "valid": "validation",
-    "validation": "validation",
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
 }
 
 Indices = npt.NDArray[np.int64]
@@ -46,8 +42,7 @@ Indices = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Files below a folder. `paths_N`: their paths relative to it, as bytes: one array, which processes share after a
-    fork (each string would be copied as soon as it is read)."""
+    """Files below a folder. `paths_N`: their relative paths, in one array, which forked processes share."""
 
     root: Path
     paths_N: npt.NDArray[np.bytes_]
@@ -77,8 +72,7 @@ class ImageFiles:
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """Image files as bytes in rows of a table, which is in memory once however often it is subset. Its columns are
-    `image` and, if it is a packed file (see `packed.py`), `name`, `crc32` and `label`."""
+    """Image files as bytes in rows of a table, with the columns `image` and, of a packed file, those of `packed.py`."""
 
     origin: str
     table: "pa.Table"
@@ -106,11 +100,9 @@ class EncodedImages:
         return f"row {row} of {self.origin}"
 
     def content(self, index: int) -> bytes:
-        """The image file's bytes. Raises ValueError where the row has none, or not those that were packed."""
+        """The image file's bytes. Raises ValueError where these are not those that were packed."""
         row = int(self.rows_N[index])
-        content: bytes | None = self.table["image"][row].as_py()
-        if content is None:
-            raise ValueError("it has no bytes")
+        content: bytes = self.table["image"][row].as_py() or b""
         if self.packed and zlib.crc32(content) != self.table["crc32"][row].as_py():
             raise ValueError("its bytes have changed since they were packed")
         return content
@@ -127,8 +119,7 @@ class EncodedImages:
 
 
 def map_packed(path: str, rows_N: Indices | None = None) -> EncodedImages:
-    """These rows of a packed file, or all, mapped into memory. Raises UserError without pyarrow, and pyarrow's errors
-    for a damaged file."""
+    """These rows of a packed file, or all, mapped into memory. Raises pyarrow's errors for a damaged file."""
     pa = import_pyarrow(path)
     table = pa.ipc.open_file(pa.memory_map(path)).read_all()
     table.validate(full=True)  # looks at offsets, not at images
@@ -199,9 +190,9 @@ class Found:
     parts: dict[str, ImageList]  # 'train', 'validation', 'test'
     divided: bool  # into parts by their names; else all of it is called 'train'
     named: bool = True  # the classes have names, not just numbers
-    notes: tuple[str, ...] = ()  # what is odd, but no error
+    notes: Sequence[str] = ()  # what is odd, but no error
     faults: Mapping[str, str] = field(default_factory=dict[str, str])  # part -> why it must not be used, or is missing
-    described: tuple[str, ...] = ()  # which files these are
+    described: Sequence[str] = ()  # which files these are
     benchmark: str = ""  # the published data set that they are
 
 
@@ -213,8 +204,8 @@ class Parts:
     train: ImageList
     validation: ImageList | None
     test: ImageList | None
-    described: tuple[str, ...] = ()  # as in `Found`
-    notes: tuple[str, ...] = ()
+    described: Sequence[str] = ()  # as in `Found`
+    notes: Sequence[str] = ()
 
     def named(self) -> dict[str, ImageList]:
         """The parts that exist, by name."""
@@ -259,10 +250,9 @@ def training_problem(train: ImageList) -> str | None:
     if len(train.class_names) == 1:
         return f"{train.origin} has one class only ('{train.class_names[0]}'); a classifier needs two or more"
     empty = [train.class_names[label] for label in np.flatnonzero(np.array(train.class_counts) == 0)]
-    if not empty:
-        return None
-    more = f" ({len(empty) - 1:,} more have none either)" if len(empty) > 1 else ""
-    return f"{train.origin}: class '{empty[0]}' has no training images{more}; add some or remove the class"
+    if empty:
+        return f"{train.origin}: class '{empty[0]}' has no training images; add some or remove the class"
+    return None
 
 
 # ---------------------------------------------------------------------------------------------- subsets

@@ -9,7 +9,6 @@ import hashlib
 import io
 import os
 import posixpath
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,38 +29,27 @@ class Published:
     that says the same."""
 
     name: str
-    images: int
-    classes: int
     blob: str = ""
     official: str = ""
 
-    @property
-    def folder(self) -> str:
-        """Where the authors' code keeps it, below `dataset/`."""
-        return self.name.rpartition("_")[0]
 
-
-# fmt: off
 BENCHMARKS: Mapping[str, Mapping[str, Published]] = {
     "imagenet-lt": {
-        "train": Published("ImageNet_LT_train.txt", 115_846, 1000, "a063f095fcd475db4cf8b0658c4b73955535bbf9"),
-        "validation": Published("ImageNet_LT_val.txt", 20_000, 1000, "3ed3188b2f44829ce2dec1cc27040d8d40984088"),
-        "test": Published("ImageNet_LT_test.txt", 50_000, 1000, "76a2fb9749d6cd29e765cc4f8c270f2504131e2f"),
+        "train": Published("ImageNet_LT_train.txt", "a063f095fcd475db4cf8b0658c4b73955535bbf9"),
+        "validation": Published("ImageNet_LT_val.txt", "3ed3188b2f44829ce2dec1cc27040d8d40984088"),
+        "test": Published("ImageNet_LT_test.txt", "76a2fb9749d6cd29e765cc4f8c270f2504131e2f"),
     },
     # The validation list is the literature's test set; there is no other with labels.
     "inat2018": {
-        "train": Published("iNaturalist18_train.txt", 437_513, 8142, "4accdb7584d2f0a5106c40a33ed6afa392189bcc",
-                           "train2018.json"),
-        "test": Published("iNaturalist18_val.txt", 24_426, 8142, "4c23900857fd0f5adcd4cc0dffef345039eeb05f",
-                          "val2018.json"),
+        "train": Published("iNaturalist18_train.txt", "4accdb7584d2f0a5106c40a33ed6afa392189bcc", "train2018.json"),
+        "test": Published("iNaturalist18_val.txt", "4c23900857fd0f5adcd4cc0dffef345039eeb05f", "val2018.json"),
     },
     "places-lt": {
-        "train": Published("Places_LT_train.txt", 62_500, 365, "6392252f8ae867bc8a5e841cc1b29e5b8ef4b636"),
-        "validation": Published("Places_LT_val.txt", 7_300, 365),
-        "test": Published("Places_LT_test.txt", 36_500, 365, "e732e58b8aa718a2c1c11933375f5710652c2b93"),
+        "train": Published("Places_LT_train.txt", "6392252f8ae867bc8a5e841cc1b29e5b8ef4b636"),
+        "validation": Published("Places_LT_val.txt"),
+        "test": Published("Places_LT_test.txt", "e732e58b8aa718a2c1c11933375f5710652c2b93"),
     },
 }
-# fmt: on
 PUBLISHED = {known.name: known for lists in BENCHMARKS.values() for known in lists.values()}
 
 
@@ -78,9 +66,6 @@ class ListFile:
 def git_blob(content: bytes) -> str:
     """The id by which git knows a file of this content."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------- reading
 
 
 def read_list(file: Path, allow_outside: bool = False) -> ListFile:
@@ -151,70 +136,59 @@ def _from_annotations(content: bytes, file: Path) -> bytes:
         ) from None
 
 
-# ---------------------------------------------------------------------------------------------- lists of one data set
-
-
 def open_lists(root: Path, named: Mapping[str, str], benchmark: str, allow_outside: bool) -> Found:
     """The images below `root` of the lists `named` by part, or else of a benchmark's lists, wherever these are found.
 
-    The classes are 0 to the largest label of the training list (of all, where there is none). They take the name of
-    the folder that holds their images, where all agree. Raises UserError for a label that training does not know, and
-    where no list is found.
+    The classes are 0 to the largest label of the training list (of all, where there is none). Raises UserError for a
+    label that training does not know, and where no list is found.
     """
+    benchmark = "" if named else benchmark
+    published = BENCHMARKS.get(benchmark, {})
     files = {part: Path(os.path.expanduser(file)) for part, file in named.items()}
-    published = {} if files else BENCHMARKS[benchmark]
     faults: dict[str, str] = {}
     for part, known in published.items():
         if file := find_list(root, known):
             files[part] = file
         elif known.blob:  # one without a known fingerprint is not to be had everywhere: go without
-            faults[part] = absent_list(root, part, known)
+            places, flag = ", ".join(map(str, _places(root, known))), part.replace("validation", "val")
+            faults[part] = (
+                f"the list {known.name} (git blob {known.blob}) is not there: looked for {places}; put it there, or "
+                f"name it with --{flag}-list FILE"
+            )
     if not files:
         raise UserError(next(iter(faults.values())))
     lists = {part: read_list(file, allow_outside) for part, file in files.items()}
     leading = [lists["train"]] if "train" in lists else lists.values()
     classes = 1 + max(int(read.labels_N.max()) for read in leading)
-    names, notes = _class_names(lists.values(), classes), list[str]()
+    names = _class_names(lists.values(), classes)
     parts: dict[str, ImageList] = {}
     described: list[str] = []
+    notes: list[str] = []
     for part, read in lists.items():
         if (largest := int(read.labels_N.max())) >= classes:
             raise UserError(f"{read.file} has label {largest}, but the training list's classes are 0 to {classes - 1}")
         images = ImageList(str(read.file), ImageFiles(root, read.paths_N), read.labels_N, names)
         if fault := _fault(images, parts.values(), None if allow_outside else root):
             faults[part] = fault
-        identity, odd = describe(read, published.get(part))
-        described.append(identity)
-        notes += odd
         parts[part] = images
-    return Found(
-        f"list files of {benchmark}" if published else "list files",
-        parts,
-        divided=True,
-        named=False,  # labels are numbers, the same in all lists of a benchmark: names of folders are for people
-        notes=tuple(notes),
-        faults=faults,
-        described=tuple(described),
-        benchmark=benchmark if published else "",
-    )
+        identity, departs = identify(read, published.get(part))
+        described.append(identity)
+        notes += [departs] if departs else []
+    kind = f"list files of {benchmark}" if benchmark else "list files"
+    # Labels are numbers, the same in all lists of a benchmark: names of folders are for people.
+    return Found(kind, parts, True, named=False, notes=notes, faults=faults, described=described, benchmark=benchmark)
+
+
+def _places(root: Path, known: Published) -> list[Path]:
+    """Where a published list, or the official JSON, may be: below `root`, or where the authors' code has the list."""
+    of_authors = Path(known.name.rpartition("_")[0], known.name)
+    official = [root / known.official, root / "annotations" / known.official] if known.official else []
+    return [root / known.name, root / of_authors, *official, "dataset" / of_authors]
 
 
 def find_list(root: Path, known: Published) -> Path | None:
-    """The published list, or the official JSON, below `root`, or the list where the authors' code has it; None where
-    there is neither."""
-    official = [root / known.official, root / "annotations" / known.official] if known.official else []
-    of_authors = Path("dataset") / known.folder / known.name
-    places = [root / known.name, root / known.folder / known.name, *official, of_authors]
-    return next((place for place in places if place.is_file()), None)
-
-
-def absent_list(root: Path, part: str, known: Published) -> str:
-    """What to say where `find_list` finds none."""
-    official = f" (or {known.official})" if known.official else ""
-    return (
-        f"the list {known.name} (git blob {known.blob or 'unknown'}){official} is not in {root}, {root / known.folder} "
-        f"or dataset/{known.folder}; put it there, or name it with --{part.replace('validation', 'val')}-list FILE"
-    )
+    """The first of these places that holds a file."""
+    return next((place for place in _places(root, known) if place.is_file()), None)
 
 
 def _class_names(files: Iterable[ListFile], classes: int) -> tuple[str, ...]:
@@ -251,24 +225,12 @@ def _fault(images: ImageList, others: Iterable[ImageList], bounds: Path | None) 
     return None
 
 
-def describe(read: ListFile, expected: Published | None = None) -> tuple[str, list[str]]:
-    """Which published list this is, by its fingerprint; and what is odd about it: that it is another one than the
-    published list that is expected, or than that of its name; the same image more than once."""
-    known = next((known for known in PUBLISHED.values() if known.blob == read.blob), None)
+def identify(read: ListFile, expected: Published | None = None) -> tuple[str, str]:
+    """Which published list this is, by its fingerprint; and, or '', that it is not the published list that is expected
+    or that its name says."""
+    name = next((known.name for known in PUBLISHED.values() if known.blob == read.blob), "")
+    own = f"the published {name} (git blob {read.blob})" if name else f"git blob {read.blob}, no published list"
     expected = expected or PUBLISHED.get(read.file.name)
-    identity = f"git blob {read.blob}, no published list that is known here"
-    if known:
-        identity = f"the published {known.name} (git blob {known.blob})"
-    odd: list[str] = []
-    if expected and expected.blob not in ("", read.blob):
-        odd.append(
-            f"{read.file} is not the published {expected.name} (git blob {expected.blob}): that has "
-            f"{expected.images:,} images of {expected.classes:,} classes, this one {len(read.paths_N):,} of "
-            f"{len(np.unique(read.labels_N)):,}"
-        )
-    repeated = [path for path, count in Counter(read.paths_N.tolist()).items() if count > 1]
-    if repeated:
-        odd.append(
-            f"{read.file}: {len(repeated):,} images are in it more than once (first: {os.fsdecode(repeated[0])})"
-        )
-    return f"{read.file}: {identity}", odd
+    departs = expected is not None and expected.blob not in ("", read.blob)
+    note = f"{read.file} is not the published {expected.name} (git blob {expected.blob}): {own}" if departs else ""
+    return f"{read.file}: {own}", note

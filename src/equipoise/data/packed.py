@@ -76,20 +76,10 @@ def open_packed(files: list[Path]) -> Found:
     for about, images in opened:
         if (about.class_names, about.kind) != (first.class_names, first.kind):
             raise UserError(f"{images.origin} and {files[0]} were not packed together; keep them in two folders")
-    return Found(
-        f"packed {first.kind}",
-        {about.part: images for about, images in opened},
-        first.divided,
-        first.named,
-        described=tuple(
-            f"{images.origin}: {len(images):,} images, short sides of at most {about.short_side} pixels"
-            for about, images in opened
-        ),
-        benchmark=first.benchmark,
-    )
-
-
-# ---------------------------------------------------------------------------------------------- writing
+    parts = {about.part: images for about, images in opened}
+    described = [f"{images.origin}: short sides of at most {about.short_side} pixels" for about, images in opened]
+    kind, named = f"packed {first.kind}", first.named
+    return Found(kind, parts, first.divided, named, described=described, benchmark=first.benchmark)
 
 
 def pack(found: Found, out: Path, short_side: int, threads: int) -> list[str]:
@@ -99,8 +89,8 @@ def pack(found: Found, out: Path, short_side: int, threads: int) -> list[str]:
     becomes JPEG; others stay as they are, byte for byte. A part that is there already, of the same images, is kept:
     what was interrupted goes on with the next part.
 
-    Raises UserError for images that cannot be read or need no packing, or where other files are in the way. A file
-    appears only when it is complete.
+    Raises UserError for images that cannot be read or need no packing, or where other files are in the way; OSError for
+    a full disk. A file appears only when it is complete.
     """
     import_pyarrow(out)
     if found.faults:
@@ -108,8 +98,6 @@ def pack(found: Found, out: Path, short_side: int, threads: int) -> list[str]:
     for part in found.parts.values():
         if isinstance(part.images, PixelArrays) or (isinstance(part.images, EncodedImages) and part.images.packed):
             raise UserError(f"{part.origin} needs no packing: its images are in one file already")
-        for error in filter(None, bad_images(part)):
-            raise _unpackable(error)
     _claim(out, [f"{name}{SUFFIX}" for name in found.parts])
     said: list[str] = []
     for name, images in found.parts.items():
@@ -122,13 +110,13 @@ def pack(found: Found, out: Path, short_side: int, threads: int) -> list[str]:
             said.append(f"there already: {file}")
             continue
         try:
+            for error in filter(None, bad_images(images)):
+                raise error
             with atomic_file(file) as opened:
                 _write(opened, images, about, threads)
-        except OSError as error:
-            raise UserError(
-                f"{file} could not be written ({reason(error)}); make room there and start again: parts that are "
-                "complete are kept"
-            ) from None
+        except BadImageError as error:
+            said_of_all = "equipoise data FOLDER --check lists all such images"
+            raise UserError(f"{error.fault}; repair or remove it ({said_of_all})") from None
         said.append(f"written: {file} ({len(images):,} images, {file.stat().st_size / 1e6:,.1f} MB)")
     return said
 
@@ -161,10 +149,7 @@ def _write(file: IO[bytes], images: ImageList, about: _About, threads: int) -> N
 def _encoded(images: ImageList, index: int, short_side: int) -> bytes:
     """The image as it is to be stored."""
     assert not isinstance(images.images, PixelArrays)
-    try:
-        pixels = decode(images, index)  # of small ones too: what is broken must not be packed
-    except BadImageError as error:
-        raise _unpackable(error) from None
+    pixels = decode(images, index)  # of small ones too: what is broken must not be packed
     height, width = pixels.shape[:2]
     # The long side is truncated, as torchvision's Resize does it, and evaluation views here.
     scale = short_side / min(height, width)
@@ -175,7 +160,3 @@ def _encoded(images: ImageList, index: int, short_side: int) -> bytes:
     options = [cv2.IMWRITE_JPEG_QUALITY, _QUALITY, cv2.IMWRITE_JPEG_OPTIMIZE, 1]
     _, encoded = cv2.imencode(".jpg", cv2.cvtColor(resized, cv2.COLOR_RGB2BGR), options)
     return encoded.tobytes()
-
-
-def _unpackable(error: BadImageError) -> UserError:
-    return UserError(f"{error.fault}; repair or remove it (equipoise data FOLDER --check lists all such images)")

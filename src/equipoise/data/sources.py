@@ -1,9 +1,7 @@
 """The data at a path is recognised and becomes image lists, divided into the parts that a run needs.
 
-Six sources: a folder of class folders (`folders.py`), list files (`lists.py`), Parquet (`parquet.py`), the CIFAR
-archives (`cifar.py`), packed images (`packed.py`), and scikit-learn's digits inside its wheel.
-
-Which data is meant, and how it is to be read, a recipe says in its table `data`.
+Each kind has a file beside this one, but scikit-learn's digits. Which data is meant, and how it is to be read, a recipe
+says in its table `data`.
 """
 
 import os
@@ -31,23 +29,19 @@ from equipoise.data.images import (
     refuse_outside,
     training_problem,
 )
-from equipoise.data.lists import BENCHMARKS, absent_list, find_list, open_lists
+from equipoise.data.lists import BENCHMARKS, find_list, open_lists
 from equipoise.data.packed import SUFFIX, open_packed
 from equipoise.data.parquet import open_parquet
 
 LISTS = {"train": "data.train_list", "validation": "data.val_list", "test": "data.test_list"}  # part -> recipe field
 PARTS = tuple(LISTS)
 _DIGITS_TEST_PER_CLASS = 50
-_FIRST_OF_IMAGENET = Path("train", "n01440764")
 
 
 def named_lists(data: Data) -> dict[str, str]:
     """The list files that a recipe names, by part."""
     files = {part: getattr(data, key.removeprefix("data.")) for part, key in LISTS.items()}
     return {part: file for part, file in files.items() if file}
-
-
-# ---------------------------------------------------------------------------------------------- what a path holds
 
 
 def _files(root: Path, suffix: str) -> list[Path]:
@@ -72,32 +66,20 @@ def recognise(path: str) -> str:
     for name, published in BENCHMARKS.items():
         found = [file for known in published.values() if (file := find_list(root, known))]
         # Those of ImageNet may be in the working directory, where the authors' code has them.
-        if any(file.is_relative_to(root) for file in found):
-            return name
-        if found and name == "imagenet-lt" and (root / _FIRST_OF_IMAGENET).is_dir():
+        is_imagenet = name == "imagenet-lt" and (root / "train" / "n01440764").is_dir()
+        if any(is_imagenet or file.is_relative_to(root) for file in found):
             return name
     return ""
 
 
-def as_recognised(data: Data) -> tuple[Data, list[str]]:
-    """The data with the benchmark that it is recognised as, where nothing says what it is, or none if its lists are
-    missing: then the folders are looked at as they are. And what is wrong then."""
-    root = Path(os.path.expanduser(data.path))
+def as_recognised(data: Data) -> Data:
+    """The data with the benchmark that it is recognised as, where nothing says what it is."""
     benchmark = data.benchmark or recognise(data.path)
-    published = BENCHMARKS.get(benchmark, {})
-    if named_lists(data) or not published or _files(root, SUFFIX):
-        return data, []
-    if any(find_list(root, known) for known in published.values()):
-        return replace(data, benchmark=benchmark), []
-    return replace(data, benchmark=""), [absent_list(root, *known) for known in published.items()]
+    return replace(data, benchmark=benchmark if benchmark in BENCHMARKS else "")
 
 
 def find_parts(data: Data | str) -> Found:
-    """The data at a path, before anything is asked of it.
-
-    Above class folders there may be `train/`, `val/` and `test/`; Parquet files belong to the part that their name
-    begins with; a list file may be the path itself. Raises UserError for what cannot be read.
-    """
+    """The data at a path, before anything is asked of it. Raises UserError for what cannot be read."""
     data = Data(data) if isinstance(data, str) else data
     if data.path == DIGITS:
         return _open_digits()
@@ -122,13 +104,9 @@ def find_parts(data: Data | str) -> Found:
 
 def survey(data: Data, check: bool = False) -> tuple[Found, list[str], list[BadImageError]]:
     """The data at a path, recognised where nothing says what it is; every problem with it as a whole; and its bad
-    images: those whose header is none, or with `check` all that cannot be decoded, with a line of progress. A part that
-    has images missing is not looked at.
-
-    Raises UserError for what cannot be read at all."""
-    data, problems = as_recognised(data)
-    found = find_parts(data)
-    problems += [*found.notes, *found.faults.values()]
+    images (see `bad_images`), but of parts with images missing. Raises UserError for what cannot be read at all."""
+    found = find_parts(as_recognised(data))
+    problems = [*found.notes, *found.faults.values()]
     if "train" in found.parts and (problem := training_problem(found.parts["train"])):
         problems.append(problem)
     bad: list[BadImageError] = []
@@ -145,14 +123,8 @@ def _existing(path: str) -> Path:
         raise UserError("this recipe needs data: name a folder with --data FOLDER")
     root = Path(os.path.expanduser(path))
     if not os.path.exists(root):  # nor where it is too long, or has a zero byte in it, for which Path.exists raises
-        raise UserError(
-            f"there is no file or folder at {root}; correct the path; if the data have moved, give the new folder with "
-            "--data"
-        )
+        raise UserError(f"there is no file or folder at {root}; if the data have moved, name their folder with --data")
     return root
-
-
-# ---------------------------------------------------------------------------------------------- to train, to score
 
 
 def open_data(data: Data) -> Parts:
@@ -184,24 +156,25 @@ def open_part(data: Data, part: str, class_names: Sequence[str]) -> ImageList:
     found = find_parts(data)
     images = part_of(found, part, data.path)
     of_model = {name: label for label, name in enumerate(class_names)}
-    for label in np.unique(images.labels_N).tolist():
-        name = images.class_names[label]
-        if not (name in of_model if found.named else _may_be(name, label, class_names)):
-            number = "" if found.named else f" as number {label}"
-            raise UserError(
-                f"{images.origin} has a class '{name}' that the model does not know{number}: this is other data, or "
-                "numbered otherwise; score it without that class"
-            )
-    if found.named:
-        labels_N = np.array([of_model.get(name, 0) for name in images.class_names], np.int64)[images.labels_N]
-        return replace(images, labels_N=labels_N, class_names=tuple(class_names))
-    return replace(images, class_names=tuple(class_names))
+    labels_C = [
+        of_model.get(name, -1) if found.named else _same_number(name, label, class_names)
+        for label, name in enumerate(images.class_names)
+    ]
+    labels_N = np.array(labels_C, np.int64)[images.labels_N]
+    if labels_N.min() < 0:
+        label = int(images.labels_N[labels_N.argmin()])
+        raise UserError(
+            f"{images.origin} has a class '{images.class_names[label]}' (number {label}) that the model does not know: "
+            "this is other data, or numbered otherwise; score it without that class"
+        )
+    return replace(images, labels_N=labels_N, class_names=tuple(class_names))
 
 
-def _may_be(name: str, label: int, class_names: Sequence[str]) -> bool:
-    """Whether the class that a list's folders call `name` may be the model's of this number. Numbers are no names."""
+def _same_number(name: str, label: int, class_names: Sequence[str]) -> int:
+    """The number of a class that the folders of a list call `name`; -1 where the model calls it otherwise. Numbers are
+    no names."""
     known = class_names[label] if label < len(class_names) else None
-    return known is not None and (name == known or name.isdigit() or known.isdigit())
+    return label if known is not None and (name == known or name.isdigit() or known.isdigit()) else -1
 
 
 def part_of(found: Found, part: str, path: str) -> ImageList:
@@ -211,14 +184,8 @@ def part_of(found: Found, part: str, path: str) -> ImageList:
     if part in found.faults:
         raise UserError(found.faults[part])
     if part not in found.parts:
-        raise UserError(
-            f"{path} has no {part} part; it has {', '.join(found.parts)}: score one of them with equipoise evaluate "
-            f"CHECKPOINT --data {path} --split PART"
-        )
+        raise UserError(f"{path} has no {part} part; it has {', '.join(found.parts)}: score one of them with --split")
     return found.parts[part]
-
-
-# ---------------------------------------------------------------------------------------------- digits
 
 
 def _open_digits() -> Found:
