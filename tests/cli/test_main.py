@@ -241,7 +241,7 @@ def test_data_of_a_folder_with_problems(capsys, tmp_path):
         "problems (3)",
         "class 'cow' has no training images",
         "3.png cannot be read (it is no image: not JPEG",
-        "1 file passed over, no images by their ending (.txt)",
+        "1 file passed over (first: ",
     ):
         assert said in " ".join(text.split()), said  # long paths wrap lines
     bars = {line.split()[0]: line.count("█") for line in text.splitlines() if re.match(r"^(ant|\[bold\]bee) ", line)}

@@ -1,16 +1,18 @@
-"""List files: read, named by fingerprint, refused where wrong; iNaturalist's JSON as the list it stands for."""
+"""Class folders and list files: what is found, what is refused, what a list file is known by."""
 
 import json
+import os
 import random
 import subprocess
 from pathlib import Path
 
 import pytest
+from conftest import draw_folder, draw_picture, opened
 
 from equipoise import UserError
 from equipoise.config.recipe import Data
 from equipoise.data.images import missing_files
-from equipoise.data.lists import BENCHMARKS, PUBLISHED, describe, find_list, git_blob, open_lists, read_list
+from equipoise.data.lists import BENCHMARKS, PUBLISHED, find_list, git_blob, identify, open_lists, read_list
 from equipoise.data.sources import find_parts
 
 
@@ -20,7 +22,7 @@ def write(path: Path, text: str | bytes) -> Path:
     return path
 
 
-def opened(root: Path, **texts: str | bytes):
+def listed(root: Path, **texts: str | bytes):
     """Lists of these texts, by part."""
     files = {part: str(write(root / f"{part}.txt", text)) for part, text in texts.items()}
     return open_lists(root, files, "", allow_outside=False)
@@ -33,11 +35,11 @@ def test_a_list(tmp_path):
     assert read.blob == git_blob(content)
     assert read.paths_N.tolist() == [b"train/a b/1.jpg", b"train/c/2.jpg", b"train/c/3.jpg"]
     assert read.labels_N.tolist() == [0, 1, 1]
-    found = opened(tmp_path, train=content)
+    found = listed(tmp_path, train=content)
     assert found.parts["train"].class_names == ("a b", "c")
     assert found.parts["train"].class_counts == (1, 2)
     assert found.parts["train"].images.name(1) == str(tmp_path / "train/c/2.jpg")
-    assert found.notes == ()
+    assert found.notes == []
 
 
 IMAGES = '{"images": [{"id": 1, "file_name": "%s"}], "annotations": [%s]}'
@@ -98,12 +100,12 @@ def test_the_fingerprint_is_gits(text, tmp_path):
 
 def test_one_set_of_classes(tmp_path):
     train = "train/ant/1.jpg 0\ntrain/cat/1.jpg 2\ntrain/cat/2.jpg 2\n"
-    found = opened(tmp_path, train=train, test="val/bee/1.jpg 1\nval/cat/9.jpg 2\n")
+    found = listed(tmp_path, train=train, test="val/bee/1.jpg 1\nval/cat/9.jpg 2\n")
     assert found.parts["train"].class_names == found.parts["test"].class_names == ("ant", "bee", "cat")
     assert found.parts["test"].class_counts == (0, 1, 1)
-    assert found.notes == ()
+    assert found.notes == []
     with pytest.raises(UserError, match=r"test.txt has label 3, but the training list's classes are 0 to 2"):
-        opened(tmp_path, train=train, test="v/a/1.jpg 3\n")
+        listed(tmp_path, train=train, test="v/a/1.jpg 3\n")
 
 
 @pytest.mark.parametrize(
@@ -112,50 +114,51 @@ def test_one_set_of_classes(tmp_path):
     ids=["all images in one folder", "one class in two folders", "two classes in one folder"],
 )
 def test_folders_that_do_not_name_classes(text, tmp_path):
-    assert opened(tmp_path, train=text).parts["train"].class_names == ("0", "1")
+    assert listed(tmp_path, train=text).parts["train"].class_names == ("0", "1")
 
 
 def test_lists_that_disagree_about_a_label_give_numbers(tmp_path):
     train, test = "train/ant/1.jpg 0\ntrain/bee/1.jpg 1\n", "val/bee/1.jpg 0\nval/ant/1.jpg 1\n"
-    assert opened(tmp_path, train=train, test=test).parts["train"].class_names == ("0", "1")
+    assert listed(tmp_path, train=train, test=test).parts["train"].class_names == ("0", "1")
 
 
-def test_repeated_and_absent_images(tmp_path):
+def test_absent_images(tmp_path):
     write(tmp_path / "t/a/1.jpg", "")
     (tmp_path / "t" / "b").mkdir()
-    found = opened(tmp_path, train="t/b/2.jpg 1\nt/b/1.jpg 1\nt/a/1.jpg 0\nt/b/2.jpg 0\nt/a/1.jpg 0\nv/1.jpg 0\n")
-    assert found.notes == (f"{tmp_path}/train.txt: 2 images are in it more than once (first: t/b/2.jpg)",)
-    assert missing_files(found.parts["train"], tmp_path) == [0, 1, 3, 5]
-    assert found.faults["train"].startswith(f"{tmp_path}/t/b/2.jpg is not there, and 4 of the 6 images of")
+    found = listed(tmp_path, train="t/b/2.jpg 1\nt/b/1.jpg 1\nt/a/1.jpg 0\nv/1.jpg 0\n")
+    assert missing_files(found.parts["train"], tmp_path) == [0, 1, 3]
+    assert found.faults["train"].startswith(f"{tmp_path}/t/b/2.jpg is not there, and 3 of the 4 images of")
 
 
 # ---- published lists
 
 
 @pytest.mark.parametrize(
-    "name", ["ImageNet_LT_val", "ImageNet_LT_test", "iNaturalist18_val", "Places_LT_train", "Places_LT_test"]
+    ("name", "images", "classes"),
+    [
+        ("ImageNet_LT_val", 20_000, 1000),
+        ("ImageNet_LT_test", 50_000, 1000),
+        ("iNaturalist18_val", 24_426, 8142),
+        ("Places_LT_train", 62_500, 365),
+        ("Places_LT_test", 36_500, 365),
+    ],
 )
-def test_published_lists_are_known(name, shared_data, tmp_path):
+def test_published_lists_are_known(name, images, classes, shared_data, tmp_path):
     read = read_list(shared_data / "lists" / f"{name}.txt")
     known = PUBLISHED[f"{name}.txt"]
     assert read.blob == known.blob
-    assert (len(read.paths_N), len(set(read.labels_N.tolist()))) == (known.images, known.classes)
-    assert describe(read) == (f"{read.file}: the published {name}.txt (git blob {known.blob})", [])
+    assert (len(read.paths_N), len(set(read.labels_N.tolist()))) == (images, classes)
+    assert identify(read) == (f"{read.file}: the published {name}.txt (git blob {known.blob})", "")
     found = open_lists(tmp_path, {"test": str(read.file)}, "", allow_outside=False)
-    assert found.notes == ()
+    assert found.notes == []
     assert not found.parts["test"].class_names[0].isdigit(), "folders name the classes"
-
-
-def test_a_published_list_that_departs(shared_data, tmp_path):
-    content = (shared_data / "lists" / "ImageNet_LT_val.txt").read_bytes()
-    shorter = read_list(write(tmp_path / "ImageNet_LT_val.txt", b"".join(content.splitlines(keepends=True)[:-20])))
-    known = PUBLISHED["ImageNet_LT_val.txt"].blob
-    identity, odd = describe(shorter)
-    assert identity == f"{shorter.file}: git blob {shorter.blob}, no published list that is known here"
-    assert odd == [
-        f"{shorter.file} is not the published ImageNet_LT_val.txt (git blob {known}): that has 20,000 images of 1,000 "
-        "classes, this one 19,980 of 999"
-    ]
+    # The same under the name of another, and without its last line.
+    whole = read.file.read_bytes()
+    for content, own in ((whole, f"the published {name}.txt"), (whole[:-30], "no published list")):
+        other = PUBLISHED["ImageNet_LT_train.txt"]
+        identity, note = identify(read_list(write(tmp_path / other.name, content[: content.rindex(b"\n") + 1])))
+        assert own in identity
+        assert note.startswith(f"{tmp_path / other.name} is not the published {other.name} (git blob {other.blob}): ")
 
 
 @pytest.mark.parametrize("shuffled", [False, True])
@@ -189,3 +192,125 @@ def test_where_lists_are_looked_for(tmp_path, monkeypatch):
         assert find_list(root, known) == place
     official = write(root / "train2018.json", "{}")
     assert find_list(root, BENCHMARKS["inat2018"]["train"]) == official
+
+
+# ---- class folders
+
+
+def test_class_folders(pictures):
+    parts = opened(pictures)
+    assert parts.kind == "class folders"
+    assert parts.train.class_names == ("ant", "bee", "cat")
+    assert parts.train.class_counts == (12, 6, 3)
+    assert parts.validation is None
+    assert parts.test is None
+    assert parts.train.images.name(0) == str(pictures / "ant" / "0.png")
+
+
+def test_parts_above_class_folders(tmp_path):
+    draw_folder(tmp_path / "train", {"ant": 5, "bee": 4})
+    draw_folder(tmp_path / "val", {"ant": 2, "bee": 1})
+    draw_folder(tmp_path / "test", {"bee": 3})
+    parts = opened(tmp_path, holdout=0.4)
+    assert parts.train.class_counts == (5, 4), "nothing is held out where there is a validation part"
+    assert parts.validation.class_counts == (2, 1)
+    assert parts.test.class_counts == (0, 3), "labels are the training part's"
+
+
+def test_what_is_passed_over_is_told(pictures):
+    draw_picture(pictures / "ant" / "2021" / "deep.JPG", 0, 1)
+    (pictures / "ant" / ".hidden.png").write_bytes(b"")
+    (pictures / ".cache").mkdir()
+    draw_picture(pictures / "bee" / ".thumbnails" / "0.png", 0, 1)
+    (pictures / "bee" / "notes.txt").write_text("no picture")
+    for name in ("one.jpg", "two.PNG", ".hidden.jpg"):
+        (pictures / name).write_bytes(b"")
+    found = find_parts(str(pictures))
+    assert found.parts["train"].class_counts == (13, 6, 3)
+    assert len(found.notes) == 1
+    assert found.notes[0].startswith(f"{pictures}: 3 files passed over (first: ")
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda root: None, "has no sub-folders; put the images of each class in a folder of its own there"),
+        (lambda root: draw_folder(root, {"ant": 3}), "has one class only ('ant'); a classifier needs two or more"),
+        (
+            lambda root: (draw_folder(root, {"ant": 3}), (root / "bee").mkdir()),
+            "class 'bee' has no training images; add some or remove the class",
+        ),
+        (lambda root: (root / "train").mkdir(), "holds no images in its class folders"),
+        (
+            lambda root: (draw_folder(root / "train", {"ant": 3, "bee": 2}), draw_folder(root / "test", {"cow": 1})),
+            "cow is no class of the training part (2 classes); remove it",
+        ),
+        (lambda root: draw_folder(root / "test", {"ant": 1, "bee": 1}), "has no training part; name it train/"),
+        (
+            lambda root: [draw_folder(root / part, {"ant": 1, "bee": 1}) for part in ("train", "val", "validation")],
+            "has two validation parts, val/ and validation/; keep one of them",
+        ),
+    ],
+)
+def test_refused_folders(make, sentence, tmp_path):
+    root = tmp_path / "data"
+    root.mkdir()
+    make(root)
+    with pytest.raises(UserError) as error:
+        opened(root)
+    assert sentence in str(error.value)
+    assert str(root) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_which_folders_are_parts(tmp_path):
+    draw_folder(tmp_path / "a", {"bus": 3, "train": 2})
+    assert opened(tmp_path / "a").train.class_names == ("bus", "train"), "train is a class: it holds pictures"
+    draw_folder(tmp_path / "b" / "train", {"ant": 2, "bee": 1})
+    draw_folder(tmp_path / "b" / "raw", {"x": 1})
+    found = find_parts(str(tmp_path / "b"))
+    assert list(found.parts) == ["train"]
+    assert "these folders are no part and were passed over: raw" in found.notes[0]
+
+
+def test_the_order_is_that_of_the_parts_of_a_path(tmp_path):
+    """As it always was: labels, views and fingerprints hang on it."""
+    for name in ("a/b.png", "a-c.png", "a/a/z.png", "b.PNG", "a.png"):
+        draw_picture(tmp_path / "ant" / name, 0, 0)
+    paths = list(map(os.fsdecode, find_parts(str(tmp_path)).parts["train"].images.paths_N))
+    assert paths == sorted(paths, key=lambda path: tuple(path.split("/")))
+    assert paths[:3] == ["ant/a/a/z.png", "ant/a/b.png", "ant/a-c.png"]
+
+
+# ---- links
+
+
+@pytest.mark.parametrize(
+    ("link", "leads_to"),
+    [
+        ("ant/linked.png", "{elsewhere}/ant/0.png"),
+        ("bee/relative.png", "../../elsewhere/ant/0.png"),
+        ("bee/over.png", "link/ant/0.png"),
+        ("cat/other.png", "../../my pictures 2/0.png"),  # its name begins like that of the data
+        ("ant/nothing.png", "/nowhere/0.png"),
+        ("dog", "../elsewhere/ant"),
+    ],
+)
+def test_links_out_of_the_folder_are_refused_unless_allowed(link, leads_to, pictures, tmp_path):
+    elsewhere = draw_folder(tmp_path / "elsewhere", {"ant": 2})
+    draw_picture(tmp_path / "my pictures 2" / "0.png", 0, 0)
+    (pictures / "bee" / "link").symlink_to(elsewhere)
+    (pictures / link).symlink_to(leads_to.format(elsewhere=elsewhere))
+    with pytest.raises(UserError) as error:
+        opened(pictures)
+    place = f"{pictures / link} leads over a link out of the data folder {pictures}, to "
+    assert str(error.value).startswith(place)
+    assert str(error.value).endswith("if that is meant, allow it with --allow-outside")
+    assert len(opened(pictures, allow_outside=True).train) > 21
+
+
+def test_links_inside_the_folder_and_the_folder_itself_a_link(pictures, tmp_path):
+    (pictures / "ant" / "again.png").symlink_to("../bee/0.png")
+    (pictures / "also").symlink_to("ant")
+    (tmp_path / "link").symlink_to(pictures)
+    assert len(opened(tmp_path / "link").train) == 21 + 1 + 13

@@ -89,8 +89,8 @@ def pack(found: Found, out: Path, short_side: int, threads: int) -> list[str]:
     becomes JPEG; others stay as they are, byte for byte. A part that is there already, of the same images, is kept:
     what was interrupted goes on with the next part.
 
-    Raises UserError for images that cannot be read or need no packing, or where other files are in the way; OSError for
-    a full disk. A file appears only when it is complete.
+    Raises UserError for images that cannot be read or need no packing, or where others are packed there; OSError for a
+    full disk. A file appears only when it is complete.
     """
     import_pyarrow(out)
     if found.faults:
@@ -98,7 +98,9 @@ def pack(found: Found, out: Path, short_side: int, threads: int) -> list[str]:
     for part in found.parts.values():
         if isinstance(part.images, PixelArrays) or (isinstance(part.images, EncodedImages) and part.images.packed):
             raise UserError(f"{part.origin} needs no packing: its images are in one file already")
-    _claim(out, [f"{name}{SUFFIX}" for name in found.parts])
+    out.mkdir(parents=True, exist_ok=True)
+    for path in out.glob(f".*{SUFFIX}.*{UNFINISHED}"):  # of a killed process
+        path.unlink()
     said: list[str] = []
     for name, images in found.parts.items():
         file = out / f"{name}{SUFFIX}"
@@ -119,17 +121,6 @@ def pack(found: Found, out: Path, short_side: int, threads: int) -> list[str]:
             raise UserError(f"{error.fault}; repair or remove it ({said_of_all})") from None
         said.append(f"written: {file} ({len(images):,} images, {file.stat().st_size / 1e6:,.1f} MB)")
     return said
-
-
-def _claim(out: Path, files: list[str]) -> None:
-    """Make the folder, or take it where it holds these files alone, and what a killed process left of them."""
-    there = list(out.iterdir()) if out.is_dir() else []
-    unfinished = [path for path in there if path.name.endswith(UNFINISHED)]
-    if out.is_file() or not {path.name for path in there if path not in unfinished}.issubset(files):
-        raise UserError(f"{out} holds other files; name a folder of its own with --out")
-    for path in unfinished:
-        path.unlink()
-    out.mkdir(parents=True, exist_ok=True)
 
 
 def _write(file: IO[bytes], images: ImageList, about: _About, threads: int) -> None:

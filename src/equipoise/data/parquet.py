@@ -20,10 +20,8 @@ def open_parquet(files: list[Path], image_column: str, label_column: str) -> Fou
         by_part.setdefault(part, []).append(file)
     others = by_part.pop("", [])
     notes = [f"{file}: no part's name (train, val, test) begins its own, passed over" for file in others if by_part]
-    parts = {
-        part: _read(part_files, image_column, label_column)
-        for part, part_files in (by_part or {"train": others}).items()
-    }
+    divided = by_part or {"train": others}
+    parts = {part: _read(of_part, image_column, label_column) for part, of_part in divided.items()}
     leading = parts.get("train", next(iter(parts.values())))
     names, largest = leading.class_names, int(leading.labels_N.max())
     if not names and largest >= len(leading):
@@ -39,7 +37,7 @@ def open_parquet(files: list[Path], image_column: str, label_column: str) -> Fou
                 f"classes are 0 to {len(all_names) - 1}"
             )
         parts[part] = ImageList(images.origin, images.images, images.labels_N, all_names)
-    return Found("Parquet", parts, divided=bool(by_part), named=bool(names), notes=tuple(notes))
+    return Found("Parquet", parts, divided=bool(by_part), named=bool(names), notes=notes)
 
 
 def _read(files: Sequence[Path], image_column: str, label_column: str) -> ImageList:

@@ -1,10 +1,11 @@
 """The data at a path is recognised and becomes image lists, divided into the parts that a run needs.
 
-Each kind has a file beside this one, but scikit-learn's digits. Which data is meant, and how it is to be read, a recipe
-says in its table `data`.
+Which data is meant, and how it is read, a recipe says in its table `data`. CIFAR's files are pickles, and a pickle is a
+program: torchvision loads one only if its MD5 is that of the published file.
 """
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +16,7 @@ import numpy as np
 from equipoise.base.errors import UserError
 from equipoise.base.progress import counted
 from equipoise.config.recipe import Data
-from equipoise.data.cifar import find_cifar, open_cifar
 from equipoise.data.decode import BadImageError, bad_images
-from equipoise.data.folders import open_class_folders
 from equipoise.data.images import (
     DIGITS,
     Found,
@@ -29,13 +28,15 @@ from equipoise.data.images import (
     refuse_outside,
     training_problem,
 )
-from equipoise.data.lists import BENCHMARKS, find_list, open_lists
+from equipoise.data.lists import BENCHMARKS, find_list, open_class_folders, open_lists
 from equipoise.data.packed import SUFFIX, open_packed
 from equipoise.data.parquet import open_parquet
 
 LISTS = {"train": "data.train_list", "validation": "data.val_list", "test": "data.test_list"}  # part -> recipe field
 PARTS = tuple(LISTS)
 _DIGITS_TEST_PER_CLASS = 50
+_CIFAR = {"cifar-10-batches-py": "cifar10", "cifar-100-python": "cifar100"}
+_CIFAR_ARCHIVES = [f"cifar-{classes}-{form}.tar.gz" for classes in (10, 100) for form in ("python", "binary")]
 
 
 def named_lists(data: Data) -> dict[str, str]:
@@ -200,3 +201,37 @@ def _open_digits() -> Found:
     rest = np.setdiff1d(np.arange(len(labels)), test)
     parts = {"train": everything.take(rest), "test": everything.take(np.sort(test))}
     return Found("embedded digits", parts, divided=True)
+
+
+def find_cifar(root: Path) -> tuple[Path, str] | None:
+    """The folder of an archive's files, `root` or one in it, and 'cifar10' or 'cifar100'; None where there is none.
+    Names alone are looked at. Raises UserError for another form of it."""
+    for folder, name in _CIFAR.items():
+        for path in (root, root / folder):
+            if path.resolve().name == folder and path.is_dir():
+                return path, name
+    for other in (*_CIFAR_ARCHIVES, "cifar-10-batches-bin", "cifar-100-binary"):
+        if root.name == other or (root / other).exists():
+            raise UserError(f"{root} holds CIFAR as {other}; take the python version, unpacked: tar xzf FILE.tar.gz")
+    return None
+
+
+def open_cifar(path: Path, name: str) -> Found:
+    """The parts `train` and `test`; of CIFAR-100 the fine labels. Raises UserError where a file is missing, or not the
+    published one."""
+    from torchvision.datasets import CIFAR10, CIFAR100  # a second of import, needed here alone
+
+    dataset = CIFAR10 if name == "cifar10" else CIFAR100
+    parts: dict[str, ImageList] = {}
+    for part in ("train", "test"):
+        try:
+            with warnings.catch_warnings(action="ignore"):  # numpy: how Python 2 wrote arrays is deprecated
+                read = dataset(path.resolve().parent, train=part == "train")
+        except (RuntimeError, OSError):
+            raise UserError(
+                f"{path} is not the published {dataset.__name__}: a file is missing or cannot be read, or its MD5 "
+                "differs, so that none was loaded; take the archive anew"
+            ) from None
+        images = PixelArrays(f"{path} ({part})", np.ascontiguousarray(read.data))
+        parts[part] = ImageList(str(path), images, np.array(read.targets, np.int64), tuple(read.classes))
+    return Found(f"{dataset.__name__} archive (python)", parts, divided=True)

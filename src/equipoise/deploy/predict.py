@@ -30,8 +30,8 @@ from equipoise.base.errors import UserError, reason, shown
 from equipoise.base.files import atomic_file
 from equipoise.config.recipe import load_recipe
 from equipoise.data.decode import BadImageError, Pixels, decode, resized
-from equipoise.data.folders import SUFFIXES
 from equipoise.data.images import ImageFiles, ImageList
+from equipoise.data.lists import SUFFIXES
 from equipoise.deploy.hub import CONFIG, read_hub_folder
 from equipoise.evaluation.score import figures_of
 from equipoise.method.losses import log_prior
