@@ -100,9 +100,6 @@ def resized(pixels: Pixels, size: int) -> Pixels:
     return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR))
 
 
-# ---------------------------------------------------------------------------------------------- bad images
-
-
 def bad_images(images: ImageList, decoded: bool = False) -> Iterator[BadImageError | None]:
     """For each image of the list, in its order, the error if it is a bad one, else None. With `decoded` every pixel is
     decoded, in a thread for each core; else the file is opened and its header read: most bad files, in no time. Nothing

@@ -39,8 +39,6 @@ PART_NAMES = {
 Indices = npt.NDArray[np.int64]
 
 
-# ---------------------------------------------------------------------------------------------- where images are
-
 # Each kind has `take` (a subset), `name` (what a message calls an image) and `digest` (it changes when they change).
 
 
@@ -263,9 +261,6 @@ def training_problem(train: ImageList) -> str | None:
         return None
     more = f" ({len(empty) - 1:,} more have none either)" if len(empty) > 1 else ""
     return f"{train.origin}: class '{empty[0]}' has no training images{more}; add some or remove the class"
-
-
-# ---------------------------------------------------------------------------------------------- subsets
 
 
 def of_classes(full: ImageList) -> list[Indices]:

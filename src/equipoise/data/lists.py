@@ -80,9 +80,6 @@ def git_blob(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------- reading
-
-
 def read_list(file: Path, allow_outside: bool = False) -> ListFile:
     """A list file, or iNaturalist's official JSON as the list that it stands for.
 
@@ -149,9 +146,6 @@ def _from_annotations(content: bytes, file: Path) -> bytes:
             f"{file} is not iNaturalist's JSON with images and an annotation of each "
             f"({reason(error, library=True)}); take the official file anew (that of the test part has no labels)"
         ) from None
-
-
-# ---------------------------------------------------------------------------------------------- lists of one data set
 
 
 def open_lists(root: Path, named: Mapping[str, str], benchmark: str, allow_outside: bool) -> Found:

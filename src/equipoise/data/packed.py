@@ -89,9 +89,6 @@ def open_packed(files: list[Path]) -> Found:
     )
 
 
-# ---------------------------------------------------------------------------------------------- writing
-
-
 def pack(found: Found, out: Path, short_side: int, threads: int) -> list[str]:
     """Write the parts of what was found into the folder `out`; one line about each.
 

@@ -47,9 +47,6 @@ def named_lists(data: Data) -> dict[str, str]:
     return {part: file for part, file in files.items() if file}
 
 
-# ---------------------------------------------------------------------------------------------- what a path holds
-
-
 def _files(root: Path, suffix: str) -> list[Path]:
     """The files of this kind at `root`: itself, or those in it or in its `data/`, as the `datasets` library has it."""
     if root.is_file():
@@ -152,9 +149,6 @@ def _existing(path: str) -> Path:
     return root
 
 
-# ---------------------------------------------------------------------------------------------- to train, to score
-
-
 def open_data(data: Data) -> Parts:
     """The data set (see `find_parts`) to train on.
 
@@ -183,25 +177,20 @@ def open_part(data: Data, part: str, class_names: Sequence[str]) -> ImageList:
     where they do not fit the classes."""
     found = find_parts(data)
     images = part_of(found, part, data.path)
-    of_model = {name: label for label, name in enumerate(class_names)}
-    for label in np.unique(images.labels_N).tolist():
-        name = images.class_names[label]
-        if not (name in of_model if found.named else _may_be(name, label, class_names)):
-            number = "" if found.named else f" as number {label}"
-            raise UserError(
-                f"{images.origin} has a class '{name}' that the model does not know{number}: this is other data, or "
-                "numbered otherwise; score it without that class"
-            )
-    if found.named:
-        labels_N = np.array([of_model.get(name, 0) for name in images.class_names], np.int64)[images.labels_N]
-        return replace(images, labels_N=labels_N, class_names=tuple(class_names))
-    return replace(images, class_names=tuple(class_names))
-
-
-def _may_be(name: str, label: int, class_names: Sequence[str]) -> bool:
-    """Whether the class that a list's folders call `name` may be the model's of this number. Numbers are no names."""
-    known = class_names[label] if label < len(class_names) else None
-    return known is not None and (name == known or name.isdigit() or known.isdigit())
+    known = {name: label for label, name in enumerate(class_names)}
+    new_C = [known.get(name, -1) for name in images.class_names]
+    if not found.named:  # numbers are no names; but where both have names, they must agree
+        numbers = zip(images.class_names, class_names, strict=False)
+        same = [name == other or name.isdigit() or other.isdigit() for name, other in numbers]
+        new_C = [label if label < len(same) and same[label] else -1 for label in range(len(new_C))]
+    labels_N = np.array(new_C, np.int64)[images.labels_N]
+    if labels_N.min() < 0:
+        label = int(images.labels_N[labels_N.argmin()])
+        raise UserError(
+            f"{images.origin} has a class '{images.class_names[label]}' (number {label}) that the model does not know: "
+            "this is other data, or numbered otherwise; score it without that class"
+        )
+    return replace(images, labels_N=labels_N, class_names=tuple(class_names))
 
 
 def part_of(found: Found, part: str, path: str) -> ImageList:
@@ -216,9 +205,6 @@ def part_of(found: Found, part: str, path: str) -> ImageList:
             f"CHECKPOINT --data {path} --split PART"
         )
     return found.parts[part]
-
-
-# ---------------------------------------------------------------------------------------------- digits
 
 
 def _open_digits() -> Found:
