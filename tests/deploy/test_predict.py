@@ -198,11 +198,11 @@ def test_metrics_of_another_step_are_not_used(odd_run, tmp_path):
 
 
 def test_a_checkpoint_of_the_authors(tmp_path):
-    """Classes are numbers, and no training prior is known. One of 8,142 classes is of iNaturalist, which has its own
-    mean."""
+    """Classes are numbers, and no training prior is known; nor is what it was trained on, which has its own mean."""
     draw_picture(tmp_path / "x.png", 0, 0)
-    for classes, mean in ((4, (0.485, 0.456, 0.406))):
-        classifier = load(write_as_authors(untrained((1,) * classes), tmp_path / "theirs.pth.tar"))
+    file = write_as_authors(untrained((1, 1, 1, 1)), tmp_path / "theirs.pth.tar")
+    for recipe, mean in (({}, (0.485, 0.456, 0.406)), ({"recipe": "inat2018"}, (0.466, 0.471, 0.380))):
+        classifier = load(file, **recipe)
         assert classifier.checkpoint.recipe.views.mean == mean
         assert all(name.isdecimal() for _, ranked in classifier.predict(tmp_path / "x.png") for name, _ in ranked)
         with pytest.raises(UserError, match="has no counts of its training images"):
