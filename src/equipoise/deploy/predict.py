@@ -220,7 +220,7 @@ def read_weights(file: Path) -> dict[str, float]:
             del pairs[0]  # the heading
         weights = {str(name): float(weight) for name, weight in pairs}
     except (OSError, ValueError, csv.Error) as error:
-        why = f"{file} is no such file ({reason(error, library=True)})"
+        why = f"{file} is none ({reason(error, library=True)})"
         raise UserError(f"--prior is uniform, train, or a CSV file of classes and their weights; {why}") from None
     if len(weights) < len(pairs):
         raise UserError(f"{file} names a class twice")
