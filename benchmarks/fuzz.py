@@ -211,7 +211,6 @@ READERS = {
     "log": Reader("metrics.jsonl", lambda: [_log()], _read_log, share=0.5),
     "bad-images": Reader("bad-images.json", lambda: [b'{"train": {"a.jpg": "empty"}}'], read_bad_images, share=0.3),
     "hub-config": Reader("config.json", lambda: [_hub_config()], _read_hub_config, share=0.5),
-    "prior-json": Reader("prior.json", lambda: [b'{"a": 1, "b": 2.5}'], _read_prior, share=0.5),
     "prior-csv": Reader("prior.csv", lambda: [b'class,weight\na,1\n"b, c",2.5\n'], _read_prior, share=0.5),
 }
 

@@ -198,11 +198,11 @@ def test_metrics_of_another_step_are_not_used(odd_run, tmp_path):
 
 
 def test_a_checkpoint_of_the_authors(tmp_path):
-    """Classes are numbers, and no training prior is known. One of 8,142 classes is of iNaturalist, which has its own
-    mean."""
+    """Classes are numbers, and no training prior is known; nor is what it was trained on, which has its own mean."""
     draw_picture(tmp_path / "x.png", 0, 0)
-    for classes, mean in ((4, (0.485, 0.456, 0.406)), (8142, (0.466, 0.471, 0.380))):
-        classifier = load(write_as_authors(untrained((1,) * classes), tmp_path / "theirs.pth.tar"))
+    file = write_as_authors(untrained((1, 1, 1, 1)), tmp_path / "theirs.pth.tar")
+    for recipe, mean in (({}, (0.485, 0.456, 0.406)), ({"recipe": "inat2018"}, (0.466, 0.471, 0.380))):
+        classifier = load(file, **recipe)
         assert classifier.checkpoint.recipe.views.mean == mean
         assert all(name.isdecimal() for _, ranked in classifier.predict(tmp_path / "x.png") for name, _ in ranked)
         with pytest.raises(UserError, match="has no counts of its training images"):
@@ -239,7 +239,6 @@ def test_bad_files_are_passed_over_and_the_order_stays(odd_run, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("p.json", json.dumps({ODD_NAMES[2]: 0, ODD_NAMES[0]: 1, ODD_NAMES[1]: 3.5})),
         ("p.csv", '\ufeffclass,weight\n"a, ""quoted""",3.5\n\n<b>x & y<,1\n"two\nlines|",0\n'),
         ("p.CSV", '"a, ""quoted""",3.5\r\n<b>x & y<,1\r\n"two\nlines|",0'),
     ],
@@ -267,11 +266,11 @@ def test_priors_of_any_scale(weights, odd_run, tmp_path):
     ("name", "content", "sentence"),
     [
         ("absent.csv", None, "(no such file or directory)"),
-        ("p.csv", b"\xff\xfe", "in two columns of CSV or one JSON object"),
+        ("p.csv", b"\xff\xfe", "a CSV file of classes and their weights"),
         ("p.csv", b"class 0,1\nclass 1,x", "(could not convert string to float: 'x')"),
-        ("p.csv", b"class 0,1,2", "in two columns of CSV or one JSON object"),
+        ("p.csv", b"class 0,1,2", "a CSV file of classes and their weights"),
         ("p.csv", b"class 0,1\nclass 0,2", "p.csv names a class twice"),
-        ("p.json", b'{"class 0": 1, "class 1": 1, "class 2": 1, "clas 2": 1}', "and no other; see 'clas 2'"),
+        ("p.csv", b"class 0,1\nclass 1,1\nclass 2,1\nclas 2,1", "and no other; see 'clas 2'"),
         (
             "p.csv",
             b"class 1,1\nclass 2,1",
@@ -279,7 +278,7 @@ def test_priors_of_any_scale(weights, odd_run, tmp_path):
         ),
         ("p.csv", b"class 0,0\nclass 1,0\nclass 2,0", "a finite number, 0 or more, and one at"),
         ("p.csv", b"class 0,1\nclass 1,-1\nclass 2,1", "a finite number"),
-        ("p.json", b'{"class 0": NaN, "class 1": 1, "class 2": 1}', "a finite number"),
+        ("p.csv", b"class 0,1\nclass 1,1\nclass 2,1e999", "a finite number"),
     ],
 )
 def test_priors_that_do_not_fit(name, content, sentence, tmp_path):

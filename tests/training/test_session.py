@@ -219,12 +219,12 @@ def test_a_read_only_disk(more, small_disk, finished, capsys):
         train(RECIPE, small_disk / "run", progress=False)
     assert main(["evaluate", str(copy), *more]) == 2
     said = capsys.readouterr()
-    assert f"cannot be written into {copy}; name a file elsewhere with --out FILE\n" in said.err
+    assert f"--out must be a new file or a .json file, in a folder that may be written, not {copy}" in said.err
     assert said.out == "", "it is refused before the work"
     assert main(["evaluate", str(copy), *more, "--out", str(finished / "x.json")]) == 0
     assert (finished / "x.json").is_file()
     assert main(["report", str(copy)]) == 2
-    assert f"the report cannot be written into {copy}; " in capsys.readouterr().err
+    assert "--out must be a new file or a .html file, in a folder that may be written" in capsys.readouterr().err
 
 
 @pytest.mark.long

@@ -43,12 +43,6 @@ def atomic_file(path: Path) -> Generator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        with contextlib.suppress(OSError):  # Windows cannot open a folder
-            handle = os.open(path.parent, os.O_RDONLY)  # the new name is to survive a loss of power
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is None:  # a full disk does not say which

@@ -65,7 +65,10 @@ class World:
 
     def first_makes(self, make: Callable[[], Made]) -> Made:
         """What rank 0 makes, on every rank. Its errors become those of all ranks, as in `each_makes`."""
-        return self.gather_objects(self.each_makes(lambda: make() if self.is_first else None))[0]
+        made: list[Any] = [self.each_makes(lambda: make() if self.is_first else None)]
+        if self.size > 1:
+            dist.broadcast_object_list(made, src=0)  # a checkpoint is too large to be gathered from all
+        return made[0]
 
     def gather_in_turn(self, values: Sequence[Made]) -> list[Made]:
         """The values of all ranks in the order of the work, of which rank r did the parts r, r + size, ..."""

@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from equipoise.training.plan import Plan
 
 
-# ---------------------------------------------------------------------------------------------- data
-
-
 def add_data_options(command: argparse.ArgumentParser) -> None:
     data = "a data set, as for train: a folder, Parquet, a CIFAR archive, 'digits'; a list file in its folder"
     command.add_argument("data.path", metavar="PATH", help=data)
@@ -73,9 +70,6 @@ def pack(options: argparse.Namespace) -> None:
     out, workers = Path(os.path.expanduser(options.out)), worker_count(options.workers)
     lines = write_packed_parts(find_parts(as_recognised(meant)), out, options.short_side, workers)
     print("\n".join([*lines, f"train on it: {own_command()} train --data {shlex.quote(str(out))}"]))
-
-
-# ---------------------------------------------------------------------------------------------- train
 
 
 def add_train_options(command: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
@@ -177,9 +171,6 @@ def _show(runs: "Sequence[Run]") -> None:
         print_post_hoc(run.metrics)
         print(f"run folder: {run.path}")
         print_unreadable(run.metrics)
-
-
-# ---------------------------------------------------------------------------------------------- compare
 
 
 def add_compare_options(command: argparse.ArgumentParser, arguments: Sequence[str]) -> None:

@@ -117,8 +117,10 @@ def add_predict_options(command: argparse.ArgumentParser) -> None:
     written = command.add_mutually_exclusive_group()
     written.add_argument("--csv", metavar="FILE", help="write a line an image instead of showing a table")
     written.add_argument("--json", metavar="FILE", help="the same as JSON, with the files that were passed over")
-    prior = "class frequencies where the model is used: equal, as in training, or weights of classes in CSV or JSON"
+    prior = "class frequencies where the model is used: equal, as in training, or a CSV file of classes and weights"
     add("--prior", default="uniform", metavar="uniform|train|FILE", help=f"{prior} [uniform]")
+    recipe = "whose views a checkpoint of the BCL authors' was trained with [imagenet-lt]"
+    add("--recipe", default="imagenet-lt", metavar="RECIPE", help=recipe)
     flags.add_device(command)
 
 
@@ -135,7 +137,7 @@ def predict(options: argparse.Namespace) -> None:
     from equipoise.deploy.predict import load, predictions_table, write_csv
     from equipoise.runs.folder import write_json
 
-    classifier = load(options.target, options.device)
+    classifier = load(options.target, options.device, options.recipe)
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("predicting", total=None)
         predicted = classifier.predict(

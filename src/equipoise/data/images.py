@@ -35,8 +35,6 @@ PART_NAMES = {
 Indices = npt.NDArray[np.int64]
 
 
-# ---------------------------------------------------------------------------------------------- where images are
-
 # Each kind has `take` (a subset), `name` (what a message calls an image) and `digest` (it changes when they change).
 
 
@@ -81,9 +79,6 @@ class EncodedImages:
     @property
     def packed(self) -> bool:
         return "crc32" in self.table.column_names
-
-    def __len__(self) -> int:
-        return len(self.rows_N)
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.packed:
@@ -141,9 +136,6 @@ class PixelArrays:
 
     origin: str
     pixels_NHW3: npt.NDArray[np.uint8]
-
-    def __len__(self) -> int:
-        return len(self.pixels_NHW3)
 
     def take(self, indices_N: Indices) -> "PixelArrays":
         return replace(self, pixels_NHW3=self.pixels_NHW3[indices_N])
@@ -253,9 +245,6 @@ def training_problem(train: ImageList) -> str | None:
     if empty:
         return f"{train.origin}: class '{empty[0]}' has no training images; add some or remove the class"
     return None
-
-
-# ---------------------------------------------------------------------------------------------- subsets
 
 
 def of_classes(full: ImageList) -> list[Indices]:

@@ -232,12 +232,10 @@ def identify(read: ListFile, expected: Published | None = None) -> tuple[str, st
     name = next((known.name for known in PUBLISHED.values() if known.blob == read.blob), "")
     own = f"the published {name} (git blob {read.blob})" if name else f"git blob {read.blob}, no published list"
     expected = expected or PUBLISHED.get(read.file.name)
-    departs = expected is not None and expected.blob not in ("", read.blob)
-    note = f"{read.file} is not the published {expected.name} (git blob {expected.blob}): {own}" if departs else ""
+    note = ""
+    if expected and expected.blob not in ("", read.blob):
+        note = f"{read.file} is not the published {expected.name} (git blob {expected.blob}): {own}"
     return f"{read.file}: {own}", note
-
-
-# ---------------------------------------------------------------------------------------------- class folders
 
 
 def open_class_folders(root: Path, allow_outside: bool = False) -> Found:

@@ -156,12 +156,13 @@ def open_part(data: Data, part: str, class_names: Sequence[str]) -> ImageList:
     where they do not fit the classes."""
     found = find_parts(data)
     images = part_of(found, part, data.path)
-    of_model = {name: label for label, name in enumerate(class_names)}
-    labels_C = [
-        of_model.get(name, -1) if found.named else _same_number(name, label, class_names)
-        for label, name in enumerate(images.class_names)
-    ]
-    labels_N = np.array(labels_C, np.int64)[images.labels_N]
+    known = {name: label for label, name in enumerate(class_names)}
+    new_C = [known.get(name, -1) for name in images.class_names]
+    if not found.named:  # numbers are no names; but where both have names, they must agree
+        numbers = zip(images.class_names, class_names, strict=False)
+        same = [name == other or name.isdigit() or other.isdigit() for name, other in numbers]
+        new_C = [label if label < len(same) and same[label] else -1 for label in range(len(new_C))]
+    labels_N = np.array(new_C, np.int64)[images.labels_N]
     if labels_N.min() < 0:
         label = int(images.labels_N[labels_N.argmin()])
         raise UserError(
@@ -169,13 +170,6 @@ def open_part(data: Data, part: str, class_names: Sequence[str]) -> ImageList:
             "this is other data, or numbered otherwise; score it without that class"
         )
     return replace(images, labels_N=labels_N, class_names=tuple(class_names))
-
-
-def _same_number(name: str, label: int, class_names: Sequence[str]) -> int:
-    """The number of a class that the folders of a list call `name`; -1 where the model calls it otherwise. Numbers are
-    no names."""
-    known = class_names[label] if label < len(class_names) else None
-    return label if known is not None and (name == known or name.isdigit() or known.isdigit()) else -1
 
 
 def part_of(found: Found, part: str, path: str) -> ImageList:

@@ -11,7 +11,6 @@ Shapes: N images, B of a batch, C classes, K ranked classes of an image, S side 
 
 import csv
 import io
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -114,7 +113,7 @@ class Classifier:
         """The `top` most probable classes of the images at `paths`, files or folders.
 
         `prior` is how frequent the classes are where the model is used: 'uniform', 'train' (as in training), a weight
-        for each class, or a CSV or JSON file of weights. `progress` is called with the number of files done and of all
+        for each class, or a CSV file of weights. `progress` is called with the number of files done and of all
         files. A file that cannot be read is left out and becomes one of the `errors`. Raises UserError for a prior that
         does not fit the classes.
         """
@@ -169,11 +168,12 @@ class Classifier:
         return torch.from_numpy(in_class_order(weights, names)).log()
 
 
-def load(path: str | Path, device: str = "auto") -> Classifier:
+def load(path: str | Path, device: str = "auto", recipe: str = "imagenet-lt") -> Classifier:
     """The model at `path`, ready for use: a run folder (its best checkpoint where one was chosen, else its last), a
     checkpoint, ours or the BCL authors', or a folder that `equipoise export --to safetensors` wrote.
 
-    Raises UserError where there is none.
+    `recipe`: the one whose views a checkpoint of the BCL authors was trained with, which it does not say; 'inat2018'
+    has another mean. Raises UserError where there is no model.
     """
     path = Path(os.path.expanduser(path))
     where = choose_device(device)
@@ -182,9 +182,8 @@ def load(path: str | Path, device: str = "auto") -> Classifier:
         return Classifier(path, checkpoint, checkpoint.build().to(where), temperature, None, where)
     file = chosen_checkpoint(path)
     checkpoint = load_checkpoint(file)
-    if not checkpoint.class_counts and len(checkpoint.class_names) == 8142:
-        # The authors' files do not name their data, but so many classes has iNaturalist alone: it has its own mean.
-        checkpoint = replace(checkpoint, recipe=replace(checkpoint.recipe, views=load_recipe("inat2018").views))
+    if not checkpoint.class_counts:
+        checkpoint = replace(checkpoint, recipe=replace(checkpoint.recipe, views=load_recipe(recipe).views))
     metrics = figures_of(file, checkpoint)
     temperature = metrics["temperature"] if metrics else None
     return Classifier(file, checkpoint, checkpoint.build().to(where), temperature, metrics, where)
@@ -200,9 +199,7 @@ def find_images(paths: Sequence[str | Path]) -> tuple[list[str], list[UserError]
             files.append(str(path))
             continue
         found = [entry for entry in sorted(path.rglob("*")) if entry.suffix.lower() in SUFFIXES]
-        within = [
-            str(entry) for entry in found if "/." not in f"/{entry.relative_to(path).as_posix()}"
-        ]  # no thumbnails
+        within = [str(entry) for entry in found if "/." not in f"/{entry.relative_to(path).as_posix()}"]  # hidden
         files += within
         if not within:
             errors.append(UserError(f"{path} holds no images (known endings: {' '.join(sorted(SUFFIXES))})"))
@@ -215,22 +212,16 @@ def as_list(files: Sequence[str]) -> ImageList:
 
 
 def read_weights(file: Path) -> dict[str, float]:
-    """Class name -> weight, of a JSON object or of a CSV file of two columns, with or without a heading. Raises
-    UserError for another file; `in_class_order` checks the weights."""
+    """Class name -> weight, of a CSV file of two columns, with or without a heading. Raises UserError for another file;
+    `in_class_order` checks the weights."""
     try:
-        text = file.read_text(encoding="utf-8-sig")
-        if file.suffix.lower() == ".json":
-            pairs = json.loads(text, object_pairs_hook=list)  # a dict would hide a class that is named twice
-        else:
-            pairs = [row for row in csv.reader(io.StringIO(text)) if row]
-            if pairs and not any(letter.isdigit() for letter in pairs[0][-1]):
-                del pairs[0]  # the heading
+        pairs = [row for row in csv.reader(io.StringIO(file.read_text(encoding="utf-8-sig"))) if row]
+        if pairs and not any(letter.isdigit() for letter in pairs[0][-1]):
+            del pairs[0]  # the heading
         weights = {str(name): float(weight) for name, weight in pairs}
-    except (OSError, TypeError, ValueError, csv.Error) as error:
-        raise UserError(
-            f"--prior is uniform, train, or a file of classes and weights, in two columns of CSV or one JSON object; "
-            f"{file} cannot be read so ({reason(error, library=True)})"
-        ) from None
+    except (OSError, ValueError, csv.Error) as error:
+        why = f"{file} is none ({reason(error, library=True)})"
+        raise UserError(f"--prior is uniform, train, or a CSV file of classes and their weights; {why}") from None
     if len(weights) < len(pairs):
         raise UserError(f"{file} names a class twice")
     return weights

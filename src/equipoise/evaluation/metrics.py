@@ -124,9 +124,6 @@ def calibration_error(confidence_N: Fractions, right_N: npt.NDArray[np.bool_]) -
     return float(np.abs(gaps).sum() / len(confidence_N))
 
 
-# ---------------------------------------------------------------------------------------------- post-hoc prior
-
-
 def sweep(predictions: Predictions, train_counts_C: Sequence[int]) -> list[PriorRow]:
     """Accuracy with the post-hoc prior: the argmax of `logits - tau * log prior` (Menon et al., ICLR 2021, section 4.1)
     for each tau of `TAUS`. tau = 0 is the prediction as it is."""
@@ -141,8 +138,6 @@ def choose_tau(validation_sweep: Sequence[PriorRow]) -> float:
     sweep of a validation part: a tau that is chosen on the test part makes the test metrics too good."""
     return max(validation_sweep, key=lambda row: (row["mean_per_class"], -row["tau"]))["tau"]
 
-
-# ---------------------------------------------------------------------------------------------- calibration
 
 _COLDEST, _HOTTEST = 0.05, 20.0
 _ROWS = 1024  # at a time, so that the logits of a large validation part are not copied as a whole

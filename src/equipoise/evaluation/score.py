@@ -38,8 +38,7 @@ from equipoise.runs.records import (
     read_bad_images,
     read_metrics,
 )
-from equipoise.views.loader import Batches, open_batches, worker_count
-from equipoise.views.views import view_settings
+from equipoise.views.loader import Batches, open_recipe_batches
 
 Overrides = Sequence[tuple[Field, Any]]  # fields of a recipe, as text or values
 
@@ -54,32 +53,35 @@ def evaluate_run(
     has changed.
     """
     # Rank 0 reads the files: another host may not see them.
-    last, best = world.first_makes(lambda: _load_last_and_best(path, overrides))
+    names = [LAST, BEST] if (path / BEST).is_file() else [LAST]
+    checkpoints = world.first_makes(
+        lambda: [with_overrides(load_checkpoint(path / name), overrides, path) for name in names]
+    )
+    last = checkpoints[0]
     parts = parts or world.each_makes(lambda: unchanged_data(last, path))
     scored = {part: images for part, images in parts.named().items() if part != "train"}
+
+    def read(images: ImageList) -> Batches:
+        return open_recipe_batches(last.recipe, images, choose_device(device, world.local_rank), world)
+
     with ExitStack() as stack:
-        batches = world.each_makes(
-            lambda: {part: _open(last.recipe, images, device, world) for part, images in scored.items()}
-        )
+        batches = world.each_makes(lambda: {part: read(images) for part, images in scored.items()})
         for opened in batches.values():
             stack.enter_context(closing(opened))
-        of_last, observed = score_checkpoint(last, batches, device, world)
-        of_best = None
-        if best is not None:
-            of_best, observed = score_checkpoint(best, batches, device, world)
+        scores = [score_checkpoint(checkpoint, batches, device, world) for checkpoint in checkpoints]
         bad = record_bad_images(path, world, **batches)
     metrics: RunMetrics = {
         "method": last.recipe.method,
-        "test": of_last["test"],
-        "validation": of_last["validation"],
-        "last": of_last,
-        "best": of_best,
+        "test": scores[0][0]["test"],
+        "validation": scores[0][0]["validation"],
+        "last": scores[0][0],
+        "best": scores[1][0] if len(scores) > 1 else None,
         "bad_images": bad,
         "class_names": list(last.class_names),
         "train_counts": list(last.class_counts),
     }
     if world.is_first:
-        _write_arrays(path / OBSERVED, observed)
+        _write_arrays(path / OBSERVED, scores[-1][1])
         write_json(path / METRICS, metrics)
     return metrics
 
@@ -100,9 +102,9 @@ def evaluate_checkpoint(
     data's own lists. Raises UserError where there is no such part or its classes are not the checkpoint's.
     """
     checkpoint, part, images, note = world.each_makes(lambda: find_target(path, data, split, overrides))
-    device = checkpoint.recipe.device
-    with closing(world.each_makes(lambda: _open(checkpoint.recipe, images, device, world))) as batches:
-        network = checkpoint.build().to(choose_device(device, world.local_rank))
+    device = choose_device(checkpoint.recipe.device, world.local_rank)
+    with closing(world.each_makes(lambda: open_recipe_batches(checkpoint.recipe, images, device, world))) as batches:
+        network = checkpoint.build().to(device)
         metrics, predictions = _score(checkpoint, network, batches, world, keep_logits)
         bad = _bad_images(batches, world)
     table = {
@@ -137,16 +139,16 @@ def score_checkpoint(
         table = observation.table(predictions) if world.is_first else {}
         if chooses:
             temperature = calibrating_temperature(checkpoint, predictions)
-            if temperature is not None and predictions.logits_NC is not None:
-                logits_NC = torch.from_numpy(predictions.logits_NC)
-                table["calibrated_N"] = confidence_at(logits_NC, temperature).numpy()
+            if temperature is not None and (logits_NC := predictions.logits_NC) is not None:
+                table["calibrated_N"] = confidence_at(torch.from_numpy(logits_NC), temperature).numpy()
         observed |= {f"{part}/{name}": values for name, values in table.items()}
+    validation, test = scored.get("validation"), scored.get("test")
     metrics: CheckpointMetrics = {
         "epoch": checkpoint.epoch,
         "step": checkpoint.step,
-        "validation": scored.get("validation"),
-        "test": scored.get("test"),
-        "post_hoc": _post_hoc_prior(scored.get("validation"), scored.get("test")),
+        "validation": validation,
+        "test": test,
+        "post_hoc": _post_hoc_prior(validation, test),
         "temperature": temperature,
     }
     return metrics, observed
@@ -188,20 +190,6 @@ def _post_hoc_prior(validation: PartMetrics | None, test: PartMetrics | None) ->
     return post_hoc
 
 
-# ---------------------------------------------------------------------------------------------- files
-
-
-def _load_last_and_best(path: Path, overrides: Overrides) -> tuple[Checkpoint, Checkpoint | None]:
-    last = with_overrides(load_checkpoint(path / LAST), overrides, path)
-    has_best = (path / BEST).is_file()
-    return last, with_overrides(load_checkpoint(path / BEST), overrides, path) if has_best else None
-
-
-def _open(recipe: Recipe, images: ImageList, device: str, world: World) -> Batches:
-    workers, skip = worker_count(recipe.workers, world.local_size), recipe.data.on_bad_image == "skip"
-    return open_batches(images, view_settings(recipe), choose_device(device, world.local_rank), workers, world, skip)
-
-
 def record_bad_images(path: Path, world: World, **parts: Batches | None) -> BadImages:
     """Add the images of each part that any rank could not read so far to the run's `bad-images.json`, and return what
     it holds: a run that is interrupted and goes on knows all of them."""
@@ -227,17 +215,14 @@ def _bad_images(batches: Batches, world: World) -> dict[str, str]:
 
 def write_logits(path: Path, predictions: Predictions, class_names: Sequence[str]) -> None:
     """`logits` `[N, C]`, `labels` `[N]` in the order of the list, and `class_names`, as NumPy's .npz."""
-    assert predictions.logits_NC is not None
-    names = np.array(class_names)
-    _write_arrays(path, {"logits": predictions.logits_NC, "labels": predictions.labels_N, "class_names": names})
+    logits_NC, names = predictions.logits_NC, np.array(class_names)
+    assert logits_NC is not None
+    _write_arrays(path, {"logits": logits_NC, "labels": predictions.labels_N, "class_names": names})
 
 
 def _write_arrays(path: Path, arrays: Table) -> None:
     with atomic_file(path) as file:
         np.savez_compressed(file, **arrays)  # pyright: ignore[reportArgumentType] no key is its own argument
-
-
-# ---------------------------------------------------------------------------------------------- what is scored
 
 
 Target = tuple[Checkpoint, str, ImageList, str]  # the images of a part to be scored on, and what is odd about them
@@ -278,8 +263,7 @@ def unchanged_data(checkpoint: Checkpoint, path: Path) -> Parts:
     """The data that the checkpoint was trained and scored on. Raises UserError if it has changed since: labels would
     shift, and images trained on would be held out."""
     parts = open_data(checkpoint.recipe.data)
-    changed = changed_part(parts, checkpoint)
-    if changed:
+    if changed := changed_part(parts, checkpoint):
         raise UserError(
             f"the {changed} part of {checkpoint.recipe.data.path} is not what {path} was trained with (images were "
             "added, removed or renamed); restore it, or score other data with --data"

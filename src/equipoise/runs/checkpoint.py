@@ -132,9 +132,6 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
-# ---------------------------------------------------------------------------------------------- recipe, data, network
-
-
 def create_network(recipe: Recipe, classes: int, start: bool) -> TwoBranchNetwork:
     """The network that `recipe` describes; with `start`, from the pretrained weights that it may name. Raises UserError
     where these are of images normalised in another way, and the recipe has no mean of its own."""

@@ -6,6 +6,7 @@ import os
 import platform
 import shlex
 import shutil
+import subprocess
 import sys
 import time
 from importlib import metadata
@@ -20,6 +21,9 @@ from equipoise import __version__
 from equipoise.base.errors import UserError
 from equipoise.base.files import UNFINISHED, atomic_file
 from equipoise.config.recipe import Recipe, recipe_toml
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"  # the checkpoints
 RECIPE, RECORD, METRICS, LOCK = "recipe.toml", "run.json", "metrics.json", "run.lock"
@@ -120,21 +124,30 @@ def is_used(folder: Path) -> bool:
 
 
 def write_record(folder: Path, recipe: Recipe, about: dict[str, Any]) -> None:
-    """Write `recipe.toml` and `run.json`: `about` this run, with command, start and versions."""
+    """Write `recipe.toml` and `run.json`: `about` this run, with command, start, versions and commit."""
     with atomic_file(folder / RECIPE) as file:
         file.write(recipe_toml(recipe).encode())
     versions = {name: metadata.version(name) for name in ("torch", "torchvision", "timm", "numpy")}
     record = {
         "command": shlex.join(sys.argv),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "versions": {"python": platform.python_version(), "equipoise": __version__, **versions},
+        "versions": {"python": platform.python_version(), "equipoise": f"{__version__}{_commit()}", **versions},
         **about,
     }
     write_json(folder / RECORD, record)
 
 
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+def _commit() -> str:
+    """'+' and the commit of this code where it runs from a clone, with '-dirty' if that has changes; else ''."""
+    here = Path(__file__)
+    git = ["git", "-C", str(here.parent)]
+    try:
+        subprocess.run([*git, "ls-files", "--error-unmatch", here.name], capture_output=True, check=True)
+        done = subprocess.run([*git, "describe", "--always", "--dirty"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):  # no git; an installed package
+        return ""
+    return f"+{done.stdout.strip()}"
+
 
 Kind = Literal["train", "validation"]
 

@@ -243,9 +243,6 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
     return recipe
 
 
-# ---------------------------------------------------------------------------------------------- refusals
-
-
 def refuse_batches(recipe: Recipe, images: int, world: World) -> None:
     """Raise UserError for batches, of an epoch over so many images, that the ranks cannot share or BatchNorm cannot
     normalise."""

@@ -12,15 +12,13 @@ from equipoise.base.device import describe_machine, deterministic, keep_freed_me
 from equipoise.base.errors import UserError, in_words, out_of_memory, own_command
 from equipoise.base.world import join, lost_rank
 from equipoise.config.recipe import Recipe
-from equipoise.data.images import ImageList
 from equipoise.evaluation.score import Run, evaluate_run
 from equipoise.method.network import TwoBranchNetwork
 from equipoise.runs.checkpoint import create_network
 from equipoise.runs.folder import BAD_IMAGES, LAST, METRICS, PREVIOUS, RunFolder, write_record
 from equipoise.training.loop import NonFiniteLossError, Requests, Trainer
 from equipoise.training.plan import Plan, default_folder, prepare
-from equipoise.views.loader import Batches, open_batches, worker_count
-from equipoise.views.views import view_settings
+from equipoise.views.loader import Batches, open_recipe_batches
 
 
 def train(
@@ -77,14 +75,8 @@ def start(plan: Plan) -> Generator[Session]:
 def _open(plan: Plan) -> tuple[TwoBranchNetwork, Batches, Batches | None]:
     """The network as it starts, and what reads the training and validation images."""
     recipe, parts, world = plan.recipe, plan.parts, plan.world
-    workers = worker_count(recipe.workers, world.local_size)
-
-    def read(images: ImageList) -> Batches:
-        skip = recipe.data.on_bad_image == "skip"
-        return open_batches(images, view_settings(recipe), plan.device, workers, world, skip)
-
-    batches = read(parts.train)
-    validation = read(parts.validation) if parts.validation else None
+    batches = open_recipe_batches(recipe, parts.train, plan.device, world)
+    validation = open_recipe_batches(recipe, parts.validation, plan.device, world) if parts.validation else None
     classes, begin = len(parts.train.class_names), plan.start
     if begin is not None and not begin.checkpoint.fits(recipe, classes):
         before = begin.checkpoint.recipe

@@ -14,10 +14,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from equipoise.base.errors import UserError
 from equipoise.base.world import ALONE, World
+from equipoise.config.recipe import Recipe
 from equipoise.data.decode import BadImageError, Pixels, decode, decode_all, no_image_left, stand_ins, usable_cores
 from equipoise.data.images import ImageList, Indices
 from equipoise.views.draws import permutation
-from equipoise.views.views import ViewSettings, evaluation_view, photo_views, small_views
+from equipoise.views.views import ViewSettings, evaluation_view, photo_views, small_views, view_settings
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,12 @@ def open_batches(
     if settings.policy == "digits":
         workers = 0  # their views are made in less time than a process takes to start
     return Batches(_Maker(images, settings, skip), device, workers, world)
+
+
+def open_recipe_batches(recipe: Recipe, images: ImageList, device: torch.device, world: World) -> "Batches":
+    """Batches of `images` under the recipe's views, by its loader processes, and with what it says of bad images."""
+    workers, skip = worker_count(recipe.workers, world.local_size), recipe.data.on_bad_image == "skip"
+    return open_batches(images, view_settings(recipe), device, workers, world, skip)
 
 
 class Batches:

@@ -69,9 +69,6 @@ def in_turn(image_1HW3: Pixels, steps: Sequence[Step]) -> Pixels:
     return _linear(image_1HW3, pending)
 
 
-# ---------------------------------------------------------------------------------------------- geometry
-
-
 def resized_crop(image: Pixels, box: Sequence[int], size: int) -> Pixels:
     """The box (top, left, height, width) of an image as `[size, size, 3]`: within a level of Pillow's antialiased
     bilinear resize. A box of that size is a view of the image."""
@@ -132,9 +129,6 @@ def _rotation(degrees: float, side: int) -> list[list[float]]:
     """Counter-clockwise about the centre of a square image."""
     cos, sin, middle = math.cos(math.radians(degrees)), math.sin(math.radians(degrees)), side / 2
     return [[cos, -sin, middle - cos * middle + sin * middle], [sin, cos, middle - sin * middle - cos * middle]]
-
-
-# ---------------------------------------------------------------------------------------------- colour
 
 
 def _each(images: Pixels, arguments: Iterable[Any], change: Callable[[Any, Any, Any], object]) -> Pixels:
@@ -236,8 +230,6 @@ def _sharpen(image: Pixels, factor: float, out: Pixels) -> None:
     smooth[:, 0], smooth[:, -1] = image[:, 0], image[:, -1]
     cv2.addWeighted(image, factor, smooth, 1 - factor, _TRUNCATED, out)
 
-
-# ---------------------------------------------------------------------------------------------- by name
 
 # From factor and mean luma of the image (numbers, or arrays `[N]`) to a, b and c of a * colour + b * luma + c.
 _UNCHANGED = (1.0, 0.0, 0.0)

@@ -109,9 +109,6 @@ def evaluation_view(photo: Pixels, size: int) -> Pixels:
     return np.asarray(resized)[top : top + size, left : left + size]
 
 
-# ---------------------------------------------------------------------------------------------- geometry
-
-
 def random_boxes(numbers: Numbers, heights_B: Whole, widths_B: Whole, smallest_share: float) -> Whole:
     """`[B, 4]` top, left, height and width of the crops of torchvision's RandomResizedCrop.
     Area uniform in [`smallest_share`, 1] of the image's, log aspect ratio uniform in ±log(4/3); the first of ten
@@ -174,9 +171,6 @@ def _cut_out(images_BSS3: Pixels, numbers: Numbers) -> Pixels:
     for image, y, x in zip(images_BSS3, centres_y, centres_x, strict=True):
         image[max(0, y - half) : y + half, max(0, x - half) : x + half] = 0
     return images_BSS3
-
-
-# ---------------------------------------------------------------------------------------------- pixels
 
 
 @dataclass(frozen=True)
