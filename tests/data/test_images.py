@@ -35,17 +35,14 @@ def test_fingerprint_changes_with_content_labels_and_names(tmp_path):
     assert len({base.fingerprint(), *(other.fingerprint() for other in others)}) == 7
 
 
-NAMES = ["a/1.jpg", "b/é 2.jpg", "a/1.jpg", "\udcff.png"]
-
-
-@pytest.mark.parametrize("names", [NAMES, NAMES[:1], []])
-def test_files_below_a_folder(names):
+def test_files_below_a_folder():
     """Fingerprints hang on the digest: runs of earlier versions go on."""
+    names = ["a/1.jpg", "b/é 2.jpg", "a/1.jpg", "\udcff.png"]
     files = ImageFiles.of(Path("root"), names)
     assert [files.name(index) for index in range(len(files))] == [f"root/{name}" for name in names]
     assert files.digest() == hashlib.sha256(os.fsencode("\0".join(names))).hexdigest()
-    taken = np.arange(len(names))[::-2]
-    assert [files.take(taken).name(index) for index in range(len(taken))] == [f"root/{name}" for name in names[::-2]]
+    taken = files.take(np.array([3, 1]))
+    assert [taken.name(index) for index in range(2)] == ["root/\udcff.png", "root/b/é 2.jpg"]
 
 
 @pytest.mark.parametrize("name", GOLDEN["long_tail_counts"])
