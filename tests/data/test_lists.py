@@ -11,7 +11,6 @@ from conftest import draw_folder, draw_picture, opened
 
 from equipoise import UserError
 from equipoise.config.recipe import Data
-from equipoise.data.images import missing_files
 from equipoise.data.lists import BENCHMARKS, PUBLISHED, find_list, git_blob, identify, open_lists, read_list
 from equipoise.data.sources import find_parts
 
@@ -107,25 +106,16 @@ def test_one_set_of_classes(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["1.jpg 0\n2.jpg 1\n", "t/a/1.jpg 0\nt/b/1.jpg 0\nt/c/1.jpg 1\n", "t/a/1.jpg 0\nt/a/2.jpg 1\n"],
-    ids=["all images in one folder", "one class in two folders", "two classes in one folder"],
+    "texts",
+    [
+        {"train": "1.jpg 0\n2.jpg 1\n"},  # all images in one folder
+        {"train": "t/a/1.jpg 0\nt/b/1.jpg 0\nt/c/1.jpg 1\n"},  # one class in two folders
+        {"train": "t/a/1.jpg 0\nt/a/2.jpg 1\n"},  # two classes in one folder
+        {"train": "t/a/1.jpg 0\nt/b/1.jpg 1\n", "test": "v/b/1.jpg 0\nv/a/1.jpg 1\n"},  # lists that disagree
+    ],
 )
-def test_folders_that_do_not_name_classes(text, tmp_path):
-    assert listed(tmp_path, train=text).parts["train"].class_names == ("0", "1")
-
-
-def test_lists_that_disagree_about_a_label_give_numbers(tmp_path):
-    train, test = "train/ant/1.jpg 0\ntrain/bee/1.jpg 1\n", "val/bee/1.jpg 0\nval/ant/1.jpg 1\n"
-    assert listed(tmp_path, train=train, test=test).parts["train"].class_names == ("0", "1")
-
-
-def test_absent_images(tmp_path):
-    write(tmp_path / "t/a/1.jpg", "")
-    (tmp_path / "t" / "b").mkdir()
-    found = listed(tmp_path, train="t/b/2.jpg 1\nt/b/1.jpg 1\nt/a/1.jpg 0\nv/1.jpg 0\n")
-    assert missing_files(found.parts["train"], tmp_path) == [0, 1, 3]
-    assert found.faults["train"].startswith(f"{tmp_path}/t/b/2.jpg is not there, and 3 of the 4 images of")
+def test_folders_that_do_not_name_classes(texts, tmp_path):
+    assert listed(tmp_path, **texts).parts["train"].class_names == ("0", "1")
 
 
 # ---- published lists
@@ -159,8 +149,7 @@ def test_published_lists_are_known(name, images, classes, shared_data, tmp_path)
         assert note.startswith(f"{tmp_path / other.name} is not the published {other.name} (git blob {other.blob}): ")
 
 
-@pytest.mark.parametrize("shuffled", [False, True])
-def test_inaturalist_json_is_the_canonical_list(shuffled, shared_data, tmp_path):
+def test_inaturalist_json_is_the_canonical_list(shared_data, tmp_path):
     """The official file, rebuilt from the list: its annotations may come in any order."""
     lines = (shared_data / "lists" / "iNaturalist18_val.txt").read_text().splitlines()
     images, annotations = [], []
@@ -168,8 +157,7 @@ def test_inaturalist_json_is_the_canonical_list(shuffled, shared_data, tmp_path)
         path, label = line.rsplit(" ", 1)
         images.append({"id": 500_000 - number, "file_name": path, "height": 600, "width": 800, "license": 3})
         annotations.append({"id": number, "image_id": 500_000 - number, "category_id": int(label)})
-    if shuffled:
-        random.Random(0).shuffle(annotations)
+    random.Random(0).shuffle(annotations)
     table = {"info": {"year": 2018}, "images": images, "categories": [], "annotations": annotations}
     read = read_list(write(tmp_path / "val2018.json", json.dumps(table)))
     assert read.blob == "4c23900857fd0f5adcd4cc0dffef345039eeb05f"
