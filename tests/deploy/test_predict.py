@@ -274,7 +274,7 @@ def test_priors_of_any_scale(weights, odd_run, tmp_path):
         (
             "p.csv",
             b"class 1,1\nclass 2,1",
-            "must weigh every class of the model, 0 if absent, and no other; see 'class 0'",
+            "must weigh all classes of the model, and no other; see 'class 0'",
         ),
         ("p.csv", b"class 0,0\nclass 1,0\nclass 2,0", "a finite number, 0 or more, and one at"),
         ("p.csv", b"class 0,1\nclass 1,-1\nclass 2,1", "a finite number"),

@@ -93,10 +93,7 @@ def _refuse_unknown(argument: str, parser: argparse.ArgumentParser) -> NoReturn:
 
 def _parser(arguments: list[str]) -> argparse.ArgumentParser:
     parser = _Parser(
-        "equipoise",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        "equipoise", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"equipoise {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)

@@ -140,12 +140,11 @@ def predict(options: argparse.Namespace) -> None:
     classifier = load(options.target, options.device, options.recipe)
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("predicting", total=None)
-        predicted = classifier.predict(
-            options.paths,
-            options.top,
-            options.prior,
-            lambda done, files: progress.update(task, completed=done, total=files),
-        )
+
+        def show(done: int, files: int) -> None:
+            progress.update(task, completed=done, total=files)
+
+        predicted = classifier.predict(options.paths, options.top, options.prior, show)
     errors = predicted.errors
     for error in errors[:_PASSED_OVER_SHOWN]:
         print(f"passed over: {error}", file=sys.stderr)

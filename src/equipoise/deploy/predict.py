@@ -231,9 +231,7 @@ def in_class_order(weights: Mapping[str, float], class_names: Sequence[str]) -> 
     """The weights in the order of the classes. Raises UserError unless there is one finite number, 0 or more, for each
     class, and one above 0."""
     if differing := sorted(weights.keys() ^ set(class_names)):
-        raise UserError(
-            f"the prior must weigh every class of the model, 0 if absent, and no other; see {shown(differing[0])}"
-        )
+        raise UserError(f"the prior must weigh all classes of the model, and no other; see {shown(differing[0])}")
     weights_C = np.array([weights[name] for name in class_names], np.float64)
     if not np.isfinite(weights_C).all() or weights_C.min() < 0 or not weights_C.any():
         raise UserError("each weight of the prior must be a finite number, 0 or more, and one at least above 0")

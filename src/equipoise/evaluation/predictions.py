@@ -230,12 +230,9 @@ def count_cosines(vectors_CF: Tensor, groups_C: Tensor, centred: bool) -> npt.ND
             cosines = (units_CF[rows] @ units_CF.T).clamp_(-1, 1)
             itself = cosines[torch.arange(len(rows)), rows]
             # Exact in float32: a piece has fewer than 2^24 cosines, of up to 16,384 classes.
-            row_GK += (_histogram(cosines) - _histogram(itself)).long()
+            all_K, own_K = (torch.histc(values, COSINE_BINS, -1, 1) for values in (cosines, itself))
+            row_GK += (all_K - own_K).long()
     return counts_GK.numpy()
-
-
-def _histogram(cosines: Tensor) -> Tensor:
-    return torch.histc(cosines, COSINE_BINS, -1, 1)
 
 
 def _spread(sums_CF: Tensor, counts_C: Tensor) -> npt.NDArray[np.float32]:

@@ -97,9 +97,9 @@ def evaluate_checkpoint(
     """Score one checkpoint on the part `split` of `data` (None: what it was trained on). Without a `split` it is the
     test part, or the validation part where there is no test part.
 
-    Returns a table like `metrics.json`, with that part alone, and the predictions it is made of. `overrides` are
-    fields of the recipe: those that decide the model must be the checkpoint's; a list file among them stands for the
-    data's own lists. Raises UserError where there is no such part or its classes are not the checkpoint's.
+    Returns a table like `metrics.json`, with that part alone, and the predictions. `overrides` must not change the
+    model; a list file among them stands for the data's own lists. Raises UserError where there is no such part or its
+    classes are not the checkpoint's.
     """
     checkpoint, part, images, note = world.each_makes(lambda: find_target(path, data, split, overrides))
     device = choose_device(checkpoint.recipe.device, world.local_rank)
@@ -251,10 +251,7 @@ def with_overrides(checkpoint: Checkpoint, overrides: Overrides, path: Path) -> 
     for field, value in overrides:
         changed = override(recipe, field, value)
         if changed != recipe and (field.path[0] == "model" or field.key == "method"):
-            before, after = field_value(recipe, field), field_value(changed, field)
-            raise UserError(
-                f"{path} has {field.key} = {before}, not {after}; change it back or name another checkpoint"
-            )
+            raise UserError(f"{path} has {field.key} = {field_value(recipe, field)}; change it back, or name another")
         recipe = changed
     return replace(checkpoint, recipe=recipe)
 

@@ -30,12 +30,8 @@ from equipoise.views.views import view_settings
 AUTO = "auto"  # --resume auto: find out which run
 
 # Fields in which a recipe may change while a run goes on: they say where and how it is computed, not what.
-FREE = frozenset(
-    {
-        *("name", "summary", "device", "workers", "log_every", "checkpoint_minutes"),
-        *("precision", "compile", "cuda_graph", "deterministic", "data.on_bad_image", "data.allow_outside"),
-    }
-)
+_HOW = ("precision", "compile", "cuda_graph", "deterministic", "data.on_bad_image", "data.allow_outside")
+FREE = frozenset({*_HOW, "name", "summary", "device", "workers", "log_every", "checkpoint_minutes"})
 # Files may be moved, and lie elsewhere on each host: fingerprints tell whether they are the same.
 FILES = frozenset({"model.weights", "data.path", "data.train_list", "data.val_list", "data.test_list"})
 
@@ -85,9 +81,7 @@ def find_place(recipe: Recipe, out: str | Path | None, resume: str | Path | None
         if start is None:
             raise UserError(f"{run} has no checkpoint to go on from")
     if folder is not None and (folder.is_file() or (folder.is_dir() and is_used(folder))):
-        raise UserError(
-            f"{folder} exists and is not empty; go on with it by --resume {folder}, or name another folder with --out"
-        )
+        raise UserError(f"{folder} is not empty; go on with it by --resume {folder}, or name another with --out")
     return Place(folder or default_folder(recipe), start, resumes=False, named=folder is not None)
 
 
