@@ -90,7 +90,7 @@ def test_nothing_predicted_is_an_error(odd_run, tmp_path, capsys):
         ),
         (["no", "IMAGES"], "there is no run folder or checkpoint at no"),
         (["RUN", "IMAGES", "--csv", "a", "--json", "b"], "argument --json: not allowed with argument --csv (see"),
-        (["RUN", "IMAGES", "--prior", "even"], "--prior is uniform, train, or a file of classes and weights"),
+        (["RUN", "IMAGES", "--prior", "even"], "--prior is uniform, train, or a CSV file of classes and their weights"),
     ],
 )
 def test_refusals_of_predict(arguments, sentence, odd_run, part_folder, tmp_path, capsys, monkeypatch):
