@@ -182,7 +182,7 @@ def _read_recipe(file: Path) -> object:
 
 def _read_prior(file: Path) -> object:
     weights = read_weights(file)
-    return in_class_order(weights, tuple(weights))
+    return in_class_order(weights, tuple(weights) or ("ant",))  # a model has classes
 
 
 def _read_hub_config(file: Path) -> object:
