@@ -83,7 +83,8 @@ def _momentum(optimizer: Any, state: Mapping[str, Tensor], where: str) -> dict[s
     names = _parameters(state)
     try:
         entries = optimizer["state"].items() if optimizer else ()
-        momentum = {names[index]: entry["momentum_buffer"] for index, entry in entries}
+        buffers = [(names[index], entry["momentum_buffer"]) for index, entry in entries]
+        momentum = {name: value for name, value in buffers if value is not None}  # None: momentum was 0
         if all(value.shape == state[name].shape for name, value in momentum.items()):
             return {name: value.float() for name, value in momentum.items()}
     except (LookupError, TypeError, AttributeError):

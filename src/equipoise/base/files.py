@@ -45,8 +45,10 @@ def atomic_file(path: Path) -> Generator[IO[bytes]]:
         temporary.replace(path)
         with contextlib.suppress(OSError):  # Windows cannot open a folder
             folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)  # the new name is to survive a loss of power
-            os.close(folder)
+            try:
+                os.fsync(folder)  # the new name is to survive a loss of power
+            finally:
+                os.close(folder)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is None:  # a full disk does not say which

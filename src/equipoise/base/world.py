@@ -143,13 +143,15 @@ def _store_of_this_start() -> dist.Store:
     addresses of processes that have ended; hosts may count their restarts differently."""
     store, rank, size = next(dist.rendezvous("env://"))
     store.set(f"equipoise/id/{rank}", uuid.uuid4().hex)
-    while True:  # until all ranks have seen the same ranks
+    until = time.monotonic() + _PATIENCE.total_seconds()
+    while time.monotonic() < until:  # all ranks have seen the same ranks
         ids = b"".join(store.multi_get([f"equipoise/id/{other}" for other in range(size)]))
         seen = hashlib.sha256(ids).hexdigest()
         store.set(f"equipoise/seen/{rank}", seen)
         if set(store.multi_get([f"equipoise/seen/{other}" for other in range(size)])) == {seen.encode()}:
             return dist.PrefixStore(seen, store)
         time.sleep(0.05)
+    raise RuntimeError("they did not come")
 
 
 def lost_rank(error: Exception) -> LostRankError | None:

@@ -91,8 +91,7 @@ def print_unreadable(metrics: Mapping[str, Any]) -> None:
 
 
 def print_data(path: str, found: Found, problems: Sequence[str], bad: Sequence[BadImageError], checked: bool) -> None:
-    """The data at `path`: format, parts, a bar for each class, imbalance factor, problems. `checked`: every image was
-    decoded; then all problems are shown."""
+    """The data at `path`: format, parts, class counts, problems. `checked`: every image was decoded; all are shown."""
     console = Console()
     console.print(f"[bold]{_plain(path)}[/bold]: {found.kind}", highlight=False)
     for line in found.described:

@@ -86,6 +86,8 @@ def add_train_options(command: argparse.ArgumentParser, arguments: Sequence[str]
 
 
 def train(options: argparse.Namespace) -> None:
+    if options.out == "":
+        raise UserError("--out names no folder")
     for flag, given, part in (("--reload", options.reload, "test"), ("--evaluate", options.evaluate, "validation")):
         if truth(flag, given):
             _score_resumed(options, flag, part)
@@ -135,6 +137,8 @@ def _plans(world: "World", options: argparse.Namespace, recipe: Recipe, out: str
     from equipoise.training.plan import prepare
 
     plans = [prepare(recipe, out, options.resume, world)]
+    if options.resume == "auto" and not plans[0].place.resumes:
+        print("no unfinished run of this recipe was found: a new one begins")
     if beside and beside != recipe.method:
         folder = Path(f"{plans[0].folder.resolve()}-{beside}") if out else None
         plans.append(prepare(replace(recipe, method=beside), folder, None, world))

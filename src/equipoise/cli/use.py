@@ -45,7 +45,7 @@ def evaluate(options: argparse.Namespace) -> None:
     from equipoise.evaluation.score import evaluate_run
 
     with join() as world:
-        metrics = evaluate_run(target, device=options.device, world=world, overrides=overrides)
+        metrics = evaluate_run(target, device=options.device or "auto", world=world, overrides=overrides)
     if not world.is_first:
         return
     results = [
@@ -137,7 +137,7 @@ def predict(options: argparse.Namespace) -> None:
     from equipoise.deploy.predict import load, predictions_table, write_csv
     from equipoise.runs.folder import write_json
 
-    classifier = load(options.target, options.device, options.recipe)
+    classifier = load(options.target, options.device or "auto", options.recipe)
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("predicting", total=None)
 

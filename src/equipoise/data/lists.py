@@ -12,6 +12,7 @@ import posixpath
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -107,30 +108,13 @@ def read_list(file: Path, allow_outside: bool = False) -> ListFile:
     return ListFile(file, git_blob(content), np.array(paths, np.bytes_), np.array(labels, np.int64))
 
 
-class _Image(msgspec.Struct):
-    id: int
-    file_name: str
-
-
-class _Annotation(msgspec.Struct):
-    image_id: int
-    category_id: int
-
-
-class _Annotations(msgspec.Struct):
-    """What a list needs of iNaturalist's JSON; all else is passed over."""
-
-    images: list[_Image]
-    annotations: list[_Annotation]
-
-
 def _from_annotations(content: bytes, file: Path) -> bytes:
     """iNaturalist's JSON as the canonical list: one line `file_name category_id` an image, in the order of `images`."""
     try:
-        table = msgspec.json.decode(content, type=_Annotations)
-        categories = {of.image_id: of.category_id for of in table.annotations}
-        return "".join(f"{image.file_name} {categories[image.id]}\n" for image in table.images).encode()
-    except (LookupError, ValueError, RecursionError) as error:
+        table: Any = msgspec.json.decode(content)
+        categories = {of["image_id"]: of["category_id"] for of in table["annotations"]}
+        return "".join(f"{image['file_name']} {categories[image['id']]}\n" for image in table["images"]).encode()
+    except (LookupError, TypeError, ValueError, RecursionError) as error:
         raise UserError(
             f"{file} is not iNaturalist's JSON with images and an annotation of each "
             f"({reason(error, library=True)}); take the official file anew (that of the test part has no labels)"
@@ -175,6 +159,10 @@ def open_lists(root: Path, named: Mapping[str, str], benchmark: str, allow_outsi
         identity, departs = identify(read, published.get(part))
         described.append(identity)
         notes += [departs] if departs else []
+        if repeated := len(read.paths_N) - len(np.unique(read.paths_N)):
+            notes.append(f"{read.file}: {repeated:,} images are in it again: what is held out may be trained on")
+    if names[0].isdigit() and not any(_class_names([read], classes)[0].isdigit() for read in lists.values()):
+        notes.append("the lists have different folders for one label: do they belong together?")
     kind = f"list files of {benchmark}" if benchmark else "list files"
     # Labels are numbers, the same in all lists of a benchmark: names of folders are for people.
     return Found(kind, parts, True, named=False, notes=notes, faults=faults, described=described, benchmark=benchmark)

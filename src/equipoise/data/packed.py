@@ -70,7 +70,7 @@ def _read(path: Path) -> tuple[_About, ImageList]:
 
 
 def open_packed(files: list[Path]) -> Found:
-    """Raises UserError for a file that is damaged or does not belong to the others."""
+    """The images of packed files, a part each. Raises UserError for a file that is damaged or of other images."""
     opened = [_read(path) for path in files]
     first = opened[0][0]
     for about, images in opened:
@@ -98,8 +98,12 @@ def pack(found: Found, out: Path, short_side: int, threads: int) -> list[str]:
     for part in found.parts.values():
         if isinstance(part.images, PixelArrays) or (isinstance(part.images, EncodedImages) and part.images.packed):
             raise UserError(f"{part.origin} needs no packing: its images are in one file already")
+    files = {out / f"{name}{SUFFIX}" for name in found.parts}
+    others = [path for path in out.glob("*") if path not in files and not path.name.endswith(UNFINISHED)]
+    if others:  # a part of other images, or the class folders themselves, which packed files would hide
+        raise UserError(f"{out} holds other files, as {others[0].name}; name a folder of its own with --out")
     out.mkdir(parents=True, exist_ok=True)
-    for path in out.glob(f".*{SUFFIX}.*{UNFINISHED}"):  # of a killed process
+    for path in out.glob(f".*{UNFINISHED}"):  # of a killed process
         path.unlink()
     said: list[str] = []
     for name, images in found.parts.items():

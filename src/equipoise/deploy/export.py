@@ -1,8 +1,7 @@
 """A classifier becomes one file that runs without this package. It is checked against the model before it is written.
 
-Both forms take uint8 RGB images `[batch, 3, S, S]`, 0 to 255, any number of them, and give scores `[batch, C]`. The
-softmax of the scores is the probability under a uniform class prior (see `predict.py`): normalisation, temperature and
-training prior are inside. The file also says how a picture becomes such an image, and the names of the classes.
+Both forms take any number of uint8 RGB images `[batch, 3, S, S]` and give scores `[batch, C]`, whose softmax is the
+probability under a uniform class prior (see `predict.py`). The file also says how a picture becomes such an image.
 
 Shapes: N images, C classes, S side of the view.
 """
@@ -58,6 +57,10 @@ def _onnx(classifier: Classifier, example_N3SS: torch.Tensor) -> tuple[bytes, Sc
         import onnxscript  # noqa: F401  # pyright: ignore[reportUnusedImport] torch's exporter needs it
     except ImportError as error:
         raise UserError(f"the package {error.name} is missing; pip install onnx onnxscript onnxruntime") from None
+    if (
+        sum(tensor.nbytes for tensor in classifier.calibrated.state_dict().values()) > 2**31 - 2**20
+    ):  # the rest of the file
+        raise UserError("the network has more than 2 GB, which is all that an ONNX file holds; take --to torch-export")
     try:
         program = torch.onnx.export(
             classifier.calibrated,

@@ -70,8 +70,7 @@ def write_hub_folder(
 
 
 def read_hub_folder(folder: Path) -> tuple[Checkpoint, float | None]:
-    """The checkpoint of a folder that `write_hub_folder` wrote, and its temperature. Raises UserError for another
-    folder, or a damaged one."""
+    """The checkpoint of a folder that `write_hub_folder` wrote, and its temperature. Raises UserError for others."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

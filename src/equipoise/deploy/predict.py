@@ -220,7 +220,7 @@ def read_weights(file: Path) -> dict[str, float]:
             del pairs[0]  # the heading
         weights = {str(name): float(weight) for name, weight in pairs}
     except (OSError, ValueError, csv.Error) as error:
-        why = f"{file} is none ({reason(error, library=True)})"
+        why = f"{file} cannot be read so ({reason(error, library=True)})"
         raise UserError(f"--prior is uniform, train, or a CSV file of classes and their weights; {why}") from None
     if len(weights) < len(pairs):
         raise UserError(f"{file} names a class twice")
@@ -231,7 +231,8 @@ def in_class_order(weights: Mapping[str, float], class_names: Sequence[str]) -> 
     """The weights in the order of the classes. Raises UserError unless there is one finite number, 0 or more, for each
     class, and one above 0."""
     if differing := sorted(weights.keys() ^ set(class_names)):
-        raise UserError(f"the prior must weigh all classes of the model, and no other; see {shown(differing[0])}")
+        fault = "is no class of the model" if differing[0] in weights else "has no weight"
+        raise UserError(f"the prior must weigh all classes, and no other: {shown(differing[0])} {fault}")
     weights_C = np.array([weights[name] for name in class_names], np.float64)
     if not np.isfinite(weights_C).all() or weights_C.min() < 0 or not weights_C.any():
         raise UserError("each weight of the prior must be a finite number, 0 or more, and one at least above 0")

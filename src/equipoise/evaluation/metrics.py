@@ -150,8 +150,7 @@ def fit_temperature(
     al., ICML 2017, section 4.2). Only ever call it with a validation part.
 
     `log_prior_ratio_C`: log of each class's share of these images over the prior that the logits are for; zeros where
-    the two agree, -inf for a class without images. Without it the temperature would make up
-    for a difference of the shares.
+    the two agree, -inf for a class without images.
 
     None where no temperature between 0.05 and 20 is the minimum: if all images are classified right, a smaller T is
     always better; if the logits say nothing, a larger one is.

@@ -89,7 +89,7 @@ def _arrays(read: tuple[Tensor, ...]) -> Arrays:
     """The arrays of a batch. Raises UserError where its logits are not finite."""
     finite, *found = read
     if not finite:
-        raise UserError("the network's logits are not finite numbers, so nothing can be scored; use an earlier one")
+        raise UserError("the network's logits are not finite, so nothing can be scored; use an earlier checkpoint")
     return tuple(tensor.numpy().copy() for tensor in found)  # pinned memory, which a GPU reads, is scarce
 
 
@@ -104,8 +104,7 @@ Table = dict[str, npt.NDArray[Any]]
 def observe(
     network: TwoBranchNetwork, train_counts_C: Sequence[int], temperature: float | None = None
 ) -> Generator["Observation"]:
-    """A context with an observation, to whose `add` the labels and the logits of each batch are given after `network`
-    computed it."""
+    """A context with an observation. Give its `add` the labels and logits of each batch that `network` has computed."""
     observation = Observation(network, train_counts_C, temperature)
     hook = network.encoder.register_forward_hook(observation.keep)
     try:
@@ -167,8 +166,7 @@ class Observation:
             world.sum(self._sums.setdefault(space, self._no_sums(width)))
 
     def table(self, predictions: Predictions) -> Table:
-        """All that the report draws of the list: how sure the network is, how class means and class vectors lie to each
-        other, by shot group, and how far classes spread.
+        """All that the report draws of the list: confidence, geometry by shot group, and how far classes spread.
 
         `calibrated_N`: as `confidence_N`, at the temperature; absent without one. `*_cosines_GK` counts the cosines
         between a class of the group and every other class, of class means (`encoder_means`, `contrastive_means`: of

@@ -58,6 +58,8 @@ def evaluate_run(
         lambda: [with_overrides(load_checkpoint(path / name), overrides, path) for name in names]
     )
     last = checkpoints[0]
+    if last.best is not None and len(names) == 1 and world.is_first:
+        print(f"{path / BEST}, which validation chose, is missing: the figures are of the last checkpoint")
     parts = parts or world.each_makes(lambda: unchanged_data(last, path))
     scored = {part: images for part, images in parts.named().items() if part != "train"}
 
@@ -123,8 +125,7 @@ def evaluate_checkpoint(
 def score_checkpoint(
     checkpoint: Checkpoint, parts: Mapping[str, Batches], device: str = "auto", world: World = ALONE
 ) -> tuple[CheckpointMetrics, Table]:
-    """The metrics of a checkpoint on its validation and test parts, where there are any; and what the report draws of
-    it, by 'PART/NAME', which rank 0 alone has."""
+    """The metrics of a checkpoint on the parts that there are, and what the report draws, which rank 0 alone has."""
     network = checkpoint.build().to(choose_device(device, world.local_rank))
     scored: dict[str, PartMetrics] = {}
     observed: Table = {}
@@ -257,8 +258,7 @@ def with_overrides(checkpoint: Checkpoint, overrides: Overrides, path: Path) -> 
 
 
 def unchanged_data(checkpoint: Checkpoint, path: Path) -> Parts:
-    """The data that the checkpoint was trained and scored on. Raises UserError if it has changed since: labels would
-    shift, and images trained on would be held out."""
+    """The data that the checkpoint was trained and scored on. Raises UserError if it has changed since."""
     parts = open_data(checkpoint.recipe.data)
     if changed := changed_part(parts, checkpoint):
         raise UserError(
@@ -269,7 +269,8 @@ def unchanged_data(checkpoint: Checkpoint, path: Path) -> Parts:
 
 
 def _on_other_data(checkpoint: Checkpoint, data: str, part: str | None, overrides: Overrides, path: Path) -> Target:
-    benchmark = known if (known := recognise(data)) in BENCHMARKS else ""
+    known = recognise(data)
+    benchmark = known if known in BENCHMARKS else ""
     of_authors = not checkpoint.class_counts
     if of_authors and benchmark:  # its file has no mean and std: they are those of the data set
         checkpoint = replace(checkpoint, recipe=replace(checkpoint.recipe, views=load_recipe(benchmark).views))
@@ -298,7 +299,7 @@ def _with_classes_of(checkpoint: Checkpoint, source: Data, part: str | None, pat
         raise UserError(f"{path} knows {classes:,} classes, but {source.path} has {known:,}: it is of other data")
     names = (*images.class_names, *checkpoint.class_names[known:])
     train = found.parts.get("train") if found.divided else None
-    # Lists may name the first classes only: the others have no images here, and no shot group.
+    # Lists may name the first classes only: the others have no images here.
     counts = (*train.class_counts, *[0] * (classes - known)) if train is not None else ()
     checkpoint = replace(checkpoint, class_names=names, class_counts=counts)
     return checkpoint, part, replace(images, class_names=names), ""

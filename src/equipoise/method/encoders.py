@@ -25,8 +25,8 @@ _TIMM_NAMES = {"resnext50": "resnext50_32x4d"}  # the authors' spelling
 def create_encoder(name: str, size: int, pretrained: bool = False, weights: str | Path = "") -> tuple[nn.Module, int]:
     """The encoder called `name` for images of `size` pixels, and its width F.
 
-    It starts from random weights, or with `pretrained` from those of timm's hub, or from the file `weights` in timm's
-    or torchvision's names (`.safetensors`, or what torch saves; a checkpoint of a run or of the BCL authors' code too).
+    It starts from random weights, from those of timm's hub (`pretrained`), or from the file `weights`: in timm's or
+    torchvision's names, or a checkpoint of a run or of the BCL authors' code.
 
     Raises UserError for an unknown name, weights that cannot be had or do not fit, or a size the encoder does not take.
     """

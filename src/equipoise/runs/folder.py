@@ -201,11 +201,10 @@ class RunLog:
 
 
 def _open_curves(folder: Path, step: int) -> "SummaryWriter | None":
-    """The writer of TensorBoard's files; None, and a line that says so, where TensorBoard is not installed."""
+    """The writer of TensorBoard's files; None where TensorBoard is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import
     except ImportError:
-        print("no TensorBoard curves are written: it is not installed (pip install tensorboard)", flush=True)
         return None
     return SummaryWriter(str(folder), purge_step=step + 1)  # TensorBoard drops what earlier files have from there on
 

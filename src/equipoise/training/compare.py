@@ -2,8 +2,8 @@
 first method with their confidence intervals.
 
 Of seed s, method m reaches x_ms; its difference to the first method is d_s = x_ms - x_1s. Over the n seeds the interval
-is mean(d) ± t * sd(d) / sqrt(n), with t the 97.5 % quantile of Student's distribution with n - 1 degrees of freedom. It
-tells what other seeds would change, the data being the same, not what other data would.
+is mean(d) ± t * sd(d) / sqrt(n), t the 97.5 % quantile of Student's distribution of n - 1 degrees of freedom. It tells
+what other seeds would change, not what other data would.
 """
 
 import math
@@ -21,7 +21,7 @@ from equipoise.config.recipe import Recipe, find_field, load_recipe, override
 from equipoise.evaluation.score import Run, chosen
 from equipoise.runs.folder import METRICS, RECIPE, RECORD, write_json
 from equipoise.runs.records import read_record
-from equipoise.training.plan import FREE, Plan, differing, prepare
+from equipoise.training.plan import FREE, HOW, Plan, differing, prepare
 from equipoise.training.session import train
 
 FIGURES = {"top1": "overall", "many": "many", "medium": "medium", "few": "few"}
@@ -44,9 +44,8 @@ def compare(recipe: Recipe, methods: Sequence[str], seeds: int, out: Path) -> di
     """Train every method with `seeds` seeds, from `recipe.seed` on, into `out`/METHOD-seed-N, and write `compare.json`
     and `compare.md` there.
 
-    What is there already, of the same recipe and the same data, is kept; an unfinished run goes on from its last
-    checkpoint. Returns what `compare.json` holds. Raises UserError for an unknown method, and for a run folder of
-    another recipe or other data.
+    What is there already, of the same recipe and data, is kept; an unfinished run goes on. Returns what `compare.json`
+    holds. Raises UserError for an unknown method, and for a run folder of another recipe or other data.
     """
     if len(set(methods)) < len(methods) or len(methods) < 2:
         raise UserError(f"--methods needs two or more different methods, separated by commas, not {','.join(methods)}")
@@ -83,8 +82,7 @@ def compare(recipe: Recipe, methods: Sequence[str], seeds: int, out: Path) -> di
 
 def _refuse_other(folder: Path, recipe: Recipe, plan: Plan) -> None:
     """Raise UserError where `folder` holds anything but a run of this recipe on this data."""
-    # In one table, all are of one precision too.
-    for key, before, now in differing(load_recipe(folder / RECIPE), recipe, FREE - {"precision"}):
+    for key, before, now in differing(load_recipe(folder / RECIPE), recipe, FREE - set(HOW)):
         raise UserError(f"{folder} was trained with {key} = {before}, not {now}: change it back, or name another --out")
     if read_record(folder / RECORD)["data"]["fingerprints"] != plan.fingerprints:
         raise UserError(f"{folder} was trained on other data than lies at {recipe.data.path} now; name another --out")

@@ -270,8 +270,7 @@ def learning_rate(epoch: int, epochs: int, optim: Optim) -> float:
     """The learning rate of `epoch` (from 0) of `epochs`, constant within it, as in the authors' code.
 
     Linear warm-up reaches `optim.lr` in epoch `warmup_epochs - 1`. Then 'cosine' ends one step above 0, and 'step'
-    multiplies by 0.1 at each milestone passed; a milestone below 1 is a share of `epochs`. A run shorter than its
-    warm-up ends within it.
+    multiplies by 0.1 at each milestone passed; a milestone below 1 is a share of `epochs`.
     """
     warmup = optim.warmup_epochs
     if epoch < warmup:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from equipoise import __version__
 from equipoise.base.device import choose_device, choose_precision
 from equipoise.base.errors import SharedError, UserError, own_command, several
 from equipoise.base.files import real_path
@@ -30,8 +31,8 @@ from equipoise.views.views import view_settings
 AUTO = "auto"  # --resume auto: find out which run
 
 # Fields in which a recipe may change while a run goes on: they say where and how it is computed, not what.
-_HOW = ("precision", "compile", "cuda_graph", "deterministic", "data.on_bad_image", "data.allow_outside")
-FREE = frozenset({*_HOW, "name", "summary", "device", "workers", "log_every", "checkpoint_minutes"})
+HOW = ("precision", "compile", "cuda_graph", "deterministic", "data.on_bad_image", "data.allow_outside")
+FREE = frozenset({*HOW, "name", "summary", "device", "workers", "log_every", "checkpoint_minutes"})
 # Files may be moved, and lie elsewhere on each host: fingerprints tell whether they are the same.
 FILES = frozenset({"model.weights", "data.path", "data.train_list", "data.val_list", "data.test_list"})
 
@@ -93,8 +94,8 @@ def default_folder(recipe: Recipe) -> Path:
 
 
 def _newest_run(recipe: Recipe, folder: Path | None, world: World | None = None) -> Path | None:
-    """The newest unfinished run of this recipe, in `folder` or else in `runs`; with `world`, of those that this launch
-    of torchrun began. After a restart a finished one too, which is then scored again: there may be a run after it."""
+    """The newest unfinished run of this recipe, in `folder` or else in `runs`; with `world`, of this launch of torchrun.
+    After a restart a finished one too, which is then scored again: there may be a run after it."""
     found: list[tuple[str, Path]] = []
     for run in [folder] if folder else [record.parent for record in Path("runs").glob(f"*/{RECORD}")]:
         try:
@@ -218,6 +219,8 @@ def prepare(
 def _plan(recipe: Recipe, place: Place, world: World) -> Plan:
     if recipe.data.path not in (DIGITS, "") and real_path(place.folder).is_relative_to(recipe.data.path):
         raise UserError(f"the run folder {place.folder} would lie inside the data; name one outside with --out")
+    if 1 < world.local_size <= torch.cuda.device_count() and recipe.device.startswith("cuda:"):
+        raise UserError(f"{world.local_size} processes on this host cannot all take {recipe.device}; set --device cuda")
     parts = open_data(recipe.data)
     refuse_batches(recipe, len(parts.train), world)
     device = choose_device(recipe.device, world.local_rank)
@@ -229,7 +232,7 @@ def _plan(recipe: Recipe, place: Place, world: World) -> Plan:
 
 
 def _with_absolute_paths(recipe: Recipe) -> Recipe:
-    """The recipe as it can be trained again from anywhere."""
+    """The recipe with absolute paths, as it can be trained again from elsewhere."""
     for field in map(find_field, FILES):
         path = field_value(recipe, field)
         if path not in (DIGITS, ""):
@@ -286,15 +289,13 @@ def _refuse_other_run(plan: Plan, start: Start) -> None:
 
 def _refuse_different_ranks(plan: Plan) -> None:
     """Raise SharedError where another rank would train something else: the ranks would wait for each other in vain."""
-    said = plan.recipe, plan.fingerprints, plan.precision, plan.device.type
+    said = plan.recipe, plan.fingerprints, plan.precision, plan.device.type, __version__, torch.__version__
     (recipe, *about), *others = plan.world.gather_objects(said)
     for rank, (other_recipe, *other_about) in enumerate(others, 1):
         fields = ", ".join(key for key, _, _ in differing(recipe, other_recipe, FREE | FILES))
         if fields or about != other_about:
-            raise SharedError(
-                f"rank {rank} has another {fields or 'content of the data, precision or kind of device'} than rank 0: "
-                "start all ranks with the same recipe and data"
-            )
+            what = fields or "content of the data, precision, kind of device or version"
+            raise SharedError(f"rank {rank} has another {what} than rank 0: start all with the same recipe and data")
 
 
 def _refuse_bad_images(plan: Plan) -> None:

@@ -36,7 +36,7 @@ def train(
 
 @dataclass(frozen=True)
 class Session:
-    """A plan that nothing more is refused of, in a folder that is this process's own until the context of `start` ends.
+    """A plan of which all is checked, in a folder that is this process's own until the context of `start` ends.
     `plan` names the folder that was got."""
 
     plan: Plan
@@ -77,6 +77,8 @@ def _open(plan: Plan) -> tuple[TwoBranchNetwork, Batches, Batches | None]:
     recipe, parts, world = plan.recipe, plan.parts, plan.world
     batches = open_recipe_batches(recipe, parts.train, plan.device, world)
     validation = open_recipe_batches(recipe, parts.validation, plan.device, world) if parts.validation else None
+    if parts.test is not None:
+        open_recipe_batches(recipe, parts.test, plan.device, world)  # decodes small images: a bad one is told now
     classes, begin = len(parts.train.class_names), plan.start
     if begin is not None and not begin.checkpoint.fits(recipe, classes):
         before = begin.checkpoint.recipe

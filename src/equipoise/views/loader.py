@@ -78,8 +78,8 @@ def open_batches(
     world: World = ALONE,
     skip: bool = False,
 ) -> "Batches":
-    """Batches of `images`, made by `workers` processes (0: this one). Raises UserError naming an image that cannot be
-    read, or with `skip` a class of which none can: here, or, of photographs, when their turn comes."""
+    """Batches of `images`, made by `workers` processes (0: this one). Raises UserError naming a small image
+    that cannot be read; of photographs, and with `skip` of a class of which none can, when their turn comes."""
     if settings.policy == "cifar":  # a step of ResNet-32 takes 11 ms on a GPU; on a CPU, far longer than its views
         workers = min(workers, 6 if device.type == "cuda" else 1)
     if settings.policy == "digits":
