@@ -36,7 +36,7 @@ def table() -> None:
         projected = sum(p.numel() for p in network.prototype_projection.parameters() if p.ndim == 2)
         for ranks, batch in ((8, 256), (64, 2048), (512, 16_384)):
             ring, features = (ranks - 1) / ranks, 4 * 2 * batch * width
-            sent = [2 * ring * 4 * parameters, ring * features, 2 * ring * features]
+            sent = [2 * ring * 4 * parameters, 2 * ring * features, 2 * ring * features]
             # Of each image: two anchors against 2 * batch + classes columns; forward once, backward twice that. Of
             # each class, on every rank: one row through the projection.
             loss = 3 * 2 * IMAGES * 2 * (2 * batch + classes) * width

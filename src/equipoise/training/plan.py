@@ -94,7 +94,7 @@ def default_folder(recipe: Recipe) -> Path:
 
 
 def _newest_run(recipe: Recipe, folder: Path | None, world: World | None = None) -> Path | None:
-    """The newest unfinished run of this recipe, in `folder` or else in `runs`; with `world`, of this launch of torchrun.
+    """The newest unfinished run of this recipe, in `folder` or else in `runs`; with `world`, of this torchrun launch.
     After a restart a finished one too, which is then scored again: there may be a run after it."""
     found: list[tuple[str, Path]] = []
     for run in [folder] if folder else [record.parent for record in Path("runs").glob(f"*/{RECORD}")]:
