@@ -41,6 +41,13 @@ def test_a_list(tmp_path):
     assert found.notes == []
 
 
+def test_lists_that_repeat_or_disagree_are_noted(tmp_path):
+    """What is held out of a list with repeats may be trained on; a label of two meanings is scored wrong."""
+    assert "2 images are in it again" in listed(tmp_path, train="a/1.jpg 0\nb/1.jpg 1\na/1.jpg 0\na/1.jpg 0").notes[0]
+    found = listed(tmp_path, train="t/a/1.jpg 0\nt/b/1.jpg 1", test="v/b/1.jpg 0\nv/a/1.jpg 1")
+    assert found.notes == ["the lists have different folders for one label: do they belong together?"]
+
+
 IMAGES = '{"images": [{"id": 1, "file_name": "%s"}], "annotations": [%s]}'
 
 

@@ -118,6 +118,16 @@ def test_what_is_there_already_is_kept(tmp_path):
         packed(data, out, short_side=40)
 
 
+def test_other_files_are_not_hidden_by_packed_ones(pictures, tmp_path):
+    """Neither the class folders themselves nor parts that the data no longer has."""
+    with pytest.raises(UserError, match="holds other files, as "):
+        packed(pictures, pictures)
+    packed(pictures, tmp_path / "out")
+    (tmp_path / "out" / "train.pack").rename(tmp_path / "out" / "validation.pack")
+    with pytest.raises(UserError, match=r"holds other files, as validation\.pack; name a folder of its own"):
+        packed(pictures, tmp_path / "out")
+
+
 def test_a_broken_image_is_named_and_nothing_is_left(tmp_path):
     data = large_pictures(tmp_path / "data")
     whole = (data / "train/bee/1.png").read_bytes()

@@ -100,7 +100,7 @@ def test_a_run_is_scored_and_its_best_checkpoint_is_drawn(run):
 
 
 @pytest.mark.slow
-def test_a_best_checkpoint_that_is_damaged_is_refused(run):
+def test_a_best_checkpoint_that_is_damaged_is_refused_and_one_that_is_missing_told(run, capsys):
     (run / "best.pt").write_bytes((run / "best.pt").read_bytes()[:5000])
     with pytest.raises(UserError, match=rf"{run}/best.pt is no checkpoint that can be read"):
         evaluate_run(run, device="cpu")
@@ -109,6 +109,7 @@ def test_a_best_checkpoint_that_is_damaged_is_refused(run):
     metrics = evaluate_run(run, device="cpu")
     assert (metrics["best"], metrics["last"]) == (None, whole["last"])
     assert chosen(metrics) == ("last", "test")
+    assert "best.pt, which validation chose, is missing" in capsys.readouterr().out
 
 
 @pytest.mark.slow
