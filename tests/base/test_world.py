@@ -187,11 +187,11 @@ raise SystemExit(main(arguments))
         pytest.param("", None, marks=pytest.mark.long),
         (
             "if rank == '1': arguments += ['--lr', '0.01']",
-            "rank 1 has another optim.lr than rank 0: start all ranks with the same recipe and data",
+            "rank 1 has another optim.lr than rank 0: start all with the same recipe and data",
         ),
         (
             "arguments[1:2] = ['pictures', '--data', f'{folder}/data{rank}', '-b', '6']",
-            "rank 1 has another content of the data, precision or kind of device than rank 0: start all .*",
+            "rank 1 has another content of the data, precision, kind of device or version than rank 0: start all .*",
         ),
         ("arguments += ['-b', '7']", r"rank 0: batch_size \(7\) is that of all 2 processes together, .*"),
     ],

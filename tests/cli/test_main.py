@@ -346,7 +346,7 @@ def test_a_run_goes_on_where_its_data_have_moved(tmp_path, capsys):
     assert main(["train", "--data", str(data), *small, "--out", str(run_folder)]) == 0
     data.rename(moved)
     on = ["train", "--resume", str(run_folder), "--epochs=2"]
-    assert f"there is no file or folder at {data}; if the data have moved" in refusal(capsys, *on)
+    assert f"there is no file or folder at {data}; if a run's data have moved, name it" in refusal(capsys, *on)
     assert main([*on, "--data", str(moved)]) == 0
     assert load_checkpoint(run_folder / "last.pt").epoch == 2
     assert load_recipe(run_folder).data.path == str(moved)

@@ -270,11 +270,11 @@ def test_priors_of_any_scale(weights, odd_run, tmp_path):
         ("p.csv", b"class 0,1\nclass 1,x", "(could not convert string to float: 'x')"),
         ("p.csv", b"class 0,1,2", "a CSV file of classes and their weights"),
         ("p.csv", b"class 0,1\nclass 0,2", "p.csv names a class twice"),
-        ("p.csv", b"class 0,1\nclass 1,1\nclass 2,1\nclas 2,1", "and no other; see 'clas 2'"),
+        ("p.csv", b"class 0,1\nclass 1,1\nclass 2,1\nclas 2,1", "and no other: 'clas 2' is no class of the model"),
         (
             "p.csv",
             b"class 1,1\nclass 2,1",
-            "must weigh all classes of the model, and no other; see 'class 0'",
+            "must weigh all classes, and no other: 'class 0' has no weight",
         ),
         ("p.csv", b"class 0,0\nclass 1,0\nclass 2,0", "a finite number, 0 or more, and one at"),
         ("p.csv", b"class 0,1\nclass 1,-1\nclass 2,1", "a finite number"),

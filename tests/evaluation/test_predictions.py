@@ -202,5 +202,5 @@ def test_of_equal_logits_the_first_class_is_predicted(linear):
 def test_outputs_that_are_not_finite_are_not_scored(spoilt, linear):
     with torch.no_grad():
         linear.linear.bias[3] = spoilt
-    with pytest.raises(UserError, match="the network's logits are not finite numbers"):
+    with pytest.raises(UserError, match="the network's logits are not finite"):
         predict(linear, Images())

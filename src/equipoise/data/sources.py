@@ -124,7 +124,7 @@ def _existing(path: str) -> Path:
         raise UserError("this recipe needs data: name a folder with --data FOLDER")
     root = Path(os.path.expanduser(path))
     if not os.path.exists(root):  # nor where it is too long, or has a zero byte in it, for which Path.exists raises
-        raise UserError(f"there is no file or folder at {root}; if the data have moved, name their folder with --data")
+        raise UserError(f"there is no file or folder at {root}; if a run's data have moved, name it by --data")
     return root
 
 
