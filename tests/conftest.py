@@ -79,6 +79,15 @@ def draw_folder(root: Path, counts: dict[str, int], suffix: str = ".png") -> Pat
     return root
 
 
+def image_list(counts: list[int]):
+    """In a random order; the pixel of each image is its number."""
+    from equipoise.data.images import ImageList, PixelArrays
+
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)), counts))
+    pixels = np.arange(len(labels), dtype=np.uint8).repeat(3).reshape(-1, 1, 1, 3)
+    return ImageList("test", PixelArrays("test", pixels), labels, tuple(f"c{i}" for i in range(len(counts))))
+
+
 def write_parquet(path, labels, column="img", label_column="label", metadata=None, **more):
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     images = pa.array([{"bytes": b"not decoded here", "path": "x.jpg"} for _ in labels], kind)

@@ -150,12 +150,12 @@ def _bomb(side: int = 100_000) -> bytes:
     ("damage", "reason"),
     [
         (lambda content: b"", "it is no image"),
-        (lambda content: b"<html>", "it is no image"),
+        (lambda content: b"<html>", "it is a web page, not the image behind it: fetch it again"),
         (
             lambda content: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n",
             "it is no image",
         ),  # not by Ghostscript
-        (lambda content: b"%PDF-1.4\n", "it is no image"),
+        (lambda content: b"%PDF-1.4\n", "it is PDF: convert it to JPEG"),
         (lambda content: content[: len(content) // 2], "Truncated File Read"),
         (lambda content: content[:-40], "image file is truncated"),
         (lambda content: content[:-40] + content[-1:] * 100, "image file is truncated"),
@@ -174,7 +174,7 @@ def test_broken_files_are_named(damage, reason, photo, pictures):
     with pytest.raises(UserError) as error:
         decode(images, 0)
     assert str(error.value).startswith(f"{path} cannot be read (")
-    assert str(error.value).endswith("; repair or remove it, or pass over such images with --on-bad-image skip")
+    assert str(error.value).endswith("; repair it, or pass over such images with --on-bad-image skip")
     assert reason in str(error.value)
     assert "\n" not in str(error.value)
     assert [n for n, fault in enumerate(bad_images(images, decoded=True)) if fault] == [0]

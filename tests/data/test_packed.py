@@ -114,7 +114,7 @@ def test_what_is_there_already_is_kept(tmp_path):
     assert [line.split(":")[0] for line in packed(data, out)] == ["there already", "written"]
     assert (out / "train.pack").stat().st_mtime_ns == before
     assert sorted(path.name for path in out.iterdir()) == ["train.pack", "validation.pack"]
-    with pytest.raises(UserError, match=r"train.pack is there already, of other images or another size; remove it"):
+    with pytest.raises(UserError, match="there already, of other images or another size; name another --out"):
         packed(data, out, short_side=40)
 
 

@@ -100,5 +100,5 @@ def own_command() -> str:
 
 
 def several(number: int, noun: str) -> str:
-    """'1 epoch', '2,000 epochs'."""
-    return f"{number:,} {noun if number == 1 else f'{noun}s'}"
+    """'1 epoch', '2,000 epochs', '3 classes'."""
+    return f"{number:,} {noun if number == 1 else f'{noun}es' if noun.endswith('s') else f'{noun}s'}"

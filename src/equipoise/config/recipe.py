@@ -30,16 +30,20 @@ def _field(default: Default, help: str, *flags: str, length: int | None = None, 
 @dataclass(frozen=True)
 class Data:
     path: str = _field(
-        "digits", "folder of class folders or a published data set, Parquet, CIFAR archive, 'digits' (built in)", "data"
+        "digits",
+        "folder of class folders, images with a table of labels (.csv, .tsv, .parquet), published data set, CIFAR "
+        "archive, 'digits' (built in)",
+        "data",
     )
     benchmark: Literal["", "imagenet-lt", "inat2018", "places-lt"] = _field(
         "", "the published lists that say which images are meant ('': all images in the folder)"
     )
-    train_list: str = _field("", "list file 'path label' of the training images, paths below the data folder")
-    val_list: str = _field("", "list file of the validation images")
-    test_list: str = _field("", "list file of the test images")
-    image_column: str = _field("", "Parquet: column with the image bytes ('' finds it)")
-    label_column: str = _field("", "Parquet: column with the integer label ('' finds it)")
+    train_list: str = _field("", "list file 'path label' or table of the training images, paths below the data folder")
+    val_list: str = _field("", "that of the validation images")
+    test_list: str = _field("", "that of the test images")
+    image_column: str = _field("", "table: column with the images' names, or in Parquet their bytes ('' finds it)")
+    label_column: str = _field("", "table: column with the labels, text or numbers ('' finds it)")
+    class_level: int = _field(1, "class folders: 1, those in the data folder; 2, those in these ...", ge=1, le=9)
     on_bad_image: Literal["error", "skip"] = _field(
         "error", "an image that cannot be read: stop, or take another of its class (when scoring: leave it out)"
     )
@@ -47,6 +51,15 @@ class Data:
     imbalance: Literal["exponential", "step"] = _field("exponential", "shape of the tail that imbalance_factor cuts")
     imbalance_factor: float = _field(1.0, "cut a long tail: largest / smallest class (1: train on all images)", ge=1)
     holdout: float = _field(0.1, "share of training images held out if there is no validation part", ge=0, le=0.5)
+    fold: str = _field(
+        "",
+        "cross-validation: hold out the K-th of N equal parts instead, as 2/5",
+        pattern=r"\A(\d{1,4}/\d{1,4})?\Z",
+        description="the number of a part and of all parts, as 2/5",
+    )
+    group_by: str = _field(
+        "", "what is held out shares no group with training: a table's column, or a regular expression on the path"
+    )
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Pillow judges what is broken and decodes everything but whole JPEGs, which OpenC
 import contextlib
 import io
 import os
+import re
 import warnings
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,26 @@ from equipoise.data.images import EncodedImages, ImageFiles, ImageList, PixelArr
 Pixels = npt.NDArray[np.uint8]
 
 # Pillow knows more, and some of those run a program of the system's (EPS: Ghostscript).
-_KINDS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
+_KINDS = tuple(
+    kind
+    for kind in ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF")
+    if kind in Image.registered_extensions().values()  # AVIF: where Pillow was built with it
+)
+_SUFFIXES = frozenset(ending for ending, kind in Image.registered_extensions().items() if kind in (*_KINDS, "MPO"))
+# Formats of cameras: Pillow would take the small preview in some of them for the picture.
+_RAW = frozenset({".arw", ".cr2", ".cr3", ".dng", ".nef", ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2", ".srw"})
+_AS_JPEG = "convert it to JPEG"
+# How files begin that people take for images: what they are, and what to do.
+_OTHERS = {
+    rb"....ftyp(heic|heix|hevc|heim|heis|mif1|msf1)": f"HEIC, which Pillow cannot read: {_AS_JPEG} (macOS: sips -s "
+    "format jpeg; elsewhere heif-convert)",
+    rb"....ftyp|\x1aE\xdf\xa3|RIFF....AVI": "a film: save its frames as images",
+    rb"\s*(<!doctype html|<html)": "a web page, not the image behind it: fetch it again",
+    rb"version https://git-lfs": "a pointer of Git LFS, not the image: run git lfs pull",
+    rb"%PDF": f"PDF: {_AS_JPEG}",
+    rb"PK\x03\x04|\x1f\x8b|Rar!|7z": "an archive: unpack it",
+    rb".{128}DICM": f"DICOM: {_AS_JPEG} or PNG",
+}
 _BLOCK = 4096  # images looked at between two reports
 
 cv2.setNumThreads(0)  # as in views.operations
@@ -38,7 +58,7 @@ class BadImageError(UserError):
         self.fault = f"{name} cannot be read ({reason})"
 
     def __str__(self) -> str:
-        return one_line(f"{self.fault}; repair or remove it, or pass over such images with --on-bad-image skip")
+        return one_line(f"{self.fault}; repair it, or pass over such images with --on-bad-image skip")
 
 
 def decode(images: ImageList, index: int) -> Pixels:
@@ -89,6 +109,30 @@ def resized(pixels: Pixels, size: int) -> Pixels:
     return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR))
 
 
+def why_no_image(file: Path) -> str:
+    """What a file is that is no image; '' for an image, by its ending or else by its content."""
+    suffix = file.suffix.lower()
+    if suffix in _SUFFIXES:
+        return ""
+    if suffix in _RAW:
+        return f"{suffix}, a camera's raw format: {_AS_JPEG}"
+    if not file.is_file():
+        return "a link to nothing, or no regular file"
+    try:
+        _opened(file).close()
+    except Exception as error:  # decoders raise what they like
+        if isinstance(error, OSError) and error.strerror:
+            return reason(error)
+        with file.open("rb") as opened:
+            return _what_it_is(opened.read(160)) or f"{suffix or 'no ending'}, no image"
+    return ""
+
+
+def _what_it_is(head: bytes) -> str:
+    """What a file is that begins so, and what to do; '' for what nobody takes for an image."""
+    return next((said for start, said in _OTHERS.items() if re.match(start, head, re.DOTALL | re.IGNORECASE)), "")
+
+
 def bad_images(images: ImageList, decoded: bool = False) -> Iterator[BadImageError | None]:
     """For each image of the list, in its order, the error if it is a bad one, else None. With `decoded` every pixel is
     decoded; else the header is read: most bad files, in no time. Nothing for images in memory, nor, without `decoded`,
@@ -127,7 +171,7 @@ def no_image_left(images: ImageList, label: int) -> UserError:
     index = int(np.flatnonzero(images.labels_N == label)[0])
     return UserError(
         f"{images.origin}: none of the {images.class_counts[label]:,} images of class '{images.class_names[label]}' "
-        f"can be read (first: {images.images.name(index)}); repair them or remove the class"
+        f"can be read (first: {images.images.name(index)}); repair them"
     )
 
 
@@ -166,7 +210,8 @@ def _named(source: ImageFiles | EncodedImages, index: int) -> Generator[None]:
     except MemoryError:
         raise
     except UnidentifiedImageError:
-        why = "it is no image: not JPEG, PNG, GIF, BMP, TIFF, WebP or PPM"
+        what = _what_it_is(source.content(index)[:160])
+        why = f"it is {what}" if what else f"it is no image: not {', '.join(_KINDS)}"
     except Exception as error:  # decoders raise what they like
         why = reason(error, library=True)
     else:

@@ -155,6 +155,7 @@ class ImageList:
     images: ImageFiles | EncodedImages | PixelArrays
     labels_N: Indices
     class_names: tuple[str, ...]
+    groups_N: npt.NDArray[np.str_] | None = None  # images of one specimen, film or place are no independent ones
 
     def __len__(self) -> int:
         return len(self.labels_N)
@@ -166,7 +167,8 @@ class ImageList:
 
     def take(self, indices_N: Indices) -> "ImageList":
         """The list of these images, in this order."""
-        return replace(self, images=self.images.take(indices_N), labels_N=self.labels_N[indices_N])
+        groups_N = None if self.groups_N is None else self.groups_N[indices_N]
+        return replace(self, images=self.images.take(indices_N), labels_N=self.labels_N[indices_N], groups_N=groups_N)
 
     def fingerprint(self) -> str:
         """SHA-256 over names of classes, labels, and paths (of files) or contents (of images in memory)."""
@@ -243,68 +245,8 @@ def training_problem(train: ImageList) -> str | None:
         return f"{train.origin} has one class only ('{train.class_names[0]}'); a classifier needs two or more"
     empty = [train.class_names[label] for label in np.flatnonzero(np.array(train.class_counts) == 0)]
     if empty:
-        return f"{train.origin}: class '{empty[0]}' has no training images; add some or remove the class"
+        return f"{train.origin}: class '{empty[0]}' has no training images; add some, or keep its folder elsewhere"
     return None
-
-
-def of_classes(full: ImageList) -> list[Indices]:
-    """The indices of each class's images, ascending. Sorted once: with many classes, a search for each is slow."""
-    order_N = np.argsort(full.labels_N, kind="stable")
-    return np.split(order_N, np.cumsum(full.class_counts)[:-1])
-
-
-def long_tail_counts(largest: int, classes: int, imbalance_factor: float, shape: str) -> list[int]:
-    """Images kept of each class (Cao et al., NeurIPS 2019, section 4).
-
-    'exponential': class c keeps `int(largest * (1 / imbalance_factor) ** (c / (classes - 1)))`.
-    'step': the second half of the classes keeps `int(largest * (1 / imbalance_factor))`.
-    """
-    if shape == "step":
-        head = classes // 2
-        return [largest] * head + [int(largest * (1 / imbalance_factor))] * (classes - head)
-    return [int(largest * (1 / imbalance_factor) ** (c / (classes - 1))) for c in range(classes)]
-
-
-def long_tailed(full: ImageList, imbalance_factor: float, shape: str) -> ImageList:
-    """The benchmark's long-tail subset: numpy's legacy generator with seed 0 shuffles each class's indices in label
-    order, and the first n of it are kept. Which images these are depends on the order of `full`: of CIFAR as Parquet,
-    whose rows are in another order than the archive's, they are not the images of the literature's subset.
-
-    The largest class keeps as many images as the smallest class of `full` has, so that the shape is exact. Raises
-    UserError where the smallest class would be left empty.
-    """
-    counts = long_tail_counts(min(full.class_counts), len(full.class_names), imbalance_factor, shape)
-    if min(counts) < 1:
-        raise UserError(
-            f"imbalance factor {imbalance_factor:g} leaves class '{full.class_names[-1]}' without images; "
-            f"the subset's largest class has as many as the smallest of all here, {counts[0]}, so it can be "
-            f"{counts[0]} at most"
-        )
-    generator = np.random.RandomState(0)
-    kept: list[Indices] = []
-    for indices, count in zip(of_classes(full), counts, strict=True):
-        generator.shuffle(indices)
-        kept.append(indices[:count])
-    return full.take(np.concatenate(kept))
-
-
-def hold_out(full: ImageList, share: float) -> tuple[ImageList, ImageList]:
-    """(training, validation): `share` of each class, rounded, at least one image of a class that has three or more.
-
-    A class with fewer than three gives none. The split depends on the list alone, never on the training seed, so
-    that runs with different seeds are scored on the same images. Raises UserError if nothing could be held out.
-    """
-    generator = np.random.default_rng(0)
-    held: list[Indices] = []
-    for indices, count in zip(of_classes(full), full.class_counts, strict=True):
-        shuffled = generator.permutation(indices)
-        held.append(shuffled[: max(1, round(share * count)) if count >= 3 else 0])
-    chosen = np.sort(np.concatenate(held))
-    if len(chosen) == 0:
-        raise UserError(
-            f"{full.origin}: no class has three images, so none can be held out; give it more, or set --holdout 0"
-        )
-    return full.take(np.setdiff1d(np.arange(len(full)), chosen)), full.take(chosen)
 
 
 def imbalance_factor(class_counts: Sequence[int]) -> float:

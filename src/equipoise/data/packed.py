@@ -112,7 +112,7 @@ def pack(found: Found, out: Path, short_side: int, threads: int) -> list[str]:
         about = _About(*fields, short_side, images.fingerprint())
         if file.exists():
             if _read(file)[0] != about:
-                raise UserError(f"{file} is there already, of other images or another size; remove it")
+                raise UserError(f"{file} is there already, of other images or another size; name another --out")
             said.append(f"there already: {file}")
             continue
         try:
@@ -122,7 +122,7 @@ def pack(found: Found, out: Path, short_side: int, threads: int) -> list[str]:
                 _write(opened, images, about, threads)
         except BadImageError as error:
             said_of_all = "equipoise data FOLDER --check lists all such images"
-            raise UserError(f"{error.fault}; repair or remove it ({said_of_all})") from None
+            raise UserError(f"{error.fault}; repair it ({said_of_all})") from None
         said.append(f"written: {file} ({len(images):,} images, {file.stat().st_size / 1e6:,.1f} MB)")
     return said
 

@@ -1,6 +1,7 @@
 """Parquet files as the `datasets` library publishes them become image lists."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,50 +9,65 @@ import msgspec
 import numpy as np
 
 from equipoise.base.errors import UserError, reason
-from equipoise.data.images import PART_NAMES, EncodedImages, Found, ImageList, import_pyarrow
+from equipoise.config.recipe import Data
+from equipoise.data.images import EncodedImages, Found, ImageList, import_pyarrow
+from equipoise.data.names import in_order, look_alikes, normal, unknown_class
+from equipoise.data.rows import LABELS, named_column, part_named
 
 
-def open_parquet(files: list[Path], image_column: str, label_column: str) -> Found:
-    """The images of the files, by part where their names begin with that of one. An empty name of a column finds it.
-    Raises UserError for what cannot be read, and for labels that do not fit."""
+def open_parquet(files: list[Path], data: Data) -> Found:
+    """The images of the files, by part where their names begin with that of one. Columns that `data` does not name are
+    found. Raises UserError for what cannot be read, and for labels that do not fit."""
     by_part: dict[str, list[Path]] = {}
     for file in files:
-        part = PART_NAMES.get(file.stem.replace("_", "-").split("-")[0].lower(), "")
-        by_part.setdefault(part, []).append(file)
+        by_part.setdefault(part_named(file.stem), []).append(file)
     others = by_part.pop("", [])
     notes = [f"{file}: no part's name (train, val, test) begins its own, passed over" for file in others if by_part]
     divided = by_part or {"train": others}
-    parts = {part: _read(of_part, image_column, label_column) for part, of_part in divided.items()}
+    parts = {part: _read(of_part, data) for part, of_part in divided.items()}
     leading = parts.get("train", next(iter(parts.values())))
     names, largest = leading.class_names, int(leading.labels_N.max())
     if not names and largest >= len(leading):
         raise UserError(f"{leading.origin}: label {largest} is out of range: there are {len(leading)} rows only")
     all_names = names or tuple(map(str, range(largest + 1)))
     for part, images in parts.items():
-        if images.class_names != names:
-            raise UserError(f"{images.origin} names its classes differently from the training part; make them agree")
-        wrong = np.flatnonzero((images.labels_N < 0) | (images.labels_N >= len(all_names)))
+        wrong = np.flatnonzero((images.labels_N < 0) | (images.labels_N >= len(images.class_names or all_names)))
         if len(wrong):
             raise UserError(
                 f"{images.origin}: row {wrong[0]} has label {images.labels_N[wrong[0]]}, which is out of range: the "
                 f"classes are 0 to {len(all_names) - 1}"
             )
-        parts[part] = ImageList(images.origin, images.images, images.labels_N, all_names)
-    return Found("Parquet", parts, divided=bool(by_part), named=bool(names), notes=notes)
+        parts[part] = _renumbered(images, all_names) if images.class_names else replace(images, class_names=all_names)
+    return Found("Parquet", parts, divided=bool(by_part), named=bool(names), notes=[*notes, *look_alikes(names)])
 
 
-def _read(files: Sequence[Path], image_column: str, label_column: str) -> ImageList:
+def _renumbered(images: ImageList, names: tuple[str, ...]) -> ImageList:
+    """The list with labels that index `names`. Raises UserError for a class that is none of them."""
+    numbers = {normal(name): label for label, name in enumerate(names)}
+    if unknown := next((name for name in images.class_names if normal(name) not in numbers), ""):
+        raise UserError(f"{images.origin}: {unknown_class(unknown, names, 'training part')}")
+    new_C = np.array([numbers[normal(name)] for name in images.class_names], np.int64)
+    return replace(images, labels_N=new_C[images.labels_N], class_names=names)
+
+
+def _read(files: Sequence[Path], data: Data) -> ImageList:
     """The images of one part, with the class names that the file gives, if any."""
     file, pa = files[0], import_pyarrow(files[0])
+    label_column, group_by = data.label_column, data.group_by
     try:
         schema = pa.parquet.read_schema(file)
         holding = [field.name for field in schema if _holds_bytes(pa, field.type)]
-        image_column = _chosen(image_column, holding, file, "image_column")
+        image_column = _chosen(data.image_column, holding, file, "image_column")
         integers = [field.name for field in schema if pa.types.is_integer(field.type)]
+        texts = [field.name for field in schema if _is_text(pa, field.type)]
         if sorted(integers) == ["coarse_label", "fine_label"]:  # CIFAR-100 as published: its classes are the fine ones
             label_column = label_column or "fine_label"
-        label_column = _chosen(label_column, integers, file, "label_column")
-        table = pa.concat_tables(pa.parquet.read_table(one, columns=[image_column, label_column]) for one in files)
+        if not label_column and len(integers) != 1:
+            label_column = named_column(texts, LABELS) or named_column(integers, LABELS)
+        fitting = [*integers, *texts] if label_column else integers or texts
+        label_column = _chosen(label_column, fitting, file, "label_column")
+        columns = dict.fromkeys([image_column, label_column, *([group_by] if group_by in schema.names else [])])
+        table = pa.concat_tables(pa.parquet.read_table(one, columns=[*columns]) for one in files)
     except UserError:
         raise
     except (OSError, ValueError, TypeError, pa.ArrowException) as error:
@@ -63,11 +79,31 @@ def _read(files: Sequence[Path], image_column: str, label_column: str) -> ImageL
     if pa.types.is_struct(encoded.type):
         encoded = pa.chunked_array([chunk.field("bytes") for chunk in encoded.chunks])
     if labels.null_count:
-        raise UserError(f"{file}: column '{label_column}' must hold a whole number in every row")
+        raise UserError(f"{file}: column '{label_column}' must hold a label in every row")
     origin = ", ".join(map(str, files))
     images = EncodedImages(origin, pa.table({"image": encoded}), np.arange(table.num_rows))
+    groups_N = np.array(list(map(str, table[group_by].to_pylist()))) if group_by in columns else None
+    if label_column in texts:
+        words = list(map(normal, labels.to_pylist()))
+        names = in_order(words)
+        labels_N = np.array(list(map({name: label for label, name in enumerate(names)}.__getitem__, words)), np.int64)
+        return ImageList(origin, images, labels_N, names, groups_N)
     names = _class_names(schema.metadata or {}, label_column)
-    return ImageList(origin, images, labels.to_numpy().astype(np.int64), names)
+    return ImageList(origin, images, labels.to_numpy().astype(np.int64), names, groups_N)
+
+
+def holds_images(file: Path) -> bool:
+    """Whether a file has a column of images; else it is a table of their names. A damaged one is for `open_parquet`."""
+    pa = import_pyarrow(file)
+    try:
+        return any(_holds_bytes(pa, field.type) for field in pa.parquet.read_schema(file))
+    except (OSError, ValueError, TypeError, pa.ArrowException):
+        return True
+
+
+def _is_text(pa: Any, kind: Any) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
 def _holds_bytes(pa: Any, kind: Any) -> bool:

@@ -13,24 +13,27 @@ from typing import Any
 
 import numpy as np
 
-from equipoise.base.errors import UserError
+from equipoise.base.errors import UserError, several
 from equipoise.base.progress import counted
 from equipoise.config.recipe import Data
 from equipoise.data.decode import BadImageError, bad_images
+from equipoise.data.folders import open_class_folders
 from equipoise.data.images import (
     DIGITS,
     Found,
     ImageList,
     Parts,
     PixelArrays,
-    hold_out,
-    long_tailed,
     refuse_outside,
     training_problem,
 )
-from equipoise.data.lists import BENCHMARKS, find_list, open_class_folders, open_lists
+from equipoise.data.lists import BENCHMARKS, find_list, open_lists
+from equipoise.data.names import normal, unknown_class
 from equipoise.data.packed import SUFFIX, open_packed
-from equipoise.data.parquet import open_parquet
+from equipoise.data.parquet import holds_images, open_parquet
+from equipoise.data.rows import TABLES
+from equipoise.data.subsets import grouped, hold_out, long_tailed
+from equipoise.data.tables import NoTableError, find_tables, open_tables
 
 LISTS = {"train": "data.train_list", "validation": "data.val_list", "test": "data.test_list"}  # part -> recipe field
 PARTS = tuple(LISTS)
@@ -89,24 +92,45 @@ def find_parts(data: Data | str) -> Found:
         if named_lists(data):
             raise UserError(f"{root} is packed: its parts are in its files, and no list can divide it otherwise")
         return open_packed(packed)
-    if data.benchmark or named_lists(data):
+    named = {part: Path(os.path.expanduser(file)) for part, file in named_lists(data).items()}
+    if any(file.suffix.lower() in TABLES for file in named.values()):
+        return open_tables(root, named, data)
+    if data.benchmark or named:
         return open_lists(root, named_lists(data), data.benchmark, data.allow_outside)
     archive = find_cifar(root)
-    tables = _files(root, ".parquet") if archive is None else []
+    parquet = [file for file in _files(root, ".parquet") if holds_images(file)] if archive is None else []
     if root.is_dir() and not data.allow_outside:
-        for file in [*tables, *([archive[0], *archive[0].glob("*")] if archive else [])]:
+        for file in [*parquet, *([archive[0], *archive[0].glob("*")] if archive else [])]:
             refuse_outside(root, file)
     if archive is not None:
         return open_cifar(*archive)
-    if tables:
-        return open_parquet(tables, data.image_column, data.label_column)
-    return open_class_folders(root, data.allow_outside)
+    if parquet:
+        return open_parquet(parquet, data)
+    if root.is_file() and root.suffix.lower() in TABLES:
+        return open_tables(root.parent, {"": root}, data)
+    return _tables_or_folders(root, data)
+
+
+def _tables_or_folders(root: Path, data: Data) -> Found:
+    """The tables in a folder or, where they are no tables of labels, its class folders."""
+    if not root.is_dir() or not find_tables(root):
+        return open_class_folders(root, data.class_level, data.allow_outside)
+    try:
+        return open_tables(root, {}, data)
+    except NoTableError as no_table:
+        try:
+            found = open_class_folders(root, data.class_level, data.allow_outside)
+        except UserError:
+            raise no_table from None
+        if data.image_column or data.label_column or training_problem(next(iter(found.parts.values()))):
+            raise
+        return replace(found, notes=[*found.notes, f"no table of labels: {no_table}"])
 
 
 def survey(data: Data, check: bool = False) -> tuple[Found, list[str], list[BadImageError]]:
     """The data at a path, recognised where nothing says what it is; every problem with it as a whole; and its bad
     images (see `bad_images`), but of parts with images missing. Raises UserError for what cannot be read at all."""
-    found = find_parts(as_recognised(data))
+    found = with_groups(find_parts(as_recognised(data)), data)
     problems = [*found.notes, *found.faults.values()]
     if "train" in found.parts and (problem := training_problem(found.parts["train"])):
         problems.append(problem)
@@ -135,19 +159,35 @@ def open_data(data: Data) -> Parts:
     validation part, the share `holdout` of the training images becomes one. Raises UserError for what cannot be a
     training set: nothing there, an empty class, one class only, images that are missing, parts that overlap.
     """
-    found = find_parts(data)
+    found = with_groups(find_parts(data), data)
     if found.faults:
         raise UserError(next(iter(found.faults.values())))
     if "train" not in found.parts:
         raise UserError(f"{data.path} has no training part; name it train/ (folders) or train-*.parquet")
     train, validation = found.parts["train"], found.parts.get("validation")
     if problem := training_problem(train):
-        raise UserError(problem)
+        raise UserError("; noted: ".join([problem, *found.notes]))
     if data.imbalance_factor > 1:
         train = long_tailed(train, data.imbalance_factor, data.imbalance)
-    if validation is None and data.holdout > 0:
-        train, validation = hold_out(train, data.holdout)
+    if data.fold and validation is not None:
+        raise UserError(f"{data.path} has a validation part: train on that, without data.fold = {data.fold}")
+    if validation is None and (data.holdout > 0 or data.fold):
+        train, validation = hold_out(train, data.holdout, data.fold)
     return Parts(found.kind, train, validation, found.parts.get("test"), found.described, found.notes)
+
+
+def with_groups(found: Found, data: Data) -> Found:
+    """What was found with its images in groups, where `data` asks for it; noted is which parts share groups."""
+    if not data.group_by:
+        return found
+    parts = {name: grouped(part, data.group_by) for name, part in found.parts.items()}
+    groups = {name: set(part.groups_N.tolist()) for name, part in parts.items() if part.groups_N is not None}
+    notes = list(found.notes)
+    for name in groups:
+        if name != "train" and (shared := groups[name] & groups.get("train", set())):
+            also = f"{several(len(shared), 'group')} of the {name} part are in training too (first: {min(shared)})"
+            notes.append(f"{also}: figures on it would be too good")
+    return replace(found, parts=parts, notes=notes)
 
 
 def open_part(data: Data, part: str, class_names: Sequence[str]) -> ImageList:
@@ -156,8 +196,8 @@ def open_part(data: Data, part: str, class_names: Sequence[str]) -> ImageList:
     where they do not fit the classes."""
     found = find_parts(data)
     images = part_of(found, part, data.path)
-    known = {name: label for label, name in enumerate(class_names)}
-    new_C = [known.get(name, -1) for name in images.class_names]
+    known = {normal(name): label for label, name in enumerate(class_names)}
+    new_C = [known.get(normal(name), -1) for name in images.class_names]
     if not found.named:  # numbers are no names; but where both have names, they must agree
         numbers = zip(images.class_names, class_names, strict=False)
         same = [name == other or name.isdigit() or other.isdigit() for name, other in numbers]
@@ -165,10 +205,8 @@ def open_part(data: Data, part: str, class_names: Sequence[str]) -> ImageList:
     labels_N = np.array(new_C, np.int64)[images.labels_N]
     if labels_N.min() < 0:
         label = int(images.labels_N[labels_N.argmin()])
-        raise UserError(
-            f"{images.origin} has a class '{images.class_names[label]}' (number {label}) that the model does not know: "
-            "this is other data, or numbered otherwise; score it without that class"
-        )
+        what = unknown_class(images.class_names[label], class_names, "model")
+        raise UserError(f"{images.origin}: {what} (number {label}): this is other data, or named otherwise")
     return replace(images, labels_N=labels_N, class_names=tuple(class_names))
 
 

@@ -29,8 +29,8 @@ from equipoise.base.errors import UserError, reason, shown
 from equipoise.base.files import atomic_file
 from equipoise.config.recipe import load_recipe
 from equipoise.data.decode import BadImageError, Pixels, decode, resized
+from equipoise.data.folders import images_below
 from equipoise.data.images import ImageFiles, ImageList
-from equipoise.data.lists import SUFFIXES
 from equipoise.deploy.hub import CONFIG, read_hub_folder
 from equipoise.evaluation.score import figures_of
 from equipoise.method.losses import log_prior
@@ -190,19 +190,19 @@ def load(path: str | Path, device: str = "auto", recipe: str = "imagenet-lt") ->
 
 
 def find_images(paths: Sequence[str | Path]) -> tuple[list[str], list[UserError]]:
-    """The image files at `paths`: each file, whatever its ending, and in folders and their sub-folders the files with
-    known endings. An error for each folder without any."""
+    """The image files at `paths`: each file, and in folders and their sub-folders those that are images. An error for
+    each other file there, and for each folder without images; what is hidden is passed over."""
     files: list[str] = []
     errors: list[UserError] = []
     for path in map(Path, paths):
         if not path.is_dir():
             files.append(str(path))
             continue
-        found = [entry for entry in sorted(path.rglob("*")) if entry.suffix.lower() in SUFFIXES]
-        within = [str(entry) for entry in found if "/." not in f"/{entry.relative_to(path).as_posix()}"]  # hidden
-        files += within
-        if not within:
-            errors.append(UserError(f"{path} holds no images (known endings: {' '.join(sorted(SUFFIXES))})"))
+        found = images_below(path)
+        files += [str(path / name) for name in found.images]
+        errors += [UserError(f"{path / name} is no image: {why}") for name, why in found.others]
+        if not found.images:
+            errors.append(UserError(f"{path} holds no images"))
     return files, errors
 
 

@@ -310,4 +310,4 @@ def _read_log(file: Path) -> list[LogLine]:
     try:
         return msgspec.json.Decoder(LogLine).decode_lines(lines)
     except ValueError as error:
-        raise UserError(f"{file} is damaged ({error}); remove it, and the report is without curves") from None
+        raise UserError(f"{file} is damaged ({error}); move it away, and the report is without curves") from None

@@ -115,7 +115,7 @@ class RunRecord(TypedDict):
 
 def read_metrics(file: Path) -> RunMetrics:
     """`metrics.json`. Raises UserError where it is damaged."""
-    return _read(file, RunMetrics, "remove it, and write it anew with equipoise evaluate")
+    return _read(file, RunMetrics, "move it away, and write it anew with equipoise evaluate")
 
 
 def read_record(file: Path) -> RunRecord:
@@ -125,7 +125,7 @@ def read_record(file: Path) -> RunRecord:
 
 def read_bad_images(file: Path) -> BadImages:
     """`bad-images.json`. Raises UserError where it is damaged."""
-    return _read(file, BadImages, "remove it")
+    return _read(file, BadImages, "move it away")
 
 
 def _read(file: Path, kind: type[T], advice: str) -> T:

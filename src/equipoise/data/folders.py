@@ -1,0 +1,174 @@
+"""Which files below a folder are images, and class folders as image lists.
+
+What is hidden is passed over, as `ls` does: thumbnails and notebook checkpoints are copies of images that are there.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from equipoise.base.errors import UserError, reason, several
+from equipoise.data.decode import why_no_image
+from equipoise.data.images import PART_NAMES, Found, ImageFiles, ImageList, missing_files
+from equipoise.data.names import look_alikes, normal, unknown_class
+
+# What systems and programs leave in folders that are shared or unpacked.
+_LEFTOVERS = frozenset({"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found", "__pycache__"})
+_SYSTEM_FILES = frozenset({"thumbs.db", "desktop.ini"})
+_CLASSES_NAMED = 5  # in a note
+
+
+@dataclass
+class Listing:
+    """The images below a folder, by their paths relative to it; and every other file, with what it is."""
+
+    images: list[str] = field(default_factory=list[str])
+    others: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+
+
+def images_below(root: Path, name: str = "") -> Listing:
+    """What is in the folder `name` of `root` and in its sub-folders, in the order of the paths' parts.
+
+    Links to folders are followed. Raises UserError for a folder that cannot be read, and for a link that leads back to
+    a folder that it is in.
+    """
+    found = Listing()
+    for path in sorted(_walk(root, name, (os.path.realpath(root / name),)), key=lambda path: path.split("/")):
+        if why := why_no_image(root / path):
+            found.others.append((path, why))
+        else:
+            found.images.append(path)
+    return found
+
+
+def _walk(root: Path, folder: str, within: tuple[str, ...]) -> Iterator[str]:
+    """The files below `folder`; `within`: the real paths of it and of the folders that it is in."""
+    for entry in _entries(root / folder):
+        path = f"{folder}/{entry.name}" if folder else entry.name
+        if not entry.is_dir():
+            if entry.name.lower() not in _SYSTEM_FILES:
+                yield path
+        elif not entry.is_symlink():
+            yield from _walk(root, path, within)
+        elif (real := os.path.realpath(root / path)) in within or any(one.startswith(real + os.sep) for one in within):
+            raise UserError(f"{root / path} is a link to a folder that it is in ({real}): take the link out")
+        else:
+            yield from _walk(root, path, (*within, real))
+
+
+def open_class_folders(root: Path, level: int = 1, allow_outside: bool = False) -> Found:
+    """The images of `root`, by part where it has parts. The classes are its folders, or with `level` 2 the folders in
+    these. Raises UserError where it holds no class folders with images."""
+    if not root.is_dir():
+        raise UserError(
+            f"{root} is a file; name a folder of class folders, a table (.csv, .tsv, .parquet), or the folder of the "
+            "images together with --train-list FILE"
+        )
+    folders = _subfolders(root)
+    if not folders:
+        raise UserError(f"{root} has no sub-folders; put the images of each class in a folder of its own there")
+    notes = [f"{root}: {name}/ is left by a program and is no class" for name in sorted(_LEFTOVERS & _names(root))]
+    part_folders = _part_folders(root, folders, notes)
+    leading = "train" if "train" in part_folders else next(iter(part_folders), "train")
+    lists: dict[str, ImageList] = {}
+    classes: tuple[str, ...] = ()
+    for part, folder in sorted((part_folders or {"train": root}).items(), key=lambda item: item[0] != leading):
+        opened = _open_part(folder, level, notes)
+        if not classes:
+            classes = tuple(dict.fromkeys(normal(name) for name in opened))
+            notes += look_alikes(classes)
+        lists[part] = _as_list(folder, opened, classes, f"{leading} part")
+        if not allow_outside:
+            missing_files(lists[part], bounds=root)
+    return Found("class folders", lists, divided=bool(part_folders), notes=notes)
+
+
+def _part_folders(root: Path, folders: list[str], notes: list[str]) -> dict[str, Path]:
+    """The folders that are parts; none where all are classes. `train` may be a class: then it holds pictures, not
+    folders."""
+    candidates = [name for name in folders if name.lower() in PART_NAMES and _subfolders(root / name)]
+    others = [name for name in folders if name not in candidates]
+    parts: dict[str, Path] = {}
+    for name in candidates:
+        part = PART_NAMES[name.lower()]
+        if part in parts:
+            raise UserError(f"{root} has two {part} parts, {parts[part].name}/ and {name}/; keep one of them here")
+        parts[part] = root / name
+    if others and "train" not in parts:
+        return {}
+    if others:
+        notes.append(f"{root}: beside train/, these folders are no part and were passed over: {', '.join(others)}")
+    return parts
+
+
+def _open_part(root: Path, level: int, notes: list[str]) -> dict[str, Listing]:
+    """What is in each class folder of a part. A note for all that is passed over."""
+    names, above = [""], list[str]()
+    for _ in range(level):
+        above += names
+        names = [f"{name}/{within}".lstrip("/") for name in names for within in _subfolders(root / name)]
+    opened = {name: images_below(root, name) for name in names}
+    for name in [name for name, listing in opened.items() if not listing.images and not listing.others]:
+        notes.append(f"{root / name} is empty and was passed over")
+        del opened[name]
+    files = [Path(entry.path) for name in above for entry in _entries(root / name) if not entry.is_dir()]
+    if strays := sorted(file for file in files if not why_no_image(file)):
+        notes.append(f"{several(len(strays), 'image')} in no class folder passed over (first: {strays[0]})")
+    notes += _others_noted(root, opened)
+    if not any(listing.images for listing in opened.values()):
+        raise UserError("; ".join([f"{root} holds no images in its class folders", *notes]))
+    if all(path.count("/") > level for listing in opened.values() for path in listing.images):
+        first = next(iter(opened))
+        way = f"--data {root / first}" if len(opened) == 1 else f"--class-level {level + 1}"
+        within = ", ".join(_subfolders(root / first)[:3])
+        notes.append(
+            f"{root}: {several(len(opened), 'class')} with images in sub-folders alone, as {first}/ with {within}; if "
+            f"those are the classes: {way}"
+        )
+    return opened
+
+
+def _others_noted(root: Path, opened: dict[str, Listing]) -> Iterator[str]:
+    """A line for each kind of files that are no images: how many of them which class loses."""
+    kinds: dict[str, Counter[str]] = {}
+    for name, listing in opened.items():
+        for _, why in listing.others:
+            kinds.setdefault(why, Counter())[name] += 1
+    for why, counts in kinds.items():
+        named = [f"'{name}' {count:,}" for name, count in counts.most_common(_CLASSES_NAMED)]
+        more = [f"{len(counts) - len(named):,} more classes"] if len(counts) > len(named) else []
+        yield f"{root}: {several(counts.total(), 'file')} passed over: {why} (of {', '.join([*named, *more])})"
+
+
+def _as_list(root: Path, opened: dict[str, Listing], classes: tuple[str, ...], leading: str) -> ImageList:
+    """The images of a part, in the order of their classes. Raises UserError for a folder that is none of `classes`."""
+    numbers = {name: label for label, name in enumerate(classes)}
+    if unknown := [name for name in opened if normal(name) not in numbers]:
+        raise UserError(
+            f"{root / unknown[0]}: {unknown_class(unknown[0], classes, leading)}; or keep that folder elsewhere"
+        )
+    labelled = [(numbers[normal(name)], path) for name, listing in opened.items() for path in listing.images]
+    labelled.sort(key=lambda item: item[0])
+    labels_N = np.array([label for label, _ in labelled], np.int64)
+    return ImageList(str(root), ImageFiles.of(root, (path for _, path in labelled)), labels_N, classes)
+
+
+def _subfolders(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in _entries(folder) if entry.is_dir())
+
+
+def _names(folder: Path) -> frozenset[str]:
+    return frozenset(os.listdir(folder))
+
+
+def _entries(folder: Path) -> Iterable[os.DirEntry[str]]:
+    """What is in a folder but hidden things and leftovers. Raises UserError where that cannot be read."""
+    try:
+        with os.scandir(folder) as entries:
+            return [entry for entry in entries if entry.name[0] != "." and entry.name not in _LEFTOVERS]
+    except OSError as error:
+        raise UserError(f"the folder {folder} cannot be read ({reason(error)})") from None

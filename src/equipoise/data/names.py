@@ -1,0 +1,54 @@
+"""Names of classes: which are the same although written otherwise, and how two that look alike differ."""
+
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+
+
+def normal(name: str) -> str:
+    """A class's name as it is compared and kept: in Unicode's composed form (NFC), without blanks around it. macOS
+    writes the same letter decomposed."""
+    return unicodedata.normalize("NFC", name).strip()
+
+
+def in_order(names: Iterable[str]) -> tuple[str, ...]:
+    """Names of classes, each once, by their letters, or by their values where all are numbers (2 before 10)."""
+    distinct = set(map(normal, names))
+    if all(name.isascii() and name.isdigit() for name in distinct):
+        return tuple(sorted(distinct, key=lambda name: (int(name), name)))
+    return tuple(sorted(distinct))
+
+
+def difference(one: str, other: str) -> str:
+    """In what two names that look alike differ: 'Unicode form', 'capitals', 'blanks'; '' where they do
+    not look alike."""
+    if _bare(one) != _bare(other):
+        return ""
+    if unicodedata.normalize("NFKC", one) == unicodedata.normalize("NFKC", other):
+        return "Unicode form"
+    return "capitals" if one.casefold() == other.casefold() else "blanks"
+
+
+def look_alikes(names: Sequence[str]) -> list[str]:
+    """A line for each two names of `names` that look alike."""
+    lines: list[str] = []
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(_bare(name), name)
+        if other != name:
+            how = difference(other, name)
+            lines.append(f"classes '{other}' and '{name}' differ in {how} only: if they are one, give them one name")
+    return lines
+
+
+def unknown_class(name: str, names: Iterable[str], part: str) -> str:
+    """What to say of a class that is not one of `names`, those of the part `part`."""
+    for other in names:
+        if how := difference(name, other):
+            return f"class '{name}' is '{other}' in the {part}: they differ in {how} only; give them one name"
+    return f"class '{name}' is no class of the {part}"
+
+
+def _bare(name: str) -> str:
+    """What is left of a name without what readers overlook."""
+    return re.sub(r"[\s_]", "", unicodedata.normalize("NFKC", name).casefold())

@@ -1,0 +1,121 @@
+"""What is in a table's file: columns of text, by their names. CSV, TSV and Parquet; and two tables joined."""
+
+import csv
+import io
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+
+from equipoise.base.errors import UserError, reason
+from equipoise.data.images import PART_NAMES, import_pyarrow
+
+TABLES = frozenset({".csv", ".tsv", ".parquet"})
+# Names of columns as people have them, in small letters, without _, - and blanks; the first that is there is taken.
+LABELS = ("label", "labels", "class", "classname", "classlabel", "species", "scientificname", "category",
+           "categoryname", "taxon", "diagnosis", "dx", "target", "y", "classid", "categoryid")  # fmt: skip
+NAME = "scientificName"  # the column of labels of joined tables
+
+Columns = Mapping[str, Sequence[str]]
+
+
+def part_named(name: str) -> str:
+    """The part that the first word of a name says (train_images, test-2); '' for none."""
+    return PART_NAMES.get(re.split("[^a-z]", name.lower())[0], "")
+
+
+def named_column(columns: Iterable[str], names: Sequence[str]) -> str:
+    """The first column that has one of these names; '' for none."""
+    plain = {re.sub(r"[\s_-]", "", name.lower()): name for name in columns}
+    return next((plain[name] for name in names if name in plain), "")
+
+
+def read_table(file: Path) -> Columns:
+    """The columns that have a name, their cells as text, '' where there is nothing. Raises UserError for a file that
+    cannot be read, or without rows."""
+    columns = _read_parquet(file) if file.suffix.lower() == ".parquet" else _read_text(file)
+    if not any(map(len, columns.values())):
+        raise UserError(f"{file} has no rows below its heading")
+    return columns
+
+
+def _read_text(file: Path) -> Columns:
+    """CSV as programs write it: divided by commas, semicolons or tabs, in UTF-8 or Excel's UTF-16."""
+    try:
+        content = file.read_bytes()
+        text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        heading = text.partition("\n")[0]
+        rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=heading.count)))
+    except UnicodeDecodeError:
+        raise UserError(f"{file} is not in UTF-8: save it as 'CSV UTF-8'") from None
+    except (OSError, csv.Error) as error:
+        raise UserError(f"the table {file} cannot be read ({reason(error, library=True)})") from None
+    names = [name.strip() for name in rows[0]] if rows else []
+    for number, row in enumerate(rows, 1):
+        if row and len(row) != len(names):
+            raise UserError(f"{file}, row {number} has {len(row)} cells, but its heading names {len(names)} columns")
+    cells = [row for row in rows[1:] if any(row)]
+    return {name: [row[place].strip() for row in cells] for place, name in enumerate(names) if name}
+
+
+def _read_parquet(file: Path) -> Columns:
+    pa = import_pyarrow(file)
+    try:
+        table = pa.parquet.read_table(file)
+        nested = [field.name for field in table.schema if pa.types.is_nested(field.type)]
+        columns = {name: table[name].to_pylist() for name in table.column_names if name not in nested}
+    except (OSError, ValueError, TypeError, pa.ArrowException) as error:
+        raise UserError(f"the table {file} cannot be read ({reason(error, library=True)})") from None
+    return {name: ["" if cell is None else str(cell).strip() for cell in cells] for name, cells in columns.items()}
+
+
+def read_joined(root: Path) -> tuple[Path, Columns] | None:
+    """The table of the images and the columns of both tables, of a camera-trap package (Camtrap DP) or a Darwin Core
+    archive in the folder; None where there is none. An image has a row for each of its labels."""
+    for media, others in (("media.csv", "observations.csv"), ("multimedia.txt", "occurrence.txt")):
+        if (root / media).is_file() and (root / others).is_file():
+            images, told = _read_text(root / media), _read_text(root / others)
+            labels = _of_observations(images, told) if others == "observations.csv" else _of_occurrences(images, told)
+            rows = [(number, label) for number, names in enumerate(labels) for label in sorted(names) or [""]]
+            columns = {name: [cells[number] for number, _ in rows] for name, cells in images.items()}
+            return root / media, {**columns, NAME: [label for _, label in rows]}
+    return None
+
+
+def _of_observations(media: Columns, told: Columns) -> list[set[str]]:
+    """What was observed on each image (https://camtrap-dp.tdwg.org/data): by its mediaID, or else by the event of the
+    same deployment in whose time it was taken. Where there is no species it is the type, as 'blank' or 'human'."""
+    of_media: dict[str, set[str]] = defaultdict(set)
+    of_deployment: dict[str, list[tuple[datetime, datetime, str]]] = defaultdict(list)
+    try:
+        for row in _as_rows(told):
+            name = row.get(NAME) or row.get("observationType", "")
+            if name in ("", "animal", "unknown", "unclassified"):  # nobody said what it is
+                continue
+            if row.get("mediaID"):
+                of_media[row["mediaID"]].add(name)
+            else:
+                start, end = (datetime.fromisoformat(row[side]) for side in ("eventStart", "eventEnd"))
+                of_deployment[row["deploymentID"]].append((start, end, name))
+        found: list[set[str]] = []
+        for row in _as_rows(media):
+            names = of_media.get(row["mediaID"], set())
+            if not names and (events := of_deployment.get(row["deploymentID"])):
+                taken = datetime.fromisoformat(row["timestamp"])
+                names = {name for start, end, name in events if start <= taken <= end}
+            found.append(names)
+    except (KeyError, ValueError, TypeError) as error:
+        why = f"no column {error}" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"media.csv and observations.csv are not as Camtrap DP has them ({why})") from None
+    return found
+
+
+def _of_occurrences(media: Columns, told: Columns) -> list[set[str]]:
+    """The scientific name of each image's occurrence (https://dwc.tdwg.org/text): the first column joins them."""
+    names = dict(zip(next(iter(told.values())), told.get(NAME, ()), strict=False))
+    return [{names[key]} if names.get(key) else set() for key in next(iter(media.values()))]
+
+
+def _as_rows(columns: Columns) -> list[dict[str, str]]:
+    return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]

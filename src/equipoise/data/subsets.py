@@ -1,0 +1,133 @@
+"""Smaller image lists cut out of a list: the long-tail subsets of the literature, and what is held out of training.
+
+None depends on the training seed, so that runs with different seeds are trained and scored on the same images. Shape
+suffixes: N images, C classes.
+"""
+
+import os
+import re
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from equipoise.base.errors import UserError
+from equipoise.data.images import EncodedImages, ImageFiles, ImageList, Indices, PixelArrays
+
+
+def of_classes(full: ImageList) -> list[Indices]:
+    """The indices of each class's images, ascending. Sorted once: with many classes, a search for each is slow."""
+    order_N = np.argsort(full.labels_N, kind="stable")
+    return np.split(order_N, np.cumsum(full.class_counts)[:-1])
+
+
+def long_tail_counts(largest: int, classes: int, imbalance_factor: float, shape: str) -> list[int]:
+    """Images kept of each class (Cao et al., NeurIPS 2019, section 4).
+
+    'exponential': class c keeps `int(largest * (1 / imbalance_factor) ** (c / (classes - 1)))`.
+    'step': the second half of the classes keeps `int(largest * (1 / imbalance_factor))`.
+    """
+    if shape == "step":
+        head = classes // 2
+        return [largest] * head + [int(largest * (1 / imbalance_factor))] * (classes - head)
+    return [int(largest * (1 / imbalance_factor) ** (c / (classes - 1))) for c in range(classes)]
+
+
+def long_tailed(full: ImageList, imbalance_factor: float, shape: str) -> ImageList:
+    """The benchmark's long-tail subset: numpy's legacy generator with seed 0 shuffles each class's indices in label
+    order, and the first n of it are kept. Which images these are depends on the order of `full`: of CIFAR as Parquet,
+    whose rows are in another order than the archive's, they are not the images of the literature's subset.
+
+    The largest class keeps as many images as the smallest class of `full` has, so that the shape is exact. Raises
+    UserError where the smallest class would be left empty.
+    """
+    counts = long_tail_counts(min(full.class_counts), len(full.class_names), imbalance_factor, shape)
+    if min(counts) < 1:
+        raise UserError(
+            f"imbalance factor {imbalance_factor:g} leaves class '{full.class_names[-1]}' without images; "
+            f"the subset's largest class has as many as the smallest of all here, {counts[0]}, so it can be "
+            f"{counts[0]} at most"
+        )
+    generator = np.random.RandomState(0)
+    kept: list[Indices] = []
+    for indices, count in zip(of_classes(full), counts, strict=True):
+        generator.shuffle(indices)
+        kept.append(indices[:count])
+    return full.take(np.concatenate(kept))
+
+
+def hold_out(full: ImageList, share: float, fold: str = "") -> tuple[ImageList, ImageList]:
+    """(training, validation): `share` of each class, rounded, at least one image of a class that has three or more; a
+    class with fewer gives none. With `fold`, as '2/5', the second of five equal parts instead, of classes with two or
+    more images: the five together hold out each image once.
+
+    Images of one group stay together (`ImageList.groups_N`). Raises UserError if nothing could be held out.
+    """
+    number, folds = map(int, fold.split("/")) if fold else (1, round(1 / share))
+    if not 1 <= number <= folds or folds < 2:
+        raise UserError(f"data.fold must be the number of a part and of all parts, as 2/5, not '{fold}'")
+    if full.groups_N is not None:
+        chosen = _grouped_fold(full, full.groups_N, number, folds)
+    else:
+        chosen = _fold(full, number, folds) if fold else _share(full, share)
+    if len(chosen) == 0:
+        what = "class has images of two groups" if full.groups_N is not None else "class has three images"
+        raise UserError(f"{full.origin}: no {what}, so none can be held out; give it more, or set --holdout 0")
+    return full.take(np.setdiff1d(np.arange(len(full)), chosen)), full.take(chosen)
+
+
+def _share(full: ImageList, share: float) -> Indices:
+    generator = np.random.default_rng(0)
+    held: list[Indices] = []
+    for indices, count in zip(of_classes(full), full.class_counts, strict=True):
+        shuffled = generator.permutation(indices)
+        held.append(shuffled[: max(1, round(share * count)) if count >= 3 else 0])
+    return np.sort(np.concatenate(held))
+
+
+def _fold(full: ImageList, number: int, folds: int) -> Indices:
+    generator = np.random.default_rng(0)
+    shuffled = [generator.permutation(indices) for indices in of_classes(full)]
+    dealt = np.concatenate([indices for indices in shuffled if len(indices) > 1] or [np.empty(0, np.int64)])
+    return np.sort(dealt[number - 1 :: folds])
+
+
+def _grouped_fold(full: ImageList, groups_N: npt.NDArray[np.str_], number: int, folds: int) -> Indices:
+    """One of the folds into which scikit-learn divides groups so that classes are spread evenly. A class whose last
+    training images would go keeps its groups."""
+    from sklearn.model_selection import StratifiedGroupKFold  # over a second of import
+
+    numbers_N = np.unique(groups_N, return_inverse=True)[1]
+    if folds > numbers_N.max() + 1:
+        raise UserError(f"{full.origin}: data.group_by finds {numbers_N.max() + 1} groups, too few for {folds} parts")
+    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=0)
+    with warnings.catch_warnings(action="ignore"):  # of classes with fewer images than there are folds
+        held = list(splitter.split(full.labels_N, full.labels_N, numbers_N))[number - 1][1]
+    kept = np.bincount(full.labels_N, minlength=len(full.class_names))
+    kept -= np.bincount(full.labels_N[held], minlength=len(full.class_names))
+    needed = numbers_N[held][kept[full.labels_N[held]] == 0]
+    return np.sort(held[~np.isin(numbers_N[held], needed)])
+
+
+def grouped(images: ImageList, by: str) -> ImageList:
+    """The list with groups: what the regular expression `by` finds in each image's path below the data folder, its
+    first group where it has one. A list of a table that has groups already stays as it is. Raises UserError for an
+    expression that finds nothing in one of the paths."""
+    if images.groups_N is not None:
+        return images
+    source = images.images
+    if isinstance(source, PixelArrays) or (isinstance(source, EncodedImages) and not source.packed):
+        raise UserError(f"{images.origin} has no column '{by}', and its images have no paths, for data.group_by")
+    of_files = isinstance(source, ImageFiles)
+    paths = source.paths_N.tolist() if of_files else source.table["name"].take(source.rows_N).to_pylist()
+    groups: list[str] = []
+    for path in map(os.fsdecode, paths):
+        try:
+            found = re.search(by, path)
+        except re.error as error:
+            raise UserError(f"data.group_by is no column and no regular expression: '{by}' ({error})") from None
+        if not found:
+            raise UserError(f"data.group_by = '{by}' finds nothing in {path}; it must match every path")
+        groups.append(found[1] if found.re.groups else found[0])
+    return replace(images, groups_N=np.array(groups))
