@@ -8,7 +8,6 @@ import onnxruntime
 from PIL import Image, ImageOps
 
 
-
 def decoded(path):
     """The picture, upright, in 8 bits RGB, as `decoding` in the file's metadata says."""
     image = ImageOps.exif_transpose(Image.open(path))

@@ -27,8 +27,8 @@ _BLOCK = 4096  # images looked at between two reports
 
 # What `decode_bytes` does, for whoever does it without this package.
 DECODING = (
-    "upright (EXIF orientation applied); of an animation the first frame; alpha is dropped, so that what is transparent "
-    "has the colour stored under it; 16-bit gray v becomes (v + 128) // 257, of 16-bit colour the high byte is taken; "
+    "upright (EXIF orientation applied); of an animation the first frame; alpha is dropped: what is transparent has "
+    "the colour stored under it; 16-bit gray v becomes (v + 128) // 257, of 16-bit colour the high byte is taken; "
     "more bits and floating-point numbers are refused; all else is converted to RGB as Pillow's convert does it"
 )
 
