@@ -12,7 +12,6 @@ from rich.bar import Bar
 from rich.box import SIMPLE
 from rich.cells import cell_len
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -107,7 +106,7 @@ def print_unreadable(metrics: Mapping[str, Any]) -> None:
 def print_data(path: str, found: Found, problems: Sequence[str], bad: Sequence[BadImageError], checked: bool) -> None:
     """The data at `path`: format, parts, class counts, problems. `checked`: every image was decoded; all are shown."""
     console = _console()
-    console.print(f"[bold]{_plain(path)}[/bold]: {found.kind}", highlight=False)
+    console.print(Text.assemble((one_line(path), "bold"), f": {found.kind}"))
     for line in found.described:
         print(one_line(line))
     for part, images in found.parts.items():
@@ -164,15 +163,12 @@ def _console() -> Console:
 
 
 def _print(table: Table) -> None:
-    """Columns on the right hold figures, none of which is broken or cut. Where the others cannot give way enough, the
-    table is wider than the terminal."""
+    """Columns on the right hold figures, none of which is broken or cut. A table that cannot be so narrow is wider than
+    the terminal."""
     for column in table.columns:
         if column.justify == "right":
             column.min_width = max(cell_len(word) for cell in column.cells for word in str(cell).split())
-    console = _console()
-    narrowest = 1 + sum(3 + (column.min_width or 0) for column in table.columns)  # 3: a line, and a space on each side
-    console.width = max(console.width, narrowest)
-    console.print(table, crop=False)
+    _console().print(table, crop=False)
 
 
 def _cut(name: str) -> Text:
@@ -180,5 +176,6 @@ def _cut(name: str) -> Text:
     return Text(one_line(name), no_wrap=True, overflow="ellipsis")
 
 
-def _plain(text: str) -> str:
-    return escape(one_line(text))
+def _plain(text: str) -> Text:
+    """Any text as it is, on one line."""
+    return Text(one_line(text))
