@@ -7,12 +7,24 @@ import numpy as np
 import onnxruntime
 from PIL import Image, ImageOps
 
+
+def decoded(path):
+    """The picture, upright, in 8 bits RGB, as `decoding` in the file's metadata says."""
+    image = ImageOps.exif_transpose(Image.open(path))
+    if image.mode[0] in "IF":
+        values = np.asarray(image)
+        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+            raise SystemExit(f"{path} has pixels of no known range: convert it to 8 or 16 bits")
+        image = Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))  # convert would clip
+    return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
+
+
 if len(sys.argv) < 3:
     raise SystemExit(__doc__)
 session = onnxruntime.InferenceSession(sys.argv[1])
 names, view = (json.loads(session.get_modelmeta().custom_metadata_map[key]) for key in ("class_names", "preprocessing"))
 for path in sys.argv[2:]:
-    image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    image = decoded(path)
     size, short, smaller = view["size"], view["short_side"], min(image.size)
     shape = tuple(short * side // smaller for side in image.size) if short else (size, size)
     left, top = (round((side - size) / 2) for side in shape)

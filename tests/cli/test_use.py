@@ -1,21 +1,23 @@
 """`predict`, `export` and other commands on a finished run, as a user types them."""
 
+import contextlib
 import csv
 import json
 import os
 import pickle
+import pty
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ODD_NAMES, draw_picture, refusal
+from conftest import ODD_NAMES, draw_folder, draw_picture, refusal
 
 from equipoise.cli.main import main
-from equipoise.cli.tables import FURTHER, print_metrics
 from equipoise.runs.checkpoint import load_checkpoint
 
 
@@ -33,7 +35,7 @@ def test_predict_shows_a_table(odd_run, part_folder, tmp_path, capsys, monkeypat
     """In a pipe, a line an image, however long its path."""
     monkeypatch.setenv("COLUMNS", "60")
     (tmp_path / "broken.jpg").write_bytes(b"")
-    assert main(["predict", str(odd_run), str(part_folder), str(tmp_path / "broken.jpg"), "--top", "2"]) == 0
+    assert main(["predict", str(odd_run), str(part_folder), str(tmp_path / "broken.jpg"), "--top", "2"]) == 1
     said = capsys.readouterr()
     lines = [line for line in said.out.splitlines() if ".png" in line]
     assert len(lines) == 18
@@ -41,21 +43,22 @@ def test_predict_shows_a_table(odd_run, part_folder, tmp_path, capsys, monkeypat
     assert any("<b>x & y<" in line for line in lines)
     best = json.loads((odd_run / "metrics.json").read_text())["best"]
     calibration = f"calibrated (temperature {best['temperature']:.3g})"
-    assert f"best.pt, epoch {best['epoch']}; class prior: uniform; {calibration}" in said.out
+    assert f"best.pt, best checkpoint (epoch {best['epoch']}), which validation chose\n" in said.out
+    assert f"\nclass prior: uniform; {calibration}\n" in said.out
     assert "18 images predicted, 1 passed over" in said.out
     assert said.err.startswith(f"passed over: {tmp_path}/broken.jpg cannot be read (it is no image")
 
 
 def test_predict_writes_csv_and_json(odd_run, part_folder, tmp_path, capsys):
     arguments = ["predict", str(odd_run), str(part_folder), str(tmp_path / "absent.png")]
-    assert main([*arguments, "--csv", str(tmp_path / "p.csv"), "--prior", "train", "--top", "9"]) == 0
+    assert main([*arguments, "--csv", str(tmp_path / "p.csv"), "--prior", "train", "--top", "9"]) == 1
     said = capsys.readouterr().out
     assert "class prior: train" in said
     assert ".png" not in said, "the file instead of the table"
     with (tmp_path / "p.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [{row[f"class_{rank}"] for rank in (1, 2, 3)} for row in rows] == [set(ODD_NAMES)] * 18
-    assert main([*arguments, "--json", str(tmp_path / "p.json"), "--prior", "train"]) == 0
+    assert main([*arguments, "--json", str(tmp_path / "p.json"), "--prior", "train"]) == 1
     table = json.loads((tmp_path / "p.json").read_text())
     assert table["prior"] == "train"
     assert table["passed_over"] == [f"{tmp_path}/absent.png cannot be read (no such file or directory)"]
@@ -63,6 +66,92 @@ def test_predict_writes_csv_and_json(odd_run, part_folder, tmp_path, capsys):
         assert row["file"] == entry["file"]
         assert row["class_1"] == entry["classes"][0]["class"]
         assert float(row["probability_1"]) == entry["classes"][0]["probability"]
+
+
+def command(*words: object, **options: Any) -> subprocess.CompletedProcess[bytes]:
+    """`equipoise` in a process of its own, with real pipes."""
+    started = [sys.executable, "-m", "equipoise", *map(str, words)]
+    return subprocess.run(started, check=False, capture_output=True, **options)
+
+
+def test_lists_and_pipes(odd_run, part_folder, tmp_path):
+    """Names come in by a list or a pipe, predictions go out by a pipe, and nothing else does."""
+    (tmp_path / "here").mkdir()
+    for number, name in enumerate((b"a b.png", b"\xff.png", b"c.png")):
+        draw_picture(tmp_path / "here" / os.fsdecode(name), 0, number)
+    (tmp_path / "list.txt").write_bytes(b"here/a b.png\r\nhere/\xff.png\n\nhere/c.png")
+    by_list = command("predict", odd_run, "--list", "list.txt", "--csv", "-", cwd=tmp_path)
+    assert by_list.returncode == 0, by_list.stderr
+    rows = list(csv.reader(by_list.stdout.decode().splitlines()))
+    assert [row[0] for row in rows] == ["file", "here/a b.png", r"here/\udcff.png", "here/c.png"]
+    assert b"3 images predicted" in by_list.stderr
+    named = ("here/a b.png", "missing.png", part_folder)
+    by_pipe = command(
+        "predict", odd_run, "--list", "-", "--json", "-", cwd=tmp_path, input="\n".join(map(str, named)).encode()
+    )
+    assert by_pipe.returncode == 1
+    table = json.loads(by_pipe.stdout)
+    assert len(table["predictions"]) == 1 + 18
+    assert table["passed_over"] == ["missing.png cannot be read (no such file or directory)"]
+    assert table["checkpoint"].startswith("best checkpoint (epoch ")
+    said = by_pipe.stderr.decode().splitlines()
+    assert said[0] == "passed over: missing.png cannot be read (no such file or directory)"
+    assert said[-1] == "19 images predicted, 1 passed over"
+    assert not (tmp_path / "-").exists()
+
+
+def test_why_probabilities_are_not_calibrated(run, part_folder, tmp_path, capsys):
+    """The reason is the one that holds."""
+
+    def reason(target: Path) -> str:
+        assert main(["predict", str(target), str(part_folder)]) == 0
+        return re.findall(r"class prior: uniform; not calibrated: (.*)", capsys.readouterr().out)[0]
+
+    file = run / "metrics.json"
+    metrics = json.loads(file.read_text())
+    metrics["best"]["temperature"] = None
+    file.write_text(json.dumps(metrics))
+    assert reason(run) == "no temperature fits the validation part best"
+    assert main(["export", str(run), "--to", "safetensors"]) == 0
+    assert reason(run / "best-safetensors") == f"{run}/best-safetensors holds no temperature"
+    metrics["best"]["validation"] = None
+    file.write_text(json.dumps(metrics))
+    assert reason(run) == "there was no validation part to fit a temperature"
+    metrics["best"]["step"] += 1
+    file.write_text(json.dumps(metrics))
+    assert reason(run) == f"{file} is of another step; equipoise evaluate {run} writes it"
+    file.unlink()
+    assert reason(run) == f"{file} is missing; equipoise evaluate {run} writes it"
+    (run / "best.pt").rename(tmp_path / "mine.pt")
+    assert reason(tmp_path / "mine.pt") == f"{tmp_path}/mine.pt holds no temperature"
+
+
+def test_one_checkpoint_speaks_for_a_run(run, odd_run, part_folder, tmp_path, capsys):
+    """The best, which is another than the last, wherever one is asked for; and every help says so."""
+    metrics = json.loads((run / "metrics.json").read_text())
+    best, last = metrics["best"], metrics["last"]
+    assert best["test"]["top1"] != last["test"]["top1"]
+
+    def said(*words: object) -> str:
+        capsys.readouterr()
+        assert main([*map(str, words)]) == 0
+        return capsys.readouterr().out
+
+    chose = f"best checkpoint (epoch {best['epoch']}), which validation chose"
+    assert f"bcl, best.pt, {chose}: accuracy, percent" in said("evaluate", run, "--data", part_folder)
+    assert json.loads((run / "metrics-best-test-test.json").read_text())["test"]["top1"] == best["test"]["top1"]
+    assert f"best.pt, {chose}\n" in said("predict", run, part_folder)
+    assert f"best.pt, {chose}\n" in said("export", run, "--to", "safetensors")
+    columns = f"last is the checkpoint after epoch {last['epoch']}, best the one after epoch {best['epoch']}"
+    assert f"bcl: {columns}, which validation chose: it speaks for the run" in said("evaluate", run)
+    of_last = f"last.pt, last checkpoint (epoch {last['epoch']}; best.pt is another, which validation chose)"
+    assert of_last in said("predict", run / "last.pt", part_folder)
+    for words in ("evaluate", "report", "predict", "export"):
+        with pytest.raises(SystemExit):
+            main([words, "--help"])
+        assert "the best checkpoint where validation chose one, else the last" in " ".join(
+            capsys.readouterr().out.split()
+        )
 
 
 def test_nothing_predicted_is_an_error(odd_run, tmp_path, capsys):
@@ -90,6 +179,9 @@ def test_nothing_predicted_is_an_error(odd_run, tmp_path, capsys):
         ),
         (["no", "IMAGES"], "there is no run folder or checkpoint at no"),
         (["RUN", "IMAGES", "--csv", "a", "--json", "b"], "argument --json: not allowed with argument --csv (see"),
+        (["RUN"], "no images are named: name files, folders, or a list of them with --list FILE"),
+        (["RUN", "--list", "no.txt"], "--list no.txt cannot be read (no such file or directory); name a file with one"),
+        (["RUN", "--list", os.devnull], f"--list {os.devnull} is empty; it should have one path a line"),
         (["RUN", "IMAGES", "--prior", "even"], "--prior is uniform, train, or a CSV file of classes and their weights"),
     ],
 )
@@ -133,15 +225,64 @@ def test_export_to_a_full_disk(form, odd_run, tmp_path, capsys):
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-def test_numbers_stay_where_a_class_name_is_long(monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "80")
-    metrics = dict.fromkeys(("top1", "many", "medium", "few", *FURTHER.values()), 0.5) | {"per_class": [0.125, 0.875]}
-    results = [("last checkpoint", metrics), ("best checkpoint", metrics)]
-    print_metrics(results, "title", {"class_names": ["a very long name " * 8, "b"], "train_counts": [200, 3]})
-    said = capsys.readouterr().out
-    rows = [line.split()[-2:] for line in said.splitlines() if "very" in line or " b " in line]
-    assert rows == [["12.5", "12.5"], ["87.5", "87.5"]]
-    assert max(map(len, said.splitlines())) <= 80
+LONG = "Carabus (Megodontus) violaceus purpurascens x 174"
+# All tables, of long names, with figures of every width.
+SHOW_TABLES = """
+import sys
+from equipoise.cli.tables import FURTHER, print_metrics, print_plan, print_predictions
+from equipoise.cli.main import main
+
+name, folder, columns = sys.argv[1], sys.argv[2], int(sys.argv[3])
+figures = dict.fromkeys(("top1", "many", "medium", "few", *FURTHER.values()), 1.0) | {"per_class": [1.0, 0.125]}
+results = [(f"{part} {which}", figures) for part in ("validation", "test") for which in ("last", "best")][:columns]
+print_metrics(results, "accuracy", {"class_names": [name, "b"], "train_counts": [12345, 3]})
+print_plan({"data": f"/{name}/{name}: 12,345 images", "batch": "64"})
+print_predictions([(f"/{name}/1.png", ((name, 1.0), (name, 0.234)))])
+main(["data", folder])
+"""
+
+
+def show_tables(folder: Path, columns: int, width: int, terminal: bool) -> str:
+    """What the tables look like in a terminal, or in a pipe, of that width."""
+    words = [sys.executable, "-c", SHOW_TABLES, LONG, str(folder), str(columns)]
+    environment = {**os.environ, "COLUMNS": str(width), "TERM": "xterm"}
+    if not terminal:
+        return subprocess.run(words, check=True, capture_output=True, text=True, env=environment).stdout
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(words, stdout=theirs, env=environment) as process:
+        os.close(theirs)
+        said = b""
+        with contextlib.suppress(OSError):  # at the end of what a terminal says
+            while part := os.read(ours, 65536):
+                said += part
+    os.close(ours)
+    assert process.returncode == 0
+    return re.sub(r"\x1b\[[0-9;]*m", "", said.decode()).replace("\r", "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "columns"), [(40, 2), (40, 4), (60, 4)])
+def test_names_give_way_and_figures_never(width, columns, tmp_path):
+    folder = draw_folder(tmp_path / "data", {LONG: 17, "b": 4})
+    said = show_tables(folder, columns, width, terminal=True)
+    words = re.split(r"[\s]+", said)
+    for figure in ("12,348", "12,345", "64", "23.4", "17", "4"):
+        assert figure in words, figure
+    assert words.count("100.0") == columns * 9 + columns + 1, "overall, two groups, six others; a class; a prediction"
+    assert words.count("12.5") == columns
+    assert not re.search(r"\d…", said)
+    assert LONG not in said
+    if (width, columns) != (40, 4):  # there even the figures need more
+        assert max(map(len, said.splitlines())) <= width
+
+
+@pytest.mark.slow
+def test_a_pipe_is_as_wide_as_it_must_be(tmp_path):
+    said = show_tables(draw_folder(tmp_path / "data", {LONG: 17, "b": 4}), 4, 40, terminal=False)
+    assert re.search(rf"^  {re.escape(LONG)} +12,345( +100\.0){{4}} *$", said, re.MULTILINE)
+    assert f"/{LONG}/{LONG}: 12,345 images" in said
+    assert re.search(rf"^  /{re.escape(LONG)}/1.png +{re.escape(LONG)} +100.0 +{re.escape(LONG)} 23.4 *$", said, re.M)
+    assert re.search(rf"^{re.escape(LONG)} +17 █", said, re.MULTILINE)
 
 
 def test_export_writes_beside_the_checkpoint(run, odd_run, tmp_path, capsys):

@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import onnx
 import onnxruntime
@@ -76,6 +77,8 @@ def test_exported_files_say_what_is_needed_to_use_them(odd_run, onnx_file, torch
     view = json.loads(notes["preprocessing"])
     assert (view["size"], view["short_side"]) == (16, 18)
     assert view["mean"] == [0.485, 0.456, 0.406]
+    assert "16-bit gray v becomes (v + 128) // 257" in view["decoding"]
+    assert "alpha is dropped" in view["decoding"]
     assert json.loads(notes["temperature"]) == load(odd_run).temperature
     assert notes["method"] == "bcl"
     beside = {NOTES: ""}
@@ -118,6 +121,47 @@ def test_the_example_without_this_package(odd_run, onnx_file, tmp_path):
     with Image.open(files[0]) as picture:
         picture.save(tmp_path / "turned.jpg", exif=exif)
     assert_example_agrees(load(odd_run), onnx_file, [*files, tmp_path / "turned.jpg"])
+
+
+def write_odd_pictures(folder: Path) -> list[Path]:
+    """A picture of one colour a file, in each of the forms whose conversion to 8 bits RGB is a choice."""
+    colour, hidden = (150, 140, 110), (90, 120, 128)
+    plain, other = (Image.new("RGB", (40, 30), of) for of in (colour, hidden))
+    gray = np.linspace(20_000, 45_000, 1200).reshape(30, 40).astype(np.uint16)
+    rgb16_BGR = np.stack([gray // 2, gray, gray + 9000], axis=2)
+    clear = other.copy()
+    clear.putalpha(Image.new("L", (40, 30), 0))
+    clear.paste((*colour, 255), (0, 0, 20, 30))
+    palette = plain.quantize(4)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    written = {
+        "gray16.png": lambda file: Image.fromarray(gray).save(file),
+        "gray16.tif": lambda file: Image.fromarray(gray.astype(">u2")).save(file),
+        "rgb16.png": lambda file: cv2.imwrite(str(file), rgb16_BGR),
+        "palette.png": palette.save,
+        "palette-bytes.png": lambda file: palette.save(file, transparency=b"\x00\x80"),
+        "palette.gif": lambda file: palette.save(file, transparency=0),
+        "la.png": clear.convert("LA").save,
+        "cmyk.jpg": plain.convert("CMYK").save,
+        "alpha.png": clear.save,
+        "turned16.png": lambda file: Image.fromarray(gray).save(file, exif=exif),
+        "1-bit.png": lambda file: Image.fromarray(gray > 30_000).save(file),
+        "animated.gif": lambda file: plain.save(file, save_all=True, append_images=[other]),
+        "clear.webp": lambda file: clear.save(file, lossless=True, exact=True),
+    }
+    for name, write in written.items():
+        write(folder / name)
+    return [folder / name for name in written]
+
+
+def test_the_example_on_odd_pictures(odd_run, onnx_file, tmp_path):
+    """16 bits, palettes, alpha, CMYK and others; what nobody can decode so, both refuse."""
+    files = write_odd_pictures(tmp_path)
+    assert_example_agrees(load(odd_run), onnx_file, files)
+    Image.fromarray(np.full((30, 40), 0.5, np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(subprocess.CalledProcessError):
+        assert_example_agrees(load(odd_run), onnx_file, [tmp_path / "float.tif"])
 
 
 @pytest.mark.long

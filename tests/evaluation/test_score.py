@@ -91,8 +91,10 @@ def run(odd_run, tmp_path):
 def test_a_run_is_scored_and_its_best_checkpoint_is_drawn(run):
     metrics = evaluate_run(run, device="cpu")
     assert metrics == json.loads((run / "metrics.json").read_text()) == Run(run).metrics
-    assert metrics["test"] == metrics["last"]["test"]
+    assert metrics["test"] == metrics["best"]["test"] != metrics["last"]["test"]
     assert chosen(metrics) == ("best", "test")
+    of_best, of_model = load_checkpoint(run / "best.pt").build().state_dict(), Run(run).model.state_dict()
+    assert all(torch.equal(of_best[name], value) for name, value in of_model.items())
     _, predictions = evaluate_checkpoint(run / "best.pt")
     with np.load(run / "observed.npz") as observed:
         assert (observed["test/predicted_N"] == predictions.ranked_NK[:, 0]).all()

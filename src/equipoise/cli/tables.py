@@ -1,4 +1,7 @@
-"""What the command line shows: plans, data sets, metrics and predictions as tables in the terminal."""
+"""What the command line shows: plans, data sets, metrics and predictions as tables in the terminal.
+
+In a narrow terminal names give way, figures never; what is no terminal (a pipe, a file) is as wide as it must be.
+"""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -7,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.bar import Bar
 from rich.box import SIMPLE
+from rich.cells import cell_len
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -22,14 +25,15 @@ if TYPE_CHECKING:
 
 _ROWS_SHOWN = 40
 _BAD_SHOWN = 5
+_NAME_WIDTH = 6  # characters that are left of a name in the narrowest terminal
 
 
 def print_plan(plan: Mapping[str, str]) -> None:
     """What a run is about to do."""
-    table = Table.grid(padding=(0, 2))
+    table = Table.grid(Column(no_wrap=True), Column(overflow="fold", min_width=_NAME_WIDTH), padding=(0, 2))
     for name, value in plan.items():
-        table.add_row(f"[bold]{name}[/bold]", _plain(value))
-    Console().print(table)
+        table.add_row(Text(name, "bold"), _plain(value))
+    _print(table)
 
 
 def print_metrics(results: Sequence[tuple[str, Mapping[str, Any]]], title: str, run: Mapping[str, Any]) -> None:
@@ -40,9 +44,9 @@ def print_metrics(results: Sequence[tuple[str, Mapping[str, Any]]], title: str, 
     """
     names, counts = run["class_names"], run["train_counts"]
     figures = [metrics for _, metrics in results]
-    table = Table("", box=SIMPLE, title=title, title_justify="left", title_style="bold")
+    table = Table(Column(overflow="fold", min_width=_NAME_WIDTH), box=SIMPLE)
     for heading in ("training\nimages", *(heading.replace(" ", "\n") for heading, _ in results)):
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading, justify="right", overflow="fold")
     table.add_row("overall (top-1)", f"{sum(counts):,}" if counts else "?", *(percent(of["top1"]) for of in figures))
     for group, limits in GROUP_LIMITS.items():
         classes = sum(count > 0 and shot_group(count) == group for count in counts)
@@ -57,15 +61,24 @@ def print_metrics(results: Sequence[tuple[str, Mapping[str, Any]]], title: str, 
     # A class that no image was scored of has no row.
     scored = [label for label in range(len(names)) if any(of["per_class"][label] is not None for of in figures)]
     for label in _ends(scored, counts):
-        # In a narrow terminal the names of the classes are cut, not the numbers.
-        name = Text(one_line(str(names[label])), no_wrap=True, overflow="ellipsis")
         shares = (percent(of["per_class"][label]) for of in figures)
-        table.add_row(name, f"{counts[label]:,}" if counts else "?", *shares)
-    Console().print(table)
+        table.add_row(_cut(str(names[label])), f"{counts[label]:,}" if counts else "?", *shares)
+    _console().print(Text(f"\n {one_line(title)}", "bold"))
+    _print(table)
     if not counts:
         print("(the data has no training part: many, medium and few are not known)")
     if len(scored) > _ROWS_SHOWN:
         print(f"({_ROWS_SHOWN} of {len(names):,} classes; all of them are in the file)")
+
+
+def print_chosen(metrics: Mapping[str, Any]) -> None:
+    """Which of a run's checkpoints is which, and which one speaks for the run."""
+    last, best, method = metrics["last"], metrics["best"], metrics["method"]
+    if best:
+        which = f"last is the checkpoint after epoch {last['epoch']}, best the one after epoch {best['epoch']}"
+        print(f"{method}: {which}, which validation chose: it speaks for the run, in predict, export and report too")
+    else:
+        print(f"{method}: the last checkpoint (epoch {last['epoch']}) speaks for the run: validation chose none")
 
 
 def print_post_hoc(metrics: Mapping[str, Any]) -> None:
@@ -92,8 +105,8 @@ def print_unreadable(metrics: Mapping[str, Any]) -> None:
 
 def print_data(path: str, found: Found, problems: Sequence[str], bad: Sequence[BadImageError], checked: bool) -> None:
     """The data at `path`: format, parts, class counts, problems. `checked`: every image was decoded; all are shown."""
-    console = Console()
-    console.print(f"[bold]{_plain(path)}[/bold]: {found.kind}", highlight=False)
+    console = _console()
+    console.print(Text.assemble((one_line(path), "bold"), f": {found.kind}"))
     for line in found.described:
         print(one_line(line))
     for part, images in found.parts.items():
@@ -116,22 +129,23 @@ def _print_counts(console: Console, part: str, images: ImageList) -> None:
     filled = [count for count in counts if count]
     factor = f", imbalance factor {imbalance_factor(filled):.4g}" if filled else ""
     console.print(f"\n[bold]{part}[/bold]: {len(images):,} images, {len(counts):,} classes{factor}", highlight=False)
-    table = Table.grid(Column(), Column(justify="right"), padding=(0, 1))
+    table = Table.grid(Column(min_width=_NAME_WIDTH), Column(justify="right"), Column(min_width=4), padding=(0, 1))
     for label in _ends(range(len(counts)), counts):
         bar = Bar(max(counts), 0, counts[label], width=30)
-        table.add_row(_plain(images.class_names[label]), f"{counts[label]:,}", bar)
-    console.print(table)
+        table.add_row(_cut(images.class_names[label]), f"{counts[label]:,}", bar)
+    _print(table)
     if len(counts) > _ROWS_SHOWN:
         print(f"({_ROWS_SHOWN} of {len(counts):,} classes, the largest and the smallest)")
 
 
 def print_predictions(predicted: "Predicted") -> None:
     """A line an image: its file, then classes with their probabilities in percent, the most probable first."""
-    table = Table(*(Column(heading, overflow="fold") for heading in ("file", "class", "percent", "next")), box=SIMPLE)
+    file, name, further = (Column(of, overflow="fold", min_width=_NAME_WIDTH) for of in ("file", "class", "next"))
+    table = Table(file, name, Column("percent", justify="right", overflow="fold"), further, box=SIMPLE)
     for file, ((name, share), *others) in islice(predicted, _ROWS_SHOWN):
         further = ", ".join(f"{other} {percent(of_other)}" for other, of_other in others)
         table.add_row(*(_plain(" ".join(cell.split())) for cell in (file, name, percent(share), further)))
-    Console(width=None if sys.stdout.isatty() else 10_000).print(table)  # in a file or a pipe, a line an image
+    _print(table)
     if len(predicted) > _ROWS_SHOWN:
         print(f"({_ROWS_SHOWN} of {len(predicted):,} images; --csv FILE or --json FILE writes all of them)")
 
@@ -144,5 +158,24 @@ def _ends(labels: Sequence[int], counts: Sequence[int]) -> Sequence[int]:
     return [*by_size[: _ROWS_SHOWN // 2], *by_size[-_ROWS_SHOWN // 2 :]]
 
 
-def _plain(text: str) -> str:
-    return escape(one_line(text))
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 10_000)
+
+
+def _print(table: Table) -> None:
+    """Columns on the right hold figures, none of which is broken or cut. A table that cannot be so narrow is wider than
+    the terminal."""
+    for column in table.columns:
+        if column.justify == "right":
+            column.min_width = max(cell_len(word) for cell in column.cells for word in str(cell).split())
+    _console().print(table, crop=False)
+
+
+def _cut(name: str) -> Text:
+    """A name on one line, which ends in an ellipsis where there is no room for all of it."""
+    return Text(one_line(name), no_wrap=True, overflow="ellipsis")
+
+
+def _plain(text: str) -> Text:
+    """Any text as it is, on one line."""
+    return Text(one_line(text))

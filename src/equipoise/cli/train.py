@@ -159,7 +159,7 @@ def _carry_out(plan: "Plan", remark: str) -> "Run":
 
 def _show(runs: "Sequence[Run]") -> None:
     """The metrics of finished runs side by side, and where the runs are."""
-    from equipoise.cli.tables import print_metrics, print_post_hoc, print_unreadable
+    from equipoise.cli.tables import print_chosen, print_metrics, print_post_hoc, print_unreadable
 
     part = "test" if runs[0].metrics["test"] else "validation"
     results: list[tuple[str, Any]] = []
@@ -172,6 +172,7 @@ def _show(runs: "Sequence[Run]") -> None:
     if results:
         print_metrics(results, f"accuracy on the {part} part, percent", runs[0].metrics)
     for run in runs:
+        print_chosen(run.metrics)
         print_post_hoc(run.metrics)
         print(f"run folder: {run.path}")
         print_unreadable(run.metrics)

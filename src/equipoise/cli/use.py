@@ -1,24 +1,32 @@
 """`equipoise evaluate`, `report`, `predict` and `export`: their options, and the calls that these become."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from equipoise.base.errors import UserError, several
+from equipoise.base.errors import UserError, reason, several
 from equipoise.cli import flags
+
+if TYPE_CHECKING:
+    from equipoise.deploy.predict import Predicted
 
 _FORMS = (
     "onnx: one file for ONNX Runtime and the like; safetensors: a folder for a model hub, which equipoise.load() opens "
     "and whose encoder timm loads; torch-export: one file for torch.export.load"
 )
 _ENDINGS = {"onnx": ".onnx", "safetensors": "-safetensors", "torch-export": ".pt2"}
-_TARGET = "a run folder (its best checkpoint, or else its last), a checkpoint, or a folder from --to safetensors"
+_CHOSEN = "the best checkpoint where validation chose one, else the last"
+_TARGET = f"a run folder ({_CHOSEN}), a checkpoint, or a folder from --to safetensors"
 _PASSED_OVER_SHOWN = 20
 
 
 def add_evaluate_options(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    add("target", metavar="RUN_OR_CHECKPOINT", help="a run folder, a .pt file, or the authors' .pth.tar")
+    both = f"on its own data a run's checkpoints are both scored; with --data, --split and the like, {_CHOSEN}"
+    target = f"a run folder, a .pt file, or the authors' .pth.tar; {both}"
+    add("target", metavar="RUN_OR_CHECKPOINT", help=target)
     add("--data", help="other data of the same classes (default: the run's own)")
     split = "the part to score (default: test, or validation where there is no test)"
     add("--split", choices=("train", "validation", "test"), help=split)
@@ -41,7 +49,7 @@ def evaluate(options: argparse.Namespace) -> None:
     flags.refuse_unwritable("--out", target / METRICS, ".json")
 
     from equipoise.base.world import join
-    from equipoise.cli.tables import print_metrics, print_post_hoc, print_unreadable
+    from equipoise.cli.tables import print_chosen, print_metrics, print_post_hoc, print_unreadable
     from equipoise.evaluation.score import evaluate_run
 
     with join() as world:
@@ -55,6 +63,7 @@ def evaluate(options: argparse.Namespace) -> None:
         if (scored := metrics[checkpoint]) and (figures := scored[part])
     ]
     print_metrics(results, f"{metrics['method']}: accuracy, percent", metrics)
+    print_chosen(metrics)
     print_post_hoc(metrics)
     print_unreadable(metrics)
     print(f"written: {target / METRICS}")
@@ -63,10 +72,10 @@ def evaluate(options: argparse.Namespace) -> None:
 def score_checkpoint(
     target: Path, data: str | None, part: str | None, overrides: flags.Overrides, out: str | None, logits: str | None
 ) -> None:
-    """Score one checkpoint (of a run: the last); show and write its metrics. See `evaluate_checkpoint`."""
-    from equipoise.runs.folder import LAST, METRICS, find_checkpoint, write_json
+    """Score one checkpoint (of a run: the chosen one); show and write its metrics. See `evaluate_checkpoint`."""
+    from equipoise.runs.folder import METRICS, chosen_checkpoint, write_json
 
-    checkpoint = target / LAST if target.is_dir() else find_checkpoint(target)
+    checkpoint = chosen_checkpoint(target)
     flags.refuse_unwritable("--out", out or checkpoint.with_name(METRICS), ".json")
     flags.refuse_unwritable("--logits", logits, ".npz")
 
@@ -79,7 +88,8 @@ def score_checkpoint(
     if not world.is_first:
         return
     scored: str = metrics["split"]
-    print_metrics([(scored, metrics[scored])], f"{metrics['method']}, {checkpoint.name}: accuracy, percent", metrics)
+    title = f"{metrics['method']}, {checkpoint.name}, {metrics['checkpoint']}: accuracy, percent"
+    print_metrics([(scored, metrics[scored])], title, metrics)
     print_unreadable(metrics)
     if metrics["note"]:
         print(f"note: {metrics['note']}")
@@ -94,7 +104,8 @@ def score_checkpoint(
 
 
 def add_report_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("runs", metavar="RUN", nargs="+", help="a run folder; one that stopped early will do")
+    runs = f"a run folder; one that stopped early will do. Shown: {_CHOSEN}"
+    command.add_argument("runs", metavar="RUN", nargs="+", help=runs)
     command.add_argument("--out", metavar="FILE", help="the page (default: report.html in the first run folder)")
 
 
@@ -112,30 +123,38 @@ def report(options: argparse.Namespace) -> None:
 def add_predict_options(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("target", metavar="RUN", help=_TARGET)
-    add("paths", metavar="IMAGES_OR_FOLDER", nargs="+", help="image files, and folders of them")
+    add("paths", metavar="IMAGES_OR_FOLDER", nargs="*", help="image files, and folders of them")
+    listed = "more of them, one a line, in a file or (-) from standard input; relative to the working directory"
+    add("--list", metavar="FILE", help=listed)
     add("--top", type=int, default=5, metavar="K", help="classes an image, the most probable first [5]")
     written = command.add_mutually_exclusive_group()
-    written.add_argument("--csv", metavar="FILE", help="write a line an image instead of showing a table")
+    instead = "write a line an image instead of showing a table; - is standard output; all else is then on stderr"
+    written.add_argument("--csv", metavar="FILE", help=instead)
     written.add_argument("--json", metavar="FILE", help="the same as JSON, with the files that were passed over")
     prior = "class frequencies where the model is used: equal, as in training, or a CSV file of classes and weights"
     add("--prior", default="uniform", metavar="uniform|train|FILE", help=f"{prior} [uniform]")
     recipe = "whose views a checkpoint of the BCL authors' was trained with [imagenet-lt]"
     add("--recipe", default="imagenet-lt", metavar="RECIPE", help=recipe)
     flags.add_device(command)
+    command.epilog = "Exit code: 0 where every file was predicted, 1 where some were passed over, 2 where all were."
 
 
-def predict(options: argparse.Namespace) -> None:
+def predict(options: argparse.Namespace) -> int:
+    """1 where files were passed over."""
     if options.top < 1:
         raise UserError(f"--top must be at least 1, not {options.top}")
-    flags.refuse_unwritable("--csv", options.csv, ".csv")
-    flags.refuse_unwritable("--json", options.json, ".json")
+    for option, file, suffix in (("--csv", options.csv, ".csv"), ("--json", options.json, ".json")):
+        if file != "-":
+            flags.refuse_unwritable(option, file, suffix)
+    paths = [*options.paths, *(_listed(options.list) if options.list else ())]
+    if not paths:
+        raise UserError("no images are named: name files, folders, or a list of them with --list FILE")
 
     from rich.console import Console
     from rich.progress import Progress
 
     from equipoise.cli.tables import print_predictions
-    from equipoise.deploy.predict import load, predictions_table, write_csv
-    from equipoise.runs.folder import write_json
+    from equipoise.deploy.predict import as_csv, as_json, load
 
     classifier = load(options.target, options.device or "auto", options.recipe)
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
@@ -144,7 +163,35 @@ def predict(options: argparse.Namespace) -> None:
         def show(done: int, files: int) -> None:
             progress.update(task, completed=done, total=files)
 
-        predicted = classifier.predict(options.paths, options.top, options.prior, show)
+        predicted = classifier.predict(paths, options.top, options.prior, show)
+    _say_passed_over(predicted)
+    written = options.csv or options.json
+    if not written:
+        print_predictions(predicted)
+    else:
+        _write(written, as_csv(predicted) if options.csv else as_json(predicted, classifier, options.prior))
+    said = sys.stderr if written == "-" else sys.stdout
+    print(f"{classifier.origin}, {classifier.described}", file=said)
+    print(f"class prior: {options.prior}; {classifier.calibration}", file=said)
+    passed_over = f", {len(predicted.errors):,} passed over" if predicted.errors else ""
+    print(f"{several(len(predicted), 'image')} predicted{passed_over}", file=said)
+    return 1 if predicted.errors else 0
+
+
+def _listed(file: str) -> list[str]:
+    """The paths in a list, one a line."""
+    try:
+        content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+    except OSError as error:
+        raise UserError(f"--list {file} cannot be read ({reason(error)}); name a file with one path a line") from None
+    paths = [os.fsdecode(line) for line in content.splitlines() if line]
+    if not paths:
+        raise UserError(f"--list {file} is empty; it should have one path a line")
+    return paths
+
+
+def _say_passed_over(predicted: "Predicted") -> None:
+    """Name the first files that could not be read. Raises UserError where no other was."""
     errors = predicted.errors
     for error in errors[:_PASSED_OVER_SHOWN]:
         print(f"passed over: {error}", file=sys.stderr)
@@ -152,18 +199,19 @@ def predict(options: argparse.Namespace) -> None:
         print(f"and {len(errors) - _PASSED_OVER_SHOWN:,} more", file=sys.stderr)
     if not len(predicted):
         raise UserError(f"nothing was predicted: {several(len(errors), 'file')} passed over")
-    if options.csv:
-        write_csv(Path(options.csv), predicted)
-    elif options.json:
-        write_json(Path(options.json), predictions_table(predicted, classifier, options.prior))
-    else:
-        print_predictions(predicted)
-    if options.csv or options.json:
-        print(f"written: {options.csv or options.json}")
-    heat, epoch = classifier.temperature, classifier.checkpoint.epoch
-    calibration = f"calibrated (temperature {heat:.3g})" if heat else "not calibrated: no temperature was fitted"
-    print(f"{classifier.origin}, epoch {epoch}; class prior: {options.prior}; {calibration}")
-    print(f"{several(len(predicted), 'image')} predicted" + (f", {len(errors):,} passed over" if errors else ""))
+
+
+def _write(out: str, content: bytes) -> None:
+    """Write `content` to the file `out`, or for '-' to standard output."""
+    from equipoise.base.files import atomic_file
+
+    if out == "-":
+        sys.stdout.buffer.write(content)
+        sys.stdout.flush()
+        return
+    with atomic_file(Path(out)) as file:
+        file.write(content)
+    print(f"written: {out}")
 
 
 def add_export_options(command: argparse.ArgumentParser) -> None:
@@ -184,6 +232,7 @@ def export(options: argparse.Namespace) -> None:
     if options.images and form == "safetensors":
         raise UserError("--images goes with --to onnx or torch-export")
     classifier = load(options.target, "cpu")
+    print(f"{classifier.origin}, {classifier.described}")
     origin = classifier.origin.resolve()
     out = Path(options.out or origin.with_name(origin.name.partition(".pt")[0] + _ENDINGS[form]))
     if form == "safetensors":

@@ -45,6 +45,13 @@ _OTHERS = {
 }
 _BLOCK = 4096  # images looked at between two reports
 
+# What `decode_bytes` does, for whoever does it without this package.
+DECODING = (
+    "upright (EXIF orientation applied); of an animation the first frame; alpha is dropped: what is transparent has "
+    "the colour stored under it; 16-bit gray v becomes (v + 128) // 257, of 16-bit colour the high byte is taken; "
+    "more bits and floating-point numbers are refused; all else is converted to RGB as Pillow's convert does it"
+)
+
 cv2.setNumThreads(0)  # as in views.operations
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd metadata: an image is decoded, or it is an error
 

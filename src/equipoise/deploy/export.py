@@ -19,7 +19,7 @@ import torch
 from equipoise import __version__
 from equipoise.base.errors import UserError, reason
 from equipoise.base.files import atomic_file
-from equipoise.data.decode import BadImageError, decode
+from equipoise.data.decode import DECODING, BadImageError, decode
 from equipoise.data.images import ImageList
 from equipoise.data.sources import open_data
 from equipoise.deploy.predict import Classifier, as_list, find_images
@@ -150,6 +150,7 @@ def _notes(classifier: Classifier) -> dict[str, Any]:
         "train_counts": list(checkpoint.class_counts),
         "preprocessing": {
             "input": "uint8 RGB [batch, 3, size, size], 0 to 255: mean and std are applied inside",
+            "decoding": DECODING,
             "size": views.size,
             # With a short side: resize it to that, keep the shape, take the centre. Without: resize to size x size.
             "short_side": short_side(views.size) if views.policy == "photos" else None,

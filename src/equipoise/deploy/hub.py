@@ -19,6 +19,7 @@ import msgspec
 
 from equipoise.base.errors import UserError, in_words, reason, several
 from equipoise.config.recipe import Data, recipe_from_table
+from equipoise.data.decode import DECODING
 from equipoise.data.images import imbalance_factor
 from equipoise.evaluation.metrics import FURTHER, GROUP_LIMITS, GROUPS, percent, shot_group
 from equipoise.method.encoders import timm_arguments
@@ -121,6 +122,7 @@ def _config(checkpoint: Checkpoint, temperature: float | None) -> dict[str, Any]
             "classifier": None,
         },
         "equipoise": {
+            "decoding": DECODING,
             "recipe": asdict(published),
             "class_names": checkpoint.class_names,
             "class_counts": checkpoint.class_counts,
@@ -155,5 +157,6 @@ def model_card(checkpoint: Checkpoint, temperature: float | None, metrics: Mappi
         imbalance_factor=f"{imbalance_factor(counts):.4g}" if counts else "",
         groups={group: [count for count in counts if shot_group(count) == group] for group in GROUPS},
         temperature=temperature,
+        decoding=DECODING,
         in_timm=timm_arguments(recipe.model.encoder, recipe.views.size) is not None,
     )

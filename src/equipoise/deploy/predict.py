@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from equipoise.base.device import choose_device, exact_float32
 from equipoise.base.errors import UserError, reason, shown
-from equipoise.base.files import atomic_file
 from equipoise.config.recipe import load_recipe
 from equipoise.data.decode import BadImageError, Pixels, decode, resized
 from equipoise.data.folders import images_below
@@ -35,8 +34,8 @@ from equipoise.deploy.hub import CONFIG, read_hub_folder
 from equipoise.evaluation.score import figures_of
 from equipoise.method.losses import log_prior
 from equipoise.method.network import TwoBranchNetwork
-from equipoise.runs.checkpoint import Checkpoint, load_checkpoint
-from equipoise.runs.folder import chosen_checkpoint
+from equipoise.runs.checkpoint import Checkpoint, described, load_checkpoint
+from equipoise.runs.folder import BEST, LAST, METRICS, chosen_checkpoint, json_bytes
 from equipoise.views.loader import worker_count
 from equipoise.views.views import evaluation_view
 
@@ -97,6 +96,27 @@ class Classifier:
         """The network whose scores have the softmax that `predict` returns for the uniform prior."""
         log_prior_C = self.checkpoint.log_prior_of_logits()
         return CalibratedNetwork(self.model, self.temperature or 1.0, log_prior_C).to(self.device).eval()
+
+    @property
+    def described(self) -> str:
+        """Which checkpoint of its run this is."""
+        return described(self.origin, self.checkpoint)
+
+    @property
+    def calibration(self) -> str:
+        """Whether probabilities are calibrated and, if not, why."""
+        if self.temperature:
+            return f"calibrated (temperature {self.temperature:.3g})"
+        if self.metrics and self.metrics["validation"]:
+            why = "no temperature fits the validation part best"
+        elif self.metrics:
+            why = "there was no validation part to fit a temperature"
+        elif self.origin.name in (BEST, LAST):
+            file, command = self.origin.with_name(METRICS), f"equipoise evaluate {self.origin.parent} writes it"
+            why = f"{file} is {'of another step' if file.exists() else 'missing'}; {command}"
+        else:
+            why = f"{self.origin} holds no temperature"
+        return f"not calibrated: {why}"
 
     def view(self, photo: Pixels) -> Pixels:
         """A decoded image as the network takes it, `[S, S, 3]`: the view that `equipoise evaluate` scores."""
@@ -169,8 +189,8 @@ class Classifier:
 
 
 def load(path: str | Path, device: str = "auto", recipe: str = "imagenet-lt") -> Classifier:
-    """The model at `path`, ready for use: a run folder (its best checkpoint where one was chosen, else its last), a
-    checkpoint, ours or the BCL authors', or a folder that `equipoise export --to safetensors` wrote.
+    """The model at `path`, ready for use: a run folder (its best checkpoint where validation chose one, else its last),
+    a checkpoint, ours or the BCL authors', or a folder that `equipoise export --to safetensors` wrote.
 
     `recipe`: the one whose views a checkpoint of the BCL authors was trained with, which it does not say; 'inat2018'
     has another mean. Raises UserError where there is no model.
@@ -239,7 +259,7 @@ def in_class_order(weights: Mapping[str, float], class_names: Sequence[str]) -> 
     return weights_C
 
 
-def write_csv(file: Path, predicted: Predicted) -> None:
+def as_csv(predicted: Predicted) -> bytes:
     """A line an image: file, class_1, probability_1, class_2, ... quoted as RFC 4180 says."""
     top = predicted.ranked_NK.shape[1]
     text = io.StringIO(newline="")
@@ -247,14 +267,14 @@ def write_csv(file: Path, predicted: Predicted) -> None:
     writer.writerow(["file", *(f"{column}_{rank + 1}" for rank in range(top) for column in ("class", "probability"))])
     for name, classes in predicted:
         writer.writerow([name, *(cell for label, share in classes for cell in (label, f"{share:.6f}"))])
-    with atomic_file(file) as raw:
-        raw.write(text.getvalue().encode("utf-8", "backslashreplace"))
+    return text.getvalue().encode("utf-8", "backslashreplace")
 
 
-def predictions_table(predicted: Predicted, classifier: Classifier, prior: str) -> dict[str, Any]:
-    """The content of the file that `equipoise predict --json` writes."""
-    return {
+def as_json(predicted: Predicted, classifier: Classifier, prior: str) -> bytes:
+    """The predictions, what they were made with, and the files that were passed over."""
+    table = {
         "model": str(classifier.origin),
+        "checkpoint": classifier.described,
         "epoch": classifier.checkpoint.epoch,
         "prior": prior,
         "temperature": classifier.temperature,
@@ -264,3 +284,4 @@ def predictions_table(predicted: Predicted, classifier: Classifier, prior: str) 
         ],
         "passed_over": [str(error) for error in predicted.errors],
     }
+    return json_bytes(table)

@@ -27,8 +27,8 @@ from equipoise.evaluation.metrics import Predictions, choose_tau, fit_temperatur
 from equipoise.evaluation.predictions import Table, confidence_at, observe, predict
 from equipoise.method.losses import log_prior
 from equipoise.method.network import TwoBranchNetwork
-from equipoise.runs.checkpoint import Checkpoint, changed_part, load_checkpoint
-from equipoise.runs.folder import BAD_IMAGES, BEST, LAST, METRICS, OBSERVED, RECIPE, write_json
+from equipoise.runs.checkpoint import Checkpoint, changed_part, described, load_checkpoint
+from equipoise.runs.folder import BAD_IMAGES, BEST, LAST, METRICS, OBSERVED, RECIPE, chosen_checkpoint, write_json
 from equipoise.runs.records import (
     BadImages,
     CheckpointMetrics,
@@ -48,9 +48,8 @@ def evaluate_run(
 ) -> RunMetrics:
     """Score the last checkpoint, and the best one where validation chose one, on the run's validation and test parts.
 
-    Returns and writes the run's `metrics.json`, and beside it what the report draws of the best checkpoint, or else of
-    the last. `overrides`: see `evaluate_checkpoint`. Raises UserError if a checkpoint cannot be read, or the run's data
-    has changed.
+    Returns and writes the run's `metrics.json`, and beside it what the report draws of the checkpoint that is `chosen`.
+    `overrides`: see `evaluate_checkpoint`. Raises UserError if a checkpoint cannot be read, or the run's data changed.
     """
     # Rank 0 reads the files: another host may not see them.
     names = [LAST, BEST] if (path / BEST).is_file() else [LAST]
@@ -74,8 +73,8 @@ def evaluate_run(
         bad = record_bad_images(path, world, **batches)
     metrics: RunMetrics = {
         "method": last.recipe.method,
-        "test": scores[0][0]["test"],
-        "validation": scores[0][0]["validation"],
+        "test": scores[-1][0]["test"],
+        "validation": scores[-1][0]["validation"],
         "last": scores[0][0],
         "best": scores[1][0] if len(scores) > 1 else None,
         "bad_images": bad,
@@ -111,6 +110,7 @@ def evaluate_checkpoint(
         bad = _bad_images(batches, world)
     table = {
         "method": checkpoint.recipe.method,
+        "checkpoint": described(path, checkpoint),
         "epoch": checkpoint.epoch,
         "split": part,
         "note": note,
@@ -325,8 +325,8 @@ class Run:
 
     @cached_property
     def model(self) -> TwoBranchNetwork:
-        """The network of the last checkpoint, on the CPU: uint8 images `[N, 3, S, S]` to logits `[N, C]`."""
-        return load_checkpoint(self.path / LAST).build()
+        """The network of the checkpoint that is `chosen`, on a CPU: uint8 images `[N, 3, S, S]` to logits `[N, C]`."""
+        return load_checkpoint(chosen_checkpoint(self.path)).build()
 
     def evaluate(self) -> RunMetrics:
         """The metrics computed anew: see `evaluate_run`."""
@@ -334,8 +334,8 @@ class Run:
 
 
 def chosen(metrics: Mapping[str, Any]) -> tuple[Literal["last", "best"], Literal["validation", "test"]]:
-    """Which metrics are shown as the result of a run (`RunMetrics`): the best checkpoint's where validation chose one,
-    else the last's, on the test part, or else on validation."""
+    """Which metrics are a run's result (`RunMetrics`): those of the best checkpoint where validation chose one, else of
+    the last, on the test part, or else on validation."""
     checkpoint = "best" if metrics["best"] else "last"
     return checkpoint, "test" if metrics[checkpoint]["test"] else "validation"
 

@@ -20,7 +20,7 @@ from equipoise.data.sources import PARTS
 from equipoise.method.encoders import pretrained_normalisation
 from equipoise.method.losses import log_prior
 from equipoise.method.network import TwoBranchNetwork
-from equipoise.runs.folder import LAST, PREVIOUS, RECIPE, find_checkpoint
+from equipoise.runs.folder import BEST, LAST, PREVIOUS, RECIPE, find_checkpoint
 
 FORMAT = 2
 
@@ -102,6 +102,16 @@ class Checkpoint:
         if not self.class_counts:
             return torch.zeros(len(self.class_names), dtype=torch.float64)
         return (1 - tau) * log_prior(torch.tensor(self.class_counts))
+
+
+def described(file: Path, checkpoint: Checkpoint) -> str:
+    """Which checkpoint of its run the one in `file` is, as every table says it: a run folder has two."""
+    if file.name == BEST:
+        return f"best checkpoint (epoch {checkpoint.epoch}), which validation chose"
+    if file.name != LAST:
+        return f"epoch {checkpoint.epoch}"
+    instead = f"{BEST} is another, which validation chose" if checkpoint.best else "validation chose none"
+    return f"last checkpoint (epoch {checkpoint.epoch}; {instead})"
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:

@@ -54,11 +54,15 @@ def chosen_checkpoint(target: Path) -> Path:
     return found
 
 
+def json_bytes(value: Any) -> bytes:
+    """`value` as indented JSON. A file name that is no UTF-8 is kept readable rather than refused."""
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON; the file is complete or not there at all."""
     with atomic_file(path) as file:
-        # A file name that is no UTF-8 is kept readable rather than refused.
-        file.write((json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
+        file.write(json_bytes(value))
 
 
 class RunFolder:

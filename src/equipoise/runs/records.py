@@ -75,8 +75,8 @@ class CheckpointMetrics(TypedDict):
 
 
 class RunMetrics(TypedDict):
-    """`metrics.json`. `validation` and `test` are those of the last checkpoint. `train_counts`: training images of each
-    class."""
+    """`metrics.json`. `validation` and `test` are those of the best checkpoint where validation chose one, else of the
+    last. `train_counts`: training images of each class."""
 
     method: str
     validation: PartMetrics | None
