@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from equipoise.base.errors import UserError
-from equipoise.base.progress import counted
 from equipoise.config.recipe import Data
 from equipoise.data.decode import BadImageError, bad_images
 from equipoise.data.images import (
@@ -28,6 +27,7 @@ from equipoise.data.images import (
     refuse_outside,
     training_problem,
 )
+from equipoise.data.inspection import Inspection, inspect
 from equipoise.data.lists import BENCHMARKS, find_list, open_class_folders, open_lists
 from equipoise.data.packed import SUFFIX, open_packed
 from equipoise.data.parquet import open_parquet
@@ -103,20 +103,20 @@ def find_parts(data: Data | str) -> Found:
     return open_class_folders(root, data.allow_outside)
 
 
-def survey(data: Data, check: bool = False) -> tuple[Found, list[str], list[BadImageError]]:
+def survey(data: Data, check: bool = False) -> tuple[Found, list[str], list[BadImageError], Inspection | None]:
     """The data at a path, recognised where nothing says what it is; every problem with it as a whole; and its bad
-    images (see `bad_images`), but of parts with images missing. Raises UserError for what cannot be read at all."""
+    images, but of parts with images missing. With `check` every image is decoded, and what that shows is the last; else
+    headers are read. Raises UserError for what cannot be read at all."""
     found = find_parts(as_recognised(data))
     problems = [*found.notes, *found.faults.values()]
     if "train" in found.parts and (problem := training_problem(found.parts["train"])):
         problems.append(problem)
-    bad: list[BadImageError] = []
-    for name, part in found.parts.items():
-        if name not in found.faults:
-            errors = bad_images(part, decoded=check)
-            errors = counted(errors, len(part), f"decoding {name}") if check else errors
-            bad += [error for error in errors if error is not None]
-    return found, problems, bad
+    whole = {name: part for name, part in found.parts.items() if name not in found.faults}
+    if check:
+        inspection = inspect(whole)
+        return found, [*problems, *inspection.problems()], inspection.bad, inspection
+    bad = [error for part in whole.values() for error in bad_images(part) if error is not None]
+    return found, problems, bad, None
 
 
 def _existing(path: str) -> Path:
