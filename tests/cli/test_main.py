@@ -7,12 +7,14 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import product
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from conftest import draw_folder, draw_picture, refusal
+from PIL import Image
 
 from benchmarks.rehearsal import build_imagenet, build_inaturalist, rehearse, write_as_authors
 from equipoise import load_recipe
@@ -256,6 +258,34 @@ def test_data_of_many_classes_shows_the_ends(capsys, tmp_path):
         *["5"] * 10, *["4"] * 10, *["2"] * 10, *["1"] * 10
     ]  # fmt: skip
     assert "(40 of 50 classes, the largest and the smallest)" in said
+
+
+def test_copies_between_parts_and_classes_end_with_1(capsys, tmp_path):
+    """Copies within a class do not: they make no figure wrong."""
+    data = tmp_path / "data"
+    for part, name, number in product(("train", "test"), ("ant", "bee"), range(4)):
+        (data / part / name).mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng([len(part), ord(name[0]), number]).integers(0, 255, (16, 16, 3), np.uint8)
+        Image.fromarray(pixels).save(data / part / name / f"{number}.png")
+    assert main(["data", str(data), "--check"]) == 0
+    assert "no problems found (every image was decoded)" in capsys.readouterr().out
+    shutil.copy(data / "train" / "ant" / "0.png", data / "train" / "ant" / "again.png")
+    assert main(["data", str(data), "--check"]) == 0
+    assert "images that are twice in a class of a part: 1 (1 pixel for pixel, 0 nearly" in capsys.readouterr().out
+    for copy, said in (("test/ant", "test images that are in the train part too: 1"), ("train/bee", "two labels: 1")):
+        copied = shutil.copy(data / "train" / "ant" / "1.png", data / copy / "copy.png")
+        assert main(["data", str(data)]) == 0
+        assert main(["data", str(data), "--check"]) == 1
+        assert main(["data", str(data), "--report", str(tmp_path / "page.html")]) == 1
+        out = capsys.readouterr().out
+        assert out.count(said) == 2
+        assert f"report: {tmp_path / 'page.html'}" in out
+        assert "copy.png" in (tmp_path / "page.html").read_text()
+        os.remove(copied)
+    (tmp_path / "notes.txt").write_text("mine")
+    assert "--report must be a new file or a .html file" in refusal(
+        capsys, "data", str(data), "--report", str(tmp_path / "notes.txt")
+    )
 
 
 # ---- the authors' experiments

@@ -177,7 +177,6 @@ def test_broken_files_are_named(damage, reason, photo, pictures):
     assert str(error.value).endswith("; repair it, or pass over such images with --on-bad-image skip")
     assert reason in str(error.value)
     assert "\n" not in str(error.value)
-    assert [n for n, fault in enumerate(bad_images(images, decoded=True)) if fault] == [0]
     if "no image" in reason or "bomb" in reason or "directory" in reason:  # its header tells
         assert [n for n, fault in enumerate(bad_images(images)) if fault] == [0]
 

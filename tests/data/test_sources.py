@@ -168,7 +168,7 @@ def test_absent_images_of_a_list(copy):
         opened(copy, benchmark="imagenet-lt")
     with pytest.raises(UserError, match=first):
         open_part(data, "test", ("0", "1"))
-    _, problems, bad = survey(data)
+    _, problems, bad, _ = survey(data)
     assert any(problem.startswith(first) for problem in problems)
     assert bad == [], "they are told once, not as bad images too"
     assert len(open_part(data, "train", ("0", "1"))) == 7

@@ -26,14 +26,17 @@ if TYPE_CHECKING:
 def add_data_options(command: argparse.ArgumentParser) -> None:
     data = "a data set, as for train: a folder, Parquet, a CIFAR archive, 'digits'; a list file in its folder"
     command.add_argument("data.path", metavar="PATH", help=data)
-    check = "decode every image, list all bad ones; exit code 1 if there are any"
+    check = "decode every image: bad ones, copies between parts and classes; exit code 1 if there are any"
     command.add_argument("--check", action="store_true", help=check)
+    report = "the same, and a page with the copies, sizes and odd images in pictures"
+    command.add_argument("--report", metavar="FILE.html", help=report)
     flags.add_fields(command, "data.train_list", "data.val_list", "data.test_list", "data.allow_outside")
     flags.add_set(command)
 
 
 def data(options: argparse.Namespace) -> int:
-    """1 where `--check` has found bad images."""
+    """1 where `--check` has found bad images, or copies that make figures too good or labels doubtful."""
+    flags.refuse_unwritable("--report", options.report, ".html")
     meant = flags.with_overrides(Recipe(), options).data
 
     from equipoise.cli.tables import print_data
@@ -42,9 +45,17 @@ def data(options: argparse.Namespace) -> int:
     path = Path(meant.path)
     if path.is_file() and path.suffix in (".txt", ".lst", ".json"):
         meant = replace(meant, path=str(path.absolute().parent), train_list=str(path))
-    found, problems, bad = survey(meant, options.check)
-    print_data(str(path), found, problems, bad, options.check)
-    return 1 if options.check and bad else 0
+    found, problems, bad, inspection = survey(meant, options.check or options.report is not None)
+    print_data(str(path), found, problems, bad, inspection is not None)
+    if inspection is None:
+        return 0
+    if inspection.copies.too_alike:
+        print("many images resemble others so closely that only exact copies could be told from them")
+    if options.report:
+        from equipoise.report.data_page import write_data_page
+
+        print(f"report: {write_data_page(str(path), found, inspection, Path(options.report))}")
+    return 1 if bad or inspection.copies.pairs["parts"] or inspection.copies.pairs["labels"] else 0
 
 
 def add_pack_options(command: argparse.ArgumentParser) -> None:

@@ -8,9 +8,10 @@ import io
 import os
 import re
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import cv2
 import numpy as np
@@ -21,6 +22,7 @@ from equipoise.base.errors import UserError, one_line, reason
 from equipoise.data.images import EncodedImages, ImageFiles, ImageList, PixelArrays
 
 Pixels = npt.NDArray[np.uint8]
+T = TypeVar("T")
 
 # Pillow knows more, and some of those run a program of the system's (EPS: Ghostscript).
 _KINDS = tuple(
@@ -140,30 +142,35 @@ def _what_it_is(head: bytes) -> str:
     return next((said for start, said in _OTHERS.items() if re.match(start, head, re.DOTALL | re.IGNORECASE)), "")
 
 
-def bad_images(images: ImageList, decoded: bool = False) -> Iterator[BadImageError | None]:
-    """For each image of the list, in its order, the error if it is a bad one, else None. With `decoded` every pixel is
-    decoded; else the header is read: most bad files, in no time. Nothing for images in memory, nor, without `decoded`,
-    for packed ones: they were decoded when they were packed."""
+def bad_images(images: ImageList) -> Iterator[BadImageError | None]:
+    """For each image of the list, in its order, the error if it is a bad one, else None. Its header is read: that tells
+    of most bad files, in no time. Nothing for images in memory, nor for packed ones: they were decoded when they were
+    packed."""
     source = images.images
-    if isinstance(source, PixelArrays) or (isinstance(source, EncodedImages) and source.packed and not decoded):
+    if isinstance(source, PixelArrays) or (isinstance(source, EncodedImages) and source.packed):
         return
 
-    def look(index: int) -> BadImageError | None:
+    def look(index: int) -> None:
+        with _named(source, index):
+            file = source.path(index) if isinstance(source, ImageFiles) else io.BytesIO(source.content(index))
+            _opened(file).close()
+
+    yield from each_image(len(images), look, threads=8)
+
+
+def each_image(images: int, look: Callable[[int], T], threads: int) -> Iterator[T | BadImageError]:
+    """What `look` returns for each index, in this order, or the error that it raises for a bad image."""
+
+    def found(index: int) -> T | BadImageError:
         try:
-            if decoded:
-                decode(images, index)
-            else:
-                with _named(source, index):
-                    file = source.path(index) if isinstance(source, ImageFiles) else io.BytesIO(source.content(index))
-                    _opened(file).close()
+            return look(index)
         except BadImageError as error:
             return error
-        return None
 
-    with ThreadPoolExecutor(usable_cores() if decoded else 8) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         # Block by block: the pool keeps an object for everything it is given.
-        for start in range(0, len(images), _BLOCK):
-            yield from pool.map(look, range(start, min(start + _BLOCK, len(images))))
+        for start in range(0, images, _BLOCK):
+            yield from pool.map(found, range(start, min(start + _BLOCK, images)))
 
 
 def stand_ins(images: ImageList, index: int) -> list[int]:

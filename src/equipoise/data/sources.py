@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from equipoise.base.errors import UserError, several
-from equipoise.base.progress import counted
 from equipoise.config.recipe import Data
 from equipoise.data.decode import BadImageError, bad_images
 from equipoise.data.folders import open_class_folders
@@ -27,6 +26,7 @@ from equipoise.data.images import (
     refuse_outside,
     training_problem,
 )
+from equipoise.data.inspection import Inspection, inspect
 from equipoise.data.lists import BENCHMARKS, find_list, open_lists
 from equipoise.data.names import normal, unknown_class
 from equipoise.data.packed import SUFFIX, open_packed
@@ -127,20 +127,20 @@ def _tables_or_folders(root: Path, data: Data) -> Found:
         return replace(found, notes=[*found.notes, f"no table of labels: {no_table}"])
 
 
-def survey(data: Data, check: bool = False) -> tuple[Found, list[str], list[BadImageError]]:
+def survey(data: Data, check: bool = False) -> tuple[Found, list[str], list[BadImageError], Inspection | None]:
     """The data at a path, recognised where nothing says what it is; every problem with it as a whole; and its bad
-    images (see `bad_images`), but of parts with images missing. Raises UserError for what cannot be read at all."""
+    images, but of parts with images missing. With `check` every image is decoded, and what that shows is the last; else
+    headers are read. Raises UserError for what cannot be read at all."""
     found = with_groups(find_parts(as_recognised(data)), data)
     problems = [*found.notes, *found.faults.values()]
     if "train" in found.parts and (problem := training_problem(found.parts["train"])):
         problems.append(problem)
-    bad: list[BadImageError] = []
-    for name, part in found.parts.items():
-        if name not in found.faults:
-            errors = bad_images(part, decoded=check)
-            errors = counted(errors, len(part), f"decoding {name}") if check else errors
-            bad += [error for error in errors if error is not None]
-    return found, problems, bad
+    whole = {name: part for name, part in found.parts.items() if name not in found.faults}
+    if check:
+        inspection = inspect(whole)
+        return found, [*problems, *inspection.problems()], inspection.bad, inspection
+    bad = [error for part in whole.values() for error in bad_images(part) if error is not None]
+    return found, problems, bad, None
 
 
 def _existing(path: str) -> Path:

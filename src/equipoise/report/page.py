@@ -83,10 +83,15 @@ def write_report(runs: Sequence[Path], out: Path, comparison: Mapping[str, Any] 
     for run in read[1:]:
         if run.class_names != read[0].class_names:
             raise UserError(f"{run.path} has other classes than {read[0].path}; report each alone")
+    return write_page("page.html.jinja", _content(read, comparison), out)
+
+
+def write_page(template: str, content: Mapping[str, Any], out: Path) -> Path:
+    """Write a template's page to `out` and return it."""
     loader = jinja2.PackageLoader("equipoise.report", ".")
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters["percent"] = percent
-    page = environment.get_template("page.html.jinja").render(_content(read, comparison))
+    page = environment.get_template(template).render(content)
     with atomic_file(out) as file:
         file.write(page.encode("utf-8", "backslashreplace"))
     return out

@@ -1,0 +1,104 @@
+"""A data set becomes one HTML page: its copies and odd images in pictures, class counts, sizes."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+from equipoise.data.copies import Pair
+from equipoise.data.images import Found, ImageList, Indices, imbalance_factor
+from equipoise.data.inspection import Inspection, Place
+from equipoise.report import charts
+from equipoise.report.page import write_page
+from equipoise.report.svg import Axis, Figure, linear_axis, shortened
+
+_MOST_PAIRS, _MOST_ODD = 60, 24  # in pictures, of each kind
+_MOST_BARS = 100  # of more classes, the largest and the smallest
+_BINS = 40  # of sizes, each way
+
+_HEADINGS = {
+    "parts": "Copies in another part",
+    "labels": "Copies in another class",
+    "again": "Copies in the same class and part",
+}
+
+
+def write_data_page(path: str, found: Found, inspection: Inspection, out: Path) -> Path:
+    """Write the page about the data at `path` to `out` and return it."""
+    copies = [(_HEADINGS[kind], *_shown(pairs, inspection)) for kind, pairs in inspection.copies.pairs.items() if pairs]
+    odd = [
+        (what, len(rows), [(place, _picture(place)) for place in (inspection.places[row] for row in rows[:_MOST_ODD])])
+        for what, rows in inspection.odd.items()
+    ]
+    content = {
+        "path": path,
+        "kind": found.kind,
+        "parts": [(part, images, _factor(images)) for part, images in found.parts.items()],
+        "copies": copies,
+        "too_alike": inspection.copies.too_alike,
+        "odd": odd,
+        "bad": [error.fault for error in inspection.bad],
+        "counts": [(part, _bars(images)) for part, images in found.parts.items()],
+        "most_bars": _MOST_BARS,
+        "sizes": _sizes(inspection),
+    }
+    return write_page("data_page.html.jinja", content, out)
+
+
+def _factor(images: ImageList) -> float | None:
+    filled = [count for count in images.class_counts if count]
+    return imbalance_factor(filled) if filled else None
+
+
+def _shown(pairs: Sequence[Pair], inspection: Inspection) -> tuple[list[Any], list[tuple[Place, Place, bool]]]:
+    """The first pairs with their pictures, those that are not exact before others, since they need a look; and all."""
+    everything = [(inspection.places[image], inspection.places[other], exact) for image, other, exact in pairs]
+    first = sorted(everything, key=lambda pair: pair[2])[:_MOST_PAIRS]
+    return [(image, other, exact, _picture(image), _picture(other)) for image, other, exact in first], everything
+
+
+def _picture(place: Place) -> Markup:
+    return Markup().join(charts.thumbnails(place.images, [place.row]))
+
+
+def _bars(images: ImageList) -> Markup:
+    """The images of each class as bars, the largest first."""
+    counts = images.class_counts
+    order = sorted(range(len(counts)), key=lambda label: -counts[label])
+    half = _MOST_BARS // 2
+    shown = order if len(order) <= _MOST_BARS else [*order[:half], *order[-half:]]
+    figure = Figure(Axis("", 0, max(counts)), 32 * len(shown), (4, 70, 4, 0))
+    for top, label in zip(range(0, figure.height, 32), shown, strict=True):
+        figure.text(0, top + 12, shortened(images.class_names[label]), "row")
+        figure.bar(0, max(counts), top + 22, 8, "track")
+        figure.bar(0, counts[label], top + 22, 8, "run0")
+        figure.text(1, top + 26, f"{counts[label]:,}", "axis", dx=8)
+    return figure.svg("images of each class")
+
+
+def _sizes(inspection: Inspection) -> dict[str, Any] | None:
+    """Smallest, median and largest image, and a figure of all sizes; None where none could be read."""
+    sizes_N2 = inspection.sizes_N2
+    if not len(sizes_N2):
+        return None
+    order = np.argsort(sizes_N2.prod(1), kind="stable").tolist()
+    ends = [(inspection.places[row], *sizes_N2[row].tolist()) for row in (order[0], order[-1])]
+    different = len(np.unique(sizes_N2, axis=0))
+    figure = _size_figure(sizes_N2) if different > 1 else None
+    return {"smallest": ends[0], "largest": ends[1], "median": np.median(sizes_N2, axis=0).tolist(), "figure": figure}
+
+
+def _size_figure(sizes_N2: Indices) -> Markup:
+    """Height over width; a dot's area is the number of images of about one size."""
+    axes = [linear_axis(f"{side}, pixels", sizes_N2[:, n].tolist(), 0) for n, side in enumerate(("width", "height"))]
+    steps = [axis.high / _BINS for axis in axes]
+    cells = Counter(tuple(cells) for cells in np.rint(sizes_N2 / steps).astype(int).tolist())
+    figure = Figure(axes[0], 300, (26, 16, 40, 44), axes[1])
+    for cell, images in cells.items():
+        width, height = (number * step for number, step in zip(cell, steps, strict=True))
+        title = f"{images:,} of about {width:,.0f} x {height:,.0f} pixels"
+        figure.dot(width, height, "run0 faint", 2 + 9 * (images / max(cells.values())) ** 0.5, title)
+    return figure.svg("sizes of the images")
