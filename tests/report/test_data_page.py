@@ -17,7 +17,7 @@ ODD = "<b>x & y<"
 
 @pytest.fixture
 def data(tmp_path):
-    """A class with an odd name; of two pictures copies in the test part, one of them pixel for pixel; one dark picture."""
+    """A class with an odd name; of two pictures copies in the test part, one of them pixel for pixel; one is dark."""
     root = tmp_path / "data"
     for part, count in (("train", 8), ("test", 2)):
         for label, name in enumerate((ODD, "bee")):
