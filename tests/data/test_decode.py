@@ -164,6 +164,7 @@ def _bomb(side: int = 100_000) -> bytes:
         (lambda content: _bomb(8_000), "truncated"),
         (_jpeg_bomb, "decompression bomb"),
         (lambda content: None, "no such file or directory"),
+        (lambda content: b"", "(it is empty: 0 bytes)"),
     ],
 )
 def test_broken_files_are_named(damage, reason, photo, pictures):
@@ -178,7 +179,7 @@ def test_broken_files_are_named(damage, reason, photo, pictures):
     assert reason in str(error.value)
     assert "\n" not in str(error.value)
     assert [n for n, fault in enumerate(bad_images(images, decoded=True)) if fault] == [0]
-    if "no image" in reason or "bomb" in reason or "directory" in reason:  # its header tells
+    if "no image" in reason or "bomb" in reason or "directory" in reason or "empty" in reason:  # its header tells
         assert [n for n, fault in enumerate(bad_images(images)) if fault] == [0]
 
 

@@ -15,7 +15,7 @@ from equipoise.authors.flags import LOG, add_authors_flags, authors_folder, trut
 from equipoise.base.errors import UserError, own_command
 from equipoise.cli import flags
 from equipoise.cli.use import score_checkpoint
-from equipoise.config.recipe import Method, Recipe, shipped_recipes
+from equipoise.config.recipe import Method, Recipe, load_recipe, shipped_recipes
 
 if TYPE_CHECKING:
     from equipoise.base.world import World
@@ -26,25 +26,26 @@ if TYPE_CHECKING:
 def add_data_options(command: argparse.ArgumentParser) -> None:
     data = "a data set, as for train: a folder, Parquet, a CIFAR archive, 'digits'; a list file in its folder"
     command.add_argument("data.path", metavar="PATH", help=data)
-    check = "decode every image, list all bad ones; exit code 1 if there are any"
+    check = "decode every image, list all problems; exit code 1 if an image is bad or `train` would refuse the data"
     command.add_argument("--check", action="store_true", help=check)
     flags.add_fields(command, "data.train_list", "data.val_list", "data.test_list", "data.allow_outside")
     flags.add_set(command)
 
 
 def data(options: argparse.Namespace) -> int:
-    """1 where `--check` has found bad images."""
+    """1 where `--check` has found bad images or what training refuses."""
     meant = flags.with_overrides(Recipe(), options).data
 
     from equipoise.cli.tables import print_data
-    from equipoise.data.sources import survey
+    from equipoise.data.sources import recognise, survey
 
     path = Path(meant.path)
     if path.is_file() and path.suffix in (".txt", ".lst", ".json"):
         meant = replace(meant, path=str(path.absolute().parent), train_list=str(path))
     found, problems, bad = survey(meant, options.check)
-    print_data(str(path), found, problems, bad, options.check)
-    return 1 if options.check and bad else 0
+    recipe = load_recipe(flags.fitting_recipe(recognise(meant.path)))
+    print_data(str(path), found, [*found.notes, *problems], bad, options.check, recipe)
+    return 1 if options.check and (bad or problems) else 0
 
 
 def add_pack_options(command: argparse.ArgumentParser) -> None:

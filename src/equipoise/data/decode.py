@@ -138,6 +138,8 @@ def usable_cores() -> int:
 
 def _opened(file: io.BytesIO | Path) -> Image.Image:
     """The image, of which the header has been read. Raises ValueError for one that must not be decoded."""
+    if not (file.stat().st_size if isinstance(file, Path) else file.getbuffer().nbytes):
+        raise ValueError("it is empty: 0 bytes")
     image = Image.open(file, formats=_KINDS)
     width, height = image.size
     if width * height > (Image.MAX_IMAGE_PIXELS or width * height):  # Pillow itself only warns below twice as many

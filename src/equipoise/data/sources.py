@@ -104,10 +104,10 @@ def find_parts(data: Data | str) -> Found:
 
 
 def survey(data: Data, check: bool = False) -> tuple[Found, list[str], list[BadImageError]]:
-    """The data at a path, recognised where nothing says what it is; every problem with it as a whole; and its bad
-    images (see `bad_images`), but of parts with images missing. Raises UserError for what cannot be read at all."""
+    """The data at a path, recognised where nothing says what it is; for what, as a whole, training refuses it; and its
+    bad images (see `bad_images`), but of parts with images missing. Raises UserError for what cannot be read at all."""
     found = find_parts(as_recognised(data))
-    problems = [*found.notes, *found.faults.values()]
+    problems = [*found.faults.values()]
     if "train" in found.parts and (problem := training_problem(found.parts["train"])):
         problems.append(problem)
     bad: list[BadImageError] = []
