@@ -1,7 +1,7 @@
 """Cost as work grows, with a plot: `python -m benchmarks.growth [PLOT.svg]`.
 
 Four curves, each with one number changed and all else as it is: the loss over classes and over the batch, opening a
-list over its lines, three views of photographs over loader processes. Medians; one thread but for the processes. Takes
+list over its lines, three views of photographs over loader threads. Medians; one thread but for those. Takes
 2 minutes; prints the tables of docs/performance.md.
 """
 
@@ -104,13 +104,13 @@ def main() -> None:
             seconds, megabytes = list_seconds(lines, Path(folder))
             curves["images"].append((lines, seconds))
             print(f"| {lines:,} | {seconds:.2f} | {megabytes:.0f} |", flush=True)
-    print("| loader processes | photographs a second |\n|---|---|")
-    curves["loader processes"] = []
+    print("| loader threads | photographs a second |\n|---|---|")
+    curves["loader threads"] = []
     with tempfile.TemporaryDirectory() as folder:
         write_folder(read_photos(PHOTOS, most=160) * 2, Path(folder))
         for workers in (1, 2, 3, 4, 8)[: max(3, (os.cpu_count() or 1) + 1)]:
-            curves["loader processes"].append((workers, images_a_second(workers, Path(folder))))
-            print("| {} | {:.0f} |".format(*curves["loader processes"][-1]), flush=True)
+            curves["loader threads"].append((workers, images_a_second(workers, Path(folder))))
+            print("| {} | {:.0f} |".format(*curves["loader threads"][-1]), flush=True)
     if plot is not None:
         draw(curves, plot)
 
@@ -121,12 +121,12 @@ def draw(curves: dict[str, list[tuple[float, float]]], plot: Path) -> None:
         "classes": "loss, ms",
         "batch": "loss, ms",
         "images": "open a list, s",
-        "loader processes": "photographs/s",
+        "loader threads": "photographs/s",
     }
     width, height, parts = 180, 130, list[str]()
     for number, (name, points) in enumerate(curves.items()):
         xs, ys = zip(*points, strict=True)
-        linear = name == "loader processes"
+        linear = name == "loader threads"
         across = linear_axis(name, xs, 0) if linear else log_axis(name, xs)
         up = linear_axis(units[name], ys, 0) if linear else log_axis(units[name], ys)
         left = 60 + 245 * number

@@ -1,7 +1,7 @@
 """Two hundred epochs of the demo and of pictures from files: memory, open files, processes, logs.
 
 `make long-run`, or `python -m benchmarks.long_run [--epochs 200]`, on Linux. `equipoise train` runs in a process of its
-own, which is looked at once an epoch: memory of it and its loader processes, open file descriptors, processes. The last
+own, which is looked at once an epoch: memory of it and its children, open file descriptors, processes. The last
 line has, for each run, memory in the last tenth of the epochs over that in the second tenth (1: flat), and how many
 files and processes there were more; the exit code is 1 where that is a leak. Takes 5 minutes.
 """

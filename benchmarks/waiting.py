@@ -37,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", default=str(CIFAR))
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--workers", type=int, default=1, help="loader processes; 0 makes the views between two steps")
+    parser.add_argument("--workers", type=int, default=1, help="loader threads; 0 makes the views between two steps")
     options = parser.parse_args()
     steps: int = options.steps
     say_where()

@@ -250,6 +250,57 @@ def test_data_of_a_folder_with_problems(capsys, tmp_path):
     assert bars == {"ant": 30, "[bold]bee": 7}
 
 
+def test_check_fails_where_train_refuses(capsys, tmp_path):
+    """One class, an empty class, missing images, parts that overlap; what is odd only is no failure."""
+    draw_folder(tmp_path / "odd", {"ant": 3, "bee": 3})
+    (tmp_path / "odd" / "ant" / "readme.txt").write_text("")
+    draw_folder(tmp_path / "one", {"ant": 3})
+    draw_folder(tmp_path / "empty", {"ant": 3, "bee": 3})
+    (tmp_path / "empty" / "cow").mkdir()
+    for name, lines in (("all", ["ant/0.png 0", "bee/0.png 1"]), ("missing", ["ant/0.png 0", "bee/9.png 1"])):
+        (tmp_path / f"{name}.txt").write_text("\n".join(lines))
+    lists = ["data", str(tmp_path / "odd"), "--train-list"]
+    refused = {
+        "has one class only": ["data", str(tmp_path / "one")],
+        "class 'cow' has no training images": ["data", str(tmp_path / "empty")],
+        "are missing": [*lists, str(tmp_path / "missing.txt")],
+        "figures on them would be too good": [
+            *lists,
+            str(tmp_path / "all.txt"),
+            "--test-list",
+            str(tmp_path / "all.txt"),
+        ],
+    }
+    for said, words in refused.items():
+        assert main(words) == 0
+        assert main([*words, "--check"]) == 1
+        assert said in capsys.readouterr().out
+    assert main(["data", str(tmp_path / "odd"), "--check"]) == 0
+    assert "problems (1)" in capsys.readouterr().out
+
+
+def test_data_says_what_the_usual_remedies_do(capsys, tmp_path):
+    """For 30 and 3 images; not where classes are nearly balanced, nor where one is empty."""
+    draw_folder(tmp_path, {"ant": 30, "bee": 3})
+    assert main(["data", str(tmp_path)]) == 0
+    rows = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "what usual remedies do to the largest class (ant) and the rarest (bee):" in rows
+    for figures in (
+        "class weights 1/n 0.182 1.82", "by effective number 0.182 1.82", "class-balanced sampler 0.55 5.5",
+        "square-root sampler 0.836 2.64", "focal loss weighs hard", "logit adjustment 0 2.3", "BCL 0 2.3",
+    ):  # fmt: skip
+        assert any(row.startswith(f"{figures} ") for row in rows), figures
+    assert any(
+        "recipe pictures, method bcl; --method takes another: ce, logit-adjusted, supcon+la" in row for row in rows
+    )
+    draw_folder(tmp_path, {"bee": 20})  # 30 to 20
+    assert main(["data", str(tmp_path)]) == 0
+    for file in (tmp_path / "bee").iterdir():
+        file.unlink()
+    assert main(["data", str(tmp_path)]) == 0
+    assert "usual remedies" not in capsys.readouterr().out
+
+
 def test_data_of_many_classes_shows_the_ends(capsys, tmp_path):
     draw_folder(tmp_path, {f"class{number:02}": 1 + number % 5 for number in range(50)})
     assert main(["data", str(tmp_path)]) == 0

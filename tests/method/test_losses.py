@@ -276,6 +276,17 @@ def test_wrong_inputs_are_named():
         equipoise.BalancedContrastiveLoss(0.0)
     with pytest.raises(ValueError, match="one positive number a class"):
         equipoise.LogitAdjustedCrossEntropy([5, 0])
+    with pytest.raises(ValueError, match=r"logits must be \[B, 3\], as class counts are of 3 classes, not \[2, 2\]"):
+        equipoise.LogitAdjustedCrossEntropy([5, 2, 1])(torch.zeros(2, 2), labels)
+
+
+@pytest.mark.parametrize("label", [-1, 2, 7])
+def test_a_label_that_is_no_class_is_named(label):
+    labels, said = torch.tensor([1, label]), f"^labels must be 0 to 1, as there are 2 classes, but one is {label}$"
+    with pytest.raises(ValueError, match=said):
+        equipoise.BalancedContrastiveLoss()(torch.zeros(2, 1, 3), labels, torch.zeros(2, 3))
+    with pytest.raises(ValueError, match=said):
+        equipoise.LogitAdjustedCrossEntropy([5, 2])(torch.zeros(2, 2), labels)
 
 
 @pytest.mark.parametrize("name", ["bcl", "supcon"])

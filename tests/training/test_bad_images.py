@@ -90,7 +90,7 @@ def test_with_skip_they_are_replaced_counted_and_the_same_whatever_the_workers(d
         lines = capsys.readouterr().out.splitlines()
         [train_line, test_line] = lines[-2:]
         assert train_line.startswith("train part: 6 images could not be read, replaced by others of the same class: ")
-        assert f"{data}/train/ant/0.png (it is no image" in train_line
+        assert f"{data}/train/ant/0.png (it is empty: 0 bytes)" in train_line
         assert train_line.endswith("; and 1 more")
         assert test_line.startswith("test part: 1 image could not be read, left out of the metrics: ")
         metrics = json.loads((run / "metrics.json").read_text())

@@ -126,7 +126,7 @@ def test_a_signal_during_validation_stops_after_the_batch(tmp_path, monkeypatch)
 
 
 def start(folder: Path, out: Path, *words: str) -> subprocess.Popen[str]:
-    """A training of photographs in two worker processes, in a group of processes of its own, as a terminal has it."""
+    """A training of photographs with two loader threads, in a group of processes of its own, as a terminal has it."""
     settings = "--epochs 3 -b 8 --arch resnet8 --set views.size=16 --log-every 1 --precision fp32 --set optim.lr=0.01"
     command = [sys.executable, "-m", "equipoise", "train", "--data", str(folder), "--out", str(out)]
     return subprocess.Popen(

@@ -2,6 +2,9 @@
 
 import os
 import signal
+import subprocess
+import sys
+import threading
 import time
 
 import numpy as np
@@ -19,6 +22,15 @@ CPU = torch.device("cpu")
 PHOTOS = ViewSettings("photos", size=24, kinds=("cls", "sim", "rand"))
 SMALL = ViewSettings("cifar", size=32, kinds=("cls", "sim", "sim"))
 both_kinds = pytest.mark.parametrize("settings", [PHOTOS, SMALL], ids=["photos", "small"])
+
+
+@pytest.fixture(params=["threads", "processes"])
+def kind(request, monkeypatch):
+    """Each kind of workers, on a CPU."""
+    monkeypatch.setattr("equipoise.views.loader.needs_processes", lambda device: request.param == "processes")
+
+
+only_processes = pytest.mark.parametrize("kind", ["processes"], indirect=True)
 
 
 @pytest.fixture
@@ -48,6 +60,7 @@ def test_an_epoch_holds_every_image_once_and_in_another_order(images, settings):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("kind")
 def test_workers_change_no_number(images):
     none, two = (
         [*epoch(batches, 0), *epoch(batches, 1), *batches.evaluation(8)]
@@ -87,6 +100,7 @@ def spoilt(tmp_path):
 
 @pytest.mark.slow
 @both_kinds
+@pytest.mark.usefixtures("kind")
 def test_another_image_of_the_class_stands_in_whatever_the_workers(settings, spoilt, tmp_path):
     """As if its file had been copied over the bad one."""
     found = [open_batches(spoilt, settings, CPU, workers, skip=True) for workers in (0, 2)]
@@ -129,7 +143,7 @@ def test_a_broken_image_or_a_class_that_cannot_be_read_at_all_is_refused(workers
         epoch(open_batches(spoilt, settings, CPU, workers, skip=True))
 
 
-# ---- loader processes
+# ---- the workers
 
 
 def processes(loader):
@@ -137,6 +151,8 @@ def processes(loader):
 
 
 @pytest.mark.slow
+@only_processes
+@pytest.mark.usefixtures("kind")
 def test_a_lost_process_is_one_line_where_its_batch_is_waited_for(images):
     """And interrupts nothing before: torch's own way is to raise an error in whatever line this process is at."""
     loader = open_batches(images, PHOTOS, CPU, workers=2)
@@ -152,6 +168,7 @@ def test_a_lost_process_is_one_line_where_its_batch_is_waited_for(images):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("kind")
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("error", [RuntimeError, MemoryError])
 def test_an_error_of_ours_is_no_lost_process_and_blames_no_image(error, workers, images, monkeypatch):
@@ -164,6 +181,8 @@ def test_an_error_of_ours_is_no_lost_process_and_blames_no_image(error, workers,
 
 
 @pytest.mark.slow
+@only_processes
+@pytest.mark.usefixtures("kind")
 def test_processes_ignore_ctrl_c_outlive_sigterm_and_end_when_closed(images):
     loader = open_batches(images, PHOTOS, CPU, workers=2)
     batches = loader.evaluation(2)
@@ -179,3 +198,51 @@ def test_processes_ignore_ctrl_c_outlive_sigterm_and_end_when_closed(images):
     for process in ours:
         process.join(5)
         assert not process.is_alive()
+
+
+def test_threads_end_with_the_batches_also_when_these_are_left_early(images):
+    before = threading.active_count()
+    loader = open_batches(images, PHOTOS, CPU, workers=2)
+    batches = loader.training(7, 2, range(1000))
+    for _ in range(2):
+        next(batches)
+    assert before < threading.active_count() <= before + 2
+    loader.close()
+    assert len(list(loader.evaluation(8))) == 3
+    until = time.monotonic() + 20
+    while threading.active_count() > before:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+SCRIPT = """\
+import multiprocessing, sys
+multiprocessing.set_start_method(sys.argv[1])
+import equipoise, equipoise.views.loader
+if sys.argv[2] == "processes":
+    equipoise.views.loader.needs_processes = lambda device: True
+fields = {"arch": "resnet8", "size": 16, "hidden_dim": 16, "feature_dim": 8, "batch_size": 6, "epochs": 1}
+recipe = equipoise.load_recipe("pictures", data=sys.argv[3], workers=1, device="cpu", **fields)
+equipoise.train(recipe, "run", progress=False)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "workers"), [("spawn", "threads"), ("spawn", "processes"), ("forkserver", "processes")]
+)
+def test_a_script_without_a_guard_trains_with_threads_and_is_refused_with_processes(
+    method, workers, pictures, tmp_path
+):
+    """Refused by one line, before there is a folder or a process."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    words = [sys.executable, "script.py", method, workers, str(pictures)]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    if workers == "threads":
+        assert (done.returncode, done.stderr) == (0, "")
+    else:
+        assert done.returncode == 1
+        assert "script.py, line 8: loader processes import this script" in done.stderr.splitlines()[-1]
+        assert done.stderr.count("Traceback") == 1
+    assert (tmp_path / "run" / "metrics.json").exists() == (workers == "threads")
+    assert (tmp_path / "run").exists() == (workers == "threads")

@@ -126,13 +126,18 @@ def chosen_recipe(options: argparse.Namespace) -> tuple[Recipe, str]:
     from equipoise.data.sources import recognise
 
     found = recognise(path) if path else ("" if name else "digits")
-    fitting = _RECIPES.get(found, found)
+    fitting = fitting_recipe(found)
     if name is None:
         name = fitting
         remark = f"no recipe named: taking '{name}' (equipoise recipes lists them all)"
     elif found and name != fitting and name in DATASETS.values():
         raise UserError(f"the recipe {name} is not for {path}: take {fitting}, or name another folder")
     return with_overrides(load_recipe(name), options), remark
+
+
+def fitting_recipe(recognised: str) -> str:
+    """The recipe for what `sources.recognise` returns."""
+    return _RECIPES.get(recognised, recognised)
 
 
 def data_path(options: argparse.Namespace) -> str | None:

@@ -6,7 +6,7 @@ In a narrow terminal names give way, figures never; what is no terminal (a pipe,
 import sys
 from collections.abc import Mapping, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from rich.bar import Bar
 from rich.box import SIMPLE
@@ -16,9 +16,16 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from equipoise.base.errors import one_line, several
+from equipoise.config.recipe import Method, Recipe
 from equipoise.data.decode import BadImageError
 from equipoise.data.images import Found, ImageList, imbalance_factor
 from equipoise.evaluation.metrics import FURTHER, GROUP_LIMITS, percent, shot_group
+from equipoise.method.balance import (
+    adjusted_margins,
+    draws_of_an_image,
+    effective_number_weights,
+    inverse_frequency_weights,
+)
 
 if TYPE_CHECKING:
     from equipoise.deploy.predict import Predicted
@@ -26,6 +33,7 @@ if TYPE_CHECKING:
 _ROWS_SHOWN = 40
 _BAD_SHOWN = 5
 _NAME_WIDTH = 6  # characters that are left of a name in the narrowest terminal
+_BALANCED = 1.5  # below this imbalance factor nothing has to be done
 
 
 def print_plan(plan: Mapping[str, str]) -> None:
@@ -103,14 +111,19 @@ def print_unreadable(metrics: Mapping[str, Any]) -> None:
         print(one_line(f"{part} part: {several(len(bad), 'image')} could not be read, {then}: {first}{more}"))
 
 
-def print_data(path: str, found: Found, problems: Sequence[str], bad: Sequence[BadImageError], checked: bool) -> None:
-    """The data at `path`: format, parts, class counts, problems. `checked`: every image was decoded; all are shown."""
+def print_data(
+    path: str, found: Found, problems: Sequence[str], bad: Sequence[BadImageError], checked: bool, recipe: Recipe
+) -> None:
+    """The data at `path`: format, parts, class counts, problems. `checked`: every image was decoded; all are shown.
+    `recipe`: the one that training would take."""
     console = _console()
     console.print(Text.assemble((one_line(path), "bold"), f": {found.kind}"))
     for line in found.described:
         print(one_line(line))
     for part, images in found.parts.items():
         _print_counts(console, part, images)
+        if part == "train":
+            _print_remedies(images, recipe)
     faults = [*problems, *(error.fault for error in bad)]
     if not faults:
         read = "every image was decoded" if checked else "images were not decoded: --check does it"
@@ -136,6 +149,33 @@ def _print_counts(console: Console, part: str, images: ImageList) -> None:
     _print(table)
     if len(counts) > _ROWS_SHOWN:
         print(f"({_ROWS_SHOWN} of {len(counts):,} classes, the largest and the smallest)")
+
+
+def _print_remedies(train: ImageList, recipe: Recipe) -> None:
+    """What each usual remedy against imbalance would do to the largest and to the rarest class, and which of them
+    training takes. Nothing for classes that are nearly balanced, or of which one is empty."""
+    counts, names = train.class_counts, train.class_names
+    if min(counts) == 0 or imbalance_factor(counts) <= _BALANCED:
+        return
+    largest, rarest = counts.index(max(counts)), counts.index(min(counts))
+    classes = f"the largest class ({names[largest]}) and the rarest ({names[rarest]})"
+    print(f"\nwhat usual remedies do to {one_line(classes)}:")
+    rows = (
+        ("class weights 1/n", inverse_frequency_weights(counts), "weight in the loss, of mean 1"),
+        ("  by effective number", effective_number_weights(counts), "the same, beta 0.9999"),
+        ("class-balanced sampler", draws_of_an_image(counts, 0), "draws of each image an epoch"),
+        ("square-root sampler", draws_of_an_image(counts, 0.5), "the same"),
+        ("focal loss", None, "weighs hard images, not rare classes"),
+        ("logit adjustment", adjusted_margins(counts), "margin added against the largest"),
+        ("BCL", adjusted_margins(counts), "the same, and contrast with class means"),
+    )
+    table = Table.grid(Column(), Column(justify="right"), Column(justify="right"), Column(), padding=(0, 2))
+    for remedy, figures_C, meaning in rows:
+        two = ("", "") if figures_C is None else (f"{figures_C[label]:.3g}" for label in (largest, rarest))
+        table.add_row(remedy, *two, meaning)
+    _console().print(table)
+    others = ", ".join(method for method in get_args(Method) if method != recipe.method)
+    print(f"`train` takes the recipe {recipe.name}, method {recipe.method}; --method takes another: {others}")
 
 
 def print_predictions(predicted: "Predicted") -> None:

@@ -15,7 +15,7 @@ from equipoise.authors.flags import LOG, add_authors_flags, authors_folder, trut
 from equipoise.base.errors import UserError, own_command
 from equipoise.cli import flags
 from equipoise.cli.use import score_checkpoint
-from equipoise.config.recipe import Method, Recipe, shipped_recipes
+from equipoise.config.recipe import Method, Recipe, load_recipe, shipped_recipes
 
 if TYPE_CHECKING:
     from equipoise.base.world import World
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def add_data_options(command: argparse.ArgumentParser) -> None:
     data = "a data set, as for train: a folder, Parquet, a CIFAR archive, 'digits'; a list file in its folder"
     command.add_argument("data.path", metavar="PATH", help=data)
-    check = "decode every image: bad ones, copies between parts and classes; exit code 1 if there are any"
+    check = "decode every image; exit code 1 for bad ones, copies between parts or classes, or what `train` refuses"
     command.add_argument("--check", action="store_true", help=check)
     report = "the same, and a page with the copies, sizes and odd images in pictures"
     command.add_argument("--report", metavar="FILE.html", help=report)
@@ -35,18 +35,21 @@ def add_data_options(command: argparse.ArgumentParser) -> None:
 
 
 def data(options: argparse.Namespace) -> int:
-    """1 where `--check` has found bad images, or copies that make figures too good or labels doubtful."""
+    """1 where `--check` has found bad images, copies that make figures too good or labels doubtful, or what training
+    refuses."""
     flags.refuse_unwritable("--report", options.report, ".html")
     meant = flags.with_overrides(Recipe(), options).data
 
     from equipoise.cli.tables import print_data
-    from equipoise.data.sources import survey
+    from equipoise.data.sources import recognise, survey
 
     path = Path(meant.path)
     if path.is_file() and path.suffix in (".txt", ".lst", ".json"):
         meant = replace(meant, path=str(path.absolute().parent), train_list=str(path))
     found, problems, bad, inspection = survey(meant, options.check or options.report is not None)
-    print_data(str(path), found, problems, bad, inspection is not None)
+    copies = inspection.problems() if inspection else []
+    recipe = load_recipe(flags.fitting_recipe(recognise(meant.path)))
+    print_data(str(path), found, [*found.notes, *problems, *copies], bad, inspection is not None, recipe)
     if inspection is None:
         return 0
     if inspection.copies.too_alike:
@@ -55,7 +58,8 @@ def data(options: argparse.Namespace) -> int:
         from equipoise.report.data_page import write_data_page
 
         print(f"report: {write_data_page(str(path), found, inspection, Path(options.report))}")
-    return 1 if bad or inspection.copies.pairs["parts"] or inspection.copies.pairs["labels"] else 0
+    pairs = inspection.copies.pairs
+    return 1 if problems or bad or pairs["parts"] or pairs["labels"] else 0
 
 
 def add_pack_options(command: argparse.ArgumentParser) -> None:

@@ -139,7 +139,9 @@ class Recipe:
         False, "launch the step of a full batch at once, on one GPU: a small network trains several times faster"
     )
     deterministic: bool = _field(False, "the same bits in every run on a GPU too, which is slower there")
-    workers: int = _field(-1, "loader processes (-1: one a core; fewer for small images)", "j", ge=-1, le=512)
+    workers: int = _field(
+        -1, "loader threads, or processes for a GPU (-1: one a core; fewer for small images)", "j", ge=-1, le=512
+    )
     log_every: int = _field(20, "steps between two lines of metrics.jsonl", "p", "print-freq", ge=1)
     checkpoint_minutes: float = _field(10.0, "minutes between two checkpoints within an epoch", gt=0)
     data: Data = Data()

@@ -139,6 +139,8 @@ def why_no_image(file: Path) -> str:
 
 def _what_it_is(head: bytes) -> str:
     """What a file is that begins so, and what to do; '' for what nobody takes for an image."""
+    if not head:
+        return "empty: 0 bytes"
     return next((said for start, said in _OTHERS.items() if re.match(start, head, re.DOTALL | re.IGNORECASE)), "")
 
 
@@ -196,6 +198,8 @@ def usable_cores() -> int:
 
 def _opened(file: io.BytesIO | Path) -> Image.Image:
     """The image, of which the header has been read. Raises ValueError for one that must not be decoded."""
+    if not (file.stat().st_size if isinstance(file, Path) else file.getbuffer().nbytes):
+        raise ValueError("it is empty: 0 bytes")
     image = Image.open(file, formats=_KINDS)
     width, height = image.size
     if width * height > (Image.MAX_IMAGE_PIXELS or width * height):  # Pillow itself only warns below twice as many

@@ -128,17 +128,17 @@ def _tables_or_folders(root: Path, data: Data) -> Found:
 
 
 def survey(data: Data, check: bool = False) -> tuple[Found, list[str], list[BadImageError], Inspection | None]:
-    """The data at a path, recognised where nothing says what it is; every problem with it as a whole; and its bad
-    images, but of parts with images missing. With `check` every image is decoded, and what that shows is the last; else
-    headers are read. Raises UserError for what cannot be read at all."""
+    """The data at a path, recognised where nothing says what it is; for what, as a whole, training refuses it; and its
+    bad images, but of parts with images missing. With `check` every image is decoded, and what that shows is the last;
+    else headers are read. Raises UserError for what cannot be read at all."""
     found = with_groups(find_parts(as_recognised(data)), data)
-    problems = [*found.notes, *found.faults.values()]
+    problems = [*found.faults.values()]
     if "train" in found.parts and (problem := training_problem(found.parts["train"])):
         problems.append(problem)
     whole = {name: part for name, part in found.parts.items() if name not in found.faults}
     if check:
         inspection = inspect(whole)
-        return found, [*problems, *inspection.problems()], inspection.bad, inspection
+        return found, problems, inspection.bad, inspection
     bad = [error for part in whole.values() for error in bad_images(part) if error is not None]
     return found, problems, bad, None
 

@@ -36,7 +36,15 @@ def logit_adjusted_cross_entropy(
     """Cross-entropy of `logits + tau * log prior` (Menon et al., ICLR 2021, eq. 10; "logit compensation" in BCL).
 
     Computed in float32 at least, also under autocast. Returns the mean over the batch, or its sum (`reduction`).
+    Raises ValueError where the prior is not of as many classes as the logits and, on a CPU, for a label that is none of
+    them.
     """
+    classes = len(log_prior_C)
+    if logits_BC.ndim != 2 or logits_BC.shape[1] != classes:
+        raise ValueError(
+            f"logits must be [B, {classes}], as class counts are of {classes} classes, not {list(logits_BC.shape)}"
+        )
+    _refuse_labels(labels_B, classes)
     with torch.autocast(logits_BC.device.type, enabled=False):
         logits_BC = at_least_float32(logits_BC)
         return F.cross_entropy(logits_BC + tau * log_prior_C.to(logits_BC), labels_B, reduction=reduction)
@@ -58,9 +66,11 @@ def balanced_contrastive_loss(
     disjoint rows, each computed elsewhere, add up to the loss of the batch.
 
     Computed in float32 at least, also under autocast; the gradients with the value, so that `create_graph=True`, for a
-    second derivative, raises RuntimeError. Raises ValueError where the shapes do not fit together.
+    second derivative, raises RuntimeError. Raises ValueError where the shapes do not fit together and, on a CPU, for a
+    label that is no class.
     """
     features_KD, labels_K, anchors = _flat(features_BVD, labels_B, rows)
+    _refuse_labels(labels_B, len(prototypes_CD))
     width = prototypes_CD.shape[1]
     if width != features_KD.shape[1]:
         raise ValueError(f"features have width {features_KD.shape[1]} but prototypes {width}")
@@ -225,6 +235,17 @@ class BalancedContrastiveLoss(nn.Module):
 def at_least_float32(x: Tensor) -> Tensor:
     """Half precision becomes float32; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def _refuse_labels(labels_B: Tensor, classes: int) -> None:
+    """Raise ValueError for a label that is no class. Only on a CPU: to look at it, a GPU would have to be waited for;
+    there torch's own assertion ends the program."""
+    if labels_B.device.type == "cpu":
+        bad = labels_B[(labels_B < 0) | (labels_B >= classes)]
+        if len(bad):
+            raise ValueError(
+                f"labels must be 0 to {classes - 1}, as there are {classes} classes, but one is {int(bad[0])}"
+            )
 
 
 def _flat(features_BVD: Tensor, labels_B: Tensor, rows: slice) -> tuple[Tensor, Tensor, slice]:

@@ -1,10 +1,13 @@
 """A list of images and its views become batches, in an order that depends on (seed, epoch) alone, made by any number of
-loader processes ahead of the step. With `skip`, an image that cannot be read is no error: in training another of its
-class stands in for it (`decode.stand_ins`), in evaluation it is left out, and `bad` says which they were."""
+workers ahead of the step: threads, or for an NVIDIA GPU processes. With `skip`, an image that cannot be read is no
+error: in training another of its class stands in for it (`decode.stand_ins`), in evaluation it is left out, and `bad`
+says which they were."""
 
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -13,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from equipoise.base.errors import UserError
+from equipoise.base.script import refuse_unguarded_script
 from equipoise.base.world import ALONE, World
 from equipoise.config.recipe import Recipe
 from equipoise.data.decode import BadImageError, Pixels, decode, decode_all, no_image_left, stand_ins, usable_cores
@@ -45,7 +49,7 @@ def steps_per_epoch(images: int, batch_size: int) -> int:
 
 
 def worker_count(workers: int, local_ranks: int = 1) -> int:
-    """Loader processes: -1 means one for each core that this process may use, shared by the ranks of this machine."""
+    """Workers of a loader: -1 means one a core that this process may use, shared by the ranks of this machine."""
     return workers if workers >= 0 else max(1, usable_cores() // local_ranks)
 
 
@@ -78,17 +82,25 @@ def open_batches(
     world: World = ALONE,
     skip: bool = False,
 ) -> "Batches":
-    """Batches of `images`, made by `workers` processes (0: this one). Raises UserError naming a small image
-    that cannot be read; of photographs, and with `skip` of a class of which none can, when their turn comes."""
+    """Batches of `images`, made by `workers` threads or, for an NVIDIA GPU, processes (0: between two steps). Raises
+    UserError naming a small image that cannot be read; of photographs, and with `skip` of a class of which none can,
+    when their turn comes; and where processes would run the main script again."""
     if settings.policy == "cifar":  # a step of ResNet-32 takes 11 ms on a GPU; on a CPU, far longer than its views
         workers = min(workers, 6 if device.type == "cuda" else 1)
     if settings.policy == "digits":
         workers = 0  # their views are made in less time than a process takes to start
+    if workers and needs_processes(device):
+        refuse_unguarded_script()
     return Batches(_Maker(images, settings, skip), device, workers, world)
 
 
+def needs_processes(device: torch.device) -> bool:
+    """Whether the workers are processes: threads take turns at what is Python, and a GPU's step is over before them."""
+    return device.type == "cuda"
+
+
 def open_recipe_batches(recipe: Recipe, images: ImageList, device: torch.device, world: World) -> "Batches":
-    """Batches of `images` under the recipe's views, by its loader processes, and with what it says of bad images."""
+    """Batches of `images` under the recipe's views, by its workers, and with what it says of bad images."""
     workers, skip = worker_count(recipe.workers, world.local_size), recipe.data.on_bad_image == "skip"
     return open_batches(images, view_settings(recipe), device, workers, world, skip)
 
@@ -101,6 +113,7 @@ class Batches:
         self._maker = maker
         self._device = device
         self._world = world
+        self._workers = workers
         self._tasks = _Tasks()
         self._loader: DataLoader[Batch | UserError] = DataLoader(
             maker,
@@ -119,7 +132,7 @@ class Batches:
         return len(self._maker)
 
     def training(self, seed: int, batch_size: int, steps: range) -> Iterator[Batch]:
-        """This rank's share of the batches of these steps, which are counted from the run's first. The processes go on
+        """This rank's share of the batches of these steps, which are counted from the run's first. The workers go on
         into the next epoch without a pause."""
         return map(self._arrived, self._received(self._training_tasks(seed, batch_size, steps)))
 
@@ -129,13 +142,16 @@ class Batches:
         starts = range(self._world.rank * batch_size, len(self), self._world.size * batch_size)
         batches = (np.arange(start, min(start + batch_size, len(self))) for start in starts)
         tasks = [_Task(indices_B, slice(0, len(indices_B)), indices_B) for indices_B in batches]
-        # What is in memory only has to be copied: a process would cost more.
+        # What is in memory only has to be copied: a worker would cost more.
         made = map(self._maker.__getitem__, tasks) if self._maker.in_memory else self._received(tasks)
         return map(self._arrived, made)
 
     def close(self) -> None:
-        """End the loader processes."""
-        getattr(self._receiving, "_shutdown_workers", lambda: None)()  # torch has no public way
+        """End the workers."""
+        if isinstance(self._receiving, Generator):
+            self._receiving.close()
+        else:
+            getattr(self._receiving, "_shutdown_workers", lambda: None)()  # torch has no public way
 
     def _training_tasks(self, seed: int, batch_size: int, steps: range) -> Iterator[_Task]:
         order = np.empty(0, np.int64)
@@ -149,6 +165,30 @@ class Batches:
             yield _Task(indices_G, rows, indices_B, (seed, epoch))
 
     def _received(self, tasks: Iterable[_Task]) -> Iterator[Batch | UserError]:
+        if needs_processes(self._device):
+            return self._by_processes(tasks)
+        self._receiving = self._by_threads(tasks)
+        return self._receiving
+
+    def _by_threads(self, tasks: Iterable[_Task]) -> Generator[Batch | UserError]:
+        if self._workers == 0:
+            yield from map(self._maker.__getitem__, tasks)
+            return
+        pool = ThreadPoolExecutor(self._workers)
+        ahead: deque[Future[Batch | UserError]] = deque()
+        try:
+            for task in tasks:
+                ahead.append(pool.submit(self._maker.__getitem__, task))
+                if len(ahead) > 2 * self._workers:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            # Each thread ends with the batch that it is at. It is not waited for: what is left over is collected in
+            # any thread, and one cannot wait for itself.
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _by_processes(self, tasks: Iterable[_Task]) -> Iterator[Batch | UserError]:
         self._tasks.next = tasks
         self._receiving = self._start()
         try:
@@ -182,7 +222,7 @@ class Batches:
 
 
 class _Maker(Dataset["Batch | UserError"]):
-    """Makes the batches, in the loader processes. Photographs are decoded for each batch; other images, which have the
+    """Makes the batches, in the workers. Photographs are decoded for each batch; other images, which have the
     size of a view, are in memory."""
 
     def __init__(self, images: ImageList, settings: ViewSettings, skip: bool) -> None:
