@@ -234,16 +234,16 @@ def test_data_of_a_folder_with_problems(capsys, tmp_path):
     draw_folder(tmp_path, {"ant": 12, "[bold]bee": 3})
     (tmp_path / "cow").mkdir()
     (tmp_path / "ant" / "3.png").write_bytes(b"broken")
-    (tmp_path / "ant" / "readme.txt").write_text("")
+    (tmp_path / "ant" / "readme.txt").write_text("none")
     assert main(["data", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     for said in (
         "class folders",
-        "train: 15 images, 3 classes, imbalance factor 4",
+        "train: 15 images, 2 classes, imbalance factor 4",
         "problems (3)",
-        "class 'cow' has no training images",
+        "cow is empty and was passed over",
         "3.png cannot be read (it is no image: not JPEG",
-        "1 file passed over (first: ",
+        "1 file passed over: .txt, no image (of 'ant' 1)",
     ):
         assert said in " ".join(text.split()), said  # long paths wrap lines
     bars = {line.split()[0]: line.count("█") for line in text.splitlines() if re.match(r"^(ant|\[bold\]bee) ", line)}
@@ -257,6 +257,7 @@ def test_check_fails_where_train_refuses(capsys, tmp_path):
     draw_folder(tmp_path / "one", {"ant": 3})
     draw_folder(tmp_path / "empty", {"ant": 3, "bee": 3})
     (tmp_path / "empty" / "cow").mkdir()
+    (tmp_path / "empty" / "cow" / "notes.txt").write_text("none yet")
     for name, lines in (("all", ["ant/0.png 0", "bee/0.png 1"]), ("missing", ["ant/0.png 0", "bee/9.png 1"])):
         (tmp_path / f"{name}.txt").write_text("\n".join(lines))
     lists = ["data", str(tmp_path / "odd"), "--train-list"]
@@ -284,7 +285,7 @@ def test_data_says_what_the_usual_remedies_do(capsys, tmp_path):
     draw_folder(tmp_path, {"ant": 30, "bee": 3})
     assert main(["data", str(tmp_path)]) == 0
     rows = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert "what usual remedies do to the largest class (ant) and the rarest (bee):" in rows
+    assert "what usual remedies do to the largest class and the rarest (30 and 3 images):" in rows
     for figures in (
         "class weights 1/n 0.182 1.82", "by effective number 0.182 1.82", "class-balanced sampler 0.55 5.5",
         "square-root sampler 0.836 2.64", "focal loss weighs hard", "logit adjustment 0 2.3", "BCL 0 2.3",
@@ -413,7 +414,7 @@ def test_data_names_lists_and_says_how_they_depart(capsys, tmp_path, shared_data
     assert main(["data", str(data)]) == 0
     assert "ImageNet_LT_train.txt is not the published ImageNet_LT_train.txt (git blob" in capsys.readouterr().out
     (tmp_path / "list.csv").write_text("a.jpg,3\n")
-    assert "is a file, but no Parquet file" in refusal(capsys, "data", str(tmp_path / "list.csv"))
+    assert "list.csv has no rows below its heading" in refusal(capsys, "data", str(tmp_path / "list.csv"))
 
 
 # ---- resuming

@@ -44,7 +44,7 @@ def test_predict_shows_a_table(odd_run, part_folder, tmp_path, capsys, monkeypat
     assert f"best.pt, best checkpoint (epoch {best['epoch']}), which validation chose\n" in said.out
     assert f"\nclass prior: uniform; {calibration}\n" in said.out
     assert "18 images predicted, 1 passed over" in said.out
-    assert said.err.startswith(f"passed over: {tmp_path}/broken.jpg cannot be read (it is no image")
+    assert said.err.startswith(f"passed over: {tmp_path}/broken.jpg cannot be read (it is empty: 0 bytes)")
 
 
 def test_predict_writes_csv_and_json(odd_run, part_folder, tmp_path, capsys):

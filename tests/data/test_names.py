@@ -2,7 +2,7 @@
 
 import pytest
 
-from equipoise.data.names import difference, in_order, look_alikes, normal, unknown_class
+from equipoise.data.names import difference, in_order, look_alikes, normal, unknown_classes
 
 
 def test_the_order_of_classes():
@@ -31,4 +31,8 @@ def test_what_is_said():
         f"classes 'fox' and '{other}' differ in capitals only: if they are one, give them one name"
         for other in ("Fox", "FOX")
     ]
-    assert unknown_class("owl", ["fox"], "model") == "class 'owl' is no class of the model"
+    assert unknown_classes(["owl"], ["fox"], "model") == "1 class unknown to the model: 'owl'"
+    names = list(map(str, range(12)))
+    assert unknown_classes(names, ["fox"], "model").endswith(
+        ": '0', '1', '2', '3', '4', '5', '6', '7', '8', '9' and 2 more"
+    )

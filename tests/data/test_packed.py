@@ -246,3 +246,9 @@ def test_files_that_do_not_belong_together(out, tmp_path):
     (tmp_path / "second" / "train.pack").rename(out / "test.pack")
     with pytest.raises(UserError, match=r"were not packed together"):
         find_parts(str(out))
+
+
+def test_packed_images_inside_the_data_are_refused(pictures):
+    with pytest.raises(UserError, match="packed lies inside the data, where it would be taken for a class"):
+        packed(pictures, pictures / "packed")
+    assert not (pictures / "packed").exists()

@@ -86,7 +86,6 @@ def test_tables_named_as_parts(images):
     assert parts.test is None
     assert [note.partition(":")[0] for note in parts.notes] == [
         "passed over",
-        f"{images}/sample_submission.csv was passed over",
         f"1 image below {images} in no row that is used (first",
     ]
     assert parts.train.images.name(0) == str(images / "train_images" / "0.png")
@@ -168,7 +167,7 @@ def test_more_refusals(images):
     with pytest.raises(UserError, match=r"several tables with labels \(labels.csv, other.csv\): name the one"):
         opened(images)
     write(images, "image,label,split\n0,a,train\n1,A,val\n")
-    with pytest.raises(UserError, match="class 'A' is 'a' in the training part: they differ in capitals only"):
+    with pytest.raises(UserError, match="class 'A' is 'a' in the train part: they differ in capitals only"):
         opened(images / "labels.csv")
     write(images, "image,label,split\n0,a,train\n1,b,train\n0,a,val\n")
     with pytest.raises(UserError, match="1 image of the validation part are in another part too"):

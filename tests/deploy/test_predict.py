@@ -226,10 +226,11 @@ def test_bad_files_are_passed_over_and_the_order_stays(odd_run, tmp_path):
     good = [f"{number:03}.png" for number in range(230) if number not in (0, 70, 229)]
     assert [Path(file).name for file in predicted.files] == good
     assert told == [(64, 231), (128, 231), (192, 231), (231, 231)]
-    bad = ("absent.jpg", "empty", "many/000.png", "many/070.png", "many/229.png")
+    bad = ("absent.jpg", "empty", "many/000.png", "many/070.png", "many/229.png", "many/notes.txt")
     assert sorted(str(error).partition(" ")[0] for error in predicted.errors) == [str(tmp_path / name) for name in bad]
     said = "\n".join(map(str, predicted.errors))
-    assert "000.png cannot be read (it is no image: not JPEG, PNG, GIF, BMP, TIFF, WebP or PPM)\n" in said
+    assert "000.png cannot be read (it is no image: not JPEG, PNG, GIF, BMP, TIFF, WEBP, PPM" in said
+    assert f"{tmp_path}/many/notes.txt (.txt, no image)" in said
     for index in (0, 62, 63, 64, 140, 226):
         alone = classifier.predict(predicted.files[index])
         assert alone.ranked_NK[0].tolist() == predicted.ranked_NK[index].tolist()

@@ -125,12 +125,22 @@ def test_a_signal_during_validation_stops_after_the_batch(tmp_path, monkeypatch)
 # ---- real processes
 
 
+SMALL = [
+    "--epochs=3",
+    "-b=8",
+    "--arch=resnet8",
+    "--set=views.size=16",
+    "--log-every=1",
+    "--precision=fp32",
+    "--lr=0.01",
+]
+
+
 def start(folder: Path, out: Path, *words: str) -> subprocess.Popen[str]:
     """A training of photographs with two loader threads, in a group of processes of its own, as a terminal has it."""
-    settings = "--epochs 3 -b 8 --arch resnet8 --set views.size=16 --log-every 1 --precision fp32 --set optim.lr=0.01"
     command = [sys.executable, "-m", "equipoise", "train", "--data", str(folder), "--out", str(out)]
     return subprocess.Popen(
-        [*command, *settings.split(), *words],
+        [*command, *SMALL, *words],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
@@ -204,6 +214,37 @@ def test_a_stopped_run_goes_on_to_the_same_end(number, code, workers, data, undi
     _, said = process.communicate(timeout=200)
     assert process.returncode == 0, said
     same(run, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_terminal_that_is_gone(data, tmp_path):
+    """As when an ssh connection breaks off: the run is saved, though nobody can be told."""
+    run = tmp_path / "run"
+    ours, theirs = os.openpty()
+    code = (
+        "import fcntl, runpy, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+        "runpy.run_module('equipoise', None, '__main__')"
+    )
+    words = ["train", "pictures", "--data", str(data), *SMALL, "--epochs", "500", "--out", str(run)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *words], stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
+    )
+    os.close(theirs)
+    while process.poll() is None and not ((run / "metrics.jsonl").exists() and len(lines_of(run)) >= 2):
+        os.read(ours, 10_000)
+    os.close(ours)
+    assert process.wait(100) == 143
+    assert load_checkpoint(run / "last.pt").step >= 2
+
+
+def test_under_nohup_a_hangup_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Requests() as requests:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert requests.votes() == [0, 0, 0]
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.long

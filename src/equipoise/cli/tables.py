@@ -154,12 +154,13 @@ def _print_counts(console: Console, part: str, images: ImageList) -> None:
 def _print_remedies(train: ImageList, recipe: Recipe) -> None:
     """What each usual remedy against imbalance would do to the largest and to the rarest class, and which of them
     training takes. Nothing for classes that are nearly balanced, or of which one is empty."""
-    counts, names = train.class_counts, train.class_names
+    counts = train.class_counts
     if min(counts) == 0 or imbalance_factor(counts) <= _BALANCED:
         return
     largest, rarest = counts.index(max(counts)), counts.index(min(counts))
-    classes = f"the largest class ({names[largest]}) and the rarest ({names[rarest]})"
-    print(f"\nwhat usual remedies do to {one_line(classes)}:")
+    print()
+    ends = f"{max(counts):,} and {min(counts):,} images"
+    _console().print(_plain(f"what usual remedies do to the largest class and the rarest ({ends}):"))
     rows = (
         ("class weights 1/n", inverse_frequency_weights(counts), "weight in the loss, of mean 1"),
         ("  by effective number", effective_number_weights(counts), "the same, beta 0.9999"),
@@ -173,9 +174,10 @@ def _print_remedies(train: ImageList, recipe: Recipe) -> None:
     for remedy, figures_C, meaning in rows:
         two = ("", "") if figures_C is None else (f"{figures_C[label]:.3g}" for label in (largest, rarest))
         table.add_row(remedy, *two, meaning)
-    _console().print(table)
+    _print(table)
     others = ", ".join(method for method in get_args(Method) if method != recipe.method)
-    print(f"`train` takes the recipe {recipe.name}, method {recipe.method}; --method takes another: {others}")
+    line = f"`train` takes the recipe {recipe.name}, method {recipe.method}; --method takes another: {others}"
+    _console().print(_plain(line))
 
 
 def print_predictions(predicted: "Predicted") -> None:

@@ -45,6 +45,7 @@ _OTHERS = {
     rb"PK\x03\x04|\x1f\x8b|Rar!|7z": "an archive: unpack it",
     rb".{128}DICM": f"DICOM: {_AS_JPEG} or PNG",
 }
+_MOST_PIXELS = 2**28  # of the scanners of herbaria, with some to spare; Pillow's own limit is a third of it
 _BLOCK = 4096  # images looked at between two reports
 
 # What `decode_bytes` does, for whoever does it without this package.
@@ -55,6 +56,7 @@ DECODING = (
 )
 
 cv2.setNumThreads(0)  # as in views.operations
+Image.MAX_IMAGE_PIXELS = _MOST_PIXELS
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd metadata: an image is decoded, or it is an error
 
 
@@ -126,7 +128,7 @@ def why_no_image(file: Path) -> str:
     if suffix in _RAW:
         return f"{suffix}, a camera's raw format: {_AS_JPEG}"
     if not file.is_file():
-        return "a link to nothing, or no regular file"
+        return "a link to nothing"
     try:
         _opened(file).close()
     except Exception as error:  # decoders raise what they like
@@ -202,8 +204,8 @@ def _opened(file: io.BytesIO | Path) -> Image.Image:
         raise ValueError("it is empty: 0 bytes")
     image = Image.open(file, formats=_KINDS)
     width, height = image.size
-    if width * height > (Image.MAX_IMAGE_PIXELS or width * height):  # Pillow itself only warns below twice as many
-        raise ValueError(f"its header claims {width:,} x {height:,} pixels: a decompression bomb?")
+    if width * height > _MOST_PIXELS:
+        raise Image.DecompressionBombError
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers of no known range: convert it to 8 or 16 bits")
     return image
@@ -214,6 +216,8 @@ def _as_rgb(image: Image.Image) -> Image.Image:
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError("its pixels have more than 16 bits: convert it to 8 or 16 bits")
+        if image.mode == "I" and values.max() <= 255:
+            raise ValueError("its pixels have 32 bits, of which 8 are used: convert it to 8 bits")
         return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # straight to RGB, Pillow warns
@@ -227,6 +231,8 @@ def _named(source: ImageFiles | EncodedImages, index: int) -> Generator[None]:
         yield
     except MemoryError:
         raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        why = f"it has more than {_MOST_PIXELS:,} pixels: make it smaller"
     except UnidentifiedImageError:
         what = _what_it_is(source.content(index)[:160])
         why = f"it is {what}" if what else f"it is no image: not {', '.join(_KINDS)}"

@@ -14,12 +14,14 @@ import numpy as np
 from equipoise.base.errors import UserError, reason, several
 from equipoise.data.decode import why_no_image
 from equipoise.data.images import PART_NAMES, Found, ImageFiles, ImageList, missing_files
-from equipoise.data.names import look_alikes, normal, unknown_class
+from equipoise.data.names import look_alikes, normal, unknown_classes
 
 # What systems and programs leave in folders that are shared or unpacked.
 _LEFTOVERS = frozenset({"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found", "__pycache__"})
 _SYSTEM_FILES = frozenset({"thumbs.db", "desktop.ini"})
 _CLASSES_NAMED = 5  # in a note
+# What folders in data for other tasks are called.
+_NO_CLASSES = frozenset({"images", "labels", "annotations", "mask", "masks", "ground_truth", "segmentation"})
 
 
 @dataclass
@@ -50,7 +52,7 @@ def _walk(root: Path, folder: str, within: tuple[str, ...]) -> Iterator[str]:
     for entry in _entries(root / folder):
         path = f"{folder}/{entry.name}" if folder else entry.name
         if not entry.is_dir():
-            if entry.name.lower() not in _SYSTEM_FILES:
+            if (entry.is_file() or entry.is_symlink()) and entry.name.lower() not in _SYSTEM_FILES:  # no pipe
                 yield path
         elif not entry.is_symlink():
             yield from _walk(root, path, within)
@@ -65,12 +67,11 @@ def open_class_folders(root: Path, level: int = 1, allow_outside: bool = False) 
     these. Raises UserError where it holds no class folders with images."""
     if not root.is_dir():
         raise UserError(
-            f"{root} is a file; name a folder of class folders, a table (.csv, .tsv, .parquet), or the folder of the "
-            "images together with --train-list FILE"
+            f"{root} is a file ({why_no_image(root) or 'an image'}); name a folder of class folders, a table (.csv, "
+            ".tsv, .parquet), or the folder of the images together with --train-list FILE"
         )
     folders = _subfolders(root)
-    if not folders:
-        raise UserError(f"{root} has no sub-folders; put the images of each class in a folder of its own there")
+    _refuse_structure(root, folders)
     notes = [f"{root}: {name}/ is left by a program and is no class" for name in sorted(_LEFTOVERS & _names(root))]
     part_folders = _part_folders(root, folders, notes)
     leading = "train" if "train" in part_folders else next(iter(part_folders), "train")
@@ -81,10 +82,33 @@ def open_class_folders(root: Path, level: int = 1, allow_outside: bool = False) 
         if not classes:
             classes = tuple(dict.fromkeys(normal(name) for name in opened))
             notes += look_alikes(classes)
+            notes += [
+                f"'{name}' is taken for a class: keep it elsewhere if it is none"
+                for name in classes
+                if name.lower() in _NO_CLASSES
+            ]
+            if part_folders and part == "train" and len(classes) == 1:
+                raise UserError(f"{folder} has one class only ('{classes[0]}'); a classifier needs two or more")
         lists[part] = _as_list(folder, opened, classes, f"{leading} part")
         if not allow_outside:
             missing_files(lists[part], bounds=root)
     return Found("class folders", lists, divided=bool(part_folders), notes=notes)
+
+
+def _refuse_structure(root: Path, folders: list[str]) -> None:
+    """Raise UserError for a folder that holds no class folders."""
+    flat = [name for name in folders if name.lower() in PART_NAMES and not _subfolders(root / name)]
+    if not folders:
+        kinds = {why_no_image(Path(entry.path)) for entry in _entries(root)} - {""}
+        what = f"has no sub-folders{''.join(f'; it holds {why}' for why in sorted(kinds)[:1])}"
+    elif {"images", "labels"} <= set(folders):
+        what = "has images/ and labels/, as data for detection do"
+    elif len(flat) == len(folders) > 1:
+        what = f"has {' and '.join(flat)} without class folders"
+    else:
+        return
+    how = "put the images of each class in a folder of its own there, or a table of labels beside them"
+    raise UserError(f"{root} {what}; {how}")
 
 
 def _part_folders(root: Path, folders: list[str], notes: list[str]) -> dict[str, Path]:
@@ -107,6 +131,7 @@ def _part_folders(root: Path, folders: list[str], notes: list[str]) -> dict[str,
 
 def _open_part(root: Path, level: int, notes: list[str]) -> dict[str, Listing]:
     """What is in each class folder of a part. A note for all that is passed over."""
+    _refuse_structure(root, _subfolders(root))
     names, above = [""], list[str]()
     for _ in range(level):
         above += names
@@ -122,14 +147,22 @@ def _open_part(root: Path, level: int, notes: list[str]) -> dict[str, Listing]:
     if not any(listing.images for listing in opened.values()):
         raise UserError("; ".join([f"{root} holds no images in its class folders", *notes]))
     if all(path.count("/") > level for listing in opened.values() for path in listing.images):
-        first = next(iter(opened))
-        way = f"--data {root / first}" if len(opened) == 1 else f"--class-level {level + 1}"
-        within = ", ".join(_subfolders(root / first)[:3])
-        notes.append(
-            f"{root}: {several(len(opened), 'class')} with images in sub-folders alone, as {first}/ with {within}; if "
-            f"those are the classes: {way}"
-        )
+        notes.append(_nested(root, list(opened), level))
     return opened
+
+
+def _nested(root: Path, names: list[str], level: int) -> str:
+    """A note on class folders that hold images in sub-folders alone: these may be the classes."""
+    inner = [_subfolders(root / name) for name in names]
+    way, place = f"--class-level {level + 1}", root / names[0]
+    if all(within == inner[0] for within in inner):  # one folder around them, or several versions of the same
+        while len(within := _subfolders(place)) == 1 and within[0].lower() not in PART_NAMES:
+            place /= within[0]
+        way = f"name {place} as data"
+    return (
+        f"{root}: {several(len(names), 'class')} with images in sub-folders alone, as {names[0]}/ with "
+        f"{', '.join(inner[0][:3])}; if those are the classes: {way}"
+    )
 
 
 def _others_noted(root: Path, opened: dict[str, Listing]) -> Iterator[str]:
@@ -148,9 +181,7 @@ def _as_list(root: Path, opened: dict[str, Listing], classes: tuple[str, ...], l
     """The images of a part, in the order of their classes. Raises UserError for a folder that is none of `classes`."""
     numbers = {name: label for label, name in enumerate(classes)}
     if unknown := [name for name in opened if normal(name) not in numbers]:
-        raise UserError(
-            f"{root / unknown[0]}: {unknown_class(unknown[0], classes, leading)}; or keep that folder elsewhere"
-        )
+        raise UserError(f"{root}: {unknown_classes(unknown, classes, leading)}; keep what is not meant elsewhere")
     labelled = [(numbers[normal(name)], path) for name, listing in opened.items() for path in listing.images]
     labelled.sort(key=lambda item: item[0])
     labels_N = np.array([label for label, _ in labelled], np.int64)

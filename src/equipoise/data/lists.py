@@ -83,7 +83,10 @@ def read_list(file: Path, allow_outside: bool = False) -> ListFile:
         content = _from_annotations(content, file)
     paths: list[bytes] = []
     labels: list[int] = []
-    for number, line in enumerate(io.BytesIO(content.removeprefix(codecs.BOM_UTF8)), 1):
+    text = content.removeprefix(codecs.BOM_UTF8)
+    if text[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):  # PowerShell's
+        text = text.decode("utf-16", "replace").encode()
+    for number, line in enumerate(io.BytesIO(text), 1):
         words = line.strip().rsplit(None, 1)
         if not words:
             continue
@@ -93,6 +96,8 @@ def read_list(file: Path, allow_outside: bool = False) -> ListFile:
                 f"{file}, line {number}: '{shown}' is not 'path label' with a label of at most {_MOST_DIGITS} digits"
             )
         path = words[0]
+        if b"/" not in path:  # written by Windows
+            path = path.replace(b"\\", b"/")
         if path[0] in b"./\\" or b"/." in path or b"//" in path:  # to be made shorter, or leads elsewhere
             if not allow_outside and (path[0] in b"/\\" or b".." in path.split(b"/")):
                 raise UserError(
@@ -158,6 +163,8 @@ def open_lists(root: Path, named: Mapping[str, str], benchmark: str, allow_outsi
         identity, departs = identify(read, published.get(part))
         described.append(identity)
         notes += [departs] if departs else []
+        if part == "train" and read.labels_N.min() > 0:
+            notes.append(f"{read.file}: no image has the label 0: labels begin at 0")
         if repeated := len(read.paths_N) - len(np.unique(read.paths_N)):
             notes.append(f"{read.file}: {repeated:,} images are in it again: what is held out may be trained on")
     if names[0].isdigit() and not any(_class_names([read], classes)[0].isdigit() for read in lists.values()):

@@ -4,6 +4,10 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 
+from equipoise.base.errors import several
+
+_NAMED = 10  # classes, in a message
+
 
 def normal(name: str) -> str:
     """A class's name as it is compared and kept: in Unicode's composed form (NFC), without blanks around it. macOS
@@ -41,12 +45,15 @@ def look_alikes(names: Sequence[str]) -> list[str]:
     return lines
 
 
-def unknown_class(name: str, names: Iterable[str], part: str) -> str:
-    """What to say of a class that is not one of `names`, those of the part `part`."""
+def unknown_classes(unknown: Sequence[str], names: Iterable[str], part: str) -> str:
+    """What to say of classes that are not among `names`, those of the part `part`."""
     for other in names:
-        if how := difference(name, other):
-            return f"class '{name}' is '{other}' in the {part}: they differ in {how} only; give them one name"
-    return f"class '{name}' is no class of the {part}"
+        for name in unknown:
+            if how := difference(name, other):
+                return f"class '{name}' is '{other}' in the {part}: they differ in {how} only; give them one name"
+    listed = ", ".join(f"'{name}'" for name in unknown[:_NAMED])
+    more = f" and {len(unknown) - _NAMED:,} more" if len(unknown) > _NAMED else ""
+    return f"{several(len(unknown), 'class')} unknown to the {part}: {listed}{more}"
 
 
 def _bare(name: str) -> str:

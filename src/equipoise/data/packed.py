@@ -102,6 +102,9 @@ def pack(found: Found, out: Path, short_side: int, threads: int) -> list[str]:
     others = [path for path in out.glob("*") if path not in files and not path.name.endswith(UNFINISHED)]
     if others:  # a part of other images, or the class folders themselves, which packed files would hide
         raise UserError(f"{out} holds other files, as {others[0].name}; name a folder of its own with --out")
+    for part in found.parts.values():
+        if isinstance(part.images, ImageFiles) and out.resolve().is_relative_to(part.images.root.resolve()):
+            raise UserError(f"{out} lies inside the data, where it would be taken for a class; name another --out")
     out.mkdir(parents=True, exist_ok=True)
     for path in out.glob(f".*{UNFINISHED}"):  # of a killed process
         path.unlink()

@@ -11,7 +11,7 @@ import numpy as np
 from equipoise.base.errors import UserError, reason
 from equipoise.config.recipe import Data
 from equipoise.data.images import EncodedImages, Found, ImageList, import_pyarrow
-from equipoise.data.names import in_order, look_alikes, normal, unknown_class
+from equipoise.data.names import in_order, look_alikes, normal, unknown_classes
 from equipoise.data.rows import LABELS, named_column, part_named
 
 
@@ -44,8 +44,8 @@ def open_parquet(files: list[Path], data: Data) -> Found:
 def _renumbered(images: ImageList, names: tuple[str, ...]) -> ImageList:
     """The list with labels that index `names`. Raises UserError for a class that is none of them."""
     numbers = {normal(name): label for label, name in enumerate(names)}
-    if unknown := next((name for name in images.class_names if normal(name) not in numbers), ""):
-        raise UserError(f"{images.origin}: {unknown_class(unknown, names, 'training part')}")
+    if unknown := [name for name in images.class_names if normal(name) not in numbers]:
+        raise UserError(f"{images.origin}: {unknown_classes(unknown, names, 'train part')}")
     new_C = np.array([numbers[normal(name)] for name in images.class_names], np.int64)
     return replace(images, labels_N=new_C[images.labels_N], class_names=names)
 

@@ -28,7 +28,7 @@ from equipoise.data.images import (
 )
 from equipoise.data.inspection import Inspection, inspect
 from equipoise.data.lists import BENCHMARKS, find_list, open_lists
-from equipoise.data.names import normal, unknown_class
+from equipoise.data.names import normal, unknown_classes
 from equipoise.data.packed import SUFFIX, open_packed
 from equipoise.data.parquet import holds_images, open_parquet
 from equipoise.data.rows import TABLES
@@ -112,19 +112,34 @@ def find_parts(data: Data | str) -> Found:
 
 
 def _tables_or_folders(root: Path, data: Data) -> Found:
-    """The tables in a folder or, where they are no tables of labels, its class folders."""
+    """The tables in a folder or, where they are no tables of labels, its class folders; these too where a table names
+    no image in them, as that of a competition's test images."""
     if not root.is_dir() or not find_tables(root):
         return open_class_folders(root, data.class_level, data.allow_outside)
+    tables, why = None, ""
     try:
-        return open_tables(root, {}, data)
-    except NoTableError as no_table:
-        try:
-            found = open_class_folders(root, data.class_level, data.allow_outside)
-        except UserError:
-            raise no_table from None
-        if data.image_column or data.label_column or training_problem(next(iter(found.parts.values()))):
-            raise
-        return replace(found, notes=[*found.notes, f"no table of labels: {no_table}"])
+        tables = open_tables(root, {}, data)
+    except NoTableError as error:
+        why = str(error)
+    try:
+        folders = open_class_folders(root, data.class_level, data.allow_outside)
+    except UserError:
+        folders = None
+    usable = folders and not training_problem(next(iter(folders.parts.values())))
+    if folders and usable and not (data.image_column or data.label_column):
+        if tables is None:
+            return replace(folders, notes=[*folders.notes, f"no table of labels: {why}"])
+        if not _paths(tables) & _paths(folders):
+            passed_over = f"passed over, as it names none of these images: {tables.described[0]}"
+            return replace(folders, notes=[*folders.notes, passed_over])
+    if tables is None:
+        raise NoTableError(why)
+    return tables
+
+
+def _paths(found: Found) -> set[str]:
+    """The images of all parts."""
+    return {part.images.name(index) for part in found.parts.values() for index in range(len(part))}
 
 
 def survey(data: Data, check: bool = False) -> tuple[Found, list[str], list[BadImageError], Inspection | None]:
@@ -146,6 +161,8 @@ def survey(data: Data, check: bool = False) -> tuple[Found, list[str], list[BadI
 def _existing(path: str) -> Path:
     if not path:
         raise UserError("this recipe needs data: name a folder with --data FOLDER")
+    if "://" in path:
+        raise UserError(f"{path} is a URL, which is not fetched: download it, and name the file or folder")
     root = Path(os.path.expanduser(path))
     if not os.path.exists(root):  # nor where it is too long, or has a zero byte in it, for which Path.exists raises
         raise UserError(f"there is no file or folder at {root}; if a run's data have moved, name it by --data")
@@ -205,7 +222,7 @@ def open_part(data: Data, part: str, class_names: Sequence[str]) -> ImageList:
     labels_N = np.array(new_C, np.int64)[images.labels_N]
     if labels_N.min() < 0:
         label = int(images.labels_N[labels_N.argmin()])
-        what = unknown_class(images.class_names[label], class_names, "model")
+        what = unknown_classes([images.class_names[label]], class_names, "model")
         raise UserError(f"{images.origin}: {what} (number {label}): this is other data, or named otherwise")
     return replace(images, labels_N=labels_N, class_names=tuple(class_names))
 

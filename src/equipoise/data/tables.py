@@ -3,6 +3,7 @@
 Columns are found by their names, images by their paths or file names anywhere below the folder.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from equipoise.base.errors import UserError, several, shown
 from equipoise.config.recipe import Data
 from equipoise.data.folders import images_below
 from equipoise.data.images import PART_NAMES, Found, ImageFiles, ImageList, missing_files
-from equipoise.data.names import in_order, look_alikes, normal, unknown_class
+from equipoise.data.names import in_order, look_alikes, normal, unknown_classes
 from equipoise.data.rows import LABELS, TABLES, Columns, named_column, part_named, read_joined, read_table
 
 _SPLITS = ("split", "subset", "partition", "set")
@@ -55,6 +56,7 @@ def find_tables(root: Path) -> list[tuple[str, Path, Columns | None]]:
     if joined := read_joined(root):
         return [("", *joined)]
     files = sorted(file for file in root.iterdir() if file.suffix.lower() in TABLES and file.name[0] != ".")
+    files = [file for file in files if "submission" not in file.stem.lower()]  # a competition's: its labels are made up
     return [(part_named(file.stem), file, None) for file in files]
 
 
@@ -219,6 +221,7 @@ def _sort_into_parts(rows: _Rows, index: _Index, parts: dict[str, _Part]) -> lis
     several images."""
     nameless: list[int] = []
     torn: dict[str, str] = {}
+    known = set(rows.labels)
     cells = zip(rows.images, rows.labels, rows.splits, rows.groups, strict=True)
     for number, (cell, label, split, group) in enumerate(cells, 1):
         part = rows.part or PART_NAMES.get(split.lower(), "train")
@@ -229,12 +232,14 @@ def _sort_into_parts(rows: _Rows, index: _Index, parts: dict[str, _Part]) -> lis
             )
         if not label:
             nameless.append(number)
+        elif len(parted := set(re.split(r"\s*[|;,]\s*", label))) > 1 and parted <= known:
+            torn[cell] = part  # 'cat|dog'
         elif not found:
             parts[part].missing.append(cell)
         elif parts[part].rows.setdefault(found[0], (label, group))[0] != label:
             torn[found[0]] = part
     for path, part in torn.items():
-        del parts[part].rows[path]
+        parts[part].rows.pop(path, None)
     left_out = [f"{several(len(nameless), 'row')} without one label (first: row {nameless[0]})"] if nameless else []
     left_out += [f"{several(len(torn), 'image')} with several labels (first: {next(iter(torn))})"] if torn else []
     return [f"{rows.file}: left out: {said}" for said in left_out]
@@ -244,8 +249,8 @@ def _as_list(root: Path, origin: str, part: _Part, classes: tuple[str, ...]) -> 
     """Raises UserError for a label that is none of `classes`."""
     numbers = {name: label for label, name in enumerate(classes)}
     labels = [label for label, _ in part.rows.values()]
-    if unknown := next((label for label in labels if label not in numbers), ""):
-        raise UserError(f"{origin}: {unknown_class(unknown, classes, 'training part')}")
+    if unknown := [label for label in dict.fromkeys(labels) if label not in numbers]:
+        raise UserError(f"{origin}: {unknown_classes(unknown, classes, 'train part')}")
     if not labels:
         raise UserError(f"{origin}: none of its images was found below {root}")
     labels_N = np.array([numbers[label] for label in labels], np.int64)

@@ -94,8 +94,8 @@ def _summary(methods: Sequence[str], seeds: int, metrics: Sequence[Mapping[str, 
     scored = [of_run[checkpoint] and of_run[checkpoint][part] for of_run in metrics]
     if not all(scored) or any(chosen(of_run) != (checkpoint, part) for of_run in metrics):
         raise UserError(
-            f"not every run is scored by its {checkpoint} checkpoint on the {part} part; move the run folders that "
-            "are not elsewhere, and compare again"
+            f"not every run is scored by its {checkpoint} checkpoint on the {part} part; keep the run folders "
+            "that are not elsewhere, and compare again"
         )
     table: dict[str, dict[str, Any]] = {method: {} for method in methods}
     for figure in FIGURES:

@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+import stat
 import sys
 import threading
 import time
@@ -33,10 +34,13 @@ class NonFiniteLossError(SharedError):
 
 
 _STOPPING: dict[int, str] = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+if hasattr(signal, "SIGHUP"):  # the terminal is gone: an ssh connection that broke off
+    _STOPPING[signal.SIGHUP] = "terminated"
+_HOWS = ("interrupted", "terminated")
 
 
 class Requests:
-    """SIGUSR1 asks to save and go on, SIGINT and SIGTERM to save and stop; a second one of these stops at once.
+    """SIGUSR1 asks to save and go on, SIGINT, SIGTERM and SIGHUP to save and stop; a second one of these stops at once.
 
     A context: the handlers that were there before come back with its end. Outside the main thread nothing is handled.
     """
@@ -50,7 +54,9 @@ class Requests:
     def __enter__(self) -> "Requests":
         if threading.current_thread() is threading.main_thread():
             saving = (signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()
-            self._before = {number: signal.signal(number, self._handle) for number in (*saving, *_STOPPING)}
+            # Under nohup, SIGHUP is to be ignored.
+            stopping = [number for number in _STOPPING if signal.getsignal(number) != signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._handle) for number in (*saving, *stopping)}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -61,7 +67,7 @@ class Requests:
         """Whether to save, as `save` or a signal since the last time says, to be interrupted, to be terminated: 0 or 1
         each. Ranks add up their votes, and all `read` the sum."""
         save, self._save = save or self._save, False
-        return [int(save), *(int(self._stop == how) for how in _STOPPING.values())]
+        return [int(save), *(int(self._stop == how) for how in _HOWS)]
 
     @staticmethod
     def read(votes: list[float]) -> tuple[bool, str | None]:
@@ -83,7 +89,10 @@ class Requests:
     def _handle(self, number: int, _: FrameType | None) -> None:
         if number not in _STOPPING:
             self._save = True
-        elif not self._stop:
+            return
+        if number == getattr(signal, "SIGHUP", None):
+            _leave_terminal()
+        if not self._stop:
             self._stop = _STOPPING[number]
             if self._at_once is not None:
                 raise Stopped(self._stop, *self._at_once)
@@ -91,10 +100,19 @@ class Requests:
                 print("\nfinishing this step, then saving; once more to stop at once", file=sys.stderr, flush=True)
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
+        elif number != signal.SIGTERM:
+            return  # SIGHUP comes twice, from the terminal and from the shell in it
         # Slurm sends SIGTERM to every process, and torchrun sends it on to the same ones: that is the same request.
         elif "TORCHELASTIC_RUN_ID" not in os.environ:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+
+
+def _leave_terminal() -> None:
+    """Write to nowhere what was written to a terminal: one that is gone refuses it."""
+    for stream in (1, 2):
+        if stat.S_ISCHR(os.fstat(stream).st_mode):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
 
 class Trainer:

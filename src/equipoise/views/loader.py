@@ -198,7 +198,7 @@ class Batches:
             # torch begins with "Caught" where code in a process raised, with the traceback from there: a bug.
             if self._loader.num_workers == 0 or said.startswith("Caught "):
                 raise
-            advice = "if memory ran out, take fewer of them (--workers) or smaller images"
+            advice = "if memory or /dev/shm (docker: --shm-size) ran out, take fewer (--workers) or smaller images"
             raise UserError(f"a loader process was lost ({said}); {advice}") from None
 
     def _start(self) -> Iterator[Batch | UserError]:
@@ -295,3 +295,4 @@ def _start_worker(_: int) -> None:
     if hasattr(signal, "alarm"):
         signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(60))
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
