@@ -6,8 +6,6 @@ import pytest
 import torch
 
 from equipoise import UserError, load_recipe
-from equipoise.config.recipe import Views
-from equipoise.method.encoders import pretrained_normalisation
 from equipoise.runs.checkpoint import Checkpoint, create_network, load_checkpoint, state_on_cpu
 from equipoise.runs.folder import chosen_checkpoint, find_checkpoint
 
@@ -53,22 +51,6 @@ def test_which_checkpoint_a_path_means(checkpoint, tmp_path):
     checkpoint.save(tmp_path / "best.pt")
     assert chosen_checkpoint(tmp_path) == tmp_path / "best.pt"
     assert chosen_checkpoint(tmp_path / "last.pt") == tmp_path / "last.pt"
-
-
-def test_pretrained_weights_of_another_normalisation_are_refused():
-    """Unless the recipe has a mean of its own. The weights themselves are not asked for before."""
-    vit = {"encoder": "vit_small_patch16_224", "pretrained": True}
-    with pytest.raises(UserError, match=r"recipe's; add --mean 0.5 0.5 0.5 --std 0.5 0.5 0.5$"):
-        create_network(load_recipe("pictures", **vit), 3, start=True)
-    absent = {"weights": "none.pth", "mean": "0.5 0.5 0.5", "std": "0.5 0.5 0.5"}
-    with pytest.raises(UserError, match=r"none\.pth"):
-        create_network(load_recipe("pictures", **vit, **absent), 3, start=True)
-
-
-@pytest.mark.parametrize("name", ["resnet18", "resnet152.tv_in1k", "resnet32", "none", "resnet18.none"])
-def test_imagenets_normalisation(name):
-    known = pretrained_normalisation(name)
-    assert known == (None if name in ("resnet32", "none", "resnet18.none") else (Views().mean, Views().std))
 
 
 # ---- what is no checkpoint

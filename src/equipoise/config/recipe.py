@@ -80,7 +80,7 @@ class Views:
 @dataclass(frozen=True)
 class Model:
     encoder: str = _field("resnet50", "resnet8, resnet20, resnet32 (for small images) or any name timm knows", "arch")
-    pretrained: bool = _field(False, "start from timm's pretrained weights (fetched from its hub)")
+    pretrained: bool = _field(False, "start from pretrained weights: of timm's hub or, where that cannot be reached, of a package")
     weights: str = _field("", "start from the encoder's weights in this file, in timm's or torchvision's naming")
     classifier: Literal["cosine", "linear"] = _field("cosine", "cosine with scale 30, or linear with bias")
     hidden_dim: int = _field(0, "hidden width of the two projections (0: the encoder's width)", ge=0, le=65_536)

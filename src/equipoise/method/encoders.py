@@ -16,28 +16,27 @@ from torch import Tensor, nn
 from equipoise.base.errors import UserError, reason
 from equipoise.base.files import load_tensors
 from equipoise.config.recipe import nearest
+from equipoise.method.pretrained import find_pretrained, timm_name
 
 _BLOCKS_PER_STAGE = {"resnet8": 1, "resnet20": 3, "resnet32": 5}
 _AUTHORS_ENCODERS = ("resnet50", "resnext50_32x4d")
-_TIMM_NAMES = {"resnext50": "resnext50_32x4d"}  # the authors' spelling
 
 
 def create_encoder(name: str, size: int, pretrained: bool = False, weights: str | Path = "") -> tuple[nn.Module, int]:
     """The encoder called `name` for images of `size` pixels, and its width F.
 
-    It starts from random weights, from those of timm's hub (`pretrained`), or from the file `weights`: in timm's or
-    torchvision's names, or a checkpoint of a run or of the BCL authors' code.
+    It starts from random weights, from pretrained ones, wherever these are (`pretrained.py`), or from the file
+    `weights`: in timm's or torchvision's names, or a checkpoint of a run or of the BCL authors' code.
 
     Raises UserError for an unknown name, weights that cannot be had or do not fit, or a size the encoder does not take.
     """
+    found = find_pretrained(name) if pretrained and not weights else None  # a file that is named goes first
     if name not in _BLOCKS_PER_STAGE:
-        encoder = _timm_encoder(_TIMM_NAMES.get(name, name), size, pretrained and not weights)  # a file goes first
-    elif pretrained:
-        raise UserError(f"there are no pretrained weights for {name}; set model.pretrained to false")
+        encoder = _timm_encoder(timm_name(name), size, fetch=found is not None and found.file is None)
     else:
         encoder = SmallResNet(_BLOCKS_PER_STAGE[name])
-    if weights:
-        _load_weights(encoder, name, Path(weights))
+    if file := weights or (found and found.file):
+        _load_weights(encoder, name, Path(file))
     return encoder, _width(encoder, name, size)
 
 
@@ -55,29 +54,18 @@ def _width(encoder: nn.Module, name: str, size: int) -> int:
     return features.shape[1]
 
 
-def pretrained_normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Mean and std (of 1) of the images for an encoder's pretrained weights; None if there are no such weights."""
-    import timm
-
-    try:
-        known = timm.get_pretrained_cfg(_TIMM_NAMES.get(name, name))
-    except RuntimeError:  # `create_encoder` refuses the name
-        return None
-    return (known.mean, known.std) if known else None
-
-
 def timm_arguments(name: str, size: int) -> tuple[str, dict[str, Any]] | None:
     """timm's name of the encoder `name`, and the arguments that make it take `size` pixels; None for one of ours."""
     if name in _BLOCKS_PER_STAGE:
         return None
     import timm
 
-    name = _TIMM_NAMES.get(name, name)
+    name = timm_name(name)
     fixed = getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False)
     return name.split(".")[0], {"img_size": size} if fixed else {}
 
 
-def _timm_encoder(name: str, size: int, pretrained: bool) -> nn.Module:
+def _timm_encoder(name: str, size: int, fetch: bool) -> nn.Module:
     import timm  # two seconds, and the small networks need none of it
 
     if name.split(".")[0] not in timm.list_models():
@@ -85,12 +73,12 @@ def _timm_encoder(name: str, size: int, pretrained: bool) -> nn.Module:
         raise UserError(f"no encoder is called '{name}'{nearest(name, valid)}")
     try:
         _, options = timm_arguments(name, size) or ("", {})
-        if not pretrained and name in _AUTHORS_ENCODERS:
+        if not fetch and name in _AUTHORS_ENCODERS:
             options["zero_init_last"] = False  # as the authors' code starts them
-        return timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
+        return timm.create_model(name, pretrained=fetch, num_classes=0, **options)
     except (OSError, RuntimeError, TypeError) as error:
         why = reason(error, library=True, otherwise="timm does not say why")
-        if not pretrained:
+        if not fetch:
             raise UserError(f"timm cannot build {name} at {size} pixels ({why}); change --size or --arch") from None
         advice = "connect to the network, name a file of them with --weights FILE, or set --pretrained false"
         raise UserError(f"the pretrained weights of {name} could not be had ({why}); {advice}") from None
@@ -129,6 +117,8 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
 
 def _in_timms_names(state: dict[str, Tensor], encoder: nn.Module) -> dict[str, Tensor]:
     """Through timm's own conversion, where there is one: other names, position embeddings of another size."""
+    if "_conv_stem.weight" in state:  # EfficientNet-PyTorch's names, in the order of timm's
+        return dict(zip(encoder.state_dict(), state.values(), strict=False))
     convert = getattr(sys.modules[type(encoder).__module__], "checkpoint_filter_fn", None)
     try:
         return convert(state, encoder) if convert else state

