@@ -80,8 +80,13 @@ class Views:
 @dataclass(frozen=True)
 class Model:
     encoder: str = _field("resnet50", "resnet8, resnet20, resnet32 (for small images) or any name timm knows", "arch")
-    pretrained: bool = _field(False, "start from pretrained weights: of timm's hub or, where that cannot be reached, of a package")
+    pretrained: bool = _field(
+        False, "start from pretrained weights: of timm's hub or, without one, of a package"
+    )
     weights: str = _field("", "start from the encoder's weights in this file, in timm's or torchvision's naming")
+    tune: Literal["full", "frozen"] = _field(
+        "full", "what is trained of the encoder: all of it, or nothing: its features are then computed once"
+    )
     classifier: Literal["cosine", "linear"] = _field("cosine", "cosine with scale 30, or linear with bias")
     hidden_dim: int = _field(0, "hidden width of the two projections (0: the encoder's width)", ge=0, le=65_536)
     feature_dim: int = _field(1024, "width D of the contrastive features", "feat-dim", ge=2, le=65_536)

@@ -106,7 +106,7 @@ def observe(
 ) -> Generator["Observation"]:
     """A context with an observation. Give its `add` the labels and logits of each batch that `network` has computed."""
     observation = Observation(network, train_counts_C, temperature)
-    hook = network.encoder.register_forward_hook(observation.keep)
+    hook = network.classifier.register_forward_pre_hook(observation.keep)
     try:
         yield observation
     finally:
@@ -128,9 +128,9 @@ class Observation:
         self._map_BF: list[Tensor] = []
         self._map_rows_B: list[Tensor] = []  # within their batch
 
-    def keep(self, _: nn.Module, __: Any, hidden_BF: Tensor) -> None:
-        """The encoder's hook: its output for the next batch."""
-        self._hidden_BF = hidden_BF.float()
+    def keep(self, _: nn.Module, given: tuple[Tensor]) -> None:
+        """The classifier's hook: the encoder's output for the next batch."""
+        self._hidden_BF = given[0].float()
 
     def add(self, labels_B: Tensor, logits_BC: Tensor) -> None:
         """The labels and the logits of the batch that the network has computed last."""

@@ -23,6 +23,7 @@ from equipoise.config.recipe import Data, Field, Recipe, field_value, find_field
 from equipoise.data.images import ImageList, Parts
 from equipoise.data.lists import BENCHMARKS
 from equipoise.data.sources import LISTS, PARTS, find_parts, named_lists, open_data, open_part, part_of, recognise
+from equipoise.evaluation.features import open_encoded_batches
 from equipoise.evaluation.metrics import Predictions, choose_tau, fit_temperature, score
 from equipoise.evaluation.predictions import Table, confidence_at, observe, predict
 from equipoise.method.losses import log_prior
@@ -62,13 +63,16 @@ def evaluate_run(
     parts = parts or world.each_makes(lambda: unchanged_data(last, path))
     scored = {part: images for part, images in parts.named().items() if part != "train"}
 
+    where = choose_device(device, world.local_rank)
+
     def read(images: ImageList) -> Batches:
-        return open_recipe_batches(last.recipe, images, choose_device(device, world.local_rank), world)
+        return open_encoded_batches(last.recipe, images, last.build().to(where), where, world)
 
     with ExitStack() as stack:
         batches = world.each_makes(lambda: {part: read(images) for part, images in scored.items()})
         for opened in batches.values():
             stack.enter_context(closing(opened))
+            opened.prepare()
         scores = [score_checkpoint(checkpoint, batches, device, world) for checkpoint in checkpoints]
         bad = record_bad_images(path, world, **batches)
     metrics: RunMetrics = {

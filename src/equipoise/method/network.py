@@ -50,7 +50,11 @@ class TwoBranchNetwork(nn.Module):
         Raises UserError for an encoder that is not known, or does not take that size, or whose weights cannot be had.
         """
         super().__init__()
-        self.encoder, width = create_encoder(model.encoder, views.size, model.pretrained, model.weights)
+        self.encoder, self.width = create_encoder(model.encoder, views.size, model.pretrained, model.weights)
+        self.frozen = model.tune == "frozen"
+        if self.frozen:
+            self.encoder.requires_grad_(False)
+        width = self.width
         linear = model.classifier == "linear"
         self.classifier = nn.Linear(width, classes) if linear else CosineClassifier(width, classes)
         self.projection = _projection(width, model) if contrastive else None
@@ -60,7 +64,7 @@ class TwoBranchNetwork(nn.Module):
 
     def forward(self, images_N3HW: Tensor) -> Tensor:
         """`logits_NC` of uint8 images, with no prior added: their argmax is the prediction."""
-        return self._classify(self._encode(images_N3HW))
+        return self._classify(self.encode(images_N3HW))
 
     def synchronise_batch_norm(self, device: torch.device) -> None:
         """BatchNorm over the images of all ranks; not that of the prototypes, whose rows are the same on each."""
@@ -82,7 +86,7 @@ class TwoBranchNetwork(nn.Module):
             parts = [self._encode_twice(part) for part in images_VB3HW.tensor_split(-(-batch // micro_batch), dim=1)]
             hidden_NF = torch.cat(parts, dim=1).flatten(0, 1)
         else:
-            hidden_NF = self._encode(images_VB3HW.flatten(0, 1))
+            hidden_NF = self.encode(images_VB3HW.flatten(0, 1))
         logits_BC = self._classify(hidden_NF[:batch])
         if self.projection is None:
             return Outputs(logits_BC, None, None)
@@ -97,14 +101,24 @@ class TwoBranchNetwork(nn.Module):
         """`[V, B, F]`. Nothing is kept for the backward pass, which encodes again: with the same random numbers, and
         without moving BatchNorm's averages a second time."""
         hidden: Tensor = checkpoint(  # pyright: ignore[reportAssignmentType]
-            self._encode,
+            self.encode,
             images_VB3HW.flatten(0, 1),
             use_reentrant=False,
             context_fn=lambda: (nullcontext(), resting_averages(self.encoder)),
         )
         return hidden.unflatten(0, images_VB3HW.shape[:2])
 
-    def _encode(self, images_N3HW: Tensor) -> Tensor:
+    def train(self, mode: bool = True) -> "TwoBranchNetwork":
+        """Training mode, or evaluation mode, in which a frozen encoder always is."""
+        super().train(mode)
+        if self.frozen:
+            self.encoder.eval()
+        return self
+
+    def encode(self, images_N3HW: Tensor) -> Tensor:
+        """The encoder's output `[N, F]`. Features, of that shape already, are passed on."""
+        if images_N3HW.ndim == 2:
+            return images_N3HW
         images_N3HW = images_N3HW.contiguous(memory_format=torch.channels_last)
         hidden_NF: Tensor = self.encoder((images_N3HW - self.mean) / self.std)
         return at_least_float32(hidden_NF)

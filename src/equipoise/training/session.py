@@ -1,7 +1,7 @@
 """A plan becomes a run folder: it is opened, taken, trained and scored, and what goes wrong is said in one line."""
 
 import shlex
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,13 +12,14 @@ from equipoise.base.device import describe_machine, deterministic, keep_freed_me
 from equipoise.base.errors import UserError, in_words, out_of_memory, own_command
 from equipoise.base.world import join, lost_rank
 from equipoise.config.recipe import Recipe
+from equipoise.evaluation.features import open_encoded_batches
 from equipoise.evaluation.score import Run, evaluate_run
 from equipoise.method.network import TwoBranchNetwork
 from equipoise.runs.checkpoint import create_network
 from equipoise.runs.folder import BAD_IMAGES, LAST, METRICS, PREVIOUS, RunFolder, write_record
 from equipoise.training.loop import NonFiniteLossError, Requests, Trainer
 from equipoise.training.plan import Plan, default_folder, prepare
-from equipoise.views.loader import Batches, open_recipe_batches
+from equipoise.views.loader import Batches
 
 
 def train(
@@ -41,10 +42,13 @@ class Session:
 
     plan: Plan
     trainer: Trainer
+    opened: Mapping[str, Batches]
 
     def run(self, progress: bool = True) -> Run:
         """Train and score. See `train`."""
         plan, requests = self.plan, self.trainer.requests
+        for batches in self.opened.values():
+            batches.prepare(lambda: requests.leave_if_stopped("features are kept", plan.resume_command()))
         self.trainer.train(progress and plan.world.is_first)
         state = "training is done and saved, but not scored"  # nothing more has to be saved
         plan.world.each_makes(lambda: requests.stop_at_once(state, plan.resume_command()))
@@ -64,21 +68,17 @@ def start(plan: Plan) -> Generator[Session]:
     cannot be had, images, a folder that cannot be made. See `train` for what it raises."""
     if plan.device.type == "cpu":
         keep_freed_memory()
-    network, batches, validation = plan.world.each_makes(lambda: _open(plan))
+    network, opened = plan.world.each_makes(lambda: _open(plan))
     with deterministic(plan.recipe.deterministic), Requests() as requests, RunFolder() as folder:
         got = plan.world.first_makes(lambda: _take(folder, plan))
         plan = replace(plan, place=replace(plan.place, folder=got))
         with _failures_in_one_line(plan, folder):
-            yield Session(plan, Trainer(plan, network.to(plan.device), batches, validation, requests))
+            yield Session(plan, Trainer(plan, network, opened["train"], opened.get("validation"), requests), opened)
 
 
-def _open(plan: Plan) -> tuple[TwoBranchNetwork, Batches, Batches | None]:
-    """The network as it starts, and what reads the training and validation images."""
+def _open(plan: Plan) -> tuple[TwoBranchNetwork, dict[str, Batches]]:
+    """The network as it starts, and what reads the images of each part; a small one that is bad is told now."""
     recipe, parts, world = plan.recipe, plan.parts, plan.world
-    batches = open_recipe_batches(recipe, parts.train, plan.device, world)
-    validation = open_recipe_batches(recipe, parts.validation, plan.device, world) if parts.validation else None
-    if parts.test is not None:
-        open_recipe_batches(recipe, parts.test, plan.device, world)  # decodes small images: a bad one is told now
     classes, begin = len(parts.train.class_names), plan.start
     if begin is not None and not begin.checkpoint.fits(recipe, classes):
         before = begin.checkpoint.recipe
@@ -97,7 +97,11 @@ def _open(plan: Plan) -> tuple[TwoBranchNetwork, Batches, Batches | None]:
     network = network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] torch's stub lacks it
     if recipe.model.batch_norm == "synchronised" and world.size > 1:
         network.synchronise_batch_norm(plan.device)
-    return network, batches, validation
+    network = network.to(plan.device)
+    opened = {
+        name: open_encoded_batches(recipe, part, network, plan.device, world) for name, part in parts.named().items()
+    }
+    return network, opened
 
 
 def _take(folder: RunFolder, plan: Plan) -> Path:

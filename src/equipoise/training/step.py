@@ -47,7 +47,7 @@ class Step:
             network.encoder.compile()  # in its place: the names of its weights stay
         self._forward: nn.Module = _Forward(network, recipe.micro_batch)
         # Recorded steps were not tried together with these.
-        untried = recipe.deterministic or recipe.micro_batch or recipe.compile or world.size > 1
+        untried = network.frozen or recipe.deterministic or recipe.micro_batch or recipe.compile or world.size > 1
         recorded = recipe.cuda_graph and device.type == "cuda" and not untried
         self._graph = StepGraph(self._losses, network, recipe.batch_size) if recorded else None
         if world.size > 1:

@@ -6,7 +6,7 @@ says which they were."""
 import signal
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
@@ -54,7 +54,7 @@ def worker_count(workers: int, local_ranks: int = 1) -> int:
 
 
 @dataclass(frozen=True)
-class _Task:
+class Task:
     """A batch to be made of the images `indices_G`, of which `rows` are this rank's and `indices_B` are computed here.
     For training with `seed_and_epoch`, for evaluation without."""
 
@@ -68,9 +68,9 @@ class _Tasks:
     """The loader's sampler. It is filled anew for each pass, so that the same processes serve all of them."""
 
     def __init__(self) -> None:
-        self.next: Iterable[_Task] = ()
+        self.next: Iterable[Task] = ()
 
-    def __iter__(self) -> Iterator[_Task]:
+    def __iter__(self) -> Iterator[Task]:
         return iter(self.next)
 
 
@@ -91,7 +91,7 @@ def open_batches(
         workers = 0  # their views are made in less time than a process takes to start
     if workers and needs_processes(device):
         refuse_unguarded_script()
-    return Batches(_Maker(images, settings, skip), device, workers, world)
+    return Batches(Maker(images, settings, skip), device, workers, world)
 
 
 def needs_processes(device: torch.device) -> bool:
@@ -108,7 +108,7 @@ def open_recipe_batches(recipe: Recipe, images: ImageList, device: torch.device,
 class Batches:
     """What training and evaluation read from. `bad`: by index, the images that this rank could not read so far."""
 
-    def __init__(self, maker: "_Maker", device: torch.device, workers: int, world: World) -> None:
+    def __init__(self, maker: "Maker", device: torch.device, workers: int, world: World) -> None:
         self.bad = dict(maker.bad)
         self._maker = maker
         self._device = device
@@ -140,11 +140,25 @@ class Batches:
         """All images in order, in batches; of several ranks, rank r has the batches r, r + size, ..., so that each is
         what it would be with one rank, to the last bit."""
         starts = range(self._world.rank * batch_size, len(self), self._world.size * batch_size)
-        batches = (np.arange(start, min(start + batch_size, len(self))) for start in starts)
-        tasks = [_Task(indices_B, slice(0, len(indices_B)), indices_B) for indices_B in batches]
+        return self._evaluated([np.arange(start, min(start + batch_size, len(self))) for start in starts])
+
+    def evaluation_of(self, indices_N: Indices, batch_size: int) -> Iterator[tuple[Batch, Indices]]:
+        """These images alone, by this rank alone, in batches; with each, which of them could be read."""
+        batches = [indices_N[start : start + batch_size] for start in range(0, len(indices_N), batch_size)]
+        for batch, indices_B in zip(self._evaluated(batches), batches, strict=True):
+            yield batch, np.setdiff1d(indices_B, list(batch.bad))
+
+    def _evaluated(self, batches: Sequence[Indices]) -> Iterator[Batch]:
+        tasks = [Task(indices_B, slice(0, len(indices_B)), indices_B) for indices_B in batches]
         # What is in memory only has to be copied: a worker would cost more.
         made = map(self._maker.__getitem__, tasks) if self._maker.in_memory else self._received(tasks)
         return map(self._arrived, made)
+
+    def prepare(self, look: Callable[[], None] = lambda: None) -> None:
+        """Compute what has to be there before the first batch. `look` is called meanwhile, and may raise. All ranks
+        call it."""
+        self._maker.prepare(self._world, look)
+        self.bad.update(self._maker.bad)
 
     def close(self) -> None:
         """End the workers."""
@@ -153,7 +167,7 @@ class Batches:
         else:
             getattr(self._receiving, "_shutdown_workers", lambda: None)()  # torch has no public way
 
-    def _training_tasks(self, seed: int, batch_size: int, steps: range) -> Iterator[_Task]:
+    def _training_tasks(self, seed: int, batch_size: int, steps: range) -> Iterator[Task]:
         order = np.empty(0, np.int64)
         for step in steps:
             epoch, place = divmod(step, steps_per_epoch(len(self), batch_size))
@@ -162,15 +176,15 @@ class Batches:
             indices_G = order[place * batch_size : (place + 1) * batch_size]
             rows = self._world.share(len(indices_G))
             indices_B = indices_G[rows] if rows.stop > rows.start else indices_G[:2]
-            yield _Task(indices_G, rows, indices_B, (seed, epoch))
+            yield Task(indices_G, rows, indices_B, (seed, epoch))
 
-    def _received(self, tasks: Iterable[_Task]) -> Iterator[Batch | UserError]:
+    def _received(self, tasks: Iterable[Task]) -> Iterator[Batch | UserError]:
         if needs_processes(self._device):
             return self._by_processes(tasks)
         self._receiving = self._by_threads(tasks)
         return self._receiving
 
-    def _by_threads(self, tasks: Iterable[_Task]) -> Generator[Batch | UserError]:
+    def _by_threads(self, tasks: Iterable[Task]) -> Generator[Batch | UserError]:
         if self._workers == 0:
             yield from map(self._maker.__getitem__, tasks)
             return
@@ -188,7 +202,7 @@ class Batches:
             # any thread, and one cannot wait for itself.
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _by_processes(self, tasks: Iterable[_Task]) -> Iterator[Batch | UserError]:
+    def _by_processes(self, tasks: Iterable[Task]) -> Iterator[Batch | UserError]:
         self._tasks.next = tasks
         self._receiving = self._start()
         try:
@@ -221,7 +235,7 @@ class Batches:
         return replace(batch, images_VB3SS=images_VB3SS, labels_G=batch.labels_G.to(self._device, non_blocking=True))
 
 
-class _Maker(Dataset["Batch | UserError"]):
+class Maker(Dataset["Batch | UserError"]):
     """Makes the batches, in the workers. Photographs are decoded for each batch; other images, which have the
     size of a view, are in memory."""
 
@@ -237,13 +251,16 @@ class _Maker(Dataset["Batch | UserError"]):
     def __len__(self) -> int:
         return len(self._images)
 
-    def __getitem__(self, task: _Task) -> Batch | UserError:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def prepare(self, world: World, look: Callable[[], None]) -> None:
+        """Images need no preparation."""
+
+    def __getitem__(self, task: Task) -> Batch | UserError:  # pyright: ignore[reportIncompatibleMethodOverride]
         try:
             return self._evaluation(task.indices_B) if task.seed_and_epoch is None else self._training(task)
         except UserError as error:
             return error  # raised, it would arrive wrapped in a traceback
 
-    def _training(self, task: _Task) -> Batch:
+    def _training(self, task: Task) -> Batch:
         assert task.seed_and_epoch is not None
         bad: dict[int, BadImageError] = {}
         images: list[Pixels] = []

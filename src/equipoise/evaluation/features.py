@@ -1,0 +1,129 @@
+"""The features of a frozen encoder, computed once: a file for each list, encoder and view, mapped into memory.
+
+Shapes: N images, F width of the encoder, V views of a batch of B images.
+"""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from numpy.lib.format import open_memmap
+
+from equipoise.base.device import exact_float32
+from equipoise.base.files import atomic_file
+from equipoise.base.progress import ProgressLine
+from equipoise.base.world import World
+from equipoise.config.recipe import Recipe
+from equipoise.data.decode import BadImageError, no_image_left, stand_ins
+from equipoise.data.images import ImageFiles, ImageList, Indices
+from equipoise.method.network import TwoBranchNetwork
+from equipoise.views.loader import Batch, Batches, Maker, Task, open_recipe_batches
+from equipoise.views.views import view_settings
+
+_BATCH = 64  # images between two looks at a signal
+
+
+def open_encoded_batches(
+    recipe: Recipe, images: ImageList, network: TwoBranchNetwork, device: torch.device, world: World
+) -> Batches:
+    """Batches of images under the recipe's views or, where its encoder is frozen, of the features of their evaluation
+    views, which `Batches.prepare` computes."""
+    batches = open_recipe_batches(recipe, images, device, world)
+    if recipe.model.tune != "frozen":
+        return batches
+    return Batches(_FeatureMaker(recipe, images, network, batches), device, 0, world)
+
+
+class _FeatureMaker(Maker):
+    """Makes batches of features `[V, B, F]`, the same for all views."""
+
+    def __init__(self, recipe: Recipe, images: ImageList, network: TwoBranchNetwork, batches: Batches) -> None:
+        self.in_memory = True
+        self.bad: dict[int, BadImageError] = {}
+        self._recipe, self._images, self._network, self._batches = recipe, images, network, batches
+        self._views = len(view_settings(recipe).kinds)
+        self._features_NF: npt.NDArray[np.float32] = np.empty((0, 0), np.float32)
+
+    def prepare(self, world: World, look: Callable[[], None]) -> None:
+        """Compute what is not in the file yet. `look` is called now and then, and may raise."""
+        with closing(self._batches):
+            file, self.bad = compute_features(self._recipe, self._images, self._network, self._batches, world, look)
+        world.gather_objects(None)  # the other ranks of this machine write into the same file
+        self._features_NF = np.load(file, mmap_mode="r")
+
+    def _training(self, task: Task) -> Batch:
+        rows_B = [index if index not in self.bad else self._other(index) for index in task.indices_B.tolist()]
+        features_BF = torch.from_numpy(self._features_NF[rows_B])
+        labels_G = torch.from_numpy(self._images.labels_N[task.indices_G])
+        return Batch(features_BF.expand(self._views, -1, -1), labels_G, task.rows)
+
+    def _evaluation(self, indices_B: Indices) -> Batch:
+        good = [index for index in indices_B.tolist() if index not in self.bad]
+        labels_B = torch.from_numpy(self._images.labels_N[good])
+        return Batch(torch.from_numpy(self._features_NF[good])[None], labels_B, slice(0, len(good)))
+
+    def _other(self, index: int) -> int:
+        """An image that stands in for the bad one at `index`."""
+        for other in stand_ins(self._images, index):
+            if other not in self.bad:
+                return other
+        raise no_image_left(self._images, int(self._images.labels_N[index]))
+
+
+def compute_features(
+    recipe: Recipe,
+    images: ImageList,
+    network: TwoBranchNetwork,
+    batches: Batches,
+    world: World,
+    look: Callable[[], None],
+) -> tuple[Path, dict[int, BadImageError]]:
+    """The file of the encoder's features `[N, F]`, float32, and the images that cannot be read. Rows that are not
+    computed yet are NaN, so that what was interrupted goes on; the ranks of a machine share the work."""
+    file = _cache() / f"{_key(recipe, images, network)}.npy"
+    if world.local_rank == 0 and not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(file) as opened:
+            np.lib.format.write_array(opened, np.full((len(images), network.width), np.nan, np.float32))
+    world.gather_objects(None)
+    features_NF = open_memmap(file, mode="r+")
+    bad: dict[int, BadImageError] = {}
+    todo = np.flatnonzero(np.isnan(features_NF[:, 0]))[world.local_rank :: world.local_size]
+    network.eval()
+    with closing(ProgressLine(0, len(todo), "image", world.is_first and len(todo) > 0)) as line, exact_float32():
+        done = 0
+        for batch, rows in batches.evaluation_of(todo, _BATCH):
+            look()
+            with torch.inference_mode():
+                features_NF[rows] = network.encode(batch.images_VB3SS[0]).cpu().numpy()
+            bad.update(batch.bad)
+            done += len(rows) + len(batch.bad)
+            line.update(done, "features of the frozen encoder")
+    features_NF.flush()
+    return file, bad
+
+
+def _key(recipe: Recipe, images: ImageList, network: TwoBranchNetwork) -> str:
+    """What the features follow from: the images (of files also size and time of change), encoder, weights and view."""
+    hasher = hashlib.sha256(images.fingerprint().encode())
+    if isinstance(images.images, ImageFiles):
+        for index in range(len(images)):
+            with contextlib.suppress(OSError):  # it is a bad image
+                status = os.stat(images.images.path(index))
+                hasher.update(f"{status.st_size} {status.st_mtime_ns} ".encode())
+    views = recipe.views
+    hasher.update(f"{recipe.model.encoder} {views.policy} {views.size} {views.mean} {views.std}".encode())
+    for name, tensor in network.encoder.state_dict().items():
+        hasher.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return hasher.hexdigest()
+
+
+def _cache() -> Path:
+    """The folder of what can be computed again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "equipoise" / "features"
