@@ -178,6 +178,19 @@ SITUATIONS = {
 }
 
 
+COUNTS = {
+    "a competition's test images and its made-up labels": "7 images, 2 classes",
+    "fewer classes in val than in train": "6 images, 2 classes",
+    "parts in capitals": "6 images, 2 classes",
+    "numbers as names of classes": "12 images, 4 classes",
+    "odd names of classes": "27 images, 9 classes",
+    "images of one pixel, and strips": "7 images, 2 classes",
+    "a named pipe": "4 images, 2 classes",
+    "a list with backslashes": "6 images, 2 classes",
+    "a list in UTF-16": "6 images, 2 classes",
+}
+
+
 @pytest.mark.parametrize("situation", SITUATIONS)
 def test_situations(situation, tmp_path, capsys, monkeypatch):
     make, path, code, sentence = SITUATIONS[situation]
@@ -186,4 +199,6 @@ def test_situations(situation, tmp_path, capsys, monkeypatch):
     assert main(["data", path, "--check"]) == code
     said = capsys.readouterr()
     assert sentence in said.out + said.err
+    if counts := COUNTS.get(situation):
+        assert f"train: {counts}" in said.out
     assert (code == 2) == (said.out == "")

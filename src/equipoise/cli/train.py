@@ -49,7 +49,7 @@ def data(options: argparse.Namespace) -> int:
     found, problems, bad, inspection = survey(meant, options.check or options.report is not None)
     copies = inspection.problems() if inspection else []
     recipe = load_recipe(flags.fitting_recipe(recognise(meant.path)))
-    print_data(str(path), found, [*found.notes, *problems, *copies], bad, inspection is not None, recipe)
+    print_data(str(path), found, [*problems, *copies], bad, inspection is not None, recipe)
     if inspection is None:
         return 0
     if inspection.copies.too_alike:
