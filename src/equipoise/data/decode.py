@@ -42,7 +42,7 @@ _OTHERS = {
     rb"\s*(<!doctype html|<html)": "a web page, not the image behind it: fetch it again",
     rb"version https://git-lfs": "a pointer of Git LFS, not the image: run git lfs pull",
     rb"%PDF": f"PDF: {_AS_JPEG}",
-    rb"PK\x03\x04|\x1f\x8b|Rar!|7z": "an archive: unpack it",
+    rb"PK\x03\x04|\x1f\x8b|Rar!|7z": "an archive: unpack it (a spreadsheet: save it as CSV)",
     rb".{128}DICM": f"DICOM: {_AS_JPEG} or PNG",
 }
 _PLAINLY_NONE = ", no image"

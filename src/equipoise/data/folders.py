@@ -127,7 +127,10 @@ def _part_folders(root: Path, folders: list[str], notes: list[str]) -> dict[str,
     if others and "train" not in parts:
         return {}
     if others:
-        notes.append(f"{root}: beside train/, these folders are no part and were passed over: {', '.join(others)}")
+        what = "train, val and test hold class folders"
+        notes.append(
+            f"{root}: beside train/, these folders are no part ({what}) and were passed over: {', '.join(others)}"
+        )
     return parts
 
 

@@ -25,10 +25,15 @@ def part_named(name: str) -> str:
     return PART_NAMES.get(re.split("[^a-z]", name.lower())[0], "")
 
 
+def plain(name: str) -> str:
+    """The name of a column without what people write differently."""
+    return re.sub(r"[\s_-]", "", name.lower())
+
+
 def named_column(columns: Iterable[str], names: Sequence[str]) -> str:
-    """The first column that has one of these names; '' for none."""
-    plain = {re.sub(r"[\s_-]", "", name.lower()): name for name in columns}
-    return next((plain[name] for name in names if name in plain), "")
+    """The first column that has one of these plain names; '' for none."""
+    known = {plain(name): name for name in columns}
+    return next((known[name] for name in names if name in known), "")
 
 
 class NoTableError(UserError):

@@ -6,6 +6,7 @@ program: torchvision loads one only if its MD5 is that of the published file.
 
 import os
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
@@ -120,16 +121,16 @@ def _tables_or_folders(root: Path, data: Data) -> Found:
     a table names none of the images in them, or does not divide what they divide into parts."""
     if not root.is_dir() or not find_tables(root):
         return open_class_folders(root, data.class_level, data.allow_outside)
-    tables: Found | NoTableError
-    try:
-        tables = open_tables(root, {}, data)
-    except NoTableError as error:
-        tables = error
     try:
         folders = open_class_folders(root, data.class_level, data.allow_outside)
         usable = not training_problem(next(iter(folders.parts.values())))
     except UserError:
         folders, usable = None, False
+    tables: Found | NoTableError
+    try:
+        tables = open_tables(root, {}, data, guess=not usable)
+    except NoTableError as error:
+        tables = error
     if folders and usable and not (data.image_column or data.label_column):
         why = ""
         if isinstance(tables, NoTableError):
@@ -213,8 +214,13 @@ def with_groups(found: Found, data: Data) -> Found:
     parts = found.parts
     if data.group_by:
         parts = {name: grouped(part, data.group_by) for name, part in parts.items()}
-    groups = {name: set(part.groups_N.tolist()) for name, part in parts.items() if part.groups_N is not None}
+    counts = {name: Counter(part.groups_N.tolist()) for name, part in parts.items() if part.groups_N is not None}
+    groups = {name: set(counted) for name, counted in counts.items()}
     notes = list(found.notes)
+    for name, counted in counts.items():
+        largest, images = counted.most_common(1)[0]
+        number = several(len(counted), "group")
+        notes.append(f"{name} part: {number}, the largest of {several(images, 'image')} ({largest})")
     for one, other in combinations(groups, 2):
         if shared := groups[one] & groups[other]:
             also = (

@@ -132,7 +132,7 @@ def grouped(images: ImageList, by: str) -> ImageList:
             found = re.search(by, path)
         except re.error as error:
             raise UserError(f"data.group_by is no column and no regular expression: '{by}' ({error})") from None
-        if not found:
+        if not found or not (any(found.groups()) if found.re.groups else found[0]):
             raise UserError(f"data.group_by = '{by}' finds nothing in {path}; it must match every path")
-        groups.append(found[1] if found.re.groups else found[0])
+        groups.append(next(filter(None, found.groups()), "") if found.re.groups else found[0])
     return replace(images, groups_N=np.array(groups))

@@ -5,8 +5,8 @@ Columns are found by their names, images by their paths or file names anywhere b
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -19,7 +19,17 @@ from equipoise.data.decode import is_like_an_image
 from equipoise.data.folders import Listing, images_below
 from equipoise.data.images import PART_NAMES, Found, ImageFiles, ImageList, missing_files
 from equipoise.data.names import in_order, look_alikes, normal, numbered
-from equipoise.data.rows import LABELS, TABLES, Columns, NoTableError, named_column, part_named, read_joined, read_table
+from equipoise.data.rows import (
+    LABELS,
+    TABLES,
+    Columns,
+    NoTableError,
+    named_column,
+    part_named,
+    plain,
+    read_joined,
+    read_table,
+)
 
 _SPLITS = ("split", "subset", "partition", "set", "dataset")
 _GROUPS = ("group", "groupid")
@@ -30,10 +40,11 @@ _SAMPLE = 200  # rows by which the column of images is found
 @dataclass
 class _Table:
     """A table of labels. `part`: the one that its name says, or ''. A row: image, label ('' where it has none or
-    several), part, group. `said`: which columns these are."""
+    several), part, group. `label`: the column of labels, '' for one-hot ones. `said`: which columns these are."""
 
     part: str
     file: Path
+    label: str
     rows: list[tuple[str, str, str, str]]
     said: str
 
@@ -55,16 +66,20 @@ def find_tables(root: Path) -> list[tuple[str, Path, Columns | None]]:
     return [(part_named(file.stem), file, None) for file in files]
 
 
-def open_tables(root: Path, named: Mapping[str, Path], data: Data) -> Found:
-    """The images below `root`, as the tables `named` by part say, or '' by none; or else the tables in `root`. Raises
-    UserError where these have no such columns, or do not fit the images."""
+def open_tables(root: Path, named: Mapping[str, Path], data: Data, guess: bool = True) -> Found:
+    """The images below `root`, as the tables `named` by part say, or '' by none; or else the tables in `root`. With
+    `guess`, a column of labels may be called anything. Raises UserError where these have no such columns, or do not fit
+    the images."""
     tables = [(part, file, None) for part, file in named.items()] or find_tables(root)
+    tables.sort(key=lambda table: table[0] != "train")
     index = _Index(images_below(root))
     opened: list[_Table] = []
     notes: list[str] = []
     for part, file, columns in tables:
         try:
-            opened.append(_read(part, file, columns or read_table(file), index, data))
+            opened.append(_read(part, file, columns or read_table(file), index, data, guess))
+            if opened[0].label:  # the others have the same
+                data = replace(data, label_column=opened[0].label)
         except NoTableError as error:
             if named or len(tables) == 1:
                 raise
@@ -114,24 +129,29 @@ class _Index:
         return [path for path in found if likeness(path) == most]
 
 
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names)
+
+
 def _key(name: str) -> str:
     return normal(name).casefold()
 
 
-def _read(part: str, file: Path, columns: Columns, index: _Index, data: Data) -> _Table:
+def _read(part: str, file: Path, columns: Columns, index: _Index, data: Data, guess: bool) -> _Table:
     """A table whose columns of images and labels have been found. Raises UserError where these cannot be."""
     label = data.label_column or named_column(columns, LABELS)
     if not label and any(index.find(name) for name in columns):
         raise UserError(f"{file} has no heading: write one above its first row, as filename,label")
     for key, column in (("image_column", data.image_column), ("label_column", data.label_column)):
         if column and column not in columns:
-            raise UserError(f"{file} has no column '{column}' (data.{key}); it has {', '.join(columns)}")
+            raise NoTableError(f"{file} has no column '{column}' (data.{key}); it has {_listed(columns)}")
     split = named_column(columns, _SPLITS)
     if not any(cell.lower() in PART_NAMES for cell in columns.get(split, ())):
         split = ""  # it divides something else
-    group = data.group_by if data.group_by in columns else "" if data.group_by else named_column(columns, _GROUPS)
+    group = named_column(columns, [plain(data.group_by)] if data.group_by else _GROUPS)
     image = data.image_column or _column_of_images(file, columns, index, {label, split, group})
-    others = [name for name in columns if name not in (image, split, group)]
+    left = [name for name in columns if name not in (image, split, group)]
+    others = [name for name in left if guess and len(set(columns[name])) < max(5, len(columns[name]))]  # no ids
     labels = columns.get(label)
     if labels is None and len(others) == 1:
         label, labels = others[0], columns[others[0]]
@@ -139,8 +159,8 @@ def _read(part: str, file: Path, columns: Columns, index: _Index, data: Data) ->
         label, labels = f"{others[0]} … {others[-1]}", _one_hot(columns, others)
     if labels is None:
         raise NoTableError(
-            f"{file}: which column has the labels? name it with --set data.label_column=NAME; there are "
-            f"{', '.join(others)}"
+            f"{file}: which column has the labels? name it with --set 'data.label_column=NAME'; there are "
+            f"{_listed(left)}"
         )
     said = {"images": image, "labels": label, "parts": split, "groups": group}
     described = ", ".join(f"{what} by '{column}'" for what, column in said.items() if column)
@@ -155,21 +175,24 @@ def _read(part: str, file: Path, columns: Columns, index: _Index, data: Data) ->
         )
     if split:
         rows = [(*row[:1], row[1] if row[2] else "", *row[2:]) for row in rows]
-    return _Table(part, file, rows, f"{file}: {described}")
+    return _Table(part, file, label if label in columns else "", rows, f"{file}: {described}")
 
 
 def _column_of_images(file: Path, columns: Columns, index: _Index, others: set[str]) -> str:
-    """The column most of whose cells are images below the folder; of several, one with endings in it."""
-    found: dict[str, tuple[int, int]] = {}
+    """The column most of whose cells are images below the folder; of several, one with endings, or whose cells differ."""
+    found: dict[str, tuple[int, int, int]] = {}
     samples = {name: cells[:: max(1, len(cells) // _SAMPLE)] for name, cells in columns.items() if name not in others}
     for name, cells in samples.items():
-        found[name] = sum(bool(index.find(cell)) for cell in cells), sum("." in cell for cell in cells)
-    most = max(found.values(), default=(0, 0))
+        endings, different = sum("." in cell for cell in cells), len(set(cells))
+        found[name] = sum(bool(index.find(cell)) for cell in cells), endings, different
+    most = max(found.values(), default=(0, 0, 0))
     best = [name for name in found if found[name] == most]
     if most[0] == 0:
+        cell, image = next(iter(columns.values()))[0], next(iter(index.paths), "not there")
         raise NoTableError(
-            f"{file}: no column names images below its folder (columns: {', '.join(columns)}); put the images "
-            "there, or name their folder with --data and this table with --train-list"
+            f"{file}: no column names images below its folder (columns: {_listed(columns)}; the first row begins with "
+            f"'{cell}', an image is {image}); put the images there, or name their folder with --data and this table "
+            "with --train-list"
         )
     first = [index.find(cell) for cell in samples[best[0]]]
     if any([index.find(cell) for cell in samples[name]] != first for name in best[1:]):

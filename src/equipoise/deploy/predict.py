@@ -224,7 +224,7 @@ def find_images(paths: Sequence[str | Path]) -> tuple[list[str], list[UserError]
             errors.append(error)
             continue
         files += [str(path / name) for name in found.images]
-        errors += [UserError(f"{path / name} ({why})") for name, why in found.others]
+        errors += [UserError(f"{path / name} is no image that can be read ({why})") for name, why in found.others]
         if not found.images:
             errors.append(UserError(f"{path} holds no images"))
     return files, errors

@@ -185,7 +185,7 @@ class Trainer:
             images += len(batch.labels_G)
             speed = images / (time.perf_counter() - since)
             said = "  ".join(f"{name} {value:.3f}" for name, value in terms.items())
-            line.update(self.step, f"epoch {self.epoch + 1}/{recipe.epochs}  {said}  {speed:,.0f} images/s")
+            line.update(self.step, f"epoch {self.epoch + 1}/{recipe.epochs}  {speed:,.0f} images/s  {said}")
             if self.step % recipe.log_every == 0 or self.step % plan.steps_per_epoch == 0:
                 further = {"lr": rate, "images_per_second": round(speed, 1)}
                 log.write("train", self.step, self.epoch, {**terms, **further})
