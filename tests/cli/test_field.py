@@ -96,7 +96,7 @@ def link_to_nowhere(root: Path) -> None:
 
 
 def pipe(root: Path) -> None:
-    draw_folder(root, {"a": 2, "b": 2})
+    draw_folder(root, {"a": 3, "b": 3})
     os.mkfifo(root / "a" / "pipe.png")
 
 
@@ -138,7 +138,12 @@ SITUATIONS = {
     "a detection data set": (detection, ".", 2, "has images/ and labels/, as data for detection do"),
     "annotations beside the images": (beside(".xml"), ".", 0, "4 files passed over: .xml, no image (of 'a' 4)"),
     "an archive that repeats its folder": (folders("d/d/train/a", "d/d/train/b"), ".", 1, "d/d as data"),
-    "an archive for a folder": (archives, "train.zip", 2, "train.zip is a file (an archive: unpack it)"),
+    "an archive for a folder": (
+        archives,
+        "train.zip",
+        2,
+        "train.zip is a file (an archive: unpack it",
+    ),
     "a folder of archives": (archives, ".", 2, "has no sub-folders; it holds an archive: unpack it"),
     "classes in the names of files": (flat, ".", 2, "put the images of each class in a folder of its own there"),
     "numbers as names of classes": (folders("1", "2", "10", "003"), ".", 0, FINE),
@@ -149,7 +154,12 @@ SITUATIONS = {
         FINE,
     ),
     "names that differ in capitals": (folders("Cat", "cat"), ".", 0, "'Cat' and 'cat' differ in capitals only"),
-    "other kinds of images under .jpg": (misnamed, ".", 1, "gz.jpg cannot be read (it is an archive: unpack it)"),
+    "other kinds of images under .jpg": (
+        misnamed,
+        ".",
+        1,
+        "gz.jpg cannot be read (it is an archive: unpack it",
+    ),
     "scans of a hundred megapixels": (large, ".", 1, "it has more than 268,435,456 pixels: make it smaller"),
     "images of one pixel, and strips": (odd_sizes, ".", 0, FINE),
     "32 bits of which 8 are used": (integers, ".", 1, "its pixels have 32 bits, of which 8 are used"),
@@ -178,6 +188,19 @@ SITUATIONS = {
 }
 
 
+COUNTS = {
+    "a competition's test images and its made-up labels": "7 images, 2 classes",
+    "fewer classes in val than in train": "6 images, 2 classes",
+    "parts in capitals": "6 images, 2 classes",
+    "numbers as names of classes": "12 images, 4 classes",
+    "odd names of classes": "27 images, 9 classes",
+    "images of one pixel, and strips": "7 images, 2 classes",
+    "a named pipe": "6 images, 2 classes",
+    "a list with backslashes": "6 images, 2 classes",
+    "a list in UTF-16": "6 images, 2 classes",
+}
+
+
 @pytest.mark.parametrize("situation", SITUATIONS)
 def test_situations(situation, tmp_path, capsys, monkeypatch):
     make, path, code, sentence = SITUATIONS[situation]
@@ -186,4 +209,6 @@ def test_situations(situation, tmp_path, capsys, monkeypatch):
     assert main(["data", path, "--check"]) == code
     said = capsys.readouterr()
     assert sentence in said.out + said.err
+    if counts := COUNTS.get(situation):
+        assert f"train: {counts}" in said.out
     assert (code == 2) == (said.out == "")

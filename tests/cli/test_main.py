@@ -240,7 +240,8 @@ def test_data_of_a_folder_with_problems(capsys, tmp_path):
     for said in (
         "class folders",
         "train: 15 images, 2 classes, imbalance factor 4",
-        "problems (3)",
+        "notes (2)",
+        "problems (1)",
         "cow is empty and was passed over",
         "3.png cannot be read (it is no image: not JPEG",
         "1 file passed over: .txt, no image (of 'ant' 1)",
@@ -277,7 +278,9 @@ def test_check_fails_where_train_refuses(capsys, tmp_path):
         assert main([*words, "--check"]) == 1
         assert said in capsys.readouterr().out
     assert main(["data", str(tmp_path / "odd"), "--check"]) == 0
-    assert "problems (1)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "notes (1)" in said
+    assert "no problems found" in said
 
 
 def test_data_says_what_the_usual_remedies_do(capsys, tmp_path):

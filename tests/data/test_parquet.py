@@ -47,7 +47,7 @@ def test_columns_that_are_not_plain(tmp_path):
         opened(path)
     assert opened(path, label_column="fine").train.class_counts == (1, 1)
     pq.write_table(pa.table({"label": [0, 1]}), path)
-    with pytest.raises(UserError, match=r"train.parquet: no column names images below its folder \(columns: label\)"):
+    with pytest.raises(UserError, match=r"train.parquet: no column names images below its folder \(columns: .label.;"):
         opened(path)
 
 

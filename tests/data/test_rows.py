@@ -35,7 +35,7 @@ def test_a_camera_trap_package(tmp_path):
     assert named == {"0": "Vulpes vulpes", "1": "Vulpes vulpes", "2": "Meles meles", "3": "blank"}
     assert found.described == [f"{tmp_path}/media.csv: images by 'fileName', labels by 'scientificName'"]
     assert found.notes[:2] == [
-        f"{tmp_path}/media.csv: left out: 1 row without one label (first: row 7)",
+        f"{tmp_path}/media.csv: left out: 1 row without one label or part (first: row 8)",
         f"{tmp_path}/media.csv: left out: 1 image with several labels (first: img/4.png)",
     ]
     (tmp_path / "media.csv").write_text(MEDIA.replace("mediaID", "id"))

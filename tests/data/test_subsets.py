@@ -90,9 +90,12 @@ def test_refused_groups(tmp_path):
     draw_folder(tmp_path, {"ant": 4, "bee": 4})
     with pytest.raises(UserError, match=r"group_by = 'film' finds nothing in ant/0.png; it must match every path"):
         opened(tmp_path, group_by="film")
+    with pytest.raises(UserError, match=r"group_by = '\(x\)\?' finds nothing in ant/0.png"):
+        opened(tmp_path, group_by="(x)?")
+    assert set(opened(tmp_path, group_by="(ant)|(bee)").train.groups_N) == {"ant", "bee"}
     with pytest.raises(UserError, match=r"no column and no regular expression: '\(' \(missing \), unterminated"):
         opened(tmp_path, group_by="(")
-    with pytest.raises(UserError, match=r"data.group_by finds 1 groups, too few for 10 parts"):
+    with pytest.raises(UserError, match="its images are of 1 group, too few for 2 parts"):
         opened(tmp_path, group_by="png", holdout=0.1)
     with pytest.raises(UserError, match="no class has images of two groups"):
         opened(tmp_path, group_by="^...", fold="1/2")

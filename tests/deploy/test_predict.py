@@ -230,7 +230,7 @@ def test_bad_files_are_passed_over_and_the_order_stays(odd_run, tmp_path):
     assert sorted(str(error).partition(" ")[0] for error in predicted.errors) == [str(tmp_path / name) for name in bad]
     said = "\n".join(map(str, predicted.errors))
     assert "000.png cannot be read (it is no image: not JPEG, PNG, GIF, BMP, TIFF, WEBP, PPM" in said
-    assert f"{tmp_path}/many/notes.txt (.txt, no image)" in said
+    assert f"{tmp_path}/many/notes.txt is no image that can be read (.txt, no image)" in said
     for index in (0, 62, 63, 64, 140, 226):
         alone = classifier.predict(predicted.files[index])
         assert alone.ranked_NK[0].tolist() == predicted.ranked_NK[index].tolist()

@@ -21,7 +21,8 @@ class ProgressLine:
         terminal = sys.stdout.isatty()
         self._plain = shown and not terminal
         self._start = self._last_plain = time.monotonic()
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TimeRemainingColumn(), TextColumn("left"))
+        # Where there is little room, the end of the description goes.
+        columns = (TimeRemainingColumn(), TextColumn("left"), BarColumn(bar_width=10), TextColumn("{task.description}"))
         self._bar = Progress(*columns, transient=True, disable=not (shown and terminal))
         self._task = self._bar.add_task("starting", total=total, completed=done)
         self._bar.start()

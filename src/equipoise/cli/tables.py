@@ -124,12 +124,16 @@ def print_data(
         _print_counts(console, part, images)
         if part == "train":
             _print_remedies(images, recipe)
+    if found.notes:
+        console.print(Text(f"\nnotes ({len(found.notes):,})", "bold"))
+        for note in found.notes:
+            print(one_line(f"- {note}"))
     faults = [*problems, *(error.fault for error in bad)]
     if not faults:
         read = "every image was decoded" if checked else "images were not decoded: --check does it"
         console.print(f"\nno problems found ({read})")
         return
-    console.print(f"\n[bold]problems ({len(faults):,})[/bold]")
+    console.print(Text(f"\nproblems ({len(faults):,})", "bold"))
     shown = faults if checked else faults[:_ROWS_SHOWN]
     for fault in shown:
         print(one_line(f"- {fault}"))

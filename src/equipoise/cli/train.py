@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from equipoise.authors.flags import LOG, add_authors_flags, authors_folder, truth
-from equipoise.base.errors import UserError, own_command
+from equipoise.base.errors import UserError, one_line, own_command, several
 from equipoise.cli import flags
 from equipoise.cli.use import score_checkpoint
-from equipoise.config.recipe import Method, Recipe, load_recipe, shipped_recipes
+from equipoise.config.recipe import Method, Recipe, load_recipe, recipe_fields, shipped_recipes
 
 if TYPE_CHECKING:
     from equipoise.base.world import World
@@ -30,7 +30,8 @@ def add_data_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--check", action="store_true", help=check)
     report = "the same, and a page with the copies, sizes and odd images in pictures"
     command.add_argument("--report", metavar="FILE.html", help=report)
-    flags.add_fields(command, "data.train_list", "data.val_list", "data.test_list", "data.allow_outside")
+    of_data = [field.key for field in recipe_fields() if field.path[0] == "data" and field.key != "data.path"]
+    flags.add_fields(command, *of_data)
     flags.add_set(command)
 
 
@@ -49,9 +50,12 @@ def data(options: argparse.Namespace) -> int:
     found, problems, bad, inspection = survey(meant, options.check or options.report is not None)
     copies = inspection.problems() if inspection else []
     recipe = load_recipe(flags.fitting_recipe(recognise(meant.path)))
-    print_data(str(path), found, [*found.notes, *problems, *copies], bad, inspection is not None, recipe)
+    print_data(str(path), found, [*problems, *copies], bad, inspection is not None, recipe)
     if inspection is None:
         return 0
+    for what, rows in inspection.odd.items():
+        first = inspection.places[rows[0]].name
+        print(one_line(f"{several(len(rows), 'image')} {what} (first: {first})"))
     if inspection.copies.too_alike:
         print("many images resemble others so closely that only exact copies could be told from them")
     if options.report:

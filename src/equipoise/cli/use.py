@@ -124,11 +124,11 @@ def add_predict_options(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("target", metavar="RUN", help=_TARGET)
     add("paths", metavar="IMAGES_OR_FOLDER", nargs="*", help="image files, and folders of them")
-    listed = "more of them, one a line, in a file or (-) from standard input; relative to the working directory"
+    listed = "a file with one path a line (-: standard input), relative to the working directory"
     add("--list", metavar="FILE", help=listed)
     add("--top", type=int, default=5, metavar="K", help="classes an image, the most probable first [5]")
     written = command.add_mutually_exclusive_group()
-    instead = "write a line an image instead of showing a table; - is standard output; all else is then on stderr"
+    instead = "write a line for each image instead of the table; - is standard output, and all else goes to stderr"
     written.add_argument("--csv", metavar="FILE", help=instead)
     written.add_argument("--json", metavar="FILE", help="the same as JSON, with the files that were passed over")
     prior = "class frequencies where the model is used: equal, as in training, or a CSV file of classes and weights"
@@ -184,7 +184,9 @@ def _listed(file: str) -> list[str]:
         content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
     except OSError as error:
         raise UserError(f"--list {file} cannot be read ({reason(error)}); name a file with one path a line") from None
-    paths = [os.fsdecode(line) for line in content.splitlines() if line]
+    from equipoise.data.lists import text_lines
+
+    paths = [os.fsdecode(line) for line in (line.rstrip(b"\r\n") for line in text_lines(content)) if line]
     if not paths:
         raise UserError(f"--list {file} is empty; it should have one path a line")
     return paths

@@ -39,11 +39,11 @@ class Data:
         "", "the published lists that say which images are meant ('': all images in the folder)"
     )
     train_list: str = _field("", "list file 'path label' or table of the training images, paths below the data folder")
-    val_list: str = _field("", "that of the validation images")
-    test_list: str = _field("", "that of the test images")
+    val_list: str = _field("", "list file or table of the validation images")
+    test_list: str = _field("", "list file or table of the test images")
     image_column: str = _field("", "table: column with the images' names, or in Parquet their bytes ('' finds it)")
     label_column: str = _field("", "table: column with the labels, text or numbers ('' finds it)")
-    class_level: int = _field(1, "class folders: 1, those in the data folder; 2, those in these ...", ge=1, le=9)
+    class_level: int = _field(1, "1: the folders in the data folder are classes; 2: those in these", ge=1, le=9)
     on_bad_image: Literal["error", "skip"] = _field(
         "error", "an image that cannot be read: stop, or take another of its class (when scoring: leave it out)"
     )
@@ -57,9 +57,7 @@ class Data:
         pattern=r"\A(\d{1,4}/\d{1,4})?\Z",
         description="the number of a part and of all parts, as 2/5",
     )
-    group_by: str = _field(
-        "", "what is held out shares no group with training: a table's column, or a regular expression on the path"
-    )
+    group_by: str = _field("", "hold out whole groups: a table's column, or a regular expression on the images' paths")
 
 
 @dataclass(frozen=True)

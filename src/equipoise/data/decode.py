@@ -42,9 +42,10 @@ _OTHERS = {
     rb"\s*(<!doctype html|<html)": "a web page, not the image behind it: fetch it again",
     rb"version https://git-lfs": "a pointer of Git LFS, not the image: run git lfs pull",
     rb"%PDF": f"PDF: {_AS_JPEG}",
-    rb"PK\x03\x04|\x1f\x8b|Rar!|7z": "an archive: unpack it",
+    rb"PK\x03\x04|\x1f\x8b|Rar!|7z": "an archive: unpack it (a spreadsheet: save it as CSV)",
     rb".{128}DICM": f"DICOM: {_AS_JPEG} or PNG",
 }
+_PLAINLY_NONE = ", no image"
 _MOST_PIXELS = 2**28  # of the scanners of herbaria, with some to spare; Pillow's own limit is a third of it
 _BLOCK = 4096  # images looked at between two reports
 
@@ -135,8 +136,13 @@ def why_no_image(file: Path) -> str:
         if isinstance(error, OSError) and error.strerror:
             return reason(error)
         with file.open("rb") as opened:
-            return _what_it_is(opened.read(160)) or f"{suffix or 'no ending'}, no image"
+            return _what_it_is(opened.read(160)) or f"{suffix or 'no ending'}{_PLAINLY_NONE}"
     return ""
+
+
+def is_like_an_image(why: str) -> bool:
+    """Whether what `why_no_image` has said is of a file that people take for an image, as HEIC."""
+    return not why.endswith(_PLAINLY_NONE)
 
 
 def _what_it_is(head: bytes) -> str:

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from equipoise.base.errors import UserError, reason, several
-from equipoise.data.decode import why_no_image
+from equipoise.data.decode import is_like_an_image, why_no_image
 from equipoise.data.images import PART_NAMES, Found, ImageFiles, ImageList, missing_files
-from equipoise.data.names import look_alikes, normal, unknown_classes
+from equipoise.data.names import look_alikes, normal, numbered
 
 # What systems and programs leave in folders that are shared or unpacked.
 _LEFTOVERS = frozenset({"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found", "__pycache__"})
@@ -57,7 +57,9 @@ def _walk(root: Path, folder: str, within: tuple[str, ...]) -> Iterator[str]:
         elif not entry.is_symlink():
             yield from _walk(root, path, within)
         elif (real := os.path.realpath(root / path)) in within or any(one.startswith(real + os.sep) for one in within):
-            raise UserError(f"{root / path} is a link to a folder that it is in ({real}): take the link out")
+            raise UserError(
+                f"{root / path} is a link to {real}, which it lies in: it has no end; name a folder without it"
+            )
         else:
             yield from _walk(root, path, (*within, real))
 
@@ -125,7 +127,10 @@ def _part_folders(root: Path, folders: list[str], notes: list[str]) -> dict[str,
     if others and "train" not in parts:
         return {}
     if others:
-        notes.append(f"{root}: beside train/, these folders are no part and were passed over: {', '.join(others)}")
+        what = "train, val and test hold class folders"
+        notes.append(
+            f"{root}: beside train/, these folders are no part ({what}) and were passed over: {', '.join(others)}"
+        )
     return parts
 
 
@@ -141,8 +146,10 @@ def _open_part(root: Path, level: int, notes: list[str]) -> dict[str, Listing]:
         notes.append(f"{root / name} is empty and was passed over")
         del opened[name]
     files = [Path(entry.path) for name in above for entry in _entries(root / name) if not entry.is_dir()]
-    if strays := sorted(file for file in files if not why_no_image(file)):
-        notes.append(f"{several(len(strays), 'image')} in no class folder passed over (first: {strays[0]})")
+    whys = {file: why_no_image(file) for file in sorted(files)}
+    if strays := [file for file, why in whys.items() if not why or is_like_an_image(why)]:
+        what = f"{strays[0]}{f', {whys[strays[0]]}' if whys[strays[0]] else ''}"
+        notes.append(f"{several(len(strays), 'image')} in no class folder passed over (first: {what})")
     notes += _others_noted(root, opened)
     if not any(listing.images for listing in opened.values()):
         raise UserError("; ".join([f"{root} holds no images in its class folders", *notes]))
@@ -179,10 +186,8 @@ def _others_noted(root: Path, opened: dict[str, Listing]) -> Iterator[str]:
 
 def _as_list(root: Path, opened: dict[str, Listing], classes: tuple[str, ...], leading: str) -> ImageList:
     """The images of a part, in the order of their classes. Raises UserError for a folder that is none of `classes`."""
-    numbers = {name: label for label, name in enumerate(classes)}
-    if unknown := [name for name in opened if normal(name) not in numbers]:
-        raise UserError(f"{root}: {unknown_classes(unknown, classes, leading)}; keep what is not meant elsewhere")
-    labelled = [(numbers[normal(name)], path) for name, listing in opened.items() for path in listing.images]
+    numbers = numbered(list(opened), classes, str(root), leading).tolist()
+    labelled = [(number, path) for number, name in zip(numbers, opened, strict=True) for path in opened[name].images]
     labelled.sort(key=lambda item: item[0])
     labels_N = np.array([label for label, _ in labelled], np.int64)
     return ImageList(str(root), ImageFiles.of(root, (path for _, path in labelled)), labels_N, classes)

@@ -1,7 +1,7 @@
 """What is trained on and scored: an `ImageList`, which says where each image is and what its label is.
 
-A list reads no pixels: `decode.py` does. `sources.py` makes lists of files; here is what they are, and how smaller ones
-are cut out of them. Shape suffix: N images.
+A list reads no pixels: `decode.py` does. `sources.py` makes lists of files; here is what they are, and
+`subsets.py` cuts smaller ones out of them. Shape suffix: N images.
 """
 
 import contextlib
@@ -155,7 +155,7 @@ class ImageList:
     images: ImageFiles | EncodedImages | PixelArrays
     labels_N: Indices
     class_names: tuple[str, ...]
-    groups_N: npt.NDArray[np.str_] | None = None  # images of one specimen, film or place are no independent ones
+    groups_N: npt.NDArray[np.str_] | None = None  # images of one specimen, film or place are not independent
 
     def __len__(self) -> int:
         return len(self.labels_N)

@@ -78,7 +78,7 @@ class Inspection:
         exact = sum(pair.exact for pair in pairs)
         image, other = (self.places[place] for place in pairs[0][:2])
         kinds = f"{exact:,} pixel for pixel, {len(pairs) - exact:,} nearly"
-        advice = "leave one of the two out (a list file can); --report FILE.html shows them"
+        advice = "leave one of the two out (a table or a list file can)"
         return f"{what}: {len(pairs):,} ({kinds}; first: {image} and {other}); {so}; {advice}"
 
 

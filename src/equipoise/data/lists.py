@@ -69,6 +69,14 @@ def git_blob(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
+def text_lines(content: bytes) -> list[bytes]:
+    """The lines of a text file, whatever its beginning says of how it is written."""
+    text = content.removeprefix(codecs.BOM_UTF8)
+    if text[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):  # PowerShell's
+        text = text.decode("utf-16", "replace").encode()
+    return io.BytesIO(text).readlines()
+
+
 def read_list(file: Path, allow_outside: bool = False) -> ListFile:
     """A list file, or iNaturalist's official JSON as the list that it stands for.
 
@@ -83,10 +91,7 @@ def read_list(file: Path, allow_outside: bool = False) -> ListFile:
         content = _from_annotations(content, file)
     paths: list[bytes] = []
     labels: list[int] = []
-    text = content.removeprefix(codecs.BOM_UTF8)
-    if text[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):  # PowerShell's
-        text = text.decode("utf-16", "replace").encode()
-    for number, line in enumerate(io.BytesIO(text), 1):
+    for number, line in enumerate(text_lines(content), 1):
         words = line.strip().rsplit(None, 1)
         if not words:
             continue

@@ -4,7 +4,12 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 
-from equipoise.base.errors import several
+import numpy as np
+import numpy.typing as npt
+
+from equipoise.base.errors import UserError, several
+
+Labels = npt.NDArray[np.int64]
 
 _NAMED = 10  # classes, in a message
 
@@ -45,8 +50,19 @@ def look_alikes(names: Sequence[str]) -> list[str]:
     return lines
 
 
+def numbered(
+    words: Sequence[str], names: Sequence[str], origin: str, part: str = "train part"
+) -> npt.NDArray[np.int64]:
+    """The label of each word: its place in `names`, the classes of `part`. Raises UserError, which names `origin`, for
+    words that are no class, and says where they look like one."""
+    numbers = {normal(name): label for label, name in enumerate(names)}
+    if unknown := [word for word in dict.fromkeys(words) if normal(word) not in numbers]:
+        raise UserError(f"{origin}: {unknown_classes(unknown, names, part)}")
+    return np.array([numbers[normal(word)] for word in words], np.int64)
+
+
 def unknown_classes(unknown: Sequence[str], names: Iterable[str], part: str) -> str:
-    """What to say of classes that are not among `names`, those of the part `part`."""
+    """The message about classes that are not among `names`, the classes of `part`."""
     for other in names:
         for name in unknown:
             if how := difference(name, other):

@@ -11,7 +11,7 @@ import numpy as np
 from equipoise.base.errors import UserError, reason
 from equipoise.config.recipe import Data
 from equipoise.data.images import EncodedImages, Found, ImageList, import_pyarrow
-from equipoise.data.names import in_order, look_alikes, normal, unknown_classes
+from equipoise.data.names import in_order, look_alikes, normal, numbered
 from equipoise.data.rows import LABELS, named_column, part_named
 
 
@@ -37,17 +37,11 @@ def open_parquet(files: list[Path], data: Data) -> Found:
                 f"{images.origin}: row {wrong[0]} has label {images.labels_N[wrong[0]]}, which is out of range: the "
                 f"classes are 0 to {len(all_names) - 1}"
             )
-        parts[part] = _renumbered(images, all_names) if images.class_names else replace(images, class_names=all_names)
+        labels_N = images.labels_N
+        if images.class_names:
+            labels_N = numbered(images.class_names, all_names, images.origin)[labels_N]
+        parts[part] = replace(images, labels_N=labels_N, class_names=all_names)
     return Found("Parquet", parts, divided=bool(by_part), named=bool(names), notes=[*notes, *look_alikes(names)])
-
-
-def _renumbered(images: ImageList, names: tuple[str, ...]) -> ImageList:
-    """The list with labels that index `names`. Raises UserError for a class that is none of them."""
-    numbers = {normal(name): label for label, name in enumerate(names)}
-    if unknown := [name for name in images.class_names if normal(name) not in numbers]:
-        raise UserError(f"{images.origin}: {unknown_classes(unknown, names, 'train part')}")
-    new_C = np.array([numbers[normal(name)] for name in images.class_names], np.int64)
-    return replace(images, labels_N=new_C[images.labels_N], class_names=names)
 
 
 def _read(files: Sequence[Path], data: Data) -> ImageList:
@@ -86,8 +80,7 @@ def _read(files: Sequence[Path], data: Data) -> ImageList:
     if label_column in texts:
         words = list(map(normal, labels.to_pylist()))
         names = in_order(words)
-        labels_N = np.array(list(map({name: label for label, name in enumerate(names)}.__getitem__, words)), np.int64)
-        return ImageList(origin, images, labels_N, names, groups_N)
+        return ImageList(origin, images, numbered(words, names, origin), names, groups_N)
     names = _class_names(schema.metadata or {}, label_column)
     return ImageList(origin, images, labels.to_numpy().astype(np.int64), names, groups_N)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
-from equipoise.base.errors import UserError, reason
+from equipoise.base.errors import UserError, reason, several
 from equipoise.data.images import PART_NAMES, import_pyarrow
 
 TABLES = frozenset({".csv", ".tsv", ".parquet"})
@@ -25,10 +25,19 @@ def part_named(name: str) -> str:
     return PART_NAMES.get(re.split("[^a-z]", name.lower())[0], "")
 
 
+def plain(name: str) -> str:
+    """The name of a column without what people write differently."""
+    return re.sub(r"[\s_-]", "", name.lower())
+
+
 def named_column(columns: Iterable[str], names: Sequence[str]) -> str:
-    """The first column that has one of these names; '' for none."""
-    plain = {re.sub(r"[\s_-]", "", name.lower()): name for name in columns}
-    return next((plain[name] for name in names if name in plain), "")
+    """The first column that has one of these plain names; '' for none."""
+    known = {plain(name): name for name in columns}
+    return next((known[name] for name in names if name in known), "")
+
+
+class NoTableError(UserError):
+    """A file that does not say which image has which label."""
 
 
 def read_table(file: Path) -> Columns:
@@ -36,7 +45,7 @@ def read_table(file: Path) -> Columns:
     cannot be read, or without rows."""
     columns = _read_parquet(file) if file.suffix.lower() == ".parquet" else _read_text(file)
     if not any(map(len, columns.values())):
-        raise UserError(f"{file} has no rows below its heading")
+        raise NoTableError(f"{file} has no rows below its heading")
     return columns
 
 
@@ -46,15 +55,24 @@ def _read_text(file: Path) -> Columns:
         content = file.read_bytes()
         text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
         heading = text.partition("\n")[0]
-        rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=heading.count)))
+        quoting = (
+            csv.QUOTE_NONE if file.suffix == ".txt" else csv.QUOTE_MINIMAL
+        )  # a Darwin Core archive's are not quoted
+        lines, delimiter = io.StringIO(text, newline=""), max(",;\t", key=heading.count)
+        rows = list(csv.reader(lines, delimiter=delimiter, quoting=quoting))
     except UnicodeDecodeError:
-        raise UserError(f"{file} is not in UTF-8: save it as 'CSV UTF-8'") from None
+        raise NoTableError(f"{file} is not in UTF-8: save it as 'CSV UTF-8'") from None
     except (OSError, csv.Error) as error:
-        raise UserError(f"the table {file} cannot be read ({reason(error, library=True)})") from None
+        raise NoTableError(f"the table {file} cannot be read ({reason(error, library=True)})") from None
     names = [name.strip() for name in rows[0]] if rows else []
     for number, row in enumerate(rows, 1):
         if row and len(row) != len(names):
-            raise UserError(f"{file}, row {number} has {len(row)} cells, but its heading names {len(names)} columns")
+            cells = several(len(row), "cell")
+            raise NoTableError(
+                f"{file}, row {number} has {cells}, but its heading names {several(len(names), 'column')}"
+            )
+    if again := [name for name in names if name and names.count(name) > 1]:
+        raise NoTableError(f"{file} has two columns called '{again[0]}': give one another name")
     cells = [row for row in rows[1:] if any(row)]
     return {name: [row[place].strip() for row in cells] for place, name in enumerate(names) if name}
 
@@ -66,7 +84,7 @@ def _read_parquet(file: Path) -> Columns:
         nested = [field.name for field in table.schema if pa.types.is_nested(field.type)]
         columns = {name: table[name].to_pylist() for name in table.column_names if name not in nested}
     except (OSError, ValueError, TypeError, pa.ArrowException) as error:
-        raise UserError(f"the table {file} cannot be read ({reason(error, library=True)})") from None
+        raise NoTableError(f"the table {file} cannot be read ({reason(error, library=True)})") from None
     return {name: ["" if cell is None else str(cell).strip() for cell in cells] for name, cells in columns.items()}
 
 
@@ -107,7 +125,7 @@ def _of_observations(media: Columns, told: Columns) -> list[set[str]]:
             found.append(names)
     except (KeyError, ValueError, TypeError) as error:
         why = f"no column {error}" if isinstance(error, KeyError) else str(error)
-        raise UserError(f"media.csv and observations.csv are not as Camtrap DP has them ({why})") from None
+        raise NoTableError(f"media.csv and observations.csv are not as Camtrap DP has them ({why})") from None
     return found
 
 

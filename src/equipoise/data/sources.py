@@ -6,8 +6,10 @@ program: torchvision loads one only if its MD5 is that of the published file.
 
 import os
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +33,9 @@ from equipoise.data.lists import BENCHMARKS, find_list, open_lists
 from equipoise.data.names import normal, unknown_classes
 from equipoise.data.packed import SUFFIX, open_packed
 from equipoise.data.parquet import holds_images, open_parquet
-from equipoise.data.rows import TABLES
+from equipoise.data.rows import TABLES, NoTableError
 from equipoise.data.subsets import grouped, hold_out, long_tailed
-from equipoise.data.tables import NoTableError, find_tables, open_tables
+from equipoise.data.tables import find_tables, open_tables
 
 LISTS = {"train": "data.train_list", "validation": "data.val_list", "test": "data.test_list"}  # part -> recipe field
 PARTS = tuple(LISTS)
@@ -51,7 +53,7 @@ def named_lists(data: Data) -> dict[str, str]:
 def _files(root: Path, suffix: str) -> list[Path]:
     """The files of this kind at `root`: itself, or those in it or in its `data/`, as the `datasets` library has it."""
     if root.is_file():
-        return [root] if root.suffix == suffix else []
+        return [root] if root.suffix.lower() == suffix else []
     return sorted([*root.glob(f"*{suffix}"), *root.glob(f"data/*{suffix}")])
 
 
@@ -98,42 +100,49 @@ def find_parts(data: Data | str) -> Found:
     if data.benchmark or named:
         return open_lists(root, named_lists(data), data.benchmark, data.allow_outside)
     archive = find_cifar(root)
-    parquet = [file for file in _files(root, ".parquet") if holds_images(file)] if archive is None else []
+    files = _files(root, ".parquet") if archive is None else []
+    parquet = [file for file in files if holds_images(file)]
     if root.is_dir() and not data.allow_outside:
         for file in [*parquet, *([archive[0], *archive[0].glob("*")] if archive else [])]:
             refuse_outside(root, file)
     if archive is not None:
         return open_cifar(*archive)
     if parquet:
-        return open_parquet(parquet, data)
+        found = open_parquet(parquet, data)
+        others = [f"{file} holds no images and was passed over" for file in files if file not in parquet]
+        return replace(found, notes=[*found.notes, *others])
     if root.is_file() and root.suffix.lower() in TABLES:
         return open_tables(root.parent, {"": root}, data)
     return _tables_or_folders(root, data)
 
 
 def _tables_or_folders(root: Path, data: Data) -> Found:
-    """The tables in a folder or, where they are no tables of labels, its class folders; these too where a table names
-    no image in them, as that of a competition's test images."""
+    """The tables in a folder or, where they do not say which image has which label, its class folders; these too where
+    a table names none of the images in them, or does not divide what they divide into parts."""
     if not root.is_dir() or not find_tables(root):
         return open_class_folders(root, data.class_level, data.allow_outside)
-    tables, why = None, ""
-    try:
-        tables = open_tables(root, {}, data)
-    except NoTableError as error:
-        why = str(error)
     try:
         folders = open_class_folders(root, data.class_level, data.allow_outside)
+        usable = not training_problem(next(iter(folders.parts.values())))
     except UserError:
-        folders = None
-    usable = folders and not training_problem(next(iter(folders.parts.values())))
+        folders, usable = None, False
+    tables: Found | NoTableError
+    try:
+        tables = open_tables(root, {}, data, guess=not usable)
+    except NoTableError as error:
+        tables = error
     if folders and usable and not (data.image_column or data.label_column):
-        if tables is None:
-            return replace(folders, notes=[*folders.notes, f"no table of labels: {why}"])
-        if not _paths(tables) & _paths(folders):
-            passed_over = f"passed over, as it names none of these images: {tables.described[0]}"
-            return replace(folders, notes=[*folders.notes, passed_over])
-    if tables is None:
-        raise NoTableError(why)
+        why = ""
+        if isinstance(tables, NoTableError):
+            why = f"no table of labels: {tables}"
+        elif not _paths(tables) & _paths(folders):
+            why = f"passed over, as it names none of these images: {tables.described[0]}"
+        elif folders.divided and not tables.divided:
+            why = f"passed over, as it does not say the parts: {tables.described[0]}"
+        if why:
+            return replace(folders, notes=[*folders.notes, why])
+    if isinstance(tables, NoTableError):
+        raise tables
     return tables
 
 
@@ -148,8 +157,11 @@ def survey(data: Data, check: bool = False) -> tuple[Found, list[str], list[BadI
     else headers are read. Raises UserError for what cannot be read at all."""
     found = with_groups(find_parts(as_recognised(data)), data)
     problems = [*found.faults.values()]
-    if "train" in found.parts and (problem := training_problem(found.parts["train"])):
-        problems.append(problem)
+    if "train" in found.parts and not problems:
+        try:
+            divide(found, data)
+        except UserError as error:
+            problems.append(str(error).partition("; noted: ")[0])
     whole = {name: part for name, part in found.parts.items() if name not in found.faults}
     if check:
         inspection = inspect(whole)
@@ -176,7 +188,11 @@ def open_data(data: Data) -> Parts:
     validation part, the share `holdout` of the training images becomes one. Raises UserError for what cannot be a
     training set: nothing there, an empty class, one class only, images that are missing, parts that overlap.
     """
-    found = with_groups(find_parts(data), data)
+    return divide(with_groups(find_parts(data), data), data)
+
+
+def divide(found: Found, data: Data) -> Parts:
+    """What was found as it is trained on: see `open_data`."""
     if found.faults:
         raise UserError(next(iter(found.faults.values())))
     if "train" not in found.parts:
@@ -194,16 +210,23 @@ def open_data(data: Data) -> Parts:
 
 
 def with_groups(found: Found, data: Data) -> Found:
-    """What was found with its images in groups, where `data` asks for it; noted is which parts share groups."""
-    if not data.group_by:
-        return found
-    parts = {name: grouped(part, data.group_by) for name, part in found.parts.items()}
-    groups = {name: set(part.groups_N.tolist()) for name, part in parts.items() if part.groups_N is not None}
+    """What was found with its images in groups, where `data` or a table has some; noted is which parts share groups."""
+    parts = found.parts
+    if data.group_by:
+        parts = {name: grouped(part, data.group_by) for name, part in parts.items()}
+    counts = {name: Counter(part.groups_N.tolist()) for name, part in parts.items() if part.groups_N is not None}
+    groups = {name: set(counted) for name, counted in counts.items()}
     notes = list(found.notes)
-    for name in groups:
-        if name != "train" and (shared := groups[name] & groups.get("train", set())):
-            also = f"{several(len(shared), 'group')} of the {name} part are in training too (first: {min(shared)})"
-            notes.append(f"{also}: figures on it would be too good")
+    for name, counted in counts.items():
+        largest, images = counted.most_common(1)[0]
+        number = several(len(counted), "group")
+        notes.append(f"{name} part: {number}, the largest of {several(images, 'image')} ({largest})")
+    for one, other in combinations(groups, 2):
+        if shared := groups[one] & groups[other]:
+            also = (
+                f"{several(len(shared), 'group')} of the {one} part are in the {other} part too (first: {min(shared)})"
+            )
+            notes.append(f"{also}: figures would be too good")
     return replace(found, parts=parts, notes=notes)
 
 

@@ -12,8 +12,10 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from equipoise.base.errors import UserError
+from equipoise.base.errors import UserError, several
 from equipoise.data.images import EncodedImages, ImageFiles, ImageList, Indices, PixelArrays
+
+_FOLDS_OF_SHARE = 20
 
 
 def of_classes(full: ImageList) -> list[Indices]:
@@ -64,11 +66,11 @@ def hold_out(full: ImageList, share: float, fold: str = "") -> tuple[ImageList, 
 
     Images of one group stay together (`ImageList.groups_N`). Raises UserError if nothing could be held out.
     """
-    number, folds = map(int, fold.split("/")) if fold else (1, round(1 / share))
+    number, folds = map(int, fold.split("/")) if fold else (1, 2)
     if not 1 <= number <= folds or folds < 2:
         raise UserError(f"data.fold must be the number of a part and of all parts, as 2/5, not '{fold}'")
     if full.groups_N is not None:
-        chosen = _grouped_fold(full, full.groups_N, number, folds)
+        chosen = _grouped(full, full.groups_N, share, (number, folds) if fold else None)
     else:
         chosen = _fold(full, number, folds) if fold else _share(full, share)
     if len(chosen) == 0:
@@ -93,17 +95,20 @@ def _fold(full: ImageList, number: int, folds: int) -> Indices:
     return np.sort(dealt[number - 1 :: folds])
 
 
-def _grouped_fold(full: ImageList, groups_N: npt.NDArray[np.str_], number: int, folds: int) -> Indices:
-    """One of the folds into which scikit-learn divides groups so that classes are spread evenly. A class whose last
-    training images would go keeps its groups."""
+def _grouped(full: ImageList, groups_N: npt.NDArray[np.str_], share: float, fold: tuple[int, int] | None) -> Indices:
+    """One of the folds into which scikit-learn divides groups so that classes are spread evenly, or as many of twenty
+    as are nearest to `share`. A class whose last training images would go keeps its groups."""
     from sklearn.model_selection import StratifiedGroupKFold  # over a second of import
 
-    numbers_N = np.unique(groups_N, return_inverse=True)[1]
-    if folds > numbers_N.max() + 1:
-        raise UserError(f"{full.origin}: data.group_by finds {numbers_N.max() + 1} groups, too few for {folds} parts")
+    names, numbers_N = np.unique(groups_N, return_inverse=True)
+    number, folds = fold or (1, min(_FOLDS_OF_SHARE, max(2, len(names))))
+    if folds > len(names):
+        raise UserError(f"{full.origin}: its images are of {several(len(names), 'group')}, too few for {folds} parts")
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=0)
     with warnings.catch_warnings(action="ignore"):  # of classes with fewer images than there are folds
-        held = list(splitter.split(full.labels_N, full.labels_N, numbers_N))[number - 1][1]
+        held_of_folds = [held for _, held in splitter.split(full.labels_N, full.labels_N, numbers_N)]
+    taken = held_of_folds[number - 1 : number] if fold else held_of_folds[: max(1, round(share * folds))]
+    held = np.concatenate(taken)
     kept = np.bincount(full.labels_N, minlength=len(full.class_names))
     kept -= np.bincount(full.labels_N[held], minlength=len(full.class_names))
     needed = numbers_N[held][kept[full.labels_N[held]] == 0]
@@ -127,7 +132,7 @@ def grouped(images: ImageList, by: str) -> ImageList:
             found = re.search(by, path)
         except re.error as error:
             raise UserError(f"data.group_by is no column and no regular expression: '{by}' ({error})") from None
-        if not found:
+        if not found or not (any(found.groups()) if found.re.groups else found[0]):
             raise UserError(f"data.group_by = '{by}' finds nothing in {path}; it must match every path")
-        groups.append(found[1] if found.re.groups else found[0])
+        groups.append(next(filter(None, found.groups()), "") if found.re.groups else found[0])
     return replace(images, groups_N=np.array(groups))

@@ -6,7 +6,7 @@ Columns are found by their names, images by their paths or file names anywhere b
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -15,40 +15,46 @@ import numpy as np
 
 from equipoise.base.errors import UserError, several, shown
 from equipoise.config.recipe import Data
-from equipoise.data.folders import images_below
+from equipoise.data.decode import is_like_an_image
+from equipoise.data.folders import Listing, images_below
 from equipoise.data.images import PART_NAMES, Found, ImageFiles, ImageList, missing_files
-from equipoise.data.names import in_order, look_alikes, normal, unknown_classes
-from equipoise.data.rows import LABELS, TABLES, Columns, named_column, part_named, read_joined, read_table
+from equipoise.data.names import in_order, look_alikes, normal, numbered
+from equipoise.data.rows import (
+    LABELS,
+    TABLES,
+    Columns,
+    NoTableError,
+    named_column,
+    part_named,
+    plain,
+    read_joined,
+    read_table,
+)
 
-_SPLITS = ("split", "subset", "partition", "set")
+_SPLITS = ("split", "subset", "partition", "set", "dataset")
 _GROUPS = ("group", "groupid")
 _ONE_HOT = frozenset({"0", "1", "0.0", "1.0"})
 _SAMPLE = 200  # rows by which the column of images is found
 
 
-class NoTableError(UserError):
-    """A table that does not say which image has which label."""
-
-
 @dataclass
-class _Rows:
-    """A table of labels. `part`: the one that its name says, or ''. `labels`: '' where a row has none."""
+class _Table:
+    """A table of labels. `part`: the one that its name says, or ''. A row: image, label ('' where it has none or
+    several), part, group. `label`: the column of labels, '' for one-hot ones. `said`: which columns these are."""
 
     part: str
     file: Path
-    images: Sequence[str]
-    labels: Sequence[str]
-    splits: Sequence[str]
-    groups: Sequence[str]
+    label: str
+    rows: list[tuple[str, str, str, str]]
     said: str
 
 
 @dataclass
 class _Part:
-    """Images of a part: path -> (label, group)."""
+    """Images of a part: path -> (label, group); and the cells and labels of those that are not there."""
 
     rows: dict[str, tuple[str, str]] = field(default_factory=dict[str, tuple[str, str]])
-    missing: list[str] = field(default_factory=list[str])
+    missing: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
 
 
 def find_tables(root: Path) -> list[tuple[str, Path, Columns | None]]:
@@ -60,88 +66,92 @@ def find_tables(root: Path) -> list[tuple[str, Path, Columns | None]]:
     return [(part_named(file.stem), file, None) for file in files]
 
 
-def open_tables(root: Path, named: Mapping[str, Path], data: Data) -> Found:
-    """The images below `root`, as the tables `named` by part say, or '' by none; or else the tables in `root`. Raises
-    UserError where these have no such columns, or do not fit the images."""
+def open_tables(root: Path, named: Mapping[str, Path], data: Data, guess: bool = True) -> Found:
+    """The images below `root`, as the tables `named` by part say, or '' by none; or else the tables in `root`. With
+    `guess`, a column of labels may be called anything. Raises UserError where these have no such columns, or do not fit
+    the images."""
     tables = [(part, file, None) for part, file in named.items()] or find_tables(root)
-    index = _Index(images_below(root).images)
-    opened: list[_Rows] = []
+    tables.sort(key=lambda table: table[0] != "train")
+    index = _Index(images_below(root))
+    opened: list[_Table] = []
     notes: list[str] = []
     for part, file, columns in tables:
         try:
-            opened.append(_read(part, file, columns or read_table(file), index, data))
+            opened.append(_read(part, file, columns or read_table(file), index, data, guess))
+            if opened[0].label:  # the others have the same
+                data = replace(data, label_column=opened[0].label)
         except NoTableError as error:
             if named or len(tables) == 1:
                 raise
             notes.append(f"passed over: {error}")
-    if any(rows.part == "train" for rows in opened):
-        others = [rows.file for rows in opened if not rows.part]
+    if any(table.part == "train" for table in opened):
+        others = [table.file for table in opened if not table.part]
         notes += [f"{file} was passed over: another table is named as the training part" for file in others]
-        opened = [rows for rows in opened if rows.part]
+        opened = [table for table in opened if table.part]
     if not opened:
         raise NoTableError("; ".join(notes))
-    if len(opened) > 1 and not all(rows.part for rows in opened):
-        names = ", ".join(rows.file.name for rows in opened)
-        raise UserError(f"{root} has several tables with labels ({names}): name the one that is meant as --data FILE")
+    if len(opened) > 1 and not all(table.part for table in opened):
+        names = ", ".join(table.file.name for table in opened)
+        raise UserError(f"{root} has several tables with labels ({names}): name the one meant, as {opened[0].file}")
     return _assemble(root, opened, index, data, notes)
 
 
 class _Index:
     """Finds the images below a folder by what a table calls them."""
 
-    def __init__(self, paths: Sequence[str]) -> None:
-        self.paths = paths
-        self.named: dict[str, list[str]] = defaultdict(list)  # by the file's name, also without its ending
-        for path in paths:
+    def __init__(self, below: Listing) -> None:
+        self.paths = below.images
+        self.others = {_key(path.rpartition("/")[2]): why for path, why in below.others if is_like_an_image(why)}
+        self._named: dict[str, list[str]] = defaultdict(list)  # by the file's name, also without its ending
+        for path in below.images:
             name = _key(path.rpartition("/")[2])
-            self.named[name].append(path)
-            self.named[name.rpartition(".")[0]].append(path)
+            for one in {name, name.rpartition(".")[0]} - {""}:
+                self._named[one].append(path)
 
     def find(self, cell: str, *folders: str) -> list[str]:
         """The images that a cell may mean: a path below any folder, a URL, a file's name, with or without its ending.
-        Of several, those whose folders are named as in the cell, or as `folders`."""
+        Of several, those whose names and folders are most like the cell, or else are named as `folders`."""
         if "://" in cell:
             cell = unquote(urlsplit(cell).path)
-        parts = _key(cell.replace("\\", "/")).split("/")
-        found = self.named.get(parts[-1], [])
-        if len(found) > 1:
-            exact = [path for path in found if _key(path) == "/".join(parts)]
-            alike = [_in_common(_key(path).split("/")[-2::-1], parts[-2::-1]) for path in found]
-            found = exact or [path for path, same in zip(found, alike, strict=True) if same == max(alike)]
-        if len(found) > 1:
-            within = [path for path in found if {_key(one) for one in folders} & {*_folders(path)}]
-            found = within or found
-        return found
+        parts = normal(cell.replace("\\", "/")).split("/")
+        found = self._named.get(_key(parts[-1]), [])
+        if len(found) < 2:
+            return found
+
+        def likeness(path: str) -> tuple[bool, bool, int, bool]:
+            *above, name = normal(path).split("/")
+            pairs = zip(map(_key, reversed(above)), map(_key, parts[-2::-1]), strict=False)
+            alike = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+            hints = {*map(_key, above), *map(part_named, above)} & {_key(folder) for folder in folders}
+            return [*above, name] == parts, name == parts[-1], alike, bool(hints)
+
+        most = max(map(likeness, found))
+        return [path for path in found if likeness(path) == most]
 
 
-def _folders(path: str) -> Iterable[str]:
-    """The names of the folders that an image is in, and the parts that these say."""
-    for folder in path.split("/")[:-1]:
-        yield from (_key(folder), part_named(folder))
-
-
-def _in_common(one: Sequence[str], other: Sequence[str]) -> int:
-    return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))))
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names)
 
 
 def _key(name: str) -> str:
     return normal(name).casefold()
 
 
-def _read(part: str, file: Path, columns: Columns, index: _Index, data: Data) -> _Rows:
+def _read(part: str, file: Path, columns: Columns, index: _Index, data: Data, guess: bool) -> _Table:
     """A table whose columns of images and labels have been found. Raises UserError where these cannot be."""
-    if any("." in name and index.find(name) for name in columns):
+    label = data.label_column or named_column(columns, LABELS)
+    if not label and any(index.find(name) for name in columns):
         raise UserError(f"{file} has no heading: write one above its first row, as filename,label")
     for key, column in (("image_column", data.image_column), ("label_column", data.label_column)):
         if column and column not in columns:
-            raise UserError(f"{file} has no column '{column}' (data.{key}); it has {', '.join(columns)}")
-    label = data.label_column or named_column(columns, LABELS)
+            raise NoTableError(f"{file} has no column '{column}' (data.{key}); it has {_listed(columns)}")
     split = named_column(columns, _SPLITS)
-    if any(cell.lower() not in PART_NAMES for cell in columns.get(split, ())):
+    if not any(cell.lower() in PART_NAMES for cell in columns.get(split, ())):
         split = ""  # it divides something else
-    group = data.group_by if data.group_by in columns else "" if data.group_by else named_column(columns, _GROUPS)
+    group = named_column(columns, [plain(data.group_by)] if data.group_by else _GROUPS)
     image = data.image_column or _column_of_images(file, columns, index, {label, split, group})
-    others = [name for name in columns if name not in (image, split, group)]
+    left = [name for name in columns if name not in (image, split, group)]
+    others = [name for name in left if guess and len(set(columns[name])) < max(5, len(columns[name]))]  # no ids
     labels = columns.get(label)
     if labels is None and len(others) == 1:
         label, labels = others[0], columns[others[0]]
@@ -149,30 +159,47 @@ def _read(part: str, file: Path, columns: Columns, index: _Index, data: Data) ->
         label, labels = f"{others[0]} … {others[-1]}", _one_hot(columns, others)
     if labels is None:
         raise NoTableError(
-            f"{file}: which column has the labels? name it with --set data.label_column=NAME; there are "
-            f"{', '.join(others)}"
+            f"{file}: which column has the labels? name it with --set 'data.label_column=NAME'; there are "
+            f"{_listed(left)}"
         )
     said = {"images": image, "labels": label, "parts": split, "groups": group}
     described = ", ".join(f"{what} by '{column}'" for what, column in said.items() if column)
     nothing = [""] * len(labels)
-    return _Rows(part, file, columns[image], list(map(normal, labels)), columns.get(split, nothing),
-                 columns.get(group, nothing), f"{file}: {described}")  # fmt: skip
+    cells = columns[image], map(normal, labels), columns.get(split, nothing), columns.get(group, nothing)
+    rows = list(zip(*cells, strict=True))
+    wrong = next((of_split for _, _, of_split, _ in rows if of_split and of_split.lower() not in PART_NAMES), "")
+    if split and wrong:
+        raise UserError(
+            f"{file}: column '{split}' says {shown(wrong)}, which is no part: write train, val or test, or give the "
+            "column another name"
+        )
+    if split:
+        rows = [(*row[:1], row[1] if row[2] else "", *row[2:]) for row in rows]
+    return _Table(part, file, label if label in columns else "", rows, f"{file}: {described}")
 
 
 def _column_of_images(file: Path, columns: Columns, index: _Index, others: set[str]) -> str:
-    """The column most of whose cells are images below the folder."""
-    found = {
-        name: sum(bool(cell and index.find(cell)) for cell in cells[:: max(1, len(cells) // _SAMPLE)])
-        for name, cells in columns.items()
-        if name not in others
-    }
-    best = max(found, key=lambda name: found[name], default="")
-    if best and found[best]:
-        return best
-    raise NoTableError(
-        f"{file}: no column names images below its folder (columns: {', '.join(columns)}); put the images there, or "
-        "name their folder: --data FOLDER --train-list TABLE"
-    )
+    """The column most of whose cells are images below the folder; of several, one with endings, or whose cells differ."""
+    found: dict[str, tuple[int, int, int]] = {}
+    samples = {name: cells[:: max(1, len(cells) // _SAMPLE)] for name, cells in columns.items() if name not in others}
+    for name, cells in samples.items():
+        endings, different = sum("." in cell for cell in cells), len(set(cells))
+        found[name] = sum(bool(index.find(cell)) for cell in cells), endings, different
+    most = max(found.values(), default=(0, 0, 0))
+    best = [name for name in found if found[name] == most]
+    if most[0] == 0:
+        cell, image = next(iter(columns.values()))[0], next(iter(index.paths), "not there")
+        raise NoTableError(
+            f"{file}: no column names images below its folder (columns: {_listed(columns)}; the first row begins with "
+            f"'{cell}', an image is {image}); put the images there, or name their folder with --data and this table "
+            "with --train-list"
+        )
+    first = [index.find(cell) for cell in samples[best[0]]]
+    if any([index.find(cell) for cell in samples[name]] != first for name in best[1:]):
+        raise NoTableError(
+            f"{file}: which column names the images, {' or '.join(best)}? say it with --set data.image_column=NAME"
+        )
+    return best[0]
 
 
 def _one_hot(columns: Columns, names: Sequence[str]) -> list[str]:
@@ -182,15 +209,17 @@ def _one_hot(columns: Columns, names: Sequence[str]) -> list[str]:
     return [found[0] if len(found) == 1 else "" for found in marked]
 
 
-def _assemble(root: Path, opened: Sequence[_Rows], index: _Index, data: Data, notes: list[str]) -> Found:
+def _assemble(root: Path, opened: Sequence[_Table], index: _Index, data: Data, notes: list[str]) -> Found:
     """The lists of the parts that the tables make."""
     parts: dict[str, _Part] = defaultdict(_Part)
-    for rows in opened:
-        notes += _sort_into_parts(rows, index, parts)
+    for table in opened:
+        notes += _sort_into_parts(table, index, parts)
+    if not any(part.rows for part in parts.values()):
+        raise NoTableError("; ".join([f"{opened[0].file}: no row is left that has one label and an image", *notes]))
     leading = parts.get("train") or next(iter(parts.values()))
     classes = in_order(label for label, _ in leading.rows.values())
     notes += look_alikes(classes)
-    origin = ", ".join(str(rows.file) for rows in opened)
+    origin = ", ".join(str(table.file) for table in opened)
     lists: dict[str, ImageList] = {}
     faults: dict[str, str] = {}
     for name, part in parts.items():
@@ -198,8 +227,7 @@ def _assemble(root: Path, opened: Sequence[_Rows], index: _Index, data: Data, no
         if not data.allow_outside:
             missing_files(lists[name], bounds=root)
         if part.missing:
-            absent = f"{lists[name].origin}: {several(len(part.missing), 'image')} not found below {root}"
-            absent += f" (first: {shown(part.missing[0])})"
+            absent = f"{lists[name].origin}: {_not_found(part, root, index)}"
             if data.on_bad_image == "skip":
                 notes.append(f"{absent}, left out")
             else:
@@ -207,53 +235,63 @@ def _assemble(root: Path, opened: Sequence[_Rows], index: _Index, data: Data, no
         others = [parts[other].rows for other in [*parts][: [*parts].index(name)]]
         if again := [path for path in part.rows if any(path in other for other in others)]:
             also = f"{several(len(again), 'image')} of the {name} part are in another part too (first: {again[0]})"
-            faults[name] = f"{also}: figures on them would be too good"
+            faults[name] = f"{also}: figures on them would be too good; name each image once"
     used = set[str]().union(*(part.rows for part in parts.values()))
     if unused := [path for path in index.paths if path not in used]:
-        notes.append(f"{several(len(unused), 'image')} below {root} in no row that is used (first: {unused[0]})")
-    described = [rows.said for rows in opened]
+        count = several(len(unused), "image")
+        notes.append(f"{count} below {root} named by no row, or by one that was left out (first: {unused[0]})")
+    if index.others:
+        name, why = next(iter(index.others.items()))
+        notes.append(f"{several(len(index.others), 'file')} below {root} passed over (first: {name}: {why})")
+    described = [table.said for table in opened]
     divided = [*parts] != ["train"] or bool(opened[0].part)
     return Found("a table of labels", lists, divided, notes=notes, faults=faults, described=described)
 
 
-def _sort_into_parts(rows: _Rows, index: _Index, parts: dict[str, _Part]) -> list[str]:
+def _not_found(part: _Part, root: Path, index: _Index) -> str:
+    """Which images of a part's rows are not there, why, and which classes have no other."""
+    cell = part.missing[0][0]
+    why = index.others.get(_key(cell.replace("\\", "/").rpartition("/")[2]), "")
+    first = f"{shown(cell)}{f', {why}' if why else ''}"
+    lost = sorted({label for _, label in part.missing} - {label for label, _ in part.rows.values()})
+    with_them = f", and with them all of {several(len(lost), 'class')}, as '{lost[0]}'" if lost else ""
+    return f"{several(len(part.missing), 'image')} not found below {root} (first: {first}){with_them}"
+
+
+def _sort_into_parts(table: _Table, index: _Index, parts: dict[str, _Part]) -> list[str]:
     """Add a table's rows to the parts; notes on those that are left out. Raises UserError for a row that may mean
-    several images."""
+    several images. Rows are counted as a spreadsheet does: the heading is the first."""
     nameless: list[int] = []
     torn: dict[str, str] = {}
-    known = set(rows.labels)
-    cells = zip(rows.images, rows.labels, rows.splits, rows.groups, strict=True)
-    for number, (cell, label, split, group) in enumerate(cells, 1):
-        part = rows.part or PART_NAMES.get(split.lower(), "train")
+    known = {label for _, label, _, _ in table.rows}
+    for number, (cell, label, split, group) in enumerate(table.rows, 2):
+        part = table.part or PART_NAMES.get(split.lower(), "train")
         found = index.find(cell, part, label) if label else []
         if len(found) > 1:
             raise UserError(
-                f"{rows.file}, row {number}: '{cell}' may be {found[0]} or {found[1]}: write the path of the one meant"
+                f"{table.file}, row {number}: '{cell}' may be {found[0]} or {found[1]}: write the path of the one meant"
             )
         if not label:
             nameless.append(number)
-        elif len(parted := set(re.split(r"\s*[|;,]\s*", label))) > 1 and parted <= known:
-            torn[cell] = part  # 'cat|dog'
+        elif len(words := re.split(r"\s*[|;]\s*", label)) > 1 and not known.isdisjoint(words):
+            torn[found[0] if found else cell] = part  # 'cat|dog'
         elif not found:
-            parts[part].missing.append(cell)
+            parts[part].missing.append((cell, label))
         elif parts[part].rows.setdefault(found[0], (label, group))[0] != label:
             torn[found[0]] = part
     for path, part in torn.items():
         parts[part].rows.pop(path, None)
-    left_out = [f"{several(len(nameless), 'row')} without one label (first: row {nameless[0]})"] if nameless else []
-    left_out += [f"{several(len(torn), 'image')} with several labels (first: {next(iter(torn))})"] if torn else []
-    return [f"{rows.file}: left out: {said}" for said in left_out]
+    left_out: list[str] = []
+    if nameless:
+        left_out.append(f"{several(len(nameless), 'row')} without one label or part (first: row {nameless[0]})")
+    if torn:
+        left_out.append(f"{several(len(torn), 'image')} with several labels (first: {next(iter(torn))})")
+    return [f"{table.file}: left out: {said}" for said in left_out]
 
 
 def _as_list(root: Path, origin: str, part: _Part, classes: tuple[str, ...]) -> ImageList:
-    """Raises UserError for a label that is none of `classes`."""
-    numbers = {name: label for label, name in enumerate(classes)}
-    labels = [label for label, _ in part.rows.values()]
-    if unknown := [label for label in dict.fromkeys(labels) if label not in numbers]:
-        raise UserError(f"{origin}: {unknown_classes(unknown, classes, 'train part')}")
-    if not labels:
-        raise UserError(f"{origin}: none of its images was found below {root}")
-    labels_N = np.array([numbers[label] for label in labels], np.int64)
-    groups_N = np.array([group for _, group in part.rows.values()])
-    images = ImageFiles.of(root, part.rows)
-    return ImageList(origin, images, labels_N, classes, groups_N if groups_N[0] else None)
+    """Raises UserError for a label that is none of `classes`. An image without a group is one of its own."""
+    labels_N = numbered([label for label, _ in part.rows.values()], classes, origin)
+    grouped = any(group for _, group in part.rows.values())
+    groups_N = np.array([group or path for path, (_, group) in part.rows.items()]) if grouped else None
+    return ImageList(origin, ImageFiles.of(root, part.rows), labels_N, classes, groups_N)

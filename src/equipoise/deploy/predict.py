@@ -218,9 +218,13 @@ def find_images(paths: Sequence[str | Path]) -> tuple[list[str], list[UserError]
         if not path.is_dir():
             files.append(str(path))
             continue
-        found = images_below(path)
+        try:
+            found = images_below(path)
+        except UserError as error:  # a folder that may not be read, a link without an end
+            errors.append(error)
+            continue
         files += [str(path / name) for name in found.images]
-        errors += [UserError(f"{path / name} ({why})") for name, why in found.others]
+        errors += [UserError(f"{path / name} is no image that can be read ({why})") for name, why in found.others]
         if not found.images:
             errors.append(UserError(f"{path} holds no images"))
     return files, errors

@@ -1,5 +1,6 @@
 """Epochs of steps, each looked at before the weights move, saved and validated. Here is the only `optimizer.step()`."""
 
+import contextlib
 import math
 import os
 import signal
@@ -40,7 +41,8 @@ _HOWS = ("interrupted", "terminated")
 
 
 class Requests:
-    """SIGUSR1 asks to save and go on, SIGINT, SIGTERM and SIGHUP to save and stop; a second one of these stops at once.
+    """SIGUSR1 asks to save and go on, SIGINT, SIGTERM and SIGHUP to save and stop; a second SIGINT or SIGTERM
+    stops at once.
 
     A context: the handlers that were there before come back with its end. Outside the main thread nothing is handled.
     """
@@ -55,7 +57,9 @@ class Requests:
         if threading.current_thread() is threading.main_thread():
             saving = (signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()
             # Under nohup, SIGHUP is to be ignored.
-            stopping = [number for number in _STOPPING if signal.getsignal(number) != signal.SIG_IGN]
+            hangup = getattr(signal, "SIGHUP", None)
+            ignored = hangup is not None and signal.getsignal(hangup) == signal.SIG_IGN
+            stopping = [number for number in _STOPPING if number != hangup or not ignored]
             self._before = {number: signal.signal(number, self._handle) for number in (*saving, *stopping)}
         return self
 
@@ -111,8 +115,9 @@ class Requests:
 def _leave_terminal() -> None:
     """Write to nowhere what was written to a terminal: one that is gone refuses it."""
     for stream in (1, 2):
-        if stat.S_ISCHR(os.fstat(stream).st_mode):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        with contextlib.suppress(OSError):  # closed
+            if stat.S_ISCHR(os.fstat(stream).st_mode):  # isatty denies a terminal that is gone
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
 
 class Trainer:
@@ -180,7 +185,7 @@ class Trainer:
             images += len(batch.labels_G)
             speed = images / (time.perf_counter() - since)
             said = "  ".join(f"{name} {value:.3f}" for name, value in terms.items())
-            line.update(self.step, f"epoch {self.epoch + 1}/{recipe.epochs}  {said}  {speed:,.0f} images/s")
+            line.update(self.step, f"epoch {self.epoch + 1}/{recipe.epochs}  {speed:,.0f} images/s  {said}")
             if self.step % recipe.log_every == 0 or self.step % plan.steps_per_epoch == 0:
                 further = {"lr": rate, "images_per_second": round(speed, 1)}
                 log.write("train", self.step, self.epoch, {**terms, **further})

@@ -21,6 +21,7 @@ from equipoise.base.world import ALONE, World
 from equipoise.config.recipe import Recipe, Views, field_value, find_field, load_recipe, override, recipe_fields
 from equipoise.data.decode import bad_images
 from equipoise.data.images import DIGITS, Parts, imbalance_factor
+from equipoise.data.rows import TABLES
 from equipoise.data.sources import open_data
 from equipoise.method.pretrained import find_pretrained, normalisation
 from equipoise.runs.checkpoint import Checkpoint, changed_part, load_checkpoint
@@ -226,7 +227,9 @@ def prepare(
 
 
 def _plan(recipe: Recipe, place: Place, world: World) -> Plan:
-    if recipe.data.path not in (DIGITS, "") and real_path(place.folder).is_relative_to(recipe.data.path):
+    data = Path(recipe.data.path)
+    data = data.parent if data.suffix.lower() in TABLES else data
+    if recipe.data.path not in (DIGITS, "") and real_path(place.folder).is_relative_to(data):
         raise UserError(f"the run folder {place.folder} would lie inside the data; name one outside with --out")
     if 1 < world.local_size <= torch.cuda.device_count() and recipe.device.startswith("cuda:"):
         raise UserError(f"{world.local_size} processes on this host cannot all take {recipe.device}; set --device cuda")

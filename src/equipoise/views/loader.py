@@ -115,16 +115,7 @@ class Batches:
         self._world = world
         self._workers = workers
         self._tasks = _Tasks()
-        self._loader: DataLoader[Batch | UserError] = DataLoader(
-            maker,
-            batch_size=None,
-            sampler=self._tasks,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=device.type == "cuda",
-            generator=torch.Generator(),  # else every pass would draw from torch's own random state
-            worker_init_fn=_start_worker,
-        )
+        self._loader: DataLoader[Batch | UserError] | None = None
         self._receiving: Iterator[Batch | UserError] | None = None
 
     def __len__(self) -> int:
@@ -204,27 +195,27 @@ class Batches:
 
     def _by_processes(self, tasks: Iterable[Task]) -> Iterator[Batch | UserError]:
         self._tasks.next = tasks
-        self._receiving = self._start()
+        if self._loader is None:
+            self._loader = DataLoader(
+                self._maker,
+                batch_size=None,
+                sampler=self._tasks,
+                num_workers=self._workers,
+                persistent_workers=self._workers > 0,
+                pin_memory=self._device.type == "cuda",
+                generator=torch.Generator(),  # else every pass would draw from torch's own random state
+                worker_init_fn=_start_worker,
+            )
+        self._receiving = _started(self._loader)
         try:
             yield from self._receiving
         except (RuntimeError, OSError, EOFError) as error:
             said = str(error).partition("\n")[0]
             # torch begins with "Caught" where code in a process raised, with the traceback from there: a bug.
-            if self._loader.num_workers == 0 or said.startswith("Caught "):
+            if self._workers == 0 or said.startswith("Caught "):
                 raise
             advice = "if memory or /dev/shm (docker: --shm-size) ran out, take fewer (--workers) or smaller images"
             raise UserError(f"a loader process was lost ({said}); {advice}") from None
-
-    def _start(self) -> Iterator[Batch | UserError]:
-        """The loader's batches. torch sets a handler of SIGCHLD, which would raise the death of a process in whatever
-        line this one executes; without it, torch raises where the batch is waited for, seconds later."""
-        if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
-            return iter(self._loader)  # then torch sets no handler either
-        before = signal.getsignal(signal.SIGCHLD)
-        try:
-            return iter(self._loader)
-        finally:
-            signal.signal(signal.SIGCHLD, before)
 
     def _arrived(self, batch: Batch | UserError) -> Batch:
         """The batch on its device."""
@@ -302,6 +293,18 @@ class Maker(Dataset["Batch | UserError"]):
             if image is not None:
                 return image
         raise no_image_left(self._images, int(self._images.labels_N[index]))
+
+
+def _started(loader: DataLoader[Batch | UserError]) -> Iterator[Batch | UserError]:
+    """The loader's batches. torch sets a handler of SIGCHLD, which would raise the death of a process in whatever
+    line this one executes; without it, torch raises where the batch is waited for, seconds later."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        return iter(loader)  # then torch sets no handler either
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        return iter(loader)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def _start_worker(_: int) -> None:
