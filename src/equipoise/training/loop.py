@@ -203,19 +203,22 @@ class Trainer:
             raise Stopped(stopped, self._state(), self._plan.resume_command())
 
     def _end_epoch(self, log: RunLog) -> None:
-        """Validate, and save. Without validation, epochs may be so short that saving takes much of the time: then it is
-        left out, but for the last one. A signal is answered after the next step."""
+        """Validate, and save. Epochs may be so short that saving takes much of the time: then it is left out, but for
+        the best and the last one. A signal is answered after the next step."""
         world = self._plan.world
         world.first_buffers(self._network)
-        if self._validation is not None:
-            self._save(log)  # before: validation may take long
-            mean_per_class = self._validate(self._validation, log)
-            if self.best is None or mean_per_class > self.best[0]:
-                self.best = (mean_per_class, self.epoch + 1)
-        self.epoch += 1
         # Ranks must agree, and their clocks do not.
         is_cheap = world.size > 1 or time.monotonic() - self._saved_at > 20 * self._saving_took
-        if self._validation is not None or self.epoch == self._plan.recipe.epochs or is_cheap:
+        is_best = False
+        if self._validation is not None:
+            if is_cheap:
+                self._save(log)  # before: validation may take long
+            mean_per_class = self._validate(self._validation, log)
+            is_best = self.best is None or mean_per_class > self.best[0]
+            if is_best:
+                self.best = (mean_per_class, self.epoch + 1)
+        self.epoch += 1
+        if is_cheap or is_best or self.epoch == self._plan.recipe.epochs:
             self._save(log)
 
     def _validate(self, validation: Batches, log: RunLog) -> float:

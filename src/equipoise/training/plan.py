@@ -238,8 +238,11 @@ def _plan(recipe: Recipe, place: Place, world: World) -> Plan:
     device = choose_device(recipe.device, world.local_rank)
     precision = choose_precision(recipe.precision, device)
     plan = Plan(recipe, parts, device, precision, steps_per_epoch(len(parts.train), recipe.batch_size), place, world)
+    model = recipe.model
     if plan.start is not None:
         _refuse_other_run(plan, plan.start)
+    elif model.tune == "frozen" and not (model.pretrained or model.weights):
+        raise UserError("a frozen encoder needs weights to start from: set --pretrained true, or --weights FILE")
     return plan
 
 
