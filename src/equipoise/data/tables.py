@@ -179,7 +179,7 @@ def _read(part: str, file: Path, columns: Columns, index: _Index, data: Data, gu
 
 
 def _column_of_images(file: Path, columns: Columns, index: _Index, others: set[str]) -> str:
-    """The column most of whose cells are images below the folder; of several, one with endings, or whose cells differ."""
+    """The column most of whose cells are images below the folder; of several, one with endings or unlike cells."""
     found: dict[str, tuple[int, int, int]] = {}
     samples = {name: cells[:: max(1, len(cells) // _SAMPLE)] for name, cells in columns.items() if name not in others}
     for name, cells in samples.items():
