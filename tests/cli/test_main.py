@@ -76,7 +76,7 @@ def test_train_without_arguments_is_the_demo(tmp_path):
     for said in ("no recipe named: taking 'digits-lt'", "342 to train on, 500 for test", "imbalance factor 62"):
         assert said in text
     assert "2 epochs of 6: 12 steps of 64 images" in text
-    assert re.search(r"step 12/12 +epoch 2/2 +loss \d.* contrastive \d.* images/s +0:00:00 left", text)
+    assert re.search(r"step 12/12 +epoch 2/2 +[\d,]+ images/s +loss \d.* contrastive \d.* +0:00:00 left", text)
     assert re.search(r"training *\n +images +bcl +ce", text)
     assert re.search(r"few \(5 classes\) +fewer than 20 +[\d.]+ +[\d.]+", text)
     assert re.search(r"^ +9 +2 +[\d.]+ +[\d.]+", text, re.MULTILINE), "each class with its training count"

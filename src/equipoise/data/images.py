@@ -232,9 +232,9 @@ def missing_files(images: ImageList, bounds: Path | None) -> list[int]:
 def refuse_outside(root: Path, path: Path) -> None:
     """Raise UserError for a path below the data folder `root` that a link leads out of it."""
     real = Path(os.path.realpath(path))
-    if path.is_symlink() and not real.exists():
-        raise UserError(f"{path} is a link to {real}, which is not there: a disk that is not mounted?")
     if not real.is_relative_to(os.path.realpath(root)):
+        if not real.exists():
+            raise UserError(f"{path} is a link to {real}, which is not there: a disk that is not mounted?")
         raise UserError(
             f"{path} leads over a link out of the data folder {root}, to {real}; if that is meant, allow it with "
             "--allow-outside"
