@@ -88,7 +88,7 @@ audit: .venv/.audit
 	@echo "installing into .venv, once: first torch, the largest part (up to 3 GB; a minute from a near disk) ..."
 	@$(BIN)/python -m pip install --quiet --no-compile $(TORCH)
 	@echo "... then what is smaller: timm, opencv, scikit-learn and others ..."
-	@$(BIN)/python -m pip install --quiet --no-compile --editable .
+	@$(BIN)/python -m pip install --quiet --no-compile --editable '.[weights]'
 	@echo "... done"
 	@touch $@
 

@@ -117,7 +117,7 @@ def map_rows(labels, classes: int, batch: int) -> list[int]:
     network = TwoBranchNetwork(Model("resnet8"), Views(size=16), classes, contrastive=False)
     with observe(network, [5] * classes) as observation:
         for part in labels.split(batch):
-            observation.keep(network.encoder, None, torch.ones(len(part), 3))
+            observation.keep(network.classifier, (torch.ones(len(part), 3),))
             observation.add(part, torch.zeros(len(part), classes))
     return observation.table(predictions(labels, torch.zeros(len(labels), classes)))["map_rows_M"].tolist()
 

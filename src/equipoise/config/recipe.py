@@ -78,9 +78,7 @@ class Views:
 @dataclass(frozen=True)
 class Model:
     encoder: str = _field("resnet50", "resnet8, resnet20, resnet32 (for small images) or any name timm knows", "arch")
-    pretrained: bool = _field(
-        False, "start from pretrained weights: of timm's hub or, without one, of a package"
-    )
+    pretrained: bool = _field(False, "start from pretrained weights: of timm's hub or, without one, of a package")
     weights: str = _field("", "start from the encoder's weights in this file, in timm's or torchvision's naming")
     tune: Literal["full", "frozen"] = _field(
         "full", "what is trained of the encoder: all of it, or nothing: its features are then computed once"

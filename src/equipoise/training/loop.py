@@ -80,6 +80,11 @@ class Requests:
         how = "terminated" if terminated else "interrupted" if interrupted else None
         return bool(save) or how is not None, how
 
+    @property
+    def stopping(self) -> bool:
+        """Whether this process was asked to stop."""
+        return bool(self._stop)
+
     def leave_if_stopped(self, state: str, resume_command: str) -> None:
         """Raise Stopped if this process was asked to stop. All is saved already."""
         if self._stop:
@@ -136,7 +141,7 @@ class Trainer:
         self._plan, self._network, self._batches, self._validation = plan, network, batches, validation
         self._gradients = Step(recipe, network, plan.parts.train.class_counts, plan.device, plan.precision, plan.world)
         self._optimizer = create_sgd(network.parameters(), optim.lr, optim.momentum, optim.weight_decay)
-        self._saved_at, self._saving_took = time.monotonic(), 0.0
+        self._saved_at, self._saving_took, self._saved_step = time.monotonic(), 0.0, -1
         self.epoch, self.step, self.best = 0, 0, None
         if plan.start is None:
             return
@@ -225,10 +230,12 @@ class Trainer:
         """The mean per-class accuracy on the validation part. It chooses the best checkpoint, since a part cut from
         long-tailed training images is long-tailed itself: its top-1 would choose for the frequent classes.
 
-        All is saved: a rank that is asked to stop does so after the batch, and all ranks with it.
+        A rank that is asked to stop does so after the batch, when all is saved, and all ranks with it.
         """
 
         def look(*_: torch.Tensor) -> None:
+            if self.requests.stopping and self._saved_step != self.step:
+                self._save(log)
             self.requests.leave_if_stopped(self._state(), self._plan.resume_command())
 
         train = self._plan.parts.train
@@ -266,7 +273,7 @@ class Trainer:
         if whole and self.best is not None and self.best[1] == self.epoch:
             checkpoint.save(plan.folder / BEST)
         checkpoint.save_last(plan.folder)
-        self._saved_at, self._saving_took = time.monotonic(), time.monotonic() - begun
+        self._saved_at, self._saving_took, self._saved_step = time.monotonic(), time.monotonic() - begun, self.step
 
     def _refuse_non_finite(self, terms: dict[str, float], rate: float) -> None:
         wrong = [name for name, value in terms.items() if not math.isfinite(value)]
