@@ -94,7 +94,7 @@ def test_timm_loads_the_encoder(arch, size, tmp_path):
     with Image.open(tmp_path / "x.png") as picture, torch.inference_mode():
         found = encoder(scope["transform"](picture)[None])
         view = torch.from_numpy(np.stack([classifier.view(np.asarray(picture))]))
-        expected = classifier.model._encode(view.permute(0, 3, 1, 2))
+        expected = classifier.model.encode(view.permute(0, 3, 1, 2))
     assert found.shape == (1, encoder.num_features)
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
 
