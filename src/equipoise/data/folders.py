@@ -74,7 +74,10 @@ def open_class_folders(root: Path, level: int = 1, allow_outside: bool = False) 
         )
     folders = _subfolders(root)
     _refuse_structure(root, folders)
-    notes = [f"{root}: {name}/ is left by a program and is no class" for name in sorted(_LEFTOVERS & _names(root))]
+    notes = [
+        f"{root}: {name}/ is left by a program and is no class"
+        for name in sorted(_LEFTOVERS.intersection(os.listdir(root)))
+    ]
     part_folders = _part_folders(root, folders, notes)
     leading = "train" if "train" in part_folders else next(iter(part_folders), "train")
     lists: dict[str, ImageList] = {}
@@ -195,10 +198,6 @@ def _as_list(root: Path, opened: dict[str, Listing], classes: tuple[str, ...], l
 
 def _subfolders(folder: Path) -> list[str]:
     return sorted(entry.name for entry in _entries(folder) if entry.is_dir())
-
-
-def _names(folder: Path) -> frozenset[str]:
-    return frozenset(os.listdir(folder))
 
 
 def _entries(folder: Path) -> Iterable[os.DirEntry[str]]:

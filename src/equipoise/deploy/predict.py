@@ -31,10 +31,9 @@ from equipoise.data.decode import BadImageError, Pixels, decode, resized
 from equipoise.data.folders import images_below
 from equipoise.data.images import ImageFiles, ImageList
 from equipoise.deploy.hub import CONFIG, read_hub_folder
-from equipoise.evaluation.score import figures_of
 from equipoise.method.losses import log_prior
 from equipoise.method.network import TwoBranchNetwork
-from equipoise.runs.checkpoint import Checkpoint, described, load_checkpoint
+from equipoise.runs.checkpoint import Checkpoint, described, figures_of, load_checkpoint
 from equipoise.runs.folder import BEST, LAST, METRICS, chosen_checkpoint, json_bytes
 from equipoise.views.loader import worker_count
 from equipoise.views.views import evaluation_view

@@ -53,8 +53,9 @@ class _FeatureMaker(Maker):
     def prepare(self, world: World, look: Callable[[], None]) -> None:
         """Compute what is not in the file yet. `look` is called now and then, and may raise."""
         with closing(self._batches):
-            file, self.bad = compute_features(self._recipe, self._images, self._network, self._batches, world, look)
-        world.gather_objects(None)  # the other ranks of this machine write into the same file
+            file, bad = compute_features(self._recipe, self._images, self._network, self._batches, world, look)
+        # Each rank has read its share, and waits here for the others, which write into the same file.
+        self.bad = {index: error for of_rank in world.gather_objects(bad) for index, error in of_rank.items()}
         self._features_NF = np.load(file, mmap_mode="r")
 
     def _training(self, task: Task) -> Batch:
@@ -85,7 +86,8 @@ def compute_features(
     look: Callable[[], None],
 ) -> tuple[Path, dict[int, BadImageError]]:
     """The file of the encoder's features `[N, F]`, float32, and the images that cannot be read. Rows that are not
-    computed yet are NaN, so that what was interrupted goes on; the ranks of a machine share the work."""
+    computed yet are NaN, so that what was interrupted goes on. The ranks of a machine share the work: the bad images
+    are those of this rank's share."""
     file = _cache() / f"{_key(recipe, images, network)}.npy"
     if world.local_rank == 0 and not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -342,13 +342,3 @@ def chosen(metrics: Mapping[str, Any]) -> tuple[Literal["last", "best"], Literal
     the last, on the test part, or else on validation."""
     checkpoint = "best" if metrics["best"] else "last"
     return checkpoint, "test" if metrics[checkpoint]["test"] else "validation"
-
-
-def figures_of(file: Path, checkpoint: Checkpoint) -> CheckpointMetrics | None:
-    """What the `metrics.json` beside a checkpoint's file says of it; None where it says nothing, or was written after
-    another step, as while a resumed run is being trained."""
-    written = file.with_name(METRICS)
-    if file.name not in (LAST, BEST) or not written.is_file():
-        return None
-    figures = read_metrics(written)["last" if file.name == LAST else "best"]
-    return figures if figures and figures.get("step") == checkpoint.step else None

@@ -19,7 +19,8 @@ from equipoise.data.images import Parts
 from equipoise.data.sources import PARTS
 from equipoise.method.losses import log_prior
 from equipoise.method.network import TwoBranchNetwork
-from equipoise.runs.folder import BEST, LAST, PREVIOUS, RECIPE, find_checkpoint
+from equipoise.runs.folder import BEST, LAST, METRICS, PREVIOUS, RECIPE, find_checkpoint
+from equipoise.runs.records import CheckpointMetrics, read_metrics
 
 FORMAT = 2
 
@@ -167,3 +168,13 @@ def changed_part(parts: Parts, checkpoint: Checkpoint) -> str | None:
     """The first part that is not what the checkpoint was trained with."""
     found = {name: images.fingerprint() for name, images in parts.named().items()}
     return next((name for name in PARTS if found.get(name) != checkpoint.fingerprints.get(name)), None)
+
+
+def figures_of(file: Path, checkpoint: Checkpoint) -> CheckpointMetrics | None:
+    """What the `metrics.json` beside a checkpoint's file says of it; None where it says nothing, or was written after
+    another step, as while a resumed run is being trained."""
+    written = file.with_name(METRICS)
+    if file.name not in (LAST, BEST) or not written.is_file():
+        return None
+    figures = read_metrics(written)["last" if file.name == LAST else "best"]
+    return figures if figures and figures.get("step") == checkpoint.step else None
