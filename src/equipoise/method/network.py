@@ -108,13 +108,6 @@ class TwoBranchNetwork(nn.Module):
         )
         return hidden.unflatten(0, images_VB3HW.shape[:2])
 
-    def train(self, mode: bool = True) -> "TwoBranchNetwork":
-        """Training mode, or evaluation mode, in which a frozen encoder always is."""
-        super().train(mode)
-        if self.frozen:
-            self.encoder.eval()
-        return self
-
     def encode(self, images_N3HW: Tensor) -> Tensor:
         """The encoder's output `[N, F]`. Features, of that shape already, are passed on."""
         if images_N3HW.ndim == 2:
