@@ -1,6 +1,7 @@
 """`predict`, `export` and other commands on a finished run, as a user types them."""
 
 import csv
+import itertools
 import json
 import os
 import pickle
@@ -302,10 +303,11 @@ def test_a_pickle_among_what_the_report_draws_is_not_run(run, tmp_path, monkeypa
 def test_names_that_are_no_text(tmp_path, capsys, monkeypatch):
     """Of a picture, and of a class: they are carried through."""
     monkeypatch.chdir(tmp_path)
+    seeds = itertools.count()
     for part, count in {"train": 6, "val": 3, "test": 3}.items():
         for label, name in enumerate(("ant", os.fsdecode(b"b\xffe"))):
             for number in range(count):
-                draw_picture(Path("data") / part / name / f"{number}.png", label, 10 * label + number)
+                draw_picture(Path("data") / part / name / f"{number}.png", label, next(seeds))
             Path(f"data/{part}/{name}/0.png").rename(f"data/{part}/{name}/\udcff.png")
     small = ["--arch", "resnet8", "--size", "16", "--epochs", "1", "-b", "4", "--workers", "0"]
     small += ["--set", "optim.warmup_epochs=0"]
