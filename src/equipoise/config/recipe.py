@@ -73,7 +73,8 @@ class Views:
         "photos", "augmentation: of small handwriting, of 32-pixel images, of photographs"
     )
     cl_views: Literal["sim-sim", "sim-rand", "rand-rand"] = _field("sim-sim", "views of the contrastive branch")
-    size: int = _field(224, "side of a training image, pixels", ge=8, le=1024)
+    size: int = _field(224, "side of a training image, pixels (0: that of the pretrained encoder)", ge=0, le=1024)
+    smallest_crop: float = _field(0.08, "photographs: least share of its area that a random crop takes", gt=0, le=1)
     randaug: bool = _field(True, "RandAugment in the classifier's view of photographs")
     randaug_n: int = _field(2, "RandAugment: operations a view", ge=1, le=4)
     randaug_m: float = _field(10.0, "RandAugment: magnitude", ge=0, le=10)
@@ -317,3 +318,15 @@ def recipe_toml(recipe: Recipe) -> str:
     import tomli_w
 
     return tomli_w.dumps(asdict(recipe))
+
+
+def explained_toml(recipe: Recipe, reasons: Mapping[str, str]) -> str:
+    """The same with a comment beside each field: the reason for its value, or else what it means."""
+    helps = {field.key: field.help for field in recipe_fields()} | dict(reasons)
+    lines, table = list[str](), ""
+    for line in recipe_toml(recipe).splitlines():
+        name, equals, _ = line.partition(" = ")
+        table = f"{line[1:-1]}." if line.startswith("[") and not equals else table
+        key = f"{table}{name}"
+        lines.append(f"{line}  # {helps[key]}" if equals and key in helps else line)
+    return "\n".join([*lines, ""])

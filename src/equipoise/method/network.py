@@ -137,6 +137,12 @@ class CosineClassifier(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(F.normalize(torch.empty(classes, width).uniform_(-1, 1), dim=1))
 
+    def start_at(self, means_CF: Tensor) -> None:
+        """Begin with these directions, of which a class may have none (0) and then keeps its own."""
+        directions_CF = F.normalize(means_CF, dim=1).to(self.weight)
+        there_C1 = directions_CF.any(dim=1, keepdim=True)
+        self.weight.data.copy_(torch.where(there_C1, directions_CF, self.weight.data))
+
     def forward(self, hidden_NF: Tensor) -> Tensor:
         return COSINE_SCALE * F.linear(F.normalize(hidden_NF, dim=1), F.normalize(self.weight, dim=1))
 

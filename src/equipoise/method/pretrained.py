@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from equipoise.base.errors import UserError
 
@@ -66,12 +67,13 @@ def _is_reachable(repository: str) -> bool:
     return True
 
 
-def normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Mean and std (of 1) of the images for an encoder's pretrained weights; None if there are no such weights."""
+def input_of(name: str) -> dict[str, Any] | None:
+    """Mean and std (of 1) and size of the images for an encoder's pretrained weights, as the fields of a recipe's
+    views; None if there are no such weights."""
     import timm
 
     try:
         known = timm.get_pretrained_cfg(timm_name(name))
     except RuntimeError:  # `create_encoder` refuses the name
         return None
-    return (known.mean, known.std) if known else None
+    return {"mean": known.mean, "std": known.std, "size": known.input_size[-1]} if known else None

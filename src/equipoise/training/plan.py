@@ -23,7 +23,7 @@ from equipoise.data.decode import bad_images
 from equipoise.data.images import DIGITS, Parts, imbalance_factor
 from equipoise.data.rows import TABLES
 from equipoise.data.sources import open_data
-from equipoise.method.pretrained import find_pretrained, normalisation
+from equipoise.method.pretrained import find_pretrained, input_of
 from equipoise.runs.checkpoint import Checkpoint, changed_part, load_checkpoint
 from equipoise.runs.folder import LAST, METRICS, PREVIOUS, RECIPE, RECORD, find_checkpoint, is_used
 from equipoise.runs.records import read_record
@@ -218,7 +218,7 @@ def prepare(
 
     Raises UserError for what the user must put right; writes nothing. With several ranks, all call it and all raise.
     """
-    recipe = _normalised_as_pretrained(_with_absolute_paths(recipe))
+    recipe = _viewed_as_pretrained(_with_absolute_paths(recipe))
     place = world.first_makes(lambda: find_place(recipe, out, resume, world))
     plan = world.each_makes(lambda: _plan(recipe, place, world))
     _refuse_different_ranks(plan)
@@ -252,12 +252,14 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
     return recipe
 
 
-def _normalised_as_pretrained(recipe: Recipe) -> Recipe:
-    """The recipe with the mean and std of the pretrained weights, unless it has some of its own."""
-    model, views = recipe.model, recipe.views
-    own = (views.mean, views.std) != (Views().mean, Views().std)
-    known = normalisation(model.encoder) if model.tune != "scratch" and not (model.weights or own) else None
-    return replace(recipe, views=replace(views, mean=known[0], std=known[1])) if known else recipe
+def _viewed_as_pretrained(recipe: Recipe) -> Recipe:
+    """The recipe with the mean, std and size of the encoder's pretrained weights, unless it has some of its own."""
+    views = recipe.views
+    known = input_of(recipe.model.encoder) if recipe.model.tune != "scratch" else None
+    known = known or {"mean": views.mean, "std": views.std, "size": Views().size}
+    if (views.mean, views.std) != (Views().mean, Views().std):
+        known |= {"mean": views.mean, "std": views.std}
+    return replace(recipe, views=replace(views, **(known | ({"size": views.size} if views.size else {}))))
 
 
 def refuse_batches(recipe: Recipe, images: int, world: World) -> None:
