@@ -30,7 +30,7 @@ def settings(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("budget", "tune", "epochs", "why"),
     [
-        (None, "frozen", 90, "without a GPU each image passes the encoder once"),
+        (None, "frozen", 15, "without a GPU each image passes the encoder once"),
         (10_000, "full", 2.0, "the most that fits into 2.8 h"),
         (1_000, "last-stage", 1.0, "the most that fits into 17 min"),
         (100, "frozen", 2.0, "the most that fits into 2 min"),

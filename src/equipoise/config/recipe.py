@@ -93,6 +93,16 @@ class Model:
     )
     weights: str = _field("", "pretrained weights of the encoder in this file, in timm's or torchvision's naming")
     classifier: Literal["cosine", "linear"] = _field("cosine", "cosine with scale 30, or linear with bias")
+    classifier_start: Literal["class-means", "text"] = _field(
+        "class-means",
+        "where a cosine classifier on a pretrained encoder starts: at its means of the classes, or (open_clip:...) at "
+        "what its text tower makes of their names",
+    )
+    anchor: float = _field(
+        0.0,
+        "how firmly a cosine classifier is held at its start, the more so the rarer a class: 6 for frozen features",
+        ge=0,
+    )
     hidden_dim: int = _field(0, "hidden width of the two projections (0: the encoder's width)", ge=0, le=65_536)
     feature_dim: int = _field(1024, "width D of the contrastive features", "feat-dim", ge=2, le=65_536)
     batch_norm: Literal["per-rank", "synchronised", "frozen"] = _field(

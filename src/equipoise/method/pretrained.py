@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from equipoise.base.errors import UserError
+from equipoise.method import clip
 
 _TIMM_NAMES = {"resnext50": "resnext50_32x4d"}  # the authors' spelling
 _TIMEOUT = 3.0  # seconds: timm itself tries for a minute
@@ -35,16 +36,19 @@ def find_pretrained(name: str) -> Pretrained:
     import timm
     from huggingface_hub import try_to_load_from_cache
 
-    try:
-        known = timm.get_pretrained_cfg(timm_name(name))
-    except RuntimeError:
-        return Pretrained("timm", None)  # which refuses the name
-    if known is None:
-        raise UserError(f"there are no pretrained weights for {name}; set --tune scratch")
-    repository = known.hf_hub_id or ""
+    if name.startswith(clip.PREFIX):
+        repository, files = clip.repository(name), ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+    else:
+        try:
+            known = timm.get_pretrained_cfg(timm_name(name))
+        except RuntimeError:
+            return Pretrained("timm", None)  # which refuses the name
+        if known is None:
+            raise UserError(f"there are no pretrained weights for {name}; set --tune scratch")
+        repository, files = known.hf_hub_id or "", ("model.safetensors", "pytorch_model.bin")
     if _is_reachable(repository):
-        return Pretrained(f"timm's hub ({repository})", None)
-    for file in ("model.safetensors", "pytorch_model.bin") if repository else ():
+        return Pretrained(f"the hub ({repository})", None)
+    for file in files if repository else ():
         if isinstance(path := try_to_load_from_cache(repository, file), str):
             return Pretrained(f"fetched earlier ({repository})", Path(path))
     module, file = _PACKAGES.get(name.split(".")[0], ("", ""))
@@ -72,6 +76,8 @@ def input_of(name: str) -> dict[str, Any] | None:
     views; None if there are no such weights."""
     import timm
 
+    if name.startswith(clip.PREFIX):
+        return clip.input_of(name)
     try:
         known = timm.get_pretrained_cfg(timm_name(name))
     except RuntimeError:  # `create_encoder` refuses the name

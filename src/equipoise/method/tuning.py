@@ -46,6 +46,8 @@ def _last_stage(encoder: nn.Module) -> list[nn.Parameter]:
     """The parameters of the last groups, as few as hold a quarter of all."""
     from timm.models import group_parameters  # two seconds: see encoders.py
 
+    if not hasattr(encoder, "group_matcher"):
+        raise UserError("timm does not know the stages of this encoder: set --tune full or frozen")
     matcher = encoder.group_matcher(coarse=True)  # pyright: ignore[reportCallIssue] torch does not know timm's methods
     parameters = dict(encoder.named_parameters())
     stage_of: dict[str, int] = group_parameters(encoder, matcher, reverse=True)

@@ -3,7 +3,7 @@
 import os
 import shutil
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,13 @@ class Checkpoint:
         network.load_state_dict(self.weights)
         merge_low_rank(network)
         return network.eval()
+
+    def merged(self) -> "Checkpoint":
+        """The same network without LoRA's additions: they are in the weights."""
+        if self.recipe.model.tune != "lora":
+            return self
+        recipe = replace(self.recipe, model=replace(self.recipe.model, tune="full"))
+        return replace(self, recipe=recipe, weights=state_on_cpu(self.build()))
 
     def fits(self, recipe: Recipe, classes: int) -> bool:
         """Whether these are the weights of the network that `recipe` describes. No memory is taken for that network."""

@@ -23,6 +23,7 @@ from equipoise.data.decode import bad_images
 from equipoise.data.images import DIGITS, Parts, imbalance_factor
 from equipoise.data.rows import TABLES
 from equipoise.data.sources import open_data
+from equipoise.method.clip import PREFIX
 from equipoise.method.pretrained import find_pretrained, input_of
 from equipoise.runs.checkpoint import Checkpoint, changed_part, load_checkpoint
 from equipoise.runs.folder import LAST, METRICS, PREVIOUS, RECIPE, RECORD, find_checkpoint, is_used
@@ -238,6 +239,8 @@ def _plan(recipe: Recipe, place: Place, world: World) -> Plan:
     device = choose_device(recipe.device, world.local_rank)
     precision = choose_precision(recipe.precision, device)
     plan = Plan(recipe, parts, device, precision, steps_per_epoch(len(parts.train), recipe.batch_size), place, world)
+    if recipe.model.classifier_start == "text" and not recipe.model.encoder.startswith(PREFIX):
+        raise UserError(f"{recipe.model.encoder} has no text tower to start a classifier: take --arch {PREFIX}...")
     if plan.start is not None:
         _refuse_other_run(plan, plan.start)
     return plan

@@ -14,6 +14,7 @@ from equipoise.base.world import join, lost_rank
 from equipoise.config.recipe import Recipe
 from equipoise.evaluation.features import class_means, open_encoded_batches
 from equipoise.evaluation.score import Run, evaluate_run
+from equipoise.method.clip import text_directions
 from equipoise.method.network import CosineClassifier, TwoBranchNetwork
 from equipoise.runs.checkpoint import create_network
 from equipoise.runs.folder import BAD_IMAGES, LAST, METRICS, PREVIOUS, RunFolder, write_record
@@ -48,16 +49,19 @@ class Session:
     def run(self, progress: bool = True) -> Run:
         """Train and score. See `train`."""
         plan, requests = self.plan, self.trainer.requests
-        classifier = self.network.classifier
+        classifier, model = self.network.classifier, plan.recipe.model
 
         def look() -> None:
             requests.leave_if_stopped("features are kept", plan.resume_command())
 
         for batches in self.opened.values():
             batches.prepare(look)
-        if plan.start is None and isinstance(classifier, CosineClassifier) and plan.recipe.model.tune != "scratch":
-            means_CF = class_means(plan.recipe, plan.parts.train, self.network, plan.world, look)
-            classifier.start_at(means_CF)
+        if plan.start is None and isinstance(classifier, CosineClassifier) and model.tune != "scratch":
+            if model.classifier_start == "text":
+                start_CF = text_directions(model.encoder, model.weights, plan.parts.train.class_names)
+            else:
+                start_CF = class_means(plan.recipe, plan.parts.train, self.network, plan.world, look)
+            classifier.start_at(start_CF)
         self.trainer.train(progress and plan.world.is_first)
         state = "training is done and saved, but not scored"  # nothing more has to be saved
         plan.world.each_makes(lambda: requests.stop_at_once(state, plan.resume_command()))

@@ -27,7 +27,6 @@ from equipoise.views.views import view_settings
 _RECIPES = {"frozen": "frozen", "scratch": "pictures"}  # of the ways to tune; else:
 _FINETUNE = "finetune"
 _TIMED_FOR, _TIMED_AT_MOST = 6.0, 12  # seconds and batches
-_STEPS = 1500  # that a head on frozen features should have at least
 _IMAGES_TIMED = 192
 
 Settings = Sequence[tuple[Field, Any]]
@@ -140,10 +139,7 @@ def _sized(tune: str, settings: Settings) -> Plan:
     if "batch_size" not in keys:
         while recipe.batch_size > max(images // 4, 4):
             recipe = replace(recipe, batch_size=recipe.batch_size // 2)
-    steps = steps_per_epoch(images, recipe.batch_size)
-    if "epochs" not in keys and tune == "frozen":
-        recipe = replace(recipe, epochs=min(max(recipe.epochs, -(-_STEPS // steps)), 3 * recipe.epochs))
-    return replace(plan, recipe=recipe, steps_per_epoch=steps)
+    return replace(plan, recipe=recipe, steps_per_epoch=steps_per_epoch(images, recipe.batch_size))
 
 
 def _reasons(recipe: Recipe) -> dict[str, str]:

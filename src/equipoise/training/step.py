@@ -19,7 +19,7 @@ from equipoise.method.losses import (
     logit_adjusted_cross_entropy,
     supervised_contrastive_loss,
 )
-from equipoise.method.network import Outputs, TwoBranchNetwork
+from equipoise.method.network import CosineClassifier, Outputs, TwoBranchNetwork
 from equipoise.views.draws import sampled_counts
 from equipoise.views.loader import Batch
 
@@ -44,6 +44,8 @@ class Step:
         self._recipe, self._device, self._precision, self._world = recipe, device, precision, world
         drawn_C = torch.from_numpy(sampled_counts(class_counts, recipe.data.sampler))
         self._log_prior_C = log_prior(drawn_C).to(device, torch.float32)
+        self._counts_C = torch.tensor(class_counts, device=device, dtype=torch.float32)
+        self._classifier = network.classifier
         if recipe.compile:
             network.encoder.compile()  # in its place: the names of its weights stay
         self._forward: nn.Module = _Forward(network, recipe.micro_batch)
@@ -84,7 +86,11 @@ class Step:
         if features_BVD is not None:
             features_BVD = self._world.gather_rows(features_BVD[:count], images)
         outputs = Outputs(logits_BC[:count], features_BVD, prototypes_CD)
-        return loss_terms(self._recipe, self._log_prior_C, outputs, batch.labels_G, own)
+        terms = loss_terms(self._recipe, self._log_prior_C, outputs, batch.labels_G, own)
+        if isinstance(self._classifier, CosineClassifier) and self._classifier.anchor:
+            # Each rank has its share of it.
+            terms["loss"] = terms["loss"] + count / images * self._classifier.penalty(self._counts_C)
+        return terms
 
 
 class _Forward(nn.Module):
