@@ -34,7 +34,8 @@ def pictures(count: int) -> ImageList:
 
 
 def train(world: World, case: dict[str, Any]) -> dict[str, Any]:
-    recipe = load_recipe("digits-lt", method=case["method"], micro_batch=case["micro_batch"], batch_size=32)
+    fields = {name: case[name] for name in ("method", "micro_batch", "anchor", "sampler") if name in case}
+    recipe = load_recipe("digits-lt", batch_size=32, **fields)
     torch.manual_seed(0)
     network = create_network(recipe, CLASSES, start=True).double().train()
     for module in batch_norms(network):
@@ -52,7 +53,7 @@ def train(world: World, case: dict[str, Any]) -> dict[str, Any]:
     saved: dict[str, Any] = {"terms": [], "rows": [], "classes": [], "gradients": {}}
     epochs = math.ceil(STEPS / steps_per_epoch(len(images), recipe.batch_size))
     steps = range(epochs * steps_per_epoch(len(images), recipe.batch_size))
-    for batch in batches.training(0, recipe.batch_size, steps):
+    for batch in batches.training(0, recipe.batch_size, steps, recipe.data.sampler):
         optimizer.zero_grad()
         values, votes = take_step(batch, (1, 2))
         assert votes == [world.size, 2 * world.size]

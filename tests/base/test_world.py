@@ -28,6 +28,7 @@ CASES = {
     "ce": BCL | {"method": "ce", "images": 67},
     "micro": BCL | {"micro_batch": 3},
     "synchronised": BCL | {"batch_norm": "synchronised"},
+    "held": BCL | {"anchor": 6.0, "sampler": "square-root"},
     "per-rank": BCL | {"batch_norm": "per-rank"},
 }
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}

@@ -78,10 +78,13 @@ def test_damaged_folders(file, content, reason, tmp_path):
         load(folder)
 
 
-@pytest.mark.parametrize(("arch", "size"), [("resnet18", 48), ("vit_tiny_patch16_224.augreg_in21k", 32)])
-def test_timm_loads_the_encoder(arch, size, tmp_path):
+@pytest.mark.parametrize(
+    ("arch", "size", "tune"),
+    [("resnet18", 48, "full"), ("vit_tiny_patch16_224.augreg_in21k", 32, "scratch"), ("test_vit", 160, "lora")],
+)
+def test_timm_loads_the_encoder(arch, size, tune, tmp_path):
     """By the two lines of the card; the same features, from a picture on the disk, as our network's encoder gives."""
-    write_hub_folder(tmp_path / "hub", sample(arch=arch, size=size), 1.0, None)
+    write_hub_folder(tmp_path / "hub", sample(arch=arch, size=size, tune=tune), 1.0, None)
     card = (tmp_path / "hub" / "README.md").read_text()
     lines = card.partition("```python\nencoder = ")[2].partition("```")[0]
     scope = {"timm": timm}

@@ -44,7 +44,7 @@ def towers(name: str, weights: str, start: bool) -> Any:
     architecture, _, tag = name.removeprefix(PREFIX).partition("/")
     try:
         source = (weights or tag) if start else ""
-        return _library().create_model(architecture, pretrained=source or None)
+        return _library().create_model(architecture, pretrained=source or None, device=torch.get_default_device())
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"open_clip cannot build {name} ({reason(error, library=True)})") from None
 
