@@ -46,6 +46,13 @@ def test_planted_labels_are_found():
     assert np.array_equal(out_of_fold(features_NF, labels_N), shares_NC), "the same again"
 
 
+def test_each_class_is_measured_by_its_own_mean():
+    """What is unlikely for a class that is known well is not for one that never is sure."""
+    shares_NC = np.array([[0.9, 0.1], [0.92, 0.08], [0.05, 0.95], [0.7, 0.3], [0.6, 0.4], [0.95, 0.05]])
+    labels_N = np.array([0, 0, 0, 1, 1, 1])
+    assert doubtful(shares_NC, labels_N).tolist() == slowly(shares_NC, labels_N) == [2]
+
+
 def test_an_image_is_judged_by_others_alone():
     """Trained with them, a classifier remembers labels that say nothing."""
     random = np.random.default_rng(0)
