@@ -4,12 +4,18 @@ import os
 import re
 import shutil
 from itertools import product
+from typing import Any
 
 import numpy as np
+import pytest
 from conftest import draw_folder, refusal
 from PIL import Image
 
+from equipoise.base.errors import UserError
 from equipoise.cli.main import main
+from equipoise.data.inspection import Place
+from equipoise.evaluation import labels
+from equipoise.evaluation.labels import Doubt
 
 
 def test_data_of_a_folder_with_problems(capsys, tmp_path):
@@ -123,3 +129,41 @@ def test_copies_between_parts_and_classes_end_with_1(capsys, tmp_path):
     assert "--report must be a new file or a .html file" in refusal(
         capsys, "data", str(data), "--report", str(tmp_path / "notes.txt")
     )
+
+
+@pytest.mark.slow
+def test_labels_to_look_at(capsys, tmp_path, monkeypatch):
+    """A table of them, the first twenty of many; they are no failure, and the page has them too."""
+    data = draw_folder(tmp_path / "data", {"ant": 14, "bee": 12})
+    given: list[Any] = []
+
+    def doubtful(parts):
+        given.append(parts)
+        return [Doubt(Place("train", parts["train"], row), 0.0123, "an <odd> [bold]", 0.9) for row in range(23)]
+
+    monkeypatch.setattr(labels, "doubtful_labels", doubtful)
+    assert main(["data", str(data), "--check-labels"]) == 0
+    out = capsys.readouterr().out
+    rows = [line.split() for line in out.splitlines() if "an <odd>" in line]
+    assert len(rows) == 20
+    assert rows[0] == [str(data / "ant" / "0.png"), "ant", "1.2", "an", "<odd>", "[bold]", "90.0"]
+    assert "labels to look at (23)" in out
+    assert "… and 3 more" in out
+    assert [*given[0]] == ["train"]
+    assert main(["data", str(data), "--check-labels", "--report", str(tmp_path / "page.html")]) == 0
+    assert "Labels to look at: 23." in (tmp_path / "page.html").read_text()
+    monkeypatch.setattr(labels, "doubtful_labels", lambda parts: [])
+    assert main(["data", str(data), "--check-labels"]) == 0
+    assert "labels to look at (0)" in capsys.readouterr().out
+
+
+def test_without_pretrained_weights_labels_are_not_checked(capsys, tmp_path, monkeypatch):
+    data = draw_folder(tmp_path / "data", {"ant": 4, "bee": 4})
+
+    def absent(name):
+        raise UserError(f"the pretrained weights of {name} could not be had")
+
+    monkeypatch.setattr("equipoise.method.encoders.find_pretrained", absent)
+    assert main(["data", str(data), "--check-labels"]) == 2
+    said = capsys.readouterr().err
+    assert said == "equipoise: the pretrained weights of tf_efficientnet_lite0 could not be had\n"

@@ -17,13 +17,16 @@ SHOW_TABLES = """
 import sys
 from equipoise.cli.tables import FURTHER, print_metrics, print_plan, print_predictions
 from equipoise.cli.main import main
+from equipoise.deploy.predict import Predicted
+import numpy as np
 
 name, folder, columns = sys.argv[1], sys.argv[2], int(sys.argv[3])
 figures = dict.fromkeys(("top1", "many", "medium", "few", *FURTHER.values()), 1.0) | {"per_class": [1.0, 0.125]}
 results = [(f"{part} {which}", figures) for part in ("validation", "test") for which in ("last", "best")][:columns]
 print_metrics(results, "accuracy", {"class_names": [name, "b"], "train_counts": [12345, 3]})
 print_plan({"data": f"/{name}/{name}: 12,345 images", "batch": "64"})
-print_predictions([(f"/{name}/1.png", ((name, 1.0), (name, 0.234)))])
+shares = np.array([[1.0, 0.234]])
+print_predictions(Predicted((f"/{name}/1.png",), (name,), shares.astype(int) * 0, shares, (), [[(name, name, 0.9876)]]))
 main(["data", folder])
 """
 
@@ -52,7 +55,7 @@ def test_names_give_way_and_figures_never(width, columns, tmp_path):
     folder = draw_folder(tmp_path / "data", {LONG: 17, "b": 4})
     said = show_tables(folder, columns, width, terminal=True)
     words = re.split(r"[\s]+", said)
-    for figure in ("12,348", "12,345", "64", "23.4", "17", "4"):
+    for figure in ("12,348", "12,345", "64", "23.4", "0.988", "17", "4"):
         assert figure in words, figure
     assert words.count("100.0") == columns * 9 + columns + 1, "overall, two groups, six others; a class; a prediction"
     assert words.count("12.5") == columns

@@ -9,13 +9,16 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import ODD_NAMES, draw_picture, refusal
+from synthetic import untrained
 
+from benchmarks.rehearsal import write_as_authors
 from equipoise.cli.main import main
 from equipoise.runs.checkpoint import load_checkpoint
 
@@ -65,6 +68,57 @@ def test_predict_writes_csv_and_json(odd_run, part_folder, tmp_path, capsys):
         assert row["file"] == entry["file"]
         assert row["class_1"] == entry["classes"][0]["class"]
         assert float(row["probability_1"]) == entry["classes"][0]["probability"]
+
+
+def test_predict_explains(odd_run, part_folder, tmp_path, capsys, monkeypatch):
+    """In the table, as CSV and as JSON the same nearest training images, with their classes."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    train = odd_run.parent / "data" / "train"
+    arguments = ["predict", str(odd_run), str(part_folder), "--top", "1", "--explain", "2"]
+    assert main([*arguments, "--csv", "-"]) == 0
+    said = capsys.readouterr()
+    rows = list(csv.DictReader(said.out.splitlines(keepends=True)))
+    assert len(rows) == 18, "progress is said elsewhere"
+    assert "features of the encoder" in said.err
+    assert list(rows[0])[3:] == [f"neighbour{of}_{rank}" for rank in (1, 2) for of in ("", "_class", "_cosine")]
+    assert main([*arguments, "--json", str(tmp_path / "p.json")]) == 0
+    assert "features of the encoder" not in "".join(capsys.readouterr()), "they are kept"
+    for row, entry in zip(rows, json.loads((tmp_path / "p.json").read_text())["predictions"], strict=True):
+        for rank, near in enumerate(entry["neighbours"], 1):
+            assert near["class"] == row[f"neighbour_class_{rank}"] == Path(near["file"]).parent.name
+            assert near["file"] == row[f"neighbour_{rank}"]
+            assert Path(near["file"]).is_relative_to(train)
+            assert near["cosine"] == float(row[f"neighbour_cosine_{rank}"])
+        assert len(entry["neighbours"]) == 2
+        assert 1 >= entry["neighbours"][0]["cosine"] >= entry["neighbours"][1]["cosine"]
+    assert main(arguments) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if " near " in line]
+    assert len(lines) == 2 * 18
+    first = f"near {' '.join(rows[0]['neighbour_1'].split())} "
+    assert " ".join(lines[0]).startswith(first)
+    assert " ".join(lines[0]).endswith(f"cosine {float(rows[0]['neighbour_cosine_1']):.3f}")
+
+
+def test_what_cannot_be_explained(run, part_folder, tmp_path, capsys):
+    """A hub folder, a checkpoint of the authors', and a run whose training images are gone or are others."""
+    assert main(["export", str(run), "--to", "safetensors"]) == 0
+    theirs = write_as_authors(untrained((1, 1, 1)), tmp_path / "theirs.pth.tar")
+    capsys.readouterr()
+    for target in (run / "best-safetensors", theirs):
+        said = refusal(capsys, "predict", str(target), str(part_folder), "--explain", "2")
+        assert said == f"{target} does not say what it was trained on, which explains it; name a run folder"
+    checkpoint = load_checkpoint(run / "best.pt")
+    data = shutil.copytree(part_folder.parent, tmp_path / "data")
+    moved = replace(checkpoint.recipe, data=replace(checkpoint.recipe.data, path=str(data)))
+    replace(checkpoint, recipe=moved).save(run / "best.pt")
+    (data / "train" / ODD_NAMES[0] / "0.png").unlink()
+    words = "predict", str(run), str(part_folder), "--explain", "2"
+    said = refusal(capsys, *words)
+    assert said.startswith(f"without its training images nothing explains {run}/best.pt: the train part of {data} is")
+    shutil.rmtree(data)
+    said = refusal(capsys, *words)
+    assert said.endswith(f"nothing explains {run}/best.pt: there is no file or folder at {data}")
+    assert main(list(words[:-2])) == 0
 
 
 def command(*words: object, **options: Any) -> subprocess.CompletedProcess[bytes]:
@@ -167,6 +221,7 @@ def test_nothing_predicted_is_an_error(odd_run, tmp_path, capsys):
     ("arguments", "sentence"),
     [
         (["RUN", "IMAGES", "--top", "0"], "--top must be at least 1, not 0"),
+        (["RUN", "IMAGES", "--explain", "0"], "--explain must be at least 1, not 0"),
         (["RUN", "IMAGES", "--top", "x"], "argument --top: invalid int value: 'x' (see equipoise predict --help)"),
         (
             ["RUN", "IMAGES", "--csv", "no/x"],

@@ -10,6 +10,7 @@ from PIL import Image
 
 from equipoise.config.recipe import Data
 from equipoise.data.sources import survey
+from equipoise.evaluation.labels import Doubt
 from equipoise.report.data_page import write_data_page
 
 ODD = "<b>x & y<"
@@ -37,9 +38,12 @@ def data(tmp_path):
     return root
 
 
-def write(data, out):
+def write(data, out, doubts=None):
+    """`doubts`: rows of the places that the inspection has."""
     found, _, _, inspection = survey(Data(str(data)), check=True)
-    return write_data_page(str(data), found, inspection, out)
+    if doubts is not None:
+        doubts = [Doubt(inspection.places[row], 0.0123, "bee & co", 0.9) for row in doubts]
+    return write_data_page(str(data), found, inspection, out, doubts)
 
 
 def test_everything_is_there(data, tmp_path):
@@ -62,6 +66,22 @@ def test_everything_is_there(data, tmp_path):
     sizes = page.split("<h2>Sizes</h2>")[1]
     assert "The smallest is 90 x 60" in sizes
     assert "the largest 160 x 80" in sizes
+
+
+@pytest.mark.slow
+def test_labels_to_look_at(browser, data, tmp_path):
+    page = write(data, tmp_path / "page.html", [2, 9])
+    text = page.read_text()
+    assert "Labels to look at: 2. " in text.split("<h2>")[0]
+    section = text.split("<h2>Labels to look at</h2>")[1].split("<h2>")[0]
+    assert "For these 2 images another class is more likely" in section
+    assert section.count("<img ") == section.count("1.2 % probable; rather <b>bee &amp; co</b>, 90.0 %") == 2
+    assert f"<b>&lt;b&gt;x &amp; y&lt;</b>, train<br>{data}/train/&lt;b&gt;x &amp; y&lt;/2.png" in section
+    look_at(browser, page)
+    assert "; 60 are shown" in write(data, page, [0] * 70).read_text()
+    text = write("digits", page, []).read_text()
+    assert "No label is far less likely than it is for its class" in text
+    assert "No copies, no images that cannot be read, none that are odd." in text
 
 
 def test_nothing_to_complain_of(tmp_path):

@@ -9,9 +9,11 @@ import shutil
 import numpy as np
 import pytest
 from browser import look_at
+from conftest import draw_folder, draw_picture, opened
 from synthetic import write_run
 
 from equipoise.base.errors import UserError
+from equipoise.config.recipe import load_recipe, recipe_toml
 from equipoise.report.page import write_report
 from equipoise.training.compare import FIGURES, paired_difference
 
@@ -101,6 +103,53 @@ def test_one_run_that_stopped_early_has_its_curves(runs, tmp_path, report):
     page = report(runs[1], old)
     assert f"lacks observed.npz, which <code>equipoise evaluate {old}</code> writes" in page
     assert page.count("dot run1") == 6
+
+
+def with_mistakes(run, data):
+    """The run, as if it were of the pictures at `data` and its two surest mistakes had these neighbours."""
+    table = json.loads((run / "run.json").read_text())
+    parts = opened(data).named()
+    table["data"]["fingerprints"] |= {name: images.fingerprint() for name, images in parts.items()}
+    (run / "run.json").write_text(json.dumps(table))
+    arrays = dict(np.load(run / "observed.npz"))
+    arrays["test/labels_N"][:2], arrays["test/predicted_N"][:2] = (0, 1), (1, 0)
+    arrays["test/confidence_N"][:2] = 0.987, 0.876
+    arrays |= {"test/mistakes_M": np.array([0, 1]), "test/neighbours_MK": np.array([[5, 6, 0, 7], [1, 2, 3, 8]])}
+    np.savez(run / "observed.npz", **arrays)
+    return parts
+
+
+@pytest.mark.slow
+def test_the_surest_mistakes_beside_their_neighbours(browser, tmp_path, report):
+    data = draw_folder(tmp_path / "data" / "train", {"<b>x & y<": 5, "bee": 4}).parent
+    draw_folder(data / "test", {"<b>x & y<": 10, "bee": 10})
+    run = write_run(tmp_path / "run", (5, 4), names=["<b>x & y<", "bee"], validation=False, data=str(data))
+    recipe = load_recipe("pictures", data=str(data), holdout=0)
+    (run / "recipe.toml").write_text(recipe_toml(recipe))
+    assert "surest mistakes" not in report(run), "an older run, or from nothing"
+    parts = with_mistakes(run, data)
+    page = report(run)
+    section = page.split("<h2>The surest mistakes")[1].split("<h2>")[0]
+    first, second = re.findall("<li><b>(.*?)</li>", section, re.DOTALL)
+    odd = "&lt;b&gt;x &amp; y&lt;"
+    assert first.startswith(f"{odd}</b> taken for <b>bee</b> (98.7 % sure)")
+    assert second.startswith(f"bee</b> taken for <b>{odd}</b> (87.6 % sure)")
+    assert f"near: bee, bee, {odd}, bee<br>" in first
+    assert f"near: {odd}, {odd}, {odd}, bee<br>" in second
+    alts, titles = re.findall('alt="(.*?)"', first), re.findall('title="(.*?)"', first)
+    names = [parts["train"].images.name(row).replace("<b>x & y<", odd) for row in (5, 6, 0, 7)]
+    assert titles == [parts["test"].images.name(0).replace("<b>x & y<", odd), *names]
+    assert alts == [odd, "bee", "bee", odd, "bee"]
+    look_at(browser, write_report([run], tmp_path / "report.html"))
+
+    draw_picture(data / "train" / "bee" / "new.png", 1, 9)
+    page = report(run)
+    assert "No pictures: the training images have changed since the run." in page
+    assert "No example pictures" not in page, "of the test part"
+    shutil.rmtree(data)
+    page = report(run)
+    assert f"No pictures: there is no file or folder at {data}." in page
+    assert "<img" not in page
 
 
 def test_perfect_runs_and_features_that_are_all_the_same(tmp_path, report):

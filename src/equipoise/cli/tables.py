@@ -29,9 +29,11 @@ from equipoise.method.balance import (
 
 if TYPE_CHECKING:
     from equipoise.deploy.predict import Predicted
+    from equipoise.evaluation.labels import Doubt
 
 _ROWS_SHOWN = 40
 _BAD_SHOWN = 5
+_DOUBTS_SHOWN = 20
 _NAME_WIDTH = 6  # characters that are left of a name in the narrowest terminal
 _BALANCED = 1.5  # below this imbalance factor nothing has to be done
 
@@ -188,12 +190,30 @@ def print_predictions(predicted: "Predicted") -> None:
     """A line an image: its file, then classes with their probabilities in percent, the most probable first."""
     file, name, further = (Column(of, overflow="fold", min_width=_NAME_WIDTH) for of in ("file", "class", "next"))
     table = Table(file, name, Column("percent", justify="right", overflow="fold"), further, box=SIMPLE)
-    for file, ((name, share), *others) in islice(predicted, _ROWS_SHOWN):
+    explained = zip(predicted, predicted.neighbours, strict=True)
+    for (file, ((name, share), *others)), neighbours in islice(explained, _ROWS_SHOWN):
         further = ", ".join(f"{other} {percent(of_other)}" for other, of_other in others)
         table.add_row(*(_plain(" ".join(cell.split())) for cell in (file, name, percent(share), further)))
+        for near, of_near, cosine in neighbours:
+            table.add_row(_plain(f"  near {near}"), _plain(of_near), "", f"cosine {cosine:.3f}")
     _print(table)
     if len(predicted) > _ROWS_SHOWN:
         print(f"({_ROWS_SHOWN} of {len(predicted):,} images; --csv FILE or --json FILE writes all of them)")
+
+
+def print_doubts(doubts: "Sequence[Doubt]") -> None:
+    """The images whose labels are probably wrong, with the probabilities of their label and of the likeliest class."""
+    heading = f"labels to look at ({len(doubts):,}), by a pretrained encoder and a classifier trained on other images"
+    _console().print(Text(f"\n{heading}", "bold"))
+    image, label, rather = (Column(of, overflow="fold", min_width=_NAME_WIDTH) for of in ("image", "label", "rather"))
+    table = Table(image, label, Column("percent", justify="right", overflow="fold"), rather, box=SIMPLE)
+    for place, share, likely, of_likely in doubts[:_DOUBTS_SHOWN]:
+        cells = (place.name, place.class_name, percent(share), f"{likely} {percent(of_likely)}")
+        table.add_row(*map(_plain, cells))
+    if doubts:
+        _print(table)
+    if len(doubts) > _DOUBTS_SHOWN:
+        print(f"… and {len(doubts) - _DOUBTS_SHOWN:,} more")
 
 
 def _ends(labels: Sequence[int], counts: Sequence[int]) -> Sequence[int]:

@@ -34,6 +34,8 @@ def add_data_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--check", action="store_true", help=check)
     report = "the same, and a page with the copies, sizes and odd images in pictures"
     command.add_argument("--report", metavar="FILE.html", help=report)
+    labels = "the labels that are most probably wrong: in minutes, by a pretrained encoder; they are no failure"
+    command.add_argument("--check-labels", action="store_true", help=labels)
     of_data = [field.key for field in recipe_fields() if field.path[0] == "data" and field.key != "data.path"]
     flags.add_fields(command, *of_data)
     flags.add_set(command)
@@ -45,7 +47,7 @@ def data(options: argparse.Namespace) -> int:
     flags.refuse_unwritable("--report", options.report, ".html")
     meant = flags.with_overrides(Recipe(), options).data
 
-    from equipoise.cli.tables import print_data
+    from equipoise.cli.tables import print_data, print_doubts
     from equipoise.data.sources import recognise, survey
 
     path = Path(meant.path)
@@ -55,6 +57,12 @@ def data(options: argparse.Namespace) -> int:
     copies = inspection.problems() if inspection else []
     recipe = load_recipe(flags.fitting_recipe(recognise(meant.path)))
     print_data(str(path), found, [*problems, *copies], bad, inspection is not None, recipe)
+    doubts = None
+    if options.check_labels:
+        from equipoise.evaluation.labels import doubtful_labels
+
+        doubts = doubtful_labels({part: images for part, images in found.parts.items() if part not in found.faults})
+        print_doubts(doubts)
     if inspection is None:
         return 0
     for what, rows in inspection.odd.items():
@@ -65,7 +73,7 @@ def data(options: argparse.Namespace) -> int:
     if options.report:
         from equipoise.report.data_page import write_data_page
 
-        print(f"report: {write_data_page(str(path), found, inspection, Path(options.report))}")
+        print(f"report: {write_data_page(str(path), found, inspection, Path(options.report), doubts)}")
     pairs = inspection.copies.pairs
     return 1 if problems or bad or pairs["parts"] or pairs["labels"] else 0
 

@@ -1,6 +1,7 @@
 """`equipoise evaluate`, `report`, `predict` and `export`: their options, and the calls that these become."""
 
 import argparse
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -131,6 +132,8 @@ def add_predict_options(command: argparse.ArgumentParser) -> None:
     instead = "write a line for each image instead of the table; - is standard output, and all else goes to stderr"
     written.add_argument("--csv", metavar="FILE", help=instead)
     written.add_argument("--json", metavar="FILE", help="the same as JSON, with the files that were passed over")
+    explain = "show the N training images nearest to each, by the encoder's features, which are kept in ~/.cache"
+    add("--explain", type=int, metavar="N", help=explain)
     prior = "class frequencies where the model is used: equal, as in training, or a CSV file of classes and weights"
     add("--prior", default="uniform", metavar="uniform|train|FILE", help=f"{prior} [uniform]")
     recipe = "whose views a checkpoint of the BCL authors' was trained with [imagenet-lt]"
@@ -141,8 +144,9 @@ def add_predict_options(command: argparse.ArgumentParser) -> None:
 
 def predict(options: argparse.Namespace) -> int:
     """1 where files were passed over."""
-    if options.top < 1:
-        raise UserError(f"--top must be at least 1, not {options.top}")
+    for option, number in ("--top", options.top), ("--explain", options.explain):
+        if number is not None and number < 1:
+            raise UserError(f"{option} must be at least 1, not {number}")
     for option, file, suffix in (("--csv", options.csv, ".csv"), ("--json", options.json, ".json")):
         if file != "-":
             flags.refuse_unwritable(option, file, suffix)
@@ -157,13 +161,16 @@ def predict(options: argparse.Namespace) -> int:
     from equipoise.deploy.predict import as_csv, as_json, load
 
     classifier = load(options.target, options.device or "auto", options.recipe)
+    if options.explain:
+        with contextlib.redirect_stdout(sys.stderr):  # it may take minutes, and shows its own progress
+            _ = classifier.train
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("predicting", total=None)
 
         def show(done: int, files: int) -> None:
             progress.update(task, completed=done, total=files)
 
-        predicted = classifier.predict(paths, options.top, options.prior, show)
+        predicted = classifier.predict(paths, options.top, options.prior, show, options.explain or 0)
     _say_passed_over(predicted)
     written = options.csv or options.json
     if not written:

@@ -26,21 +26,26 @@ from torch import Tensor, nn
 
 from equipoise.base.device import choose_device, exact_float32
 from equipoise.base.errors import UserError, reason, shown
+from equipoise.base.world import ALONE
 from equipoise.config.recipe import load_recipe
 from equipoise.data.decode import BadImageError, Pixels, decode, resized
 from equipoise.data.folders import images_below
 from equipoise.data.images import ImageFiles, ImageList
 from equipoise.deploy.hub import CONFIG, read_hub_folder
+from equipoise.evaluation.features import open_encoded_batches
+from equipoise.evaluation.neighbours import nearest
+from equipoise.evaluation.score import unchanged_data
 from equipoise.method.losses import log_prior
 from equipoise.method.network import TwoBranchNetwork
 from equipoise.runs.checkpoint import Checkpoint, described, figures_of, load_checkpoint
 from equipoise.runs.folder import BEST, LAST, METRICS, chosen_checkpoint, json_bytes
-from equipoise.views.loader import worker_count
+from equipoise.views.loader import Batches, worker_count
 from equipoise.views.views import evaluation_view
 
 _BATCH = 64
 
 Prior = str | Path | Mapping[str, float]
+Neighbour = tuple[str, str, float]  # a training image, its class, the cosine of its features with those of another
 
 
 class CalibratedNetwork(nn.Module):
@@ -61,13 +66,15 @@ class CalibratedNetwork(nn.Module):
 @dataclass(frozen=True)
 class Predicted:
     """The most probable classes of each image that could be read, and an error for each of the others. Iterates over
-    (file, ((class, probability), ...)), the most probable class first."""
+    (file, ((class, probability), ...)), the most probable class first. `neighbours`: of each image the nearest training
+    images, where they were asked for."""
 
     files: tuple[str, ...]
     class_names: tuple[str, ...]
     ranked_NK: npt.NDArray[np.int64]
     probability_NK: npt.NDArray[np.float64]
     errors: tuple[UserError, ...]
+    neighbours: Sequence[Sequence[Neighbour]]
 
     def __len__(self) -> int:
         return len(self.files)
@@ -128,20 +135,24 @@ class Classifier:
         top: int = 5,
         prior: Prior = "uniform",
         progress: Callable[[int, int], None] = lambda done, files: None,
+        explain: int = 0,
     ) -> Predicted:
         """The `top` most probable classes of the images at `paths`, files or folders.
 
         `prior` is how frequent the classes are where the model is used: 'uniform', 'train' (as in training), a weight
         for each class, or a CSV file of weights. `progress` is called with the number of files done and of all
-        files. A file that cannot be read is left out and becomes one of the `errors`. Raises UserError for a prior that
-        does not fit the classes.
+        files. `explain`: how many of the nearest training images to find for each. A file that cannot be read is left
+        out and becomes one of the `errors`. Raises UserError for a prior that does not fit the classes, and where
+        training images are asked for that are gone.
         """
         log_prior_C = self._log_prior(prior)
+        train = self.train if explain else None
         top = min(top, len(log_prior_C))
         files, errors = find_images([paths] if isinstance(paths, str | Path) else paths)
         read: list[str] = []
         ranked = [torch.empty(0, top, dtype=torch.int64)]
         probability = [torch.empty(0, top, dtype=torch.float64)]
+        features: list[Tensor] = []
         for start, batch in self._batches(files):
             views = [view for view in batch if not isinstance(view, UserError)]
             read += [file for file, view in zip(files[start:], batch, strict=False) if not isinstance(view, UserError)]
@@ -149,13 +160,42 @@ class Classifier:
             if views:
                 images_B3SS = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).to(self.device)
                 with torch.inference_mode(), exact_float32():
+                    if train:
+                        images_B3SS = self.model.encode(images_B3SS)  # which the network passes on
+                        features.append(images_B3SS)
                     scores_BC = self.calibrated(images_B3SS).cpu().double() + log_prior_C
                 sorted_BC = scores_BC.softmax(1).sort(dim=1, descending=True, stable=True)
                 ranked.append(sorted_BC.indices[:, :top])
                 probability.append(sorted_BC.values[:, :top])
             progress(start + len(batch), len(files))
         names = self.checkpoint.class_names
-        return Predicted(tuple(read), names, torch.cat(ranked).numpy(), torch.cat(probability).numpy(), tuple(errors))
+        near = self._neighbours(*train, torch.cat(features), explain) if train and features else [()] * len(read)
+        found = torch.cat(ranked).numpy(), torch.cat(probability).numpy()
+        return Predicted(tuple(read), names, *found, tuple(errors), near)
+
+    @cached_property
+    def train(self) -> tuple[ImageList, Batches]:
+        """The training images and their features, which are computed unless they were before. Raises UserError where
+        the images are not known, have changed or are gone."""
+        checkpoint, origin = self.checkpoint, self.origin
+        if not checkpoint.fingerprints:
+            raise UserError(f"{origin} does not say what it was trained on, which explains it; name a run folder")
+        try:
+            images = unchanged_data(checkpoint, origin).train
+        except UserError as error:
+            fault = str(error).partition(";")[0]  # what follows is advice for other commands
+            raise UserError(f"without its training images nothing explains {origin}: {fault}") from None
+        model = replace(checkpoint.recipe.model, tune="frozen")  # of any run, the encoder is done with learning
+        recipe = replace(checkpoint.recipe, model=model)
+        batches = open_encoded_batches(recipe, images, self.model, self.device, ALONE)
+        batches.prepare()
+        return images, batches
+
+    def _neighbours(self, images: ImageList, batches: Batches, asked_MF: Tensor, k: int) -> list[list[Neighbour]]:
+        cosines_MK, rows_MK = (found.tolist() for found in nearest(self.model, batches, asked_MF, k))
+        about_N = [(images.images.name(row), images.class_names[c]) for row, c in enumerate(images.labels_N)]
+        both = zip(rows_MK, cosines_MK, strict=True)
+        return [[(*about_N[row], cosine) for row, cosine in zip(*of_one, strict=True)] for of_one in both]
 
     def _batches(self, files: Sequence[str]) -> Iterator[tuple[int, list[Pixels | UserError]]]:
         """The number of the first file, and the views of a batch of files, or errors. Threads decode the next batch
@@ -263,13 +303,18 @@ def in_class_order(weights: Mapping[str, float], class_names: Sequence[str]) -> 
 
 
 def as_csv(predicted: Predicted) -> bytes:
-    """A line an image: file, class_1, probability_1, class_2, ... quoted as RFC 4180 says."""
-    top = predicted.ranked_NK.shape[1]
+    """A line an image: file, class_1, probability_1, class_2, ... and, where asked for, neighbour_1,
+    neighbour_class_1, neighbour_cosine_1, ... quoted as RFC 4180 says."""
+    near = max(map(len, predicted.neighbours), default=0)
+    of_near = near, ("neighbour", "neighbour_class", "neighbour_cosine")
+    groups = (predicted.ranked_NK.shape[1], ("class", "probability")), of_near
     text = io.StringIO(newline="")
     writer = csv.writer(text)
-    writer.writerow(["file", *(f"{column}_{rank + 1}" for rank in range(top) for column in ("class", "probability"))])
-    for name, classes in predicted:
-        writer.writerow([name, *(cell for label, share in classes for cell in (label, f"{share:.6f}"))])
+    headings = (f"{name}_{rank + 1}" for ranks, names in groups for rank in range(ranks) for name in names)
+    writer.writerow(["file", *headings])
+    for (file, classes), neighbours in zip(predicted, predicted.neighbours, strict=True):
+        cells = (cell for *names, share in (*classes, *neighbours) for cell in (*names, f"{share:.6f}"))
+        writer.writerow([file, *cells])
     return text.getvalue().encode("utf-8", "backslashreplace")
 
 
@@ -282,8 +327,12 @@ def as_json(predicted: Predicted, classifier: Classifier, prior: str) -> bytes:
         "prior": prior,
         "temperature": classifier.temperature,
         "predictions": [
-            {"file": file, "classes": [{"class": name, "probability": round(share, 6)} for name, share in classes]}
-            for file, classes in predicted
+            {
+                "file": file,
+                "classes": [{"class": name, "probability": round(share, 6)} for name, share in classes],
+                "neighbours": [{"file": of, "class": name, "cosine": round(x, 6)} for of, name, x in neighbours],
+            }
+            for (file, classes), neighbours in zip(predicted, predicted.neighbours, strict=True)
         ],
         "passed_over": [str(error) for error in predicted.errors],
     }

@@ -70,7 +70,8 @@ class _FeatureMaker(Maker):
     def _evaluation(self, indices_B: Indices) -> Batch:
         good = [index for index in indices_B.tolist() if index not in self.bad]
         labels_B = torch.from_numpy(self._images.labels_N[good])
-        return Batch(torch.from_numpy(self._features_NF[good])[None], labels_B, slice(0, len(good)))
+        bad = {index: error for index, error in self.bad.items() if index in indices_B}
+        return Batch(torch.from_numpy(self._features_NF[good])[None], labels_B, slice(0, len(good)), bad)
 
     def _other(self, index: int) -> int:
         """An image that stands in for the bad one at `index`."""
@@ -109,7 +110,7 @@ def compute_features(
                 features_NF[rows] = network.encode(batch.images_VB3SS[0]).cpu().numpy()
             bad.update(batch.bad)
             done += len(rows) + len(batch.bad)
-            line.update(done, "features of the frozen encoder")
+            line.update(done, "features of the encoder")
     features_NF.flush()
     return file, bad
 

@@ -25,6 +25,7 @@ from equipoise.data.lists import BENCHMARKS
 from equipoise.data.sources import LISTS, PARTS, find_parts, named_lists, open_data, open_part, part_of, recognise
 from equipoise.evaluation.features import open_encoded_batches
 from equipoise.evaluation.metrics import Predictions, choose_tau, fit_temperature, score
+from equipoise.evaluation.neighbours import explain_mistakes
 from equipoise.evaluation.predictions import Table, confidence_at, observe, predict
 from equipoise.method.losses import log_prior
 from equipoise.method.network import TwoBranchNetwork
@@ -61,7 +62,9 @@ def evaluate_run(
     if last.best is not None and len(names) == 1 and world.is_first:
         print(f"{path / BEST}, which validation chose, is missing: the figures are of the last checkpoint")
     parts = parts or world.each_makes(lambda: unchanged_data(last, path))
-    scored = {part: images for part, images in parts.named().items() if part != "train"}
+    # An encoder that has seen no other images tells no wrong label from a hard one.
+    explained = last.recipe.model.pretrained or last.recipe.model.weights
+    read_from = {part: images for part, images in parts.named().items() if part != "train" or explained}
 
     where = choose_device(device, world.local_rank)
 
@@ -69,11 +72,12 @@ def evaluate_run(
         return open_encoded_batches(last.recipe, images, last.build().to(where), where, world)
 
     with ExitStack() as stack:
-        batches = world.each_makes(lambda: {part: read(images) for part, images in scored.items()})
+        batches = world.each_makes(lambda: {part: read(images) for part, images in read_from.items()})
         for opened in batches.values():
             stack.enter_context(closing(opened))
             opened.prepare()
         scores = [score_checkpoint(checkpoint, batches, device, world) for checkpoint in checkpoints]
+        explain_mistakes(checkpoints[-1], batches, scores[-1][1], where, world)
         bad = record_bad_images(path, world, **batches)
     metrics: RunMetrics = {
         "method": last.recipe.method,

@@ -11,6 +11,7 @@ from markupsafe import Markup
 from equipoise.data.copies import Pair
 from equipoise.data.images import Found, ImageList, Indices, imbalance_factor
 from equipoise.data.inspection import Inspection, Place
+from equipoise.evaluation.labels import Doubt
 from equipoise.report import charts
 from equipoise.report.page import write_page
 from equipoise.report.svg import Axis, Figure, linear_axis, shortened
@@ -26,8 +27,10 @@ _HEADINGS = {
 }
 
 
-def write_data_page(path: str, found: Found, inspection: Inspection, out: Path) -> Path:
-    """Write the page about the data at `path` to `out` and return it."""
+def write_data_page(
+    path: str, found: Found, inspection: Inspection, out: Path, doubts: Sequence[Doubt] | None = None
+) -> Path:
+    """Write the page about the data at `path` to `out` and return it. `doubts`: None where labels were not checked."""
     copies = [(_HEADINGS[kind], *_shown(pairs, inspection)) for kind, pairs in inspection.copies.pairs.items() if pairs]
     odd = [
         (what, len(rows), [(place, _picture(place)) for place in (inspection.places[row] for row in rows[:_MOST_ODD])])
@@ -39,6 +42,8 @@ def write_data_page(path: str, found: Found, inspection: Inspection, out: Path) 
         "parts": [(part, images, _factor(images)) for part, images in found.parts.items()],
         "copies": copies,
         "too_alike": inspection.copies.too_alike,
+        "doubts": doubts,
+        "doubted": [(*doubt, _picture(doubt.place)) for doubt in doubts[:_MOST_PAIRS]] if doubts else [],
         "odd": odd,
         "bad": [error.fault for error in inspection.bad],
         "counts": [(part, _bars(images)) for part, images in found.parts.items()],

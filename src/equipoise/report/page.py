@@ -6,6 +6,7 @@ Shapes: C classes, G shot groups, K bins of a cosine, M images of the map, N of 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,21 @@ class ScoredRun(RunRead):
     scores: Mapping[str, Any]  # of `PartMetrics`
     observed: Mapping[str, Array]
 
+    @cached_property
+    def images(self) -> tuple[dict[str, ImageList], str]:
+        """The images of the parts that are as they were, and why those of the scored part cannot be shown."""
+        try:
+            parts = open_data(self.recipe.data).named()
+        except UserError as error:
+            return {}, str(error).partition(";")[0]  # what follows is advice for other commands
+        known = self.record["data"]["fingerprints"]
+        same = {part: images for part, images in parts.items() if images.fingerprint() == known.get(part)}
+        if self.part not in same:
+            return {}, f"the data at {self.recipe.data.path} has changed since the run"
+        if len(same[self.part]) != len(self.observed["labels_N"]):
+            return {}, "some images could not be read"  # so which row is which image is not known
+        return same, ""
+
 
 def write_report(runs: Sequence[Path], out: Path, comparison: Mapping[str, Any] | None = None) -> Path:
     """Write the report of `runs` to `out` and return it; `comparison` is what `compare.json` holds, shown first.
@@ -103,6 +119,7 @@ def _content(runs: Sequence[RunRead], comparison: Mapping[str, Any] | None) -> d
     fields = [(field.key, [str(field_value(run.recipe, field)) for run in runs]) for field in recipe_fields()]
     per_class = [(run.name, run.counts, run.scores["per_class"]) for run in scored]
     group_sizes = {group: runs[0].groups.count(group) for group in GROUPS}
+    few = len(scored) <= 2
     return {
         "runs": runs,
         "scored": scored,
@@ -120,7 +137,8 @@ def _content(runs: Sequence[RunRead], comparison: Mapping[str, Any] | None) -> d
         "many_classes": len(runs[0].counts) > charts.EACH_AS_DOT,
         "curves": _curves(runs),
         "worst": _worst(scored) if scored else None,
-        "confused": [_confusions(run, 6 if len(scored) <= 2 else 4) for run in scored],
+        "confused": [_confusions(run, 6 if few else 4) for run in scored],
+        "mistakes": [_mistakes(run, 12 if few else 4) for run in scored if "mistakes_M" in run.observed],
         "calibration": [_calibration(run) for run in scored],
         "sweep": _sweep(scored),
         "geometry": _geometry(scored, len(runs[0].counts)),
@@ -183,24 +201,28 @@ def _confusions(run: ScoredRun, most: int) -> tuple[ScoredRun, list[tuple[charts
     """A run, its pairs with pictures of the mistakes and of the class said, and why there are none."""
     labels_N, predicted_N, confidence_N = (run.observed[key] for key in ("labels_N", "predicted_N", "confidence_N"))
     pairs = charts.confused_pairs(labels_N, predicted_N, confidence_N, len(run.counts), most)
-    images, absent = _images(run)
+    parts, absent = run.images
+    images = parts.get(run.part)
     pictures = [
         [charts.thumbnails(images, rows) if images else [] for rows in (pair.wrong, pair.typical)] for pair in pairs
     ]
     return run, list(zip(pairs, pictures, strict=True)), absent
 
 
-def _images(run: ScoredRun) -> tuple[ImageList | None, str]:
-    """The scored part's images, or why they cannot be shown."""
-    try:
-        images = open_data(run.recipe.data).named().get(run.part)
-    except UserError as error:
-        return None, str(error).partition(";")[0]  # what follows is advice for other commands
-    if images is None or images.fingerprint() != run.record["data"]["fingerprints"].get(run.part):
-        return None, f"the data at {run.recipe.data.path} has changed since the run"
-    if len(images) != len(run.observed["labels_N"]):
-        return None, "some images could not be read"  # so which row is which image is not known
-    return images, ""
+def _mistakes(run: ScoredRun, most: int) -> tuple[ScoredRun, list[dict[str, Any]], str]:
+    """A run, its surest mistakes with the training images nearest to each, and why there are none."""
+    parts, absent = run.images
+    if absent or "train" not in parts:
+        return run, [], absent or "the training images have changed since the run"
+    images, train, shown = parts[run.part], parts["train"], list[dict[str, Any]]()
+    rows_M, neighbours_MK = (run.observed[key][:most].tolist() for key in ("mistakes_M", "neighbours_MK"))
+    for row, near in zip(rows_M, neighbours_MK, strict=True):
+        true, said = (run.class_names[run.observed[key][row]] for key in ("labels_N", "predicted_N"))
+        about = {"name": images.images.name(row), "sure": run.observed["confidence_N"][row], "true": true, "said": said}
+        pictures = {"picture": charts.thumbnails(images, [row]), "near": charts.thumbnails(train, near)}
+        classes = [train.class_names[train.labels_N[other]] for other in near]
+        shown.append({**about, **pictures, "classes": classes})
+    return run, shown, ""
 
 
 def _calibration(run: ScoredRun) -> tuple[ScoredRun, dict[str, float], Markup]:
