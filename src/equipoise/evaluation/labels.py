@@ -5,7 +5,6 @@ Shapes: N images, C classes, F width of the encoder.
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +19,7 @@ from equipoise.config.recipe import load_recipe
 from equipoise.data.images import ImageList, Indices
 from equipoise.data.inspection import Place
 from equipoise.evaluation.features import open_encoded_batches
-from equipoise.method.pretrained import normalisation
+from equipoise.method.pretrained import viewed_as_pretrained
 from equipoise.runs.checkpoint import create_network
 
 _BATCH = 256
@@ -55,9 +54,7 @@ def doubtful_labels(parts: Mapping[str, ImageList]) -> list[Doubt]:
 def _encoded(parts: Mapping[str, ImageList]) -> tuple[npt.NDArray[np.float32], list[Place]]:
     """Unit features of all images that can be read, from the encoder of the recipe `frozen`."""
     recipe = load_recipe("frozen", on_bad_image="skip")
-    known, device = normalisation(recipe.model.encoder), choose_device("auto")
-    assert known is not None
-    recipe = replace(recipe, views=replace(recipe.views, mean=known[0], std=known[1]))
+    recipe, device = viewed_as_pretrained(recipe), choose_device("auto")
     network = create_network(recipe, 2, start=True).to(device)
     features: list[Tensor] = []
     places: list[Place] = []

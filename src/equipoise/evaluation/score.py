@@ -63,7 +63,7 @@ def evaluate_run(
         print(f"{path / BEST}, which validation chose, is missing: the figures are of the last checkpoint")
     parts = parts or world.each_makes(lambda: unchanged_data(last, path))
     # An encoder that has seen no other images tells no wrong label from a hard one.
-    explained = last.recipe.model.pretrained or last.recipe.model.weights
+    explained = last.recipe.model.tune != "scratch"
     read_from = {part: images for part, images in parts.named().items() if part != "train" or explained}
 
     where = choose_device(device, world.local_rank)

@@ -1,12 +1,13 @@
 """Where an encoder's pretrained weights are: in timm's hub, in what was fetched before, or in an installed package."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from equipoise.base.errors import UserError
+from equipoise.config.recipe import Recipe, Views
 from equipoise.method import clip
 
 _TIMM_NAMES = {"resnext50": "resnext50_32x4d"}  # the authors' spelling
@@ -83,3 +84,13 @@ def input_of(name: str) -> dict[str, Any] | None:
     except RuntimeError:  # `create_encoder` refuses the name
         return None
     return {"mean": known.mean, "std": known.std, "size": known.input_size[-1]} if known else None
+
+
+def viewed_as_pretrained(recipe: Recipe) -> Recipe:
+    """The recipe with the mean, std and size of the encoder's pretrained weights, unless it has some of its own."""
+    views = recipe.views
+    known = input_of(recipe.model.encoder) if recipe.model.tune != "scratch" else None
+    known = known or {"mean": views.mean, "std": views.std, "size": Views().size}
+    if (views.mean, views.std) != (Views().mean, Views().std):
+        known |= {"mean": views.mean, "std": views.std}
+    return replace(recipe, views=replace(views, **(known | ({"size": views.size} if views.size else {}))))

@@ -5,7 +5,7 @@ import itertools
 import os
 import shlex
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,13 @@ from equipoise.base.device import choose_device, choose_precision
 from equipoise.base.errors import SharedError, UserError, own_command, several
 from equipoise.base.files import real_path
 from equipoise.base.world import ALONE, World
-from equipoise.config.recipe import Recipe, Views, field_value, find_field, load_recipe, override, recipe_fields
+from equipoise.config.recipe import Recipe, field_value, find_field, load_recipe, override, recipe_fields
 from equipoise.data.decode import bad_images
 from equipoise.data.images import DIGITS, Parts, imbalance_factor
 from equipoise.data.rows import TABLES
 from equipoise.data.sources import open_data
 from equipoise.method.clip import PREFIX
-from equipoise.method.pretrained import find_pretrained, input_of
+from equipoise.method.pretrained import find_pretrained, viewed_as_pretrained
 from equipoise.runs.checkpoint import Checkpoint, changed_part, load_checkpoint
 from equipoise.runs.folder import LAST, METRICS, PREVIOUS, RECIPE, RECORD, find_checkpoint, is_used
 from equipoise.runs.records import read_record
@@ -219,7 +219,7 @@ def prepare(
 
     Raises UserError for what the user must put right; writes nothing. With several ranks, all call it and all raise.
     """
-    recipe = _viewed_as_pretrained(_with_absolute_paths(recipe))
+    recipe = viewed_as_pretrained(_with_absolute_paths(recipe))
     place = world.first_makes(lambda: find_place(recipe, out, resume, world))
     plan = world.each_makes(lambda: _plan(recipe, place, world))
     _refuse_different_ranks(plan)
@@ -253,16 +253,6 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
         if path not in (DIGITS, ""):
             recipe = override(recipe, field, str(real_path(Path(os.path.expanduser(path)))))
     return recipe
-
-
-def _viewed_as_pretrained(recipe: Recipe) -> Recipe:
-    """The recipe with the mean, std and size of the encoder's pretrained weights, unless it has some of its own."""
-    views = recipe.views
-    known = input_of(recipe.model.encoder) if recipe.model.tune != "scratch" else None
-    known = known or {"mean": views.mean, "std": views.std, "size": Views().size}
-    if (views.mean, views.std) != (Views().mean, Views().std):
-        known |= {"mean": views.mean, "std": views.std}
-    return replace(recipe, views=replace(views, **(known | ({"size": views.size} if views.size else {}))))
 
 
 def refuse_batches(recipe: Recipe, images: int, world: World) -> None:

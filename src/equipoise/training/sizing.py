@@ -193,7 +193,8 @@ def measure(plan: Plan) -> Cost:
         an_image, a_step = pace(encode()), pace(train())
     validation, test = (len(part) if part else 0 for part in (parts.validation, parts.test))
     scored = 0.0 if frozen else an_image
-    return Cost(todo * an_image, plan.steps_per_epoch * a_step + validation * scored, 2 * (validation + test) * scored)
+    last = 2 * (validation + test) + (0 if recipe.model.tune == "scratch" else len(parts.train))
+    return Cost(todo * an_image, plan.steps_per_epoch * a_step + validation * scored, last * scored)
 
 
 def pace(work: Iterable[int]) -> float:
