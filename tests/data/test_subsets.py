@@ -33,6 +33,14 @@ def test_long_tailed_is_the_benchmarks_subset():
     assert subset.class_counts == (40, 12, 4)
 
 
+def test_a_tail_of_classes_of_any_size():
+    """In the order of their sizes at most 40 * 16^(-r/4): 40, 20, 10, 5, 2; of equal ones the benchmark's subset."""
+    assert long_tailed(image_list([7, 40, 3, 25, 9]), 16, "by-size").class_counts == (5, 40, 2, 20, 9)
+    equal = image_list([30, 30, 30])
+    subsets = [long_tailed(equal, 10, shape).images.pixels_NHW3 for shape in ("by-size", "exponential")]
+    assert np.array_equal(*subsets)
+
+
 def test_an_imbalance_that_empties_a_class():
     with pytest.raises(UserError, match=r"leaves class 'c1' without images; .* it can be 20 at most"):
         long_tailed(image_list([20, 30]), 50, "exponential")

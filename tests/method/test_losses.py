@@ -263,6 +263,15 @@ def test_tau_zero_is_plain_cross_entropy():
     assert adjusted == F.cross_entropy(logits, labels)
 
 
+def test_label_smoothing_mixes_in_the_mean_over_classes():
+    logits, labels = torch.randn(6, 3, generator=torch.Generator().manual_seed(9)), torch.tensor([0, 1, 2, 0, 1, 2])
+    prior = log_prior(torch.tensor([9, 5, 1])).float()
+    found = logit_adjusted_cross_entropy(logits, labels, prior, label_smoothing=0.3)
+    log_shares = (logits + prior).log_softmax(1)
+    expected = -(0.7 * log_shares[torch.arange(6), labels] + 0.3 * log_shares.mean(1)).mean()
+    assert torch.allclose(found, expected)
+
+
 def test_wrong_inputs_are_named():
     features, labels, prototypes = torch.zeros(2, 1, 3), torch.tensor([0, 1]), torch.zeros(2, 3)
     loss = equipoise.BalancedContrastiveLoss()

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
-from equipoise.config.recipe import Views
+from equipoise.config.recipe import Views, load_recipe
 from equipoise.method.encoders import create_encoder
-from equipoise.method.pretrained import find_pretrained, normalisation
+from equipoise.method.pretrained import find_pretrained, viewed_as_pretrained
 
 LITE = "tf_efficientnet_lite0"
 
@@ -118,7 +118,22 @@ def test_the_package_holds_a_real_network(shared_data, monkeypatch):
     assert right >= 140
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet152.tv_in1k", LITE, "resnet32", "none", "resnet18.none"])
-def test_normalisation(name):
-    expected = {"resnet32": None, "none": None, "resnet18.none": None, LITE: ((0.5,) * 3, (0.5,) * 3)}
-    assert normalisation(name) == expected.get(name, (Views().mean, Views().std))
+@pytest.mark.parametrize(
+    ("name", "size", "mean"),
+    [
+        (LITE, 224, (0.5, 0.5, 0.5)),
+        ("resnet18", 224, Views().mean),
+        ("vit_base_patch16_clip_224.openai", 224, (0.48145466, 0.4578275, 0.40821073)),
+        ("eva02_base_patch14_448", 448, (0.48145466, 0.4578275, 0.40821073)),
+        ("resnet8", 224, Views().mean),
+    ],
+)
+def test_views_are_those_of_the_weights(name, size, mean):
+    """Unless the recipe has its own, and where weights are: of ours there are none."""
+    recipe = load_recipe("frozen", arch=name)
+    views = viewed_as_pretrained(recipe).views
+    assert (views.size, views.mean) == (size, mean)
+    own = viewed_as_pretrained(load_recipe("frozen", arch=name, size=96, mean="0.1 0.2 0.3")).views
+    assert (own.size, own.mean, own.std) == (96, (0.1, 0.2, 0.3), Views().std)
+    nothing = viewed_as_pretrained(load_recipe("pictures", arch=name))
+    assert nothing == load_recipe("pictures", arch=name)

@@ -113,3 +113,12 @@ def test_weights_of_another_network_are_refused_before_it_is_built(fields, check
     monkeypatch.setattr(torch.nn.Module, "load_state_dict", lambda *_: pytest.fail("it was built"))
     with pytest.raises(UserError, match=r"weights do not fit the .* and 3 classes that it names; use another one"):
         checkpoint.build()
+
+
+@pytest.mark.parametrize(
+    ("sampler", "expected"), [("instance", [9, 4, 1]), ("square-root", [3, 2, 1]), ("class-balanced", [1, 1, 1])]
+)
+def test_plain_logits_have_the_prior_of_what_was_drawn(sampler, expected, checkpoint):
+    recipe = replace(checkpoint.recipe, method="ce", data=replace(checkpoint.recipe.data, sampler=sampler))
+    prior = replace(checkpoint, recipe=recipe, class_counts=(9, 4, 1)).log_prior_of_logits().exp()
+    assert torch.allclose(prior / prior[2], torch.tensor(expected, dtype=torch.float64))

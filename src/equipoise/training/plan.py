@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from equipoise import __version__
 from equipoise.base.device import choose_device, choose_precision
@@ -25,7 +26,7 @@ from equipoise.data.rows import TABLES
 from equipoise.data.sources import open_data
 from equipoise.method.clip import PREFIX
 from equipoise.method.pretrained import find_pretrained, viewed_as_pretrained
-from equipoise.runs.checkpoint import Checkpoint, changed_part, load_checkpoint
+from equipoise.runs.checkpoint import Checkpoint, changed_part, create_network, load_checkpoint
 from equipoise.runs.folder import LAST, METRICS, PREVIOUS, RECIPE, RECORD, find_checkpoint, is_used
 from equipoise.runs.records import read_record
 from equipoise.views.loader import steps_per_epoch
@@ -238,12 +239,24 @@ def _plan(recipe: Recipe, place: Place, world: World) -> Plan:
     refuse_batches(recipe, len(parts.train), world)
     device = choose_device(recipe.device, world.local_rank)
     precision = choose_precision(recipe.precision, device)
+    if (recipe.precision, precision, device.type) == ("auto", "bf16", "cpu") and _is_slower_in_bf16(recipe):
+        precision = "fp32"
     plan = Plan(recipe, parts, device, precision, steps_per_epoch(len(parts.train), recipe.batch_size), place, world)
     if recipe.model.classifier_start == "text" and not recipe.model.encoder.startswith(PREFIX):
         raise UserError(f"{recipe.model.encoder} has no text tower to start a classifier: take --arch {PREFIX}...")
     if plan.start is not None:
         _refuse_other_run(plan, plan.start)
     return plan
+
+
+def _is_slower_in_bf16(recipe: Recipe) -> bool:
+    """Whether a CPU would take longer in bf16: the backward pass of convolutions in groups does, more than twice
+    (docs/performance.md)."""
+    if recipe.model.tune in ("frozen", "last-stage", "lora"):  # little or nothing of it is passed backward
+        return False
+    with torch.device("meta"):
+        modules = create_network(recipe, 2, start=False).modules()
+    return any(isinstance(module, nn.Conv2d) and module.groups > 1 for module in modules)
 
 
 def _with_absolute_paths(recipe: Recipe) -> Recipe:
