@@ -179,10 +179,10 @@ def test_parts_that_overlap(imagenet, tmp_path):
     train, val, test = (imagenet / f"ImageNet_LT_{part}.txt" for part in ("train", "val", "test"))
     one = tmp_path / "one.txt"
     one.write_text(train.read_text().splitlines()[0] + "\n")
-    said = f"1 images of {one} are in {train} too (first: {train.read_text().split()[0]}): figures on them would be"
+    said = f"1 image of the test part are in the train part too (first: {train.read_text().split()[0]}): figures on"
     lists = {"train_list": str(train), "val_list": str(val), "test_list": str(one)}
     assert find_parts(Data(str(imagenet), **lists)).faults["test"].startswith(said)
-    with pytest.raises(UserError, match=r"6 images of .*ImageNet_LT_test.txt are in .*ImageNet_LT_test.txt too"):
+    with pytest.raises(UserError, match="6 images of the test part are in the validation part too"):
         opened(imagenet, train_list=str(train), val_list=str(test), test_list=str(test))
 
 

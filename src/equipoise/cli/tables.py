@@ -20,12 +20,7 @@ from equipoise.config.recipe import Method, Recipe
 from equipoise.data.decode import BadImageError
 from equipoise.data.images import Found, ImageList, imbalance_factor
 from equipoise.evaluation.metrics import FURTHER, GROUP_LIMITS, percent, shot_group
-from equipoise.method.balance import (
-    adjusted_margins,
-    draws_of_an_image,
-    effective_number_weights,
-    inverse_frequency_weights,
-)
+from equipoise.method.balance import remedies
 
 if TYPE_CHECKING:
     from equipoise.deploy.predict import Predicted
@@ -165,19 +160,9 @@ def _print_remedies(train: ImageList, recipe: Recipe) -> None:
     print()
     ends = f"{max(counts):,} and {min(counts):,} images"
     _console().print(_plain(f"what usual remedies do to the largest class and the rarest ({ends}):"))
-    rows = (
-        ("class weights 1/n", inverse_frequency_weights(counts), "weight in the loss, of mean 1"),
-        ("  by effective number", effective_number_weights(counts), "the same, beta 0.9999"),
-        ("class-balanced sampler", draws_of_an_image(counts, 0), "draws of each image an epoch"),
-        ("square-root sampler", draws_of_an_image(counts, 0.5), "the same"),
-        ("focal loss", None, "weighs hard images, not rare classes"),
-        ("logit adjustment", adjusted_margins(counts), "margin added against the largest"),
-        ("BCL", adjusted_margins(counts), "the same, and contrast with class means"),
-    )
     table = Table.grid(Column(), Column(justify="right"), Column(justify="right"), Column(), padding=(0, 2))
-    for remedy, figures_C, meaning in rows:
-        two = ("", "") if figures_C is None else (f"{figures_C[label]:.3g}" for label in (largest, rarest))
-        table.add_row(remedy, *two, meaning)
+    for remedy, figures_C, meaning in remedies(counts):
+        table.add_row(remedy, *(f"{figures_C[label]:.3g}" for label in (largest, rarest)), meaning)
     _print(table)
     others = ", ".join(method for method in get_args(Method) if method != recipe.method)
     line = f"`train` takes the recipe {recipe.name}, method {recipe.method}; --method takes another: {others}"

@@ -207,11 +207,9 @@ class Parts:
         return {name: part for name, part in parts.items() if part is not None}
 
 
-def missing_files(images: ImageList, bounds: Path | None) -> list[int]:
+def missing_files(files: ImageFiles, bounds: Path | None) -> list[int]:
     """Indices of the files that are not there. Each folder is listed once; no file is opened. Raises UserError for a
     file or a folder that a link leads out of the folder `bounds`."""
-    files = images.images
-    assert isinstance(files, ImageFiles)
     absent: list[int] = []
     is_link: dict[bytes, dict[bytes, bool]] = {}  # folder -> name of each file in it -> whether that is a link
     for index, path in enumerate(files.paths_N.tolist()):

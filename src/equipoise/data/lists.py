@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from equipoise.base.errors import UserError, reason
-from equipoise.data.images import Found, ImageFiles, ImageList, Indices, missing_files
+from equipoise.data.images import Found, ImageFiles, ImageList, Indices
 
 _MOST_DIGITS = 6  # of a label: a larger one is a mistake, as a year or the id of an image
 
@@ -161,10 +161,7 @@ def open_lists(root: Path, named: Mapping[str, str], benchmark: str, allow_outsi
     for part, read in lists.items():
         if (largest := int(read.labels_N.max())) >= classes:
             raise UserError(f"{read.file} has label {largest}, but the training list's classes are 0 to {classes - 1}")
-        images = ImageList(str(read.file), ImageFiles(root, read.paths_N), read.labels_N, names)
-        if fault := _fault(images, parts.values(), None if allow_outside else root):
-            faults[part] = fault
-        parts[part] = images
+        parts[part] = ImageList(str(read.file), ImageFiles(root, read.paths_N), read.labels_N, names)
         identity, departs = identify(read, published.get(part))
         described.append(identity)
         notes += [departs] if departs else []
@@ -204,25 +201,6 @@ def _class_names(files: Iterable[ListFile], classes: int) -> tuple[str, ...]:
     if b"" in distinct or not len(distinct) == len(names) == sum(map(len, names.values())):
         return tuple(map(str, range(classes)))
     return tuple(os.fsdecode(min(names.get(label, {str(label).encode()}))) for label in range(classes))
-
-
-def _fault(images: ImageList, others: Iterable[ImageList], bounds: Path | None) -> str | None:
-    """Why the images of a list must not be used: some are missing, or are in another list too."""
-    assert isinstance(images.images, ImageFiles)
-    if missing := missing_files(images, bounds):
-        return (
-            f"{images.images.name(missing[0])} is not there, and {len(missing):,} of the {len(images):,} images of "
-            f"{images.origin} are missing; its paths are looked for below the folder given as data"
-        )
-    for other in others:
-        assert isinstance(other.images, ImageFiles)
-        shared = set(other.images.paths_N.tolist()).intersection(images.images.paths_N.tolist())
-        if shared:
-            return (
-                f"{len(shared):,} images of {images.origin} are in {other.origin} too (first: "
-                f"{os.fsdecode(min(shared))}): figures on them would be too good"
-            )
-    return None
 
 
 def identify(read: ListFile, expected: Published | None = None) -> tuple[str, str]:

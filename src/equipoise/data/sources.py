@@ -22,9 +22,11 @@ from equipoise.data.folders import open_class_folders
 from equipoise.data.images import (
     DIGITS,
     Found,
+    ImageFiles,
     ImageList,
     Parts,
     PixelArrays,
+    missing_files,
     refuse_outside,
     training_problem,
 )
@@ -85,8 +87,30 @@ def as_recognised(data: Data) -> Data:
 
 
 def find_parts(data: Data | str) -> Found:
-    """The data at a path, before anything is asked of it. Raises UserError for what cannot be read."""
+    """The data at a path, before anything is asked of it. Raises UserError for what cannot be read, and for files that
+    a link leads out of the folder."""
     data = Data(data) if isinstance(data, str) else data
+    found = _find(data)
+    faults, root = dict(found.faults), Path(os.path.expanduser(data.path))
+    for name, part in found.parts.items():
+        bounds = None if data.allow_outside else root if root.is_dir() else root.parent
+        if isinstance(part.images, ImageFiles) and (absent := missing_files(part.images, bounds)):
+            faults[name] = (
+                f"{part.images.name(absent[0])} is not there, and {len(absent):,} of the {len(part):,} images of "
+                f"{part.origin} are missing; its paths are looked for below the folder given as data"
+            )
+    for one, other in combinations(found.parts, 2):
+        files, later = found.parts[one].images, found.parts[other].images
+        if not isinstance(files, ImageFiles) or not isinstance(later, ImageFiles) or files.root != later.root:
+            continue
+        if len(shared := np.intersect1d(files.paths_N, later.paths_N)):
+            number = f"{several(len(shared), 'image')} of the {other} part are in the {one} part too"
+            also = f"{number} (first: {os.fsdecode(shared[0])})"
+            faults.setdefault(other, f"{also}: figures on them would be too good; name each image once")
+    return replace(found, faults=faults)
+
+
+def _find(data: Data) -> Found:
     if data.path == DIGITS:
         return _open_digits()
     root = _existing(data.path)
@@ -120,9 +144,9 @@ def _tables_or_folders(root: Path, data: Data) -> Found:
     """The tables in a folder or, where they do not say which image has which label, its class folders; these too where
     a table names none of the images in them, or does not divide what they divide into parts."""
     if not root.is_dir() or not find_tables(root):
-        return open_class_folders(root, data.class_level, data.allow_outside)
+        return open_class_folders(root, data.class_level)
     try:
-        folders = open_class_folders(root, data.class_level, data.allow_outside)
+        folders = open_class_folders(root, data.class_level)
         usable = not training_problem(next(iter(folders.parts.values())))
     except UserError:
         folders, usable = None, False
@@ -223,9 +247,8 @@ def with_groups(found: Found, data: Data) -> Found:
         notes.append(f"{name} part: {number}, the largest of {several(images, 'image')} ({largest})")
     for one, other in combinations(groups, 2):
         if shared := groups[one] & groups[other]:
-            also = (
-                f"{several(len(shared), 'group')} of the {one} part are in the {other} part too (first: {min(shared)})"
-            )
+            number = several(len(shared), "group")
+            also = f"{number} of the {one} part are in the {other} part too (first: {min(shared)})"
             notes.append(f"{also}: figures would be too good")
     return replace(found, parts=parts, notes=notes)
 
