@@ -7,11 +7,10 @@ import zlib
 import cv2
 import numpy as np
 import pytest
-from conftest import draw_folder
 from PIL import Image
 
 from equipoise import UserError
-from equipoise.data.decode import bad_images, decode, decode_all, decode_bytes, stand_ins
+from equipoise.data.decode import bad_images, decode, decode_bytes, resized, stand_ins
 from equipoise.data.sources import find_parts
 from equipoise.views.views import evaluation_view
 
@@ -183,15 +182,9 @@ def test_broken_files_are_named(damage, reason, photo, pictures):
         assert [n for n, fault in enumerate(bad_images(images)) if fault] == [0]
 
 
-def test_decode_all_resizes_as_pillow_does(tmp_path):
-    draw_folder(tmp_path, {"a": 2, "b": 1})
-    images = find_parts(str(tmp_path)).parts["train"]
-    small, bad = decode_all(images, 16)
-    assert bad == {}
-    assert small.shape == (3, 16, 16, 3)
-    with Image.open(images.images.name(2)) as image:
-        expected = np.asarray(image.resize((16, 16), Image.Resampling.BILINEAR))
-    assert (small[2] == expected).all()
+def test_resized_as_pillow_does(photo):
+    expected = np.asarray(photo.resize((16, 16), Image.Resampling.BILINEAR))
+    assert (resized(np.asarray(photo), 16) == expected).all()
 
 
 def test_what_stands_in_for_a_bad_image(pictures):

@@ -41,14 +41,3 @@ def test_a_camera_trap_package(tmp_path):
     (tmp_path / "media.csv").write_text(MEDIA.replace("mediaID", "id"))
     with pytest.raises(UserError, match=r"are not as Camtrap DP has them \(no column 'mediaID'"):
         find_parts(str(tmp_path))
-
-
-def test_a_darwin_core_archive(tmp_path):
-    draw_folder(tmp_path, {"img": 3})
-    rows = "".join(f"{key}\thttps://museum.example/photos/{number}.png\n" for number, key in enumerate((70, 70, 80)))
-    (tmp_path / "multimedia.txt").write_text(f"gbifID\tidentifier\n{rows}")
-    told = ["gbifID\tscientificName\tnote", '70\tApis mellifera\t"unclosed', '80\tBombus terrestris\t"too']
-    (tmp_path / "occurrence.txt").write_text("\n".join(told))
-    train = find_parts(str(tmp_path)).parts["train"]
-    assert train.class_names == ("Apis mellifera", "Bombus terrestris")
-    assert train.class_counts == (2, 1)

@@ -302,14 +302,6 @@ def test_images_of_cifar_in_the_archives_order(classes, tmp_path, monkeypatch):
         assert parts[part].class_names == tuple(f"kind{label}" for label in range(classes))
 
 
-@pytest.mark.parametrize("other", ["cifar-10-python.tar.gz", "cifar-100-binary"])
-def test_other_forms_are_refused(other, tmp_path):
-    (tmp_path / other).mkdir()
-    for path in (tmp_path, tmp_path / other):
-        with pytest.raises(UserError, match=f"holds CIFAR as {other}; take the python version, unpacked"):
-            find_cifar(path)
-
-
 class Payload:
     def __init__(self, mark: Path) -> None:
         self.mark = mark

@@ -54,8 +54,7 @@ def print_metrics(results: Sequence[tuple[str, Mapping[str, Any]]], title: str, 
     for group, limits in GROUP_LIMITS.items():
         classes = sum(count > 0 and shot_group(count) == group for count in counts)
         if classes:
-            noun = "class" if classes == 1 else "classes"
-            table.add_row(f"{group} ({classes:,} {noun})", limits, *(percent(of[group]) for of in figures))
+            table.add_row(f"{group} ({several(classes, 'class')})", limits, *(percent(of[group]) for of in figures))
     table.add_section()
     for label, field in FURTHER.items():
         if any(of[field] is not None for of in figures):
@@ -138,8 +137,7 @@ def print_data(
 
 def _print_counts(console: Console, part: str, images: ImageList) -> None:
     counts = images.class_counts
-    filled = [count for count in counts if count]
-    factor = f", imbalance factor {imbalance_factor(filled):.4g}" if filled else ""
+    factor = f", imbalance factor {imbalance_factor(counts):.4g}"
     console.print(f"\n[bold]{part}[/bold]: {len(images):,} images, {len(counts):,} classes{factor}", highlight=False)
     table = Table.grid(Column(min_width=_NAME_WIDTH), Column(justify="right"), Column(min_width=4), padding=(0, 1))
     for label in _ends(range(len(counts)), counts):

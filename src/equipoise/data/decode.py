@@ -100,21 +100,6 @@ def decode_bytes(content: bytes) -> Pixels:
         return np.array(_as_rgb(image))  # a copy: torch wants to be able to write
 
 
-def decode_all(images: ImageList, size: int, skip: bool = False) -> tuple[Pixels, dict[int, BadImageError]]:
-    """All images as `[N, size, size, 3]`, resized, and the bad ones by their index: with `skip` these stay black, else
-    the first of them is raised."""
-    pixels_NHW3 = np.zeros((len(images), size, size, 3), np.uint8)
-    bad: dict[int, BadImageError] = {}
-    for index in range(len(images)):
-        try:
-            pixels_NHW3[index] = resized(decode(images, index), size)
-        except BadImageError as error:
-            if not skip:
-                raise
-            bad[index] = error
-    return pixels_NHW3, bad
-
-
 def resized(pixels: Pixels, size: int) -> Pixels:
     """An image as `[size, size, 3]`, whatever its shape, by Pillow's antialiased bilinear filter."""
     if pixels.shape[:2] == (size, size):

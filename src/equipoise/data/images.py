@@ -250,8 +250,9 @@ def training_problem(train: ImageList) -> str | None:
 
 
 def imbalance_factor(class_counts: Sequence[int]) -> float:
-    """Largest class count / smallest class count."""
-    return max(class_counts) / min(class_counts)
+    """Largest class count / smallest class count, of the classes that have images."""
+    filled = [count for count in class_counts if count] or [1]
+    return max(filled) / min(filled)
 
 
 def _sha256(content: bytes) -> str:

@@ -100,16 +100,13 @@ def read_list(file: Path, allow_outside: bool = False) -> ListFile:
             raise UserError(
                 f"{file}, line {number}: '{shown}' is not 'path label' with a label of at most {_MOST_DIGITS} digits"
             )
-        path = words[0]
-        if b"/" not in path:  # written by Windows
-            path = path.replace(b"\\", b"/")
-        if path[0] in b"./\\" or b"/." in path or b"//" in path:  # to be made shorter, or leads elsewhere
-            if not allow_outside and (path[0] in b"/\\" or b".." in path.split(b"/")):
-                raise UserError(
-                    f"{file}, line {number}: the path '{os.fsdecode(path[:200])}' leaves the data folder; write it "
-                    "relative to it, or allow it with --allow-outside"
-                )
-            path = posixpath.normpath(path)
+        path = words[0] if b"/" in words[0] else words[0].replace(b"\\", b"/")  # as Windows writes it
+        path = posixpath.normpath(path)
+        if not allow_outside and (path.startswith(b"/") or path.partition(b"/")[0] == b".."):
+            raise UserError(
+                f"{file}, line {number}: the path '{os.fsdecode(words[0][:200])}' leaves the data folder; write it "
+                "relative to it, or allow it with --allow-outside"
+            )
         paths.append(path)
         labels.append(int(words[1]))
     if not paths:

@@ -55,11 +55,8 @@ def _read_text(file: Path) -> Columns:
         content = file.read_bytes()
         text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
         heading = text.partition("\n")[0]
-        quoting = (
-            csv.QUOTE_NONE if file.suffix == ".txt" else csv.QUOTE_MINIMAL
-        )  # a Darwin Core archive's are not quoted
         lines, delimiter = io.StringIO(text, newline=""), max(",;\t", key=heading.count)
-        rows = list(csv.reader(lines, delimiter=delimiter, quoting=quoting))
+        rows = list(csv.reader(lines, delimiter=delimiter))
     except UnicodeDecodeError:
         raise NoTableError(f"{file} is not in UTF-8: save it as 'CSV UTF-8'") from None
     except (OSError, csv.Error) as error:
@@ -89,16 +86,16 @@ def _read_parquet(file: Path) -> Columns:
 
 
 def read_joined(root: Path) -> tuple[Path, Columns] | None:
-    """The table of the images and the columns of both tables, of a camera-trap package (Camtrap DP) or a Darwin Core
-    archive in the folder; None where there is none. An image has a row for each of its labels."""
-    for media, others in (("media.csv", "observations.csv"), ("multimedia.txt", "occurrence.txt")):
-        if (root / media).is_file() and (root / others).is_file():
-            images, told = _read_text(root / media), _read_text(root / others)
-            labels = _of_observations(images, told) if others == "observations.csv" else _of_occurrences(images, told)
-            rows = [(number, label) for number, names in enumerate(labels) for label in sorted(names) or [""]]
-            columns = {name: [cells[number] for number, _ in rows] for name, cells in images.items()}
-            return root / media, {**columns, NAME: [label for _, label in rows]}
-    return None
+    """The table of the images and the columns of both tables, of a camera-trap package (Camtrap DP) in the folder; None
+    where there is none. An image has a row for each of its labels."""
+    file, others = root / "media.csv", root / "observations.csv"
+    if not file.is_file() or not others.is_file():
+        return None
+    images = _read_text(file)
+    labels = _of_observations(images, _read_text(others))
+    rows = [(number, label) for number, names in enumerate(labels) for label in sorted(names) or [""]]
+    columns = {name: [cells[number] for number, _ in rows] for name, cells in images.items()}
+    return file, {**columns, NAME: [label for _, label in rows]}
 
 
 def _of_observations(media: Columns, told: Columns) -> list[set[str]]:
@@ -127,12 +124,6 @@ def _of_observations(media: Columns, told: Columns) -> list[set[str]]:
         why = f"no column {error}" if isinstance(error, KeyError) else str(error)
         raise NoTableError(f"media.csv and observations.csv are not as Camtrap DP has them ({why})") from None
     return found
-
-
-def _of_occurrences(media: Columns, told: Columns) -> list[set[str]]:
-    """The scientific name of each image's occurrence (https://dwc.tdwg.org/text): the first column joins them."""
-    names = dict(zip(next(iter(told.values())), told.get(NAME, ()), strict=False))
-    return [{names[key]} if names.get(key) else set() for key in next(iter(media.values()))]
 
 
 def _as_rows(columns: Columns) -> list[dict[str, str]]:

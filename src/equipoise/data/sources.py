@@ -43,7 +43,6 @@ LISTS = {"train": "data.train_list", "validation": "data.val_list", "test": "dat
 PARTS = tuple(LISTS)
 _DIGITS_TEST_PER_CLASS = 50
 _CIFAR = {"cifar-10-batches-py": "cifar10", "cifar-100-python": "cifar100"}
-_CIFAR_ARCHIVES = [f"cifar-{classes}-{form}.tar.gz" for classes in (10, 100) for form in ("python", "binary")]
 
 
 def named_lists(data: Data) -> dict[str, str]:
@@ -300,14 +299,11 @@ def _open_digits() -> Found:
 
 def find_cifar(root: Path) -> tuple[Path, str] | None:
     """The folder of an archive's files, `root` or one in it, and 'cifar10' or 'cifar100'; None where there is none.
-    Names alone are looked at. Raises UserError for another form of it."""
+    Names alone are looked at."""
     for folder, name in _CIFAR.items():
         for path in (root, root / folder):
             if path.resolve().name == folder and path.is_dir():
                 return path, name
-    for other in (*_CIFAR_ARCHIVES, "cifar-10-batches-bin", "cifar-100-binary"):
-        if root.name == other or (root / other).exists():
-            raise UserError(f"{root} holds CIFAR as {other}; take the python version, unpacked: tar xzf FILE.tar.gz")
     return None
 
 

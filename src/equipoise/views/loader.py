@@ -21,13 +21,13 @@ from equipoise.data.decode import (
     BadImageError,
     Pixels,
     decode,
-    decode_all,
     in_order,
     no_image_left,
+    resized,
     stand_ins,
     usable_cores,
 )
-from equipoise.data.images import ImageList, Indices
+from equipoise.data.images import ImageList, Indices, PixelArrays
 from equipoise.views.draws import permutation
 from equipoise.views.views import ViewSettings, evaluation_view, photo_views, small_views, view_settings
 
@@ -90,8 +90,8 @@ def open_batches(
     skip: bool = False,
 ) -> "Batches":
     """Batches of `images`, made by `workers` threads or, for an NVIDIA GPU, processes (0: between two steps). Raises
-    UserError naming a small image that cannot be read; of photographs, and with `skip` of a class of which none can,
-    when their turn comes; and where processes would run the main script again."""
+    UserError where processes would run the main script again; when its turn comes, for an image that cannot be read,
+    or with `skip` for a class of which none can."""
     if settings.policy == "cifar":  # a step of ResNet-32 takes 11 ms on a GPU; on a CPU, far longer than its views
         workers = min(workers, 6 if device.type == "cuda" else 1)
     if settings.policy == "digits":
@@ -216,17 +216,13 @@ class Batches:
 
 
 class Maker(Dataset["Batch | UserError"]):
-    """Makes the batches, in the workers. Photographs are decoded for each batch; other images, which have the
-    size of a view, are in memory."""
+    """Makes the batches, in the workers."""
 
     def __init__(self, images: ImageList, settings: ViewSettings, skip: bool) -> None:
-        self.in_memory = settings.policy != "photos"
+        self.in_memory = isinstance(images.images, PixelArrays)
         self.bad: dict[int, BadImageError] = {}
-        if self.in_memory:
-            self._pixels_NSS3, self.bad = decode_all(images, settings.size, skip)
-        self._images = images
-        self._settings = settings
-        self._skip = skip
+        self._images, self._settings, self._skip = images, settings, skip
+        self._photos = settings.policy == "photos"
 
     def __len__(self) -> int:
         return len(self._images)
@@ -248,7 +244,7 @@ class Maker(Dataset["Batch | UserError"]):
             image = self._image(index, bad)
             images.append(self._stand_in(index) if image is None else image)
         how = self._settings, *task.seed_and_epoch, task.indices_B
-        views_VB3SS = small_views(np.stack(images), *how) if self.in_memory else photo_views(images, *how)
+        views_VB3SS = photo_views(images, *how) if self._photos else small_views(np.stack(images), *how)
         return Batch(views_VB3SS, torch.from_numpy(self._images.labels_N[task.indices_G]), task.rows, bad)
 
     def _evaluation(self, indices_B: Indices) -> Batch:
@@ -258,18 +254,18 @@ class Maker(Dataset["Batch | UserError"]):
         for index in indices_B.tolist():
             image = self._image(index, bad)
             if image is not None:
-                views_BSS3[len(good)] = image if self.in_memory else evaluation_view(image, size)
+                views_BSS3[len(good)] = evaluation_view(image, size) if self._photos else image
                 good.append(index)
         images_1B3SS = torch.from_numpy(views_BSS3[: len(good)]).permute(0, 3, 1, 2)[None]
         labels_B = torch.from_numpy(self._images.labels_N[good])
         return Batch(images_1B3SS, labels_B, slice(0, len(labels_B)), bad)
 
     def _image(self, index: int, bad: dict[int, BadImageError]) -> Pixels | None:
-        """The image; or, with `skip`, None for one that cannot be read, which is added to `bad`."""
-        if self.in_memory:
-            return None if index in self.bad else self._pixels_NSS3[index]
+        """The image, a small one in the size of a view; or, with `skip`, None for one that cannot be read, which is
+        added to `bad`."""
         try:
-            return decode(self._images, index)
+            image = decode(self._images, index)
+            return image if self._photos else resized(image, self._settings.size)
         except BadImageError as error:
             if not self._skip:
                 raise
