@@ -7,7 +7,6 @@ within 2 levels of 255 of theirs, on average over a photograph (`tests/views/tes
 rotations use OpenCV's cubic (a = -0.75), which is softer than Pillow's (a = -1): on noise by up to 4.5 levels.
 """
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
 from typing import Any
@@ -22,7 +21,7 @@ from equipoise.data.decode import Pixels
 from equipoise.views.draws import Array
 
 Operation = Callable[[Pixels, Array], Pixels]
-Matrix = Callable[[float, int], list[list[float]]]  # from an argument and the side of a square image, for `affine`
+Matrix = Callable[[float, int], Any]  # from an argument and the side of a square image, for `affine`
 
 _LEVEL = np.arange(256)
 _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
@@ -82,12 +81,6 @@ def affine(images: Pixels, matrix_N23: Array, fill: tuple[float, ...], resamplin
 def _move(images: Pixels, argument_N: Array, matrix_of: Matrix, fill: tuple[float, ...], resampling: str) -> Pixels:
     matrix_N23 = np.array([matrix_of(argument, images.shape[1]) for argument in argument_N.tolist()], float)
     return affine(images, matrix_N23, fill, resampling)
-
-
-def _rotation(degrees: float, side: int) -> list[list[float]]:
-    """Counter-clockwise about the centre of a square image."""
-    cos, sin, middle = math.cos(math.radians(degrees)), math.sin(math.radians(degrees)), side / 2
-    return [[cos, -sin, middle - cos * middle + sin * middle], [sin, cos, middle - sin * middle - cos * middle]]
 
 
 def _each(images: Pixels, arguments: Iterable[Any], change: Callable[[Any, Any, Any], object]) -> Pixels:
@@ -198,7 +191,7 @@ _OF_COLOUR: dict[str, Operation] = {
     "SolarizeAdd": _by_table(lambda addend: np.where(_LEVEL < 128, _LEVEL + addend, _LEVEL)),  # at most 127 + 110
 }
 _MATRICES: dict[str, Matrix] = {
-    "Rotate": _rotation,
+    "Rotate": lambda degrees, side: cv2.getRotationMatrix2D((side / 2, side / 2), -degrees, 1),
     "ShearX": lambda level, _: [[1, level, 0], [0, 1, 0]],
     "ShearY": lambda level, _: [[1, 0, 0], [level, 1, 0]],
     "TranslateX": lambda pixels, _: [[1, 0, pixels], [0, 1, 0]],
