@@ -139,7 +139,7 @@ def test_every_shipped_recipe_trains(name, tmp_path, capsys):
         (build_inaturalist if benchmark == "inat2018" else build_imagenet)(data, counts=(9, 4))
         for file in data.glob("ImageNet_LT_*.txt") if benchmark == "places-lt" else ():
             file.rename(data / file.name.replace("ImageNet", "Places"))
-        arguments += f"--data {data} -b 4 --set views.size=32 --arch resnet8 --pretrained false".split()
+        arguments += f"--data {data} -b 4 --set views.size=32 --arch resnet8 --tune scratch".split()
     elif name != "digits-lt":
         for part in ("train", "test"):
             for number in range(50):

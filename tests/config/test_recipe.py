@@ -89,7 +89,7 @@ def test_overrides_take_text_and_values():
         ("holdout", 0.9, "data.holdout must be a number, at least 0 and at most 0.5, not 0.9"),
         ("device", "gpu", "device must be one of auto, cpu, cuda, cuda:N, mps, not 'gpu'"),
         ("method", "BCL", "method must be one of bcl, ce, logit-adjusted, supcon+la, not 'BCL'"),
-        ("pretrained", 1, "model.pretrained must be true or false, not 1"),
+        ("compile", 1, "compile must be true or false, not 1"),
         ("mean", "0.1 0.2", "views.mean must be 3 numbers, at least 0 and at most 1, not '0.1 0.2'"),
         ("std", [0.2, 0, 0.2], "views.std must be 3 numbers, above 0 and at most 1, not [0.2, 0, 0.2]"),
         ("milestones", 5, "optim.milestones must be a list of numbers, above 0, not 5"),

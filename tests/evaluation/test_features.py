@@ -91,7 +91,7 @@ def test_bad_images_have_stand_ins(recipe, tmp_path):
     assert sum(map(len, run.metrics["bad_images"].values())) == 2
 
 
-def test_a_frozen_encoder_without_weights_is_refused(recipe, tmp_path):
-    with pytest.raises(UserError, match="a frozen encoder needs weights to start from: set --pretrained true"):
+def test_an_encoder_without_pretrained_weights_is_refused(recipe, tmp_path):
+    with pytest.raises(UserError, match="there are no pretrained weights for resnet8; set --tune scratch"):
         train(replace(recipe, model=replace(recipe.model, weights="")), tmp_path / "run", progress=False)
     assert not os.path.exists(tmp_path / "run")

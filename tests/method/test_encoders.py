@@ -56,7 +56,7 @@ def test_timm_encoders(name, width):
     ("name", "size", "pretrained", "sentence"),
     [
         ("resnet33", 32, False, r"no encoder is called 'resnet33'; did you mean resnet"),
-        ("resnet32", 32, True, r"there are no pretrained weights for resnet32; set model.pretrained to false"),
+        ("resnet32", 32, True, r"there are no pretrained weights for resnet32; set --tune scratch"),
         ("vit_tiny_patch16_224", 8, False, r"vit_tiny_patch16_224 .* 8 pixels .*; change --size or --arch"),
         ("resnet18.nonsense", 64, False, r"timm cannot build resnet18.nonsense .*nonsense"),
     ],

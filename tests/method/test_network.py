@@ -101,3 +101,26 @@ def test_dropout_is_the_same_when_a_micro_batch_is_computed_again(micro_batch, s
     model.classifier(hidden).square().sum().backward()
     for name, parameter in model.named_parameters():
         assert torch.allclose(gradient[name], parameter.grad, rtol=1e-3, atol=1e-4), name
+
+
+def test_a_classifier_that_is_held_at_its_start():
+    """The penalty is the slow sum, zero at the start; a class without a direction keeps its own."""
+    network = TwoBranchNetwork(Model("resnet8", anchor=6.0), Views(size=16), 3)
+    classifier, before = network.classifier, network.classifier.weight.detach().clone()
+    counts, means = torch.tensor([90.0, 9.0, 1.0]), torch.randn(3, 64)
+    means[1] = 0
+    classifier.start_at(means)
+    assert torch.allclose(classifier.weight[::2], F.normalize(means[::2], dim=1))
+    assert torch.equal(classifier.weight[1], before[1])
+    assert classifier.penalty(counts) == 0
+    moved = torch.randn(3, 64)
+    with torch.no_grad():
+        classifier.weight += moved
+    expected = sum(
+        6 / (100 * n) ** 0.5 * float(row.square().sum()) / 2 for n, row in zip((90, 9, 1), moved, strict=True)
+    )
+    assert classifier.penalty(counts).item() == pytest.approx(expected, rel=1e-5)
+    classifier.penalty(counts).backward()
+    assert torch.allclose(classifier.weight.grad[2], 0.6 * moved[2], atol=1e-5)
+    assert "classifier.start" in network.state_dict(), "a run that goes on needs it"
+    assert "classifier.start" not in TwoBranchNetwork(Model("resnet8"), Views(size=16), 3).state_dict()

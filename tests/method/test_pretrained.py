@@ -40,7 +40,7 @@ NOWHERE = {"HF_ENDPOINT": "http://127.0.0.1:9"}  # nothing listens there
 def test_weights_out_of_reach(tmp_path):
     assert re.fullmatch(
         r"the pretrained weights of resnet18 could not be had: the hub cannot be reached; connect to the network, name "
-        r"a file of them with --weights FILE, or set --pretrained false\n",
+        r"a file of them with --weights FILE, or set --tune scratch\n",
         in_process(FIND.format("resnet18"), tmp_path, **NOWHERE),
     )
     said = in_process(FIND.format(LITE), tmp_path, **NOWHERE)

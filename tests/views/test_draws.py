@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from equipoise.views.draws import Numbers, permutation
+from equipoise.views.draws import Numbers, draws, permutation, sampled_counts
 
 
 def uniforms(seed: int, epoch: int, indices: np.ndarray, stream: int, count: int) -> np.ndarray:
@@ -46,3 +46,24 @@ def test_permutation():
     assert sorted(permutation(0, 0, 100)) == list(range(100))
     assert (permutation(0, 0, 100) == permutation(0, 0, 100)).all()
     assert (permutation(0, 1, 100) != permutation(0, 0, 100)).any()
+
+
+def test_samplers_draw_classes_as_often_as_they_say():
+    """The shares of the classes, within five standard errors of what the paper's formula gives; every draw its own."""
+    counts = np.array([400, 80, 16, 4])
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(4), counts))
+    assert (draws(3, 1, labels, "instance") == permutation(3, 1, 500)).all()
+    for sampler, power in (("square-root", 0.5), ("class-balanced", 0.0)):
+        expected = counts**power / (counts**power).sum()
+        assert np.allclose(
+            sampled_counts(counts.tolist(), sampler) / sampled_counts(counts.tolist(), sampler).sum(), expected
+        )
+        epochs = [draws(0, epoch, labels, sampler) for epoch in range(20)]
+        shares = np.bincount(labels[np.concatenate(epochs) % 500]) / 10_000
+        assert (abs(shares - expected) < 5 * np.sqrt(expected * (1 - expected) / 10_000)).all()
+        assert (draws(0, 7, labels, sampler) == epochs[7]).all()
+        seen: dict[int, int] = {}
+        for draw in epochs[0].tolist():  # the slow count of how often the image came before
+            assert draw // 500 == seen.get(draw % 500, 0)
+            seen[draw % 500] = seen.get(draw % 500, 0) + 1
+        assert max(seen.values()) > 1

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -23,7 +24,7 @@ from equipoise.config.recipe import (
 Overrides = list[tuple[Field, Any]]  # fields of a recipe, and their values as text
 
 DEMO = "digits-lt"
-OWN_FOLDER = "pictures"
+OWN_FOLDER = "frozen"  # where nothing else is chosen: see training/sizing.py
 # The recipe for what `sources.recognise` returns, where it has another name.
 _RECIPES = {"": OWN_FOLDER, "digits": DEMO, "cifar10": "cifar10-lt", "cifar100": "cifar100-lt"}
 
@@ -54,7 +55,7 @@ def add_fields(command: argparse.ArgumentParser, *keys: str) -> None:
         _add_field(command, find_field(key))
 
 
-def add_recipe_flags(command: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+def add_recipe_flags(command: argparse.ArgumentParser, arguments: Sequence[str], without: str = "") -> None:
     """A flag for every field of a recipe, grouped by section. The help shows the values of the recipe that the command
     line names."""
     default = OWN_FOLDER if "--data" in arguments else DEMO
@@ -63,7 +64,7 @@ def add_recipe_flags(command: argparse.ArgumentParser, arguments: Sequence[str])
     for section, fields in groupby(recipe_fields(), lambda field: field.path[0] if len(field.path) == 2 else "run"):
         group = command.add_argument_group(f"{section} (shown: {named})")
         for field in fields:
-            if field.key not in ("name", "summary"):
+            if field.key not in ("name", "summary", without):
                 _add_field(group, field, field_value(shown, field))
 
 
@@ -133,6 +134,27 @@ def chosen_recipe(options: argparse.Namespace) -> tuple[Recipe, str]:
     elif found and name != fitting and name in DATASETS.values():
         raise UserError(f"the recipe {name} is not for {path}: take {fitting}, or name another folder")
     return with_overrides(load_recipe(name), options), remark
+
+
+def is_own_folder(options: argparse.Namespace) -> bool:
+    """Whether a recipe is to be chosen: none is named, and the data are no published data set."""
+    if options.recipe or options.dataset or options.resume not in (None, "auto"):
+        return False
+    path = data_path(options)
+
+    from equipoise.data.sources import recognise
+
+    return bool(path) and not recognise(str(path))
+
+
+def seconds(duration: str | None) -> float | None:
+    """'90s', '30m', '2h' or '1.5h' in seconds. Raises UserError for anything else."""
+    if duration is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *(s|m|min|h)", duration.strip())
+    if not found or not float(found[1]):
+        raise UserError(f"--budget is a time as 30m or 2h, not '{duration}'")
+    return float(found[1]) * {"s": 1, "m": 60, "min": 60, "h": 3600}[found[2]]
 
 
 def fitting_recipe(recognised: str) -> str:

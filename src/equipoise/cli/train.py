@@ -6,7 +6,8 @@ import io
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from equipoise.base.world import World
     from equipoise.evaluation.score import Run
     from equipoise.training.plan import Plan
+    from equipoise.training.sizing import Choice
+
+_BUDGET = "own pictures: the minutes there are, as 30m or 2h; the recipe is chosen for them"
 
 
 def add_data_options(command: argparse.ArgumentParser) -> None:
@@ -93,11 +97,12 @@ def pack(options: argparse.Namespace) -> None:
 
 def add_train_options(command: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
     add = command.add_argument
-    default = f"without one: {flags.DEMO}, or with --data what is recognised there, else {flags.OWN_FOLDER}"
+    default = f"without one: {flags.DEMO}, or with --data what is recognised there, else one sized to data and machine"
     recipe = f"a shipped recipe ({', '.join(shipped_recipes())}) or a TOML file; {default}"
     add("recipe", nargs="?", metavar="RECIPE", help=recipe)
     add("--out", metavar="FOLDER", help="the run folder [runs/RECIPE-METHOD-TIME]; of --reload, a file for metrics")
     beside = "train this method too, under the same recipe, and show both (the demo: ce)"
+    add("--budget", metavar="TIME", help=_BUDGET)
     add("--beside", choices=get_args(Method), help=beside)
     flags.add_set(command)
     add_authors_flags(command)
@@ -130,13 +135,28 @@ def _score_resumed(options: argparse.Namespace, flag: str, part: str) -> None:
     score_checkpoint(Path(options.resume), data, part, flags.overrides_of(options), options.out, None)
 
 
+def _choose(options: argparse.Namespace, recipe: Recipe, budget: float | None) -> "Choice":
+    """The recipe for these pictures and this machine."""
+    from equipoise.training.sizing import choose
+
+    if not flags.is_own_folder(options):
+        raise UserError(f"--budget chooses a recipe for own pictures; with the recipe {recipe.name}, set --epochs")
+    return choose(flags.overrides_of(options), budget)
+
+
 def _train(world: "World", options: argparse.Namespace, recipe: Recipe, remark: str) -> None:
+    budget = flags.seconds(options.budget)
+    choice = None
+    if budget is not None or flags.is_own_folder(options):
+        choice = world.first_makes(lambda: _choose(options, recipe, budget))
+        recipe, remark = choice.recipe, ""
     # The authors' commands name no recipe, and expect the run where their README looks for it.
     authors_style = (remark or options.dataset) and recipe.data.benchmark in ("imagenet-lt", "inat2018")
     root_log = options.root_log or (LOG if authors_style and not options.recipe else None)
     out = options.out or (authors_folder(root_log, recipe) if root_log else None)
     plans = _plans(world, options, recipe, out)
-    runs = [_carry_out(plan, remark if plan is plans[0] else "") for plan in plans]
+    described = choice.described() if choice else {}
+    runs = [_carry_out(plan, remark if plan is plans[0] else "", described) for plan in plans]
     if not world.is_first:  # the files are rank 0's
         return
     _show(runs)
@@ -164,16 +184,47 @@ def _plans(world: "World", options: argparse.Namespace, recipe: Recipe, out: str
     return plans
 
 
-def _carry_out(plan: "Plan", remark: str) -> "Run":
-    """Show the plan, once nothing can be refused any more, and train."""
+def _carry_out(plan: "Plan", remark: str, chosen: Mapping[str, str]) -> "Run":
+    """Show the plan, once nothing can be refused any more, and train. `chosen`: what was chosen for it, and why."""
     from equipoise.cli.tables import print_plan
     from equipoise.training.session import start
 
     with start(plan) as session:
         if remark:
             print(remark)
-        print_plan(session.plan.describe())
-        return session.run()
+        print_plan({**session.plan.describe(), **chosen})
+        begun = time.monotonic()
+        run = session.run()
+        if chosen:
+            print(f"took {time.monotonic() - begun:,.0f} s")
+        return run
+
+
+def add_init_options(command: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    command.add_argument("data.path", metavar="FOLDER", help="own pictures, as for train")
+    command.add_argument("--budget", metavar="TIME", help=_BUDGET)
+    command.add_argument("--out", metavar="FILE.toml", default="recipe.toml", help="the recipe's file [%(default)s]")
+    command.set_defaults(recipe=None, dataset=None, resume=None)
+    flags.add_set(command)
+    flags.add_recipe_flags(command, arguments, without="data.path")
+
+
+def init(options: argparse.Namespace) -> None:
+    out = Path(options.out)
+    if out.exists():
+        raise UserError(f"{out} is there already; name another file with --out")
+    flags.refuse_unwritable("--out", out, ".toml")
+    recipe, budget = flags.with_overrides(load_recipe(flags.OWN_FOLDER), options), flags.seconds(options.budget)
+
+    from equipoise.base.files import atomic_file
+    from equipoise.cli.tables import print_plan
+    from equipoise.config.recipe import explained_toml
+
+    choice = _choose(options, recipe, budget)
+    with atomic_file(out) as file:
+        file.write(explained_toml(choice.recipe, choice.reasons).encode())
+    print_plan(choice.described())
+    print(f"written: {out}; then: {own_command()} train {shlex.quote(str(out))}")
 
 
 def _show(runs: "Sequence[Run]") -> None:

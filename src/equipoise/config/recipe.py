@@ -48,7 +48,11 @@ class Data:
         "error", "an image that cannot be read: stop, or take another of its class (when scoring: leave it out)"
     )
     allow_outside: bool = _field(False, "read images that paths or links lead to outside the data folder")
-    imbalance: Literal["exponential", "step"] = _field("exponential", "shape of the tail that imbalance_factor cuts")
+    imbalance: Literal["exponential", "step", "by-size"] = _field(
+        "exponential",
+        "shape of the tail that imbalance_factor cuts; by-size: exponential, from the largest class on, of classes of "
+        "any size",
+    )
     imbalance_factor: float = _field(1.0, "cut a long tail: largest / smallest class (1: train on all images)", ge=1)
     holdout: float = _field(0.1, "share of training images held out if there is no validation part", ge=0, le=0.5)
     fold: str = _field(
@@ -56,6 +60,9 @@ class Data:
         "cross-validation: hold out the K-th of N equal parts instead, as 2/5",
         pattern=r"\A(\d{1,4}/\d{1,4})?\Z",
         description="the number of a part and of all parts, as 2/5",
+    )
+    sampler: Literal["instance", "square-root", "class-balanced"] = _field(
+        "instance", "a class's share of an epoch: as of the images, by the square root of its count, or all alike"
     )
     group_by: str = _field("", "hold out whole groups: a table's column, or a regular expression on the images' paths")
 
@@ -66,7 +73,8 @@ class Views:
         "photos", "augmentation: of small handwriting, of 32-pixel images, of photographs"
     )
     cl_views: Literal["sim-sim", "sim-rand", "rand-rand"] = _field("sim-sim", "views of the contrastive branch")
-    size: int = _field(224, "side of a training image, pixels", ge=8, le=1024)
+    size: int = _field(224, "side of a training image, pixels (0: that of the pretrained encoder)", ge=0, le=1024)
+    smallest_crop: float = _field(0.08, "photographs: least share of its area that a random crop takes", gt=0, le=1)
     randaug: bool = _field(True, "RandAugment in the classifier's view of photographs")
     randaug_n: int = _field(2, "RandAugment: operations a view", ge=1, le=4)
     randaug_m: float = _field(10.0, "RandAugment: magnitude", ge=0, le=10)
@@ -78,12 +86,23 @@ class Views:
 @dataclass(frozen=True)
 class Model:
     encoder: str = _field("resnet50", "resnet8, resnet20, resnet32 (for small images) or any name timm knows", "arch")
-    pretrained: bool = _field(False, "start from pretrained weights: of timm's hub or, without one, of a package")
-    weights: str = _field("", "start from the encoder's weights in this file, in timm's or torchvision's naming")
-    tune: Literal["full", "frozen"] = _field(
-        "full", "what is trained of the encoder: all of it, or nothing: its features are then computed once"
+    tune: Literal["scratch", "full", "last-stage", "head+norm", "lora", "frozen"] = _field(
+        "scratch",
+        "what is trained of the encoder: all of it, from random weights or (full) from pretrained ones; of those only "
+        "the last stage, the normalisations, low-rank additions (of a ViT), or nothing: its features are computed once",
     )
+    weights: str = _field("", "pretrained weights of the encoder in this file, in timm's or torchvision's naming")
     classifier: Literal["cosine", "linear"] = _field("cosine", "cosine with scale 30, or linear with bias")
+    classifier_start: Literal["class-means", "text"] = _field(
+        "class-means",
+        "where a cosine classifier on a pretrained encoder starts: at its means of the classes, or (open_clip:...) at "
+        "what its text tower makes of their names",
+    )
+    anchor: float = _field(
+        0.0,
+        "how firmly a cosine classifier is held at its start, the more so the rarer a class: 6 for frozen features",
+        ge=0,
+    )
     hidden_dim: int = _field(0, "hidden width of the two projections (0: the encoder's width)", ge=0, le=65_536)
     feature_dim: int = _field(1024, "width D of the contrastive features", "feat-dim", ge=2, le=65_536)
     batch_norm: Literal["per-rank", "synchronised", "frozen"] = _field(
@@ -97,6 +116,7 @@ class Loss:
     beta: float = _field(0.35, "weight of the contrastive loss (two-branch methods only)", ge=0)
     temperature: float = _field(0.07, "temperature of the contrastive loss", "temp", gt=0)
     tau: float = _field(1.0, "strength of the logit adjustment", ge=0)
+    label_smoothing: float = _field(0.0, "share of the label that goes to all classes alike", ge=0, le=0.9)
 
 
 @dataclass(frozen=True)
@@ -104,6 +124,7 @@ class Optim:
     lr: float = _field(0.1, "peak learning rate of SGD", "learning-rate", gt=0)
     momentum: float = _field(0.9, "momentum", ge=0, le=0.9999)
     weight_decay: float = _field(5e-4, "weight decay", "wd", ge=0)
+    layer_decay: float = _field(1.0, "learning rate of an encoder's layer, as a share of the next one's", gt=0, le=1)
     schedule: Literal["cosine", "step"] = _field("cosine", "learning rate over the epochs")
     warmup_epochs: int = _field(0, "epochs of linear warm-up", ge=0)
     milestones: tuple[float, ...] = _field((), "step schedule: x0.1 from these epochs (below 1: share of all)", gt=0)
@@ -307,3 +328,15 @@ def recipe_toml(recipe: Recipe) -> str:
     import tomli_w
 
     return tomli_w.dumps(asdict(recipe))
+
+
+def explained_toml(recipe: Recipe, reasons: Mapping[str, str]) -> str:
+    """The same with a comment beside each field: the reason for its value, or else what it means."""
+    helps = {field.key: field.help for field in recipe_fields()} | dict(reasons)
+    lines, table = list[str](), ""
+    for line in recipe_toml(recipe).splitlines():
+        name, equals, _ = line.partition(" = ")
+        table = f"{line[1:-1]}." if line.startswith("[") and not equals else table
+        key = f"{table}{name}"
+        lines.append(f"{line}  # {helps[key]}" if equals and key in helps else line)
+    return "\n".join([*lines, ""])

@@ -27,7 +27,7 @@ def of_classes(full: ImageList) -> list[Indices]:
 def long_tail_counts(largest: int, classes: int, imbalance_factor: float, shape: str) -> list[int]:
     """Images kept of each class (Cao et al., NeurIPS 2019, section 4).
 
-    'exponential': class c keeps `int(largest * (1 / imbalance_factor) ** (c / (classes - 1)))`.
+    'exponential' and 'by-size': class c keeps `int(largest * (1 / imbalance_factor) ** (c / (classes - 1)))`.
     'step': the second half of the classes keeps `int(largest * (1 / imbalance_factor))`.
     """
     if shape == "step":
@@ -41,15 +41,20 @@ def long_tailed(full: ImageList, imbalance_factor: float, shape: str) -> ImageLi
     order, and the first n of it are kept. Which images these are depends on the order of `full`: of CIFAR as Parquet,
     whose rows are in another order than the archive's, they are not the images of the literature's subset.
 
-    The largest class keeps as many images as the smallest class of `full` has, so that the shape is exact. Raises
-    UserError where the smallest class would be left empty.
+    The largest class keeps as many images as the smallest class of `full` has, so that the shape is exact; but with
+    the shape 'by-size' the classes come in the order of their size, and each keeps at most its place's share of the
+    largest one. Raises UserError where the smallest class would be left empty.
     """
-    counts = long_tail_counts(min(full.class_counts), len(full.class_names), imbalance_factor, shape)
+    by_size = shape == "by-size"
+    largest = max(full.class_counts) if by_size else min(full.class_counts)
+    counts = long_tail_counts(largest, len(full.class_names), imbalance_factor, shape)
+    if by_size:
+        limit_of = dict(zip(np.argsort(np.negative(full.class_counts), kind="stable").tolist(), counts, strict=True))
+        counts = [min(count, limit_of[label]) for label, count in enumerate(full.class_counts)]
     if min(counts) < 1:
         raise UserError(
-            f"imbalance factor {imbalance_factor:g} leaves class '{full.class_names[-1]}' without images; "
-            f"the subset's largest class has as many as the smallest of all here, {counts[0]}, so it can be "
-            f"{counts[0]} at most"
+            f"imbalance factor {imbalance_factor:g} leaves class '{full.class_names[counts.index(0)]}' without images; "
+            f"the subset's largest class has {max(counts)}, so it can be {max(counts)} at most"
         )
     generator = np.random.RandomState(0)
     kept: list[Indices] = []

@@ -50,6 +50,7 @@ def write_hub_folder(
     """
     from safetensors.torch import save
 
+    checkpoint = checkpoint.merged()
     weights = {name: value.clone() for name, value in checkpoint.weights.items()}  # no two may share memory
     encoder = {name.removeprefix(_ENCODER): value for name, value in weights.items() if name.startswith(_ENCODER)}
     head = {name: value for name, value in weights.items() if not name.startswith(_ENCODER)}

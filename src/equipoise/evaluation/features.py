@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from numpy.lib.format import open_memmap
+from torch import Tensor
 
 from equipoise.base.device import exact_float32
 from equipoise.base.files import atomic_file
@@ -46,6 +48,7 @@ class _FeatureMaker(Maker):
     def __init__(self, recipe: Recipe, images: ImageList, network: TwoBranchNetwork, batches: Batches) -> None:
         self.in_memory = True
         self.bad: dict[int, BadImageError] = {}
+        self.labels_N = images.labels_N
         self._recipe, self._images, self._network, self._batches = recipe, images, network, batches
         self._views = len(view_settings(recipe).kinds)
         self._features_NF: npt.NDArray[np.float32] = np.empty((0, 0), np.float32)
@@ -88,7 +91,7 @@ def compute_features(
     """The file of the encoder's features `[N, F]`, float32, and the images that cannot be read. Rows that are not
     computed yet are NaN, so that what was interrupted goes on. The ranks of a machine share the work: the bad images
     are those of this rank's share."""
-    file = _cache() / f"{_key(recipe, images, network)}.npy"
+    file = _file(recipe, images, network)
     if world.local_rank == 0 and not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(file) as opened:
@@ -111,8 +114,36 @@ def compute_features(
     return file, bad
 
 
-def _key(recipe: Recipe, images: ImageList, network: TwoBranchNetwork) -> str:
-    """What the features follow from: the images (of files also size and time of change), encoder, weights and view."""
+def class_means(
+    recipe: Recipe, images: ImageList, network: TwoBranchNetwork, world: World, look: Callable[[], None]
+) -> Tensor:
+    """`[C, F]`: of each class the mean of its images' features, each of length 1. All ranks call it."""
+    device = next(network.parameters()).device
+    with closing(open_recipe_batches(recipe, images, device, world)) as batches:
+        file, _ = compute_features(recipe, images, network, batches, world, look)
+    world.gather_objects(None)  # each rank has computed its share
+
+    def means() -> Tensor:
+        sums_CF = torch.zeros(len(images.class_names), network.width)
+        features_NF = np.load(file, mmap_mode="r")
+        for start in range(0, len(images), 4096):
+            rows_RF = torch.from_numpy(features_NF[start : start + 4096].copy())
+            units_RF = torch.nan_to_num(F.normalize(rows_RF, dim=1))  # of a bad image there are none
+            sums_CF.index_add_(0, torch.from_numpy(images.labels_N[start : start + 4096]), units_RF)
+        return sums_CF / torch.tensor(images.class_counts)[:, None]
+
+    return world.first_makes(means)
+
+
+def missing_features(recipe: Recipe, images: ImageList, network: TwoBranchNetwork) -> int:
+    """How many images have no features in the file yet."""
+    file = _file(recipe, images, network)
+    return int(np.isnan(np.load(file, mmap_mode="r")[:, 0]).sum()) if file.exists() else len(images)
+
+
+def _file(recipe: Recipe, images: ImageList, network: TwoBranchNetwork) -> Path:
+    """Named by what the features follow from: the images (of files also size and time of change), encoder, weights and
+    view."""
     hasher = hashlib.sha256(images.fingerprint().encode())
     if isinstance(images.images, ImageFiles):
         for index in range(len(images)):
@@ -123,7 +154,7 @@ def _key(recipe: Recipe, images: ImageList, network: TwoBranchNetwork) -> str:
     hasher.update(f"{recipe.model.encoder} {views.policy} {views.size} {views.mean} {views.std}".encode())
     for name, tensor in network.encoder.state_dict().items():
         hasher.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    return hasher.hexdigest()
+    return _cache() / f"{hasher.hexdigest()}.npy"
 
 
 def _cache() -> Path:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from equipoise.base.errors import UserError, reason
 from equipoise.base.files import load_tensors
 from equipoise.config.recipe import nearest
+from equipoise.method import clip
 from equipoise.method.pretrained import find_pretrained, timm_name
 
 _BLOCKS_PER_STAGE = {"resnet8": 1, "resnet20": 3, "resnet32": 5}
@@ -31,6 +32,10 @@ def create_encoder(name: str, size: int, pretrained: bool = False, weights: str 
     Raises UserError for an unknown name, weights that cannot be had or do not fit, or a size the encoder does not take.
     """
     found = find_pretrained(name) if pretrained and not weights else None  # a file that is named goes first
+    if name.startswith(clip.PREFIX):
+        file = weights or (found.file if found else "")
+        encoder = clip.towers(name, str(file or ""), start=pretrained or bool(weights)).visual
+        return encoder, _width(encoder, name, size)
     if name not in _BLOCKS_PER_STAGE:
         encoder = _timm_encoder(timm_name(name), size, fetch=found is not None and found.file is None)
     else:
@@ -55,8 +60,9 @@ def _width(encoder: nn.Module, name: str, size: int) -> int:
 
 
 def timm_arguments(name: str, size: int) -> tuple[str, dict[str, Any]] | None:
-    """timm's name of the encoder `name`, and the arguments that make it take `size` pixels; None for one of ours."""
-    if name in _BLOCKS_PER_STAGE:
+    """timm's name of the encoder `name`, and the arguments that make it take `size` pixels; None for one of ours
+    or of open_clip."""
+    if name in _BLOCKS_PER_STAGE or name.startswith(clip.PREFIX):
         return None
     import timm
 
@@ -80,7 +86,7 @@ def _timm_encoder(name: str, size: int, fetch: bool) -> nn.Module:
         why = reason(error, library=True, otherwise="timm does not say why")
         if not fetch:
             raise UserError(f"timm cannot build {name} at {size} pixels ({why}); change --size or --arch") from None
-        advice = "connect to the network, name a file of them with --weights FILE, or set --pretrained false"
+        advice = "connect to the network, name a file of them with --weights FILE, or set --tune scratch"
         raise UserError(f"the pretrained weights of {name} could not be had ({why}); {advice}") from None
 
 
@@ -139,6 +145,10 @@ class SmallResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """Which names belong to which layer."""
+        return {"stem": r"^stem|^norm", "blocks": r"^blocks\.(\d+)"}
 
     def forward(self, images_N3HW: Tensor) -> Tensor:
         x = F.relu(self.norm(self.stem(images_N3HW)), inplace=True)

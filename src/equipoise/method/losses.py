@@ -31,9 +31,16 @@ def log_prior(class_counts_C: Tensor) -> Tensor:
 
 
 def logit_adjusted_cross_entropy(
-    logits_BC: Tensor, labels_B: Tensor, log_prior_C: Tensor, tau: float = 1.0, reduction: str = "mean"
+    logits_BC: Tensor,
+    labels_B: Tensor,
+    log_prior_C: Tensor,
+    tau: float = 1.0,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """Cross-entropy of `logits + tau * log prior` (Menon et al., ICLR 2021, eq. 10; "logit compensation" in BCL).
+
+    `label_smoothing` is torch's: that share of the label is spread over all classes (Szegedy et al., CVPR 2016).
 
     Computed in float32 at least, also under autocast. Returns the mean over the batch, or its sum (`reduction`).
     Raises ValueError where the prior is not of as many classes as the logits and, on a CPU, for a label that is none of
@@ -47,7 +54,8 @@ def logit_adjusted_cross_entropy(
     _refuse_labels(labels_B, classes)
     with torch.autocast(logits_BC.device.type, enabled=False):
         logits_BC = at_least_float32(logits_BC)
-        return F.cross_entropy(logits_BC + tau * log_prior_C.to(logits_BC), labels_B, reduction=reduction)
+        adjusted_BC = logits_BC + tau * log_prior_C.to(logits_BC)
+        return F.cross_entropy(adjusted_BC, labels_B, reduction=reduction, label_smoothing=label_smoothing)
 
 
 def balanced_contrastive_loss(

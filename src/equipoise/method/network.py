@@ -19,6 +19,7 @@ from equipoise.base.errors import UserError
 from equipoise.config.recipe import Model, Views
 from equipoise.method.encoders import create_encoder
 from equipoise.method.losses import at_least_float32
+from equipoise.method.tuning import restrict
 
 COSINE_SCALE = 30.0
 
@@ -42,21 +43,28 @@ class TwoBranchNetwork(nn.Module):
     std: Tensor
 
     def __init__(
-        self, model: Model, views: Views, classes: int, contrastive: bool = True, prototypes: bool = True
+        self,
+        model: Model,
+        views: Views,
+        classes: int,
+        contrastive: bool = True,
+        prototypes: bool = True,
+        start: bool = True,
     ) -> None:
         """`model` and `views` are sections of a recipe; of the views, their size, mean and std count here.
-        `contrastive` adds the projection, `prototypes` the second one.
+        `contrastive` adds the projection, `prototypes` the second one. `start`: with the pretrained weights that the
+        model may name.
 
         Raises UserError for an encoder that is not known, or does not take that size, or whose weights cannot be had.
         """
         super().__init__()
-        self.encoder, self.width = create_encoder(model.encoder, views.size, model.pretrained, model.weights)
-        self.frozen = model.tune == "frozen"
-        if self.frozen:
-            self.encoder.requires_grad_(False)
+        self.encoder, self.width = create_encoder(
+            model.encoder, views.size, model.tune != "scratch" and start, model.weights if start else ""
+        )
+        restrict(self.encoder, model.tune)
         width = self.width
         linear = model.classifier == "linear"
-        self.classifier = nn.Linear(width, classes) if linear else CosineClassifier(width, classes)
+        self.classifier = nn.Linear(width, classes) if linear else CosineClassifier(width, classes, model.anchor)
         self.projection = _projection(width, model) if contrastive else None
         self.prototype_projection = _projection(width, model) if contrastive and prototypes else None
         self.register_buffer("mean", 255 * torch.tensor(views.mean).view(1, 3, 1, 1), persistent=False)
@@ -123,11 +131,32 @@ class TwoBranchNetwork(nn.Module):
 
 
 class CosineClassifier(nn.Module):
-    """`30 * cos(h, W)`: each class weight starts as a random direction of length 1."""
+    """`30 * cos(h, W)`: each class weight starts as a random direction of length 1, or where `start_at` says, and is
+    held there by an `anchor` above 0."""
 
-    def __init__(self, width: int, classes: int) -> None:
+    start: Tensor
+
+    def __init__(self, width: int, classes: int, anchor: float = 0.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(F.normalize(torch.empty(classes, width).uniform_(-1, 1), dim=1))
+        self.anchor = anchor
+        if anchor:
+            self.register_buffer("start", self.weight.detach().clone())
+
+    def start_at(self, means_CF: Tensor) -> None:
+        """Begin with these directions, of which a class may have none (0) and then keeps its own."""
+        directions_CF = F.normalize(means_CF, dim=1).to(self.weight)
+        there_C1 = directions_CF.any(dim=1, keepdim=True)
+        self.weight.data.copy_(torch.where(there_C1, directions_CF, self.weight.data))
+        if self.anchor:
+            self.start.copy_(self.weight.data)
+
+    def penalty(self, class_counts_C: Tensor) -> Tensor:
+        """Half the squared distance of each class weight from its start (as L2-SP, Li et al., ICML 2018), times
+        anchor / sqrt(N n_c) with n_c of N training images: what few images say moves a class less (docs/results.md).
+        """
+        strength_C = self.anchor * (class_counts_C.sum() * class_counts_C).rsqrt()
+        return 0.5 * (strength_C * (self.weight - self.start).square().sum(1)).sum()
 
     def forward(self, hidden_NF: Tensor) -> Tensor:
         return COSINE_SCALE * F.linear(F.normalize(hidden_NF, dim=1), F.normalize(self.weight, dim=1))

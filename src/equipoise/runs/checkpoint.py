@@ -19,10 +19,12 @@ from equipoise.data.images import Parts
 from equipoise.data.sources import PARTS
 from equipoise.method.losses import log_prior
 from equipoise.method.network import TwoBranchNetwork
+from equipoise.method.tuning import merge_low_rank
 from equipoise.runs.folder import BEST, LAST, METRICS, PREVIOUS, RECIPE, find_checkpoint
 from equipoise.runs.records import CheckpointMetrics, read_metrics
+from equipoise.views.draws import sampled_counts
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,15 @@ class Checkpoint:
             )
         network = create_network(self.recipe, len(self.class_names), start=False)
         network.load_state_dict(self.weights)
+        merge_low_rank(network)
         return network.eval()
+
+    def merged(self) -> "Checkpoint":
+        """The same network without LoRA's additions: they are in the weights."""
+        if self.recipe.model.tune != "lora":
+            return self
+        recipe = replace(self.recipe, model=replace(self.recipe.model, tune="full"))
+        return replace(self, recipe=recipe, weights=state_on_cpu(self.build()))
 
     def fits(self, recipe: Recipe, classes: int) -> bool:
         """Whether these are the weights of the network that `recipe` describes. No memory is taken for that network."""
@@ -101,7 +111,7 @@ class Checkpoint:
         tau = 0.0 if self.recipe.method == "ce" else self.recipe.loss.tau
         if not self.class_counts:
             return torch.zeros(len(self.class_names), dtype=torch.float64)
-        return (1 - tau) * log_prior(torch.tensor(self.class_counts))
+        return (1 - tau) * log_prior(torch.from_numpy(sampled_counts(self.class_counts, self.recipe.data.sampler)))
 
 
 def described(file: Path, checkpoint: Checkpoint) -> str:
@@ -143,10 +153,9 @@ def _is_whole(path: Path) -> bool:
 
 
 def create_network(recipe: Recipe, classes: int, start: bool) -> TwoBranchNetwork:
-    """The network that `recipe` describes; with `start`, from the pretrained weights that it may name."""
-    model = recipe.model if start else replace(recipe.model, pretrained=False, weights="")
+    """The network that `recipe` describes; with `start`, with the pretrained weights that it may name."""
     contrastive, prototypes = recipe.method in ("bcl", "supcon+la"), recipe.method == "bcl"
-    return TwoBranchNetwork(model, recipe.views, classes, contrastive, prototypes)
+    return TwoBranchNetwork(recipe.model, recipe.views, classes, contrastive, prototypes, start)
 
 
 def state_on_cpu(module: nn.Module) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from equipoise.evaluation.metrics import score
 from equipoise.evaluation.predictions import predict
 from equipoise.evaluation.score import record_bad_images
 from equipoise.method.network import TwoBranchNetwork, batch_norms
+from equipoise.method.tuning import parameter_groups
 from equipoise.runs.checkpoint import Checkpoint, state_on_cpu
 from equipoise.runs.folder import BEST, RunLog
 from equipoise.training.plan import Plan
@@ -140,7 +141,8 @@ class Trainer:
         self.requests = requests
         self._plan, self._network, self._batches, self._validation = plan, network, batches, validation
         self._gradients = Step(recipe, network, plan.parts.train.class_counts, plan.device, plan.precision, plan.world)
-        self._optimizer = create_sgd(network.parameters(), optim.lr, optim.momentum, optim.weight_decay)
+        groups = parameter_groups(network, network.encoder, optim.layer_decay)
+        self._optimizer = create_sgd(groups, optim.lr, optim.momentum, optim.weight_decay)
         self._saved_at, self._saving_took, self._saved_step = time.monotonic(), 0.0, -1
         self.epoch, self.step, self.best = 0, 0, None
         if plan.start is None:
@@ -165,7 +167,8 @@ class Trainer:
             RunLog(plan.folder if plan.world.is_first else None, self.epoch, self.step) as log,
         ):
             # One stream over all epochs: its workers make the next epoch's first batches while this one is validated.
-            stream = self._batches.training(recipe.seed, recipe.batch_size, range(self.step, plan.steps))
+            steps = range(self.step, plan.steps)
+            stream = self._batches.training(recipe.seed, recipe.batch_size, steps, recipe.data.sampler)
             while self.epoch < recipe.epochs:
                 self._train_epoch(stream, log, line)
                 self._end_epoch(log)
@@ -175,7 +178,7 @@ class Trainer:
         set_training(self._network, recipe)
         rate = learning_rate(self.epoch, recipe.epochs, recipe.optim)
         for group in self._optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["lr_scale"]
         images, since = 0, time.perf_counter()
         while self.step < (self.epoch + 1) * plan.steps_per_epoch:
             # What a network may draw in its forward pass (dropout, stochastic depth) follows from step and rank.
@@ -287,14 +290,16 @@ class Trainer:
 
 
 def set_training(network: TwoBranchNetwork, recipe: Recipe) -> None:
-    """Training mode, but for a BatchNorm that the recipe freezes."""
+    """Training mode, but for a BatchNorm that the recipe freezes, or whose part of the encoder is not trained."""
     network.train()
-    if recipe.model.batch_norm == "frozen":
-        for module in batch_norms(network):
+    for module in batch_norms(network):
+        if recipe.model.batch_norm == "frozen" or not all(parameter.requires_grad for parameter in module.parameters()):
             module.eval()
 
 
-def create_sgd(parameters: Iterable[nn.Parameter], lr: float, momentum: float, weight_decay: float) -> torch.optim.SGD:
+def create_sgd(
+    parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]], lr: float, momentum: float, weight_decay: float
+) -> torch.optim.SGD:
     """SGD as the authors run it: weight decay on every parameter, biases and BatchNorm too."""
     return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
 

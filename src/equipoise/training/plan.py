@@ -23,7 +23,8 @@ from equipoise.data.decode import bad_images
 from equipoise.data.images import DIGITS, Parts, imbalance_factor
 from equipoise.data.rows import TABLES
 from equipoise.data.sources import open_data
-from equipoise.method.pretrained import find_pretrained, normalisation
+from equipoise.method.clip import PREFIX
+from equipoise.method.pretrained import find_pretrained, input_of
 from equipoise.runs.checkpoint import Checkpoint, changed_part, load_checkpoint
 from equipoise.runs.folder import LAST, METRICS, PREVIOUS, RECIPE, RECORD, find_checkpoint, is_used
 from equipoise.runs.records import read_record
@@ -183,7 +184,7 @@ class Plan:
     def _weights(self) -> str:
         """Where the encoder's first weights are from; empty for random ones."""
         model = self.recipe.model
-        if self.start is not None or not (model.pretrained or model.weights):
+        if self.start is not None or (model.tune == "scratch" and not model.weights):
             return ""
         return model.weights or find_pretrained(model.encoder).said
 
@@ -218,7 +219,7 @@ def prepare(
 
     Raises UserError for what the user must put right; writes nothing. With several ranks, all call it and all raise.
     """
-    recipe = _normalised_as_pretrained(_with_absolute_paths(recipe))
+    recipe = _viewed_as_pretrained(_with_absolute_paths(recipe))
     place = world.first_makes(lambda: find_place(recipe, out, resume, world))
     plan = world.each_makes(lambda: _plan(recipe, place, world))
     _refuse_different_ranks(plan)
@@ -238,11 +239,10 @@ def _plan(recipe: Recipe, place: Place, world: World) -> Plan:
     device = choose_device(recipe.device, world.local_rank)
     precision = choose_precision(recipe.precision, device)
     plan = Plan(recipe, parts, device, precision, steps_per_epoch(len(parts.train), recipe.batch_size), place, world)
-    model = recipe.model
+    if recipe.model.classifier_start == "text" and not recipe.model.encoder.startswith(PREFIX):
+        raise UserError(f"{recipe.model.encoder} has no text tower to start a classifier: take --arch {PREFIX}...")
     if plan.start is not None:
         _refuse_other_run(plan, plan.start)
-    elif model.tune == "frozen" and not (model.pretrained or model.weights):
-        raise UserError("a frozen encoder needs weights to start from: set --pretrained true, or --weights FILE")
     return plan
 
 
@@ -255,12 +255,14 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
     return recipe
 
 
-def _normalised_as_pretrained(recipe: Recipe) -> Recipe:
-    """The recipe with the mean and std of the pretrained weights, unless it has some of its own."""
-    model, views = recipe.model, recipe.views
-    own = (views.mean, views.std) != (Views().mean, Views().std)
-    known = normalisation(model.encoder) if model.pretrained and not (model.weights or own) else None
-    return replace(recipe, views=replace(views, mean=known[0], std=known[1])) if known else recipe
+def _viewed_as_pretrained(recipe: Recipe) -> Recipe:
+    """The recipe with the mean, std and size of the encoder's pretrained weights, unless it has some of its own."""
+    views = recipe.views
+    known = input_of(recipe.model.encoder) if recipe.model.tune != "scratch" else None
+    known = known or {"mean": views.mean, "std": views.std, "size": Views().size}
+    if (views.mean, views.std) != (Views().mean, Views().std):
+        known |= {"mean": views.mean, "std": views.std}
+    return replace(recipe, views=replace(views, **(known | ({"size": views.size} if views.size else {}))))
 
 
 def refuse_batches(recipe: Recipe, images: int, world: World) -> None:
@@ -302,7 +304,7 @@ def _refuse_other_run(plan: Plan, start: Start) -> None:
             f"the {changed} part of {recipe.data.path} is not what {path} was trained with (images were added, removed "
             "or renamed); restore it, name the data it was trained on, or start a new run"
         )
-    changes = differing(done.recipe, recipe, FREE | FILES | {"epochs", "model.pretrained"}) if resumes else []
+    changes = differing(done.recipe, recipe, FREE | FILES | {"epochs"}) if resumes else []
     for key, before, now in changes:
         raise UserError(
             f"{path} was trained with {key} = {before}, not {now}: a run goes on under its own recipe; change it back, "

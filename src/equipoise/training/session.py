@@ -12,9 +12,10 @@ from equipoise.base.device import describe_machine, deterministic, keep_freed_me
 from equipoise.base.errors import UserError, in_words, out_of_memory, own_command
 from equipoise.base.world import join, lost_rank
 from equipoise.config.recipe import Recipe
-from equipoise.evaluation.features import open_encoded_batches
+from equipoise.evaluation.features import class_means, open_encoded_batches
 from equipoise.evaluation.score import Run, evaluate_run
-from equipoise.method.network import TwoBranchNetwork
+from equipoise.method.clip import text_directions
+from equipoise.method.network import CosineClassifier, TwoBranchNetwork
 from equipoise.runs.checkpoint import create_network
 from equipoise.runs.folder import BAD_IMAGES, LAST, METRICS, PREVIOUS, RunFolder, write_record
 from equipoise.training.loop import NonFiniteLossError, Requests, Trainer
@@ -41,14 +42,26 @@ class Session:
     `plan` names the folder that was got."""
 
     plan: Plan
+    network: TwoBranchNetwork
     trainer: Trainer
     opened: Mapping[str, Batches]
 
     def run(self, progress: bool = True) -> Run:
         """Train and score. See `train`."""
         plan, requests = self.plan, self.trainer.requests
+        classifier, model = self.network.classifier, plan.recipe.model
+
+        def look() -> None:
+            requests.leave_if_stopped("features are kept", plan.resume_command())
+
         for batches in self.opened.values():
-            batches.prepare(lambda: requests.leave_if_stopped("features are kept", plan.resume_command()))
+            batches.prepare(look)
+        if plan.start is None and isinstance(classifier, CosineClassifier) and model.tune != "scratch":
+            if model.classifier_start == "text":
+                start_CF = text_directions(model.encoder, model.weights, plan.parts.train.class_names)
+            else:
+                start_CF = class_means(plan.recipe, plan.parts.train, self.network, plan.world, look)
+            classifier.start_at(start_CF)
         self.trainer.train(progress and plan.world.is_first)
         state = "training is done and saved, but not scored"  # nothing more has to be saved
         plan.world.each_makes(lambda: requests.stop_at_once(state, plan.resume_command()))
@@ -73,7 +86,8 @@ def start(plan: Plan) -> Generator[Session]:
         got = plan.world.first_makes(lambda: _take(folder, plan))
         plan = replace(plan, place=replace(plan.place, folder=got))
         with _failures_in_one_line(plan, folder):
-            yield Session(plan, Trainer(plan, network, opened["train"], opened.get("validation"), requests), opened)
+            trainer = Trainer(plan, network, opened["train"], opened.get("validation"), requests)
+            yield Session(plan, network, trainer, opened)
 
 
 def _open(plan: Plan) -> tuple[TwoBranchNetwork, dict[str, Batches]]:

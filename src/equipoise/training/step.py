@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from equipoise.base.device import start_reading
@@ -20,7 +19,8 @@ from equipoise.method.losses import (
     logit_adjusted_cross_entropy,
     supervised_contrastive_loss,
 )
-from equipoise.method.network import Outputs, TwoBranchNetwork
+from equipoise.method.network import CosineClassifier, Outputs, TwoBranchNetwork
+from equipoise.views.draws import sampled_counts
 from equipoise.views.loader import Batch
 
 Terms = dict[str, Tensor]
@@ -42,12 +42,16 @@ class Step:
         world: World,
     ) -> None:
         self._recipe, self._device, self._precision, self._world = recipe, device, precision, world
-        self._log_prior_C = log_prior(torch.tensor(class_counts)).to(device, torch.float32)
+        drawn_C = torch.from_numpy(sampled_counts(class_counts, recipe.data.sampler))
+        self._log_prior_C = log_prior(drawn_C).to(device, torch.float32)
+        self._counts_C = torch.tensor(class_counts, device=device, dtype=torch.float32)
+        self._classifier = network.classifier
         if recipe.compile:
             network.encoder.compile()  # in its place: the names of its weights stay
         self._forward: nn.Module = _Forward(network, recipe.micro_batch)
         # Recorded steps were not tried together with these.
-        untried = network.frozen or recipe.deterministic or recipe.micro_batch or recipe.compile or world.size > 1
+        whole = all(parameter.requires_grad for parameter in network.parameters())
+        untried = not whole or recipe.deterministic or recipe.micro_batch or recipe.compile or world.size > 1
         recorded = recipe.cuda_graph and device.type == "cuda" and not untried
         self._graph = StepGraph(self._losses, network, recipe.batch_size) if recorded else None
         if world.size > 1:
@@ -82,7 +86,11 @@ class Step:
         if features_BVD is not None:
             features_BVD = self._world.gather_rows(features_BVD[:count], images)
         outputs = Outputs(logits_BC[:count], features_BVD, prototypes_CD)
-        return loss_terms(self._recipe, self._log_prior_C, outputs, batch.labels_G, own)
+        terms = loss_terms(self._recipe, self._log_prior_C, outputs, batch.labels_G, own)
+        if isinstance(self._classifier, CosineClassifier) and self._classifier.anchor:
+            # Each rank has its share of it.
+            terms["loss"] = terms["loss"] + count / images * self._classifier.penalty(self._counts_C)
+        return terms
 
 
 class _Forward(nn.Module):
@@ -108,11 +116,10 @@ def loss_terms(recipe: Recipe, log_prior_C: Tensor, outputs: Outputs, labels_G: 
     """
     loss, method = recipe.loss, recipe.method
     logits_BC, labels_B = outputs.logits_BC, labels_G[rows]
-    if method == "ce":
-        return {"loss": F.cross_entropy(logits_BC, labels_B, reduction="sum") / len(labels_G)}
-    adjusted = logit_adjusted_cross_entropy(logits_BC, labels_B, log_prior_C, loss.tau, reduction="sum")
+    tau = 0.0 if method == "ce" else loss.tau
+    adjusted = logit_adjusted_cross_entropy(logits_BC, labels_B, log_prior_C, tau, "sum", loss.label_smoothing)
     classification = adjusted / len(labels_G)
-    if method == "logit-adjusted":
+    if method in ("ce", "logit-adjusted"):
         return {"loss": classification}
     features_GVD, prototypes_CD = outputs.features_BVD, outputs.prototypes_CD
     assert features_GVD is not None

@@ -7,6 +7,8 @@ The hash is the output function of SplitMix64 (Steele, Lea, Flood: "Fast splitta
 generators", OOPSLA 2014), applied once per key and then in counter mode. Shape: B images.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -60,3 +62,25 @@ class Numbers:
 def permutation(seed: int, epoch: int, count: int) -> Whole:
     """The order in which the `count` training images are seen in `epoch`."""
     return np.random.default_rng((seed, epoch)).permutation(count)
+
+
+def sampled_counts(class_counts: Sequence[int], sampler: str) -> Array:
+    """`[C]`, up to a factor: how often a sampler draws an image of each class ('instance', 'square-root' or
+    'class-balanced'; Kang et al., ICLR 2020, eq. 1, with q = 1, 1/2 and 0)."""
+    return np.array(class_counts, np.float64) ** {"instance": 1.0, "square-root": 0.5, "class-balanced": 0.0}[sampler]
+
+
+def draws(seed: int, epoch: int, labels_N: Whole, sampler: str) -> Whole:
+    """The N draws of `epoch`, in their order: image + N * how often it was drawn before. 'instance' draws every image
+    once, the others with replacement: an image that comes again then has other views."""
+    count = len(labels_N)
+    if sampler == "instance":
+        return permutation(seed, epoch, count)
+    counts_C = np.bincount(labels_N)
+    shares_C = sampled_counts(counts_C.tolist(), sampler) / counts_C
+    shares_N = shares_C[labels_N]
+    images_N = np.random.default_rng((seed, epoch)).choice(count, count, p=shares_N / shares_N.sum())
+    order = np.argsort(images_N, kind="stable")
+    before = np.empty(count, np.int64)
+    before[order] = np.arange(count) - np.searchsorted(images_N[order], images_N[order])
+    return images_N + count * before

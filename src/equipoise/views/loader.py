@@ -28,7 +28,7 @@ from equipoise.data.decode import (
     usable_cores,
 )
 from equipoise.data.images import ImageList, Indices, PixelArrays
-from equipoise.views.draws import permutation
+from equipoise.views.draws import draws
 from equipoise.views.views import ViewSettings, evaluation_view, photo_views, small_views, view_settings
 
 
@@ -63,12 +63,12 @@ def worker_count(workers: int, local_ranks: int = 1) -> int:
 @dataclass(frozen=True)
 class Task:
     """A batch to be made of the images `indices_G`, of which `rows` are this rank's and `indices_B` are computed here.
-    For training with `seed_and_epoch`, for evaluation without."""
+    `training`: seed, epoch and draws (draws.py) that the views depend on; None for evaluation."""
 
     indices_G: Indices
     rows: slice
     indices_B: Indices
-    seed_and_epoch: tuple[int, int] | None = None
+    training: tuple[int, int, Indices] | None = None
 
 
 class _Tasks:
@@ -129,10 +129,10 @@ class Batches:
         """Images of the list."""
         return len(self._maker)
 
-    def training(self, seed: int, batch_size: int, steps: range) -> Iterator[Batch]:
+    def training(self, seed: int, batch_size: int, steps: range, sampler: str = "instance") -> Iterator[Batch]:
         """This rank's share of the batches of these steps, which are counted from the run's first. The workers go on
         into the next epoch without a pause."""
-        return map(self._arrived, self._received(self._training_tasks(seed, batch_size, steps)))
+        return map(self._arrived, self._received(self._training_tasks(seed, batch_size, steps, sampler)))
 
     def evaluation(self, batch_size: int) -> Iterator[Batch]:
         """All images in order, in batches; of several ranks, rank r has the batches r, r + size, ..., so that each is
@@ -165,16 +165,16 @@ class Batches:
         else:
             getattr(self._receiving, "_shutdown_workers", lambda: None)()  # torch has no public way
 
-    def _training_tasks(self, seed: int, batch_size: int, steps: range) -> Iterator[Task]:
+    def _training_tasks(self, seed: int, batch_size: int, steps: range, sampler: str) -> Iterator[Task]:
         order = np.empty(0, np.int64)
         for step in steps:
             epoch, place = divmod(step, steps_per_epoch(len(self), batch_size))
             if place == 0 or step == steps.start:
-                order = permutation(seed, epoch, len(self))
-            indices_G = order[place * batch_size : (place + 1) * batch_size]
-            rows = self._world.share(len(indices_G))
-            indices_B = indices_G[rows] if rows.stop > rows.start else indices_G[:2]
-            yield Task(indices_G, rows, indices_B, (seed, epoch))
+                order = draws(seed, epoch, self._maker.labels_N, sampler)
+            draws_G = order[place * batch_size : (place + 1) * batch_size]
+            rows = self._world.share(len(draws_G))
+            draws_B = draws_G[rows] if rows.stop > rows.start else draws_G[:2]
+            yield Task(draws_G % len(self), rows, draws_B % len(self), (seed, epoch, draws_B))
 
     def _received(self, tasks: Iterable[Task]) -> Iterator[Batch | UserError]:
         if needs_processes(self._device):
@@ -222,6 +222,7 @@ class Maker(Dataset["Batch | UserError"]):
         self.in_memory = isinstance(images.images, PixelArrays)
         self.bad: dict[int, BadImageError] = {}
         self._images, self._settings, self._skip = images, settings, skip
+        self.labels_N = images.labels_N
         self._photos = settings.policy == "photos"
 
     def __len__(self) -> int:
@@ -232,18 +233,18 @@ class Maker(Dataset["Batch | UserError"]):
 
     def __getitem__(self, task: Task) -> Batch | UserError:  # pyright: ignore[reportIncompatibleMethodOverride]
         try:
-            return self._evaluation(task.indices_B) if task.seed_and_epoch is None else self._training(task)
+            return self._evaluation(task.indices_B) if task.training is None else self._training(task)
         except UserError as error:
             return error  # raised, it would arrive wrapped in a traceback
 
     def _training(self, task: Task) -> Batch:
-        assert task.seed_and_epoch is not None
+        assert task.training is not None
         bad: dict[int, BadImageError] = {}
         images: list[Pixels] = []
         for index in task.indices_B.tolist():
             image = self._image(index, bad)
             images.append(self._stand_in(index) if image is None else image)
-        how = self._settings, *task.seed_and_epoch, task.indices_B
+        how = self._settings, *task.training
         views_VB3SS = photo_views(images, *how) if self._photos else small_views(np.stack(images), *how)
         return Batch(views_VB3SS, torch.from_numpy(self._images.labels_N[task.indices_G]), task.rows, bad)
 

@@ -73,7 +73,7 @@ def photo_views(photos: Sequence[Pixels], settings: ViewSettings, seed: int, epo
     views_VBSS3 = np.empty((len(settings.kinds), len(photos), settings.size, settings.size, 3), np.uint8)
     for stream, kind in enumerate(settings.kinds):
         numbers = Numbers(seed, epoch, indices_B, stream)
-        boxes_B4 = random_boxes(numbers, heights_B, widths_B, smallest_share=0.08).tolist()
+        boxes_B4 = random_boxes(numbers, heights_B, widths_B, smallest_share=settings.smallest_crop).tolist()
         flips_B = numbers.next() < 0.5
         steps = _steps(len(photos), _pixel_operations(kind, settings, numbers))
         # Image by image: its bytes stay in the processor's cache.

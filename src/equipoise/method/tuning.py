@@ -1,0 +1,97 @@
+"""How much of an encoder is trained, and how fast each of its layers.
+
+timm knows the layers of its networks in order, by fine and by coarse groups; the coarse ones are stages.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from equipoise.base.errors import UserError
+
+RANK = 8  # of LoRA's matrices
+_LAST_STAGE = 0.25  # its least share of the encoder's parameters: timm has groups of a norm alone
+
+
+def restrict(encoder: nn.Module, tune: str) -> None:
+    """Let that part of the encoder be trained that `tune` names (`Model.tune`), and nothing else.
+
+    'head+norm': the scales and shifts of its normalisations. 'last-stage': its last stage and what follows it. 'lora':
+    low-rank additions to the weights of its linear layers (Hu et al., ICLR 2022, arXiv:2106.09685). Raises UserError
+    for LoRA where there are no linear layers.
+    """
+    if tune in ("scratch", "full"):
+        return
+    encoder.requires_grad_(False)
+    if tune == "head+norm":
+        for module in encoder.modules():
+            if "Norm" in type(module).__name__:
+                module.requires_grad_(True)
+    elif tune == "last-stage":
+        for parameter in _last_stage(encoder):
+            parameter.requires_grad_(True)
+    elif tune == "lora":
+        linear = [module for module in encoder.modules() if isinstance(module, nn.Linear)]
+        if not linear:
+            raise UserError("LoRA adds to linear layers, and this encoder has none: set --tune last-stage")
+        for module in linear:
+            parametrize.register_parametrization(module, "weight", LowRank(module.weight))
+
+
+def _last_stage(encoder: nn.Module) -> list[nn.Parameter]:
+    """The parameters of the last groups, as few as hold a quarter of all."""
+    from timm.models import group_parameters  # two seconds: see encoders.py
+
+    if not hasattr(encoder, "group_matcher"):
+        raise UserError("timm does not know the stages of this encoder: set --tune full or frozen")
+    matcher = encoder.group_matcher(coarse=True)  # pyright: ignore[reportCallIssue] torch does not know timm's methods
+    parameters = dict(encoder.named_parameters())
+    stage_of: dict[str, int] = group_parameters(encoder, matcher, reverse=True)
+    needed, chosen = _LAST_STAGE * sum(map(Tensor.numel, parameters.values())), list[nn.Parameter]()
+    for stage in sorted(set(stage_of.values()), reverse=True):
+        chosen += [parameter for name, parameter in parameters.items() if stage_of[name] == stage]
+        if sum(map(Tensor.numel, chosen)) >= needed:
+            break
+    return chosen
+
+
+class LowRank(nn.Module):
+    """`W + B A`: A `[RANK, in]` random, B `[out, RANK]` zero at the start, so that the start is W."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        outputs, inputs = weight.shape
+        self.a = nn.Parameter(torch.empty(RANK, inputs, device=weight.device))
+        self.b = nn.Parameter(torch.zeros(outputs, RANK, device=weight.device))
+        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))  # as peft starts it
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.b @ self.a
+
+
+def merge_low_rank(network: nn.Module) -> None:
+    """Write the sums `W + B A` in the place of their parts: the names are then those of the encoder again."""
+    for module in network.modules():
+        if parametrize.is_parametrized(module, "weight"):
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+
+
+def parameter_groups(network: nn.Module, encoder: nn.Module, layer_decay: float) -> Sequence[dict[str, Any]]:
+    """All parameters that are trained, as an optimizer takes them. `lr_scale`, of each group: what its learning rate is
+    multiplied by, 1 above the encoder and `layer_decay` once more with each layer below (BEiT, Bao et al., ICLR 2022).
+    """
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    if layer_decay == 1:
+        return [{"params": trained, "lr_scale": 1.0}]
+    from timm.optim import param_groups_layer_decay
+
+    groups: list[dict[str, Any]] = param_groups_layer_decay(
+        encoder, layer_decay=layer_decay, weight_decay_exclude_1d=False
+    )
+    below = {id(parameter) for group in groups for parameter in group["params"]}
+    of_encoder = [{"params": group["params"], "lr_scale": layer_decay * group["lr_scale"]} for group in groups]
+    return [{"params": [one for one in trained if id(one) not in below], "lr_scale": 1.0}, *of_encoder]
