@@ -118,21 +118,17 @@ def print_data(
         _print_counts(console, part, images)
         if part == "train":
             _print_remedies(images, recipe)
-    if found.notes:
-        console.print(Text(f"\nnotes ({len(found.notes):,})", "bold"))
-        for note in found.notes:
-            print(one_line(f"- {note}"))
     faults = [*problems, *(error.fault for error in bad)]
+    shown = faults if checked else faults[:_ROWS_SHOWN]
+    for title, lines, number in (("notes", found.notes, len(found.notes)), ("problems", shown, len(faults))):
+        if lines:
+            console.print(Text(f"\n{title} ({number:,})", "bold"))
+            print("\n".join(one_line(f"- {line}") for line in lines))
+    if len(faults) > len(shown):
+        print(f"… and {len(faults) - len(shown):,} more: --check shows all")
     if not faults:
         read = "every image was decoded" if checked else "images were not decoded: --check does it"
         console.print(f"\nno problems found ({read})")
-        return
-    console.print(Text(f"\nproblems ({len(faults):,})", "bold"))
-    shown = faults if checked else faults[:_ROWS_SHOWN]
-    for fault in shown:
-        print(one_line(f"- {fault}"))
-    if len(faults) > len(shown):
-        print(f"… and {len(faults) - len(shown):,} more: --check shows all")
 
 
 def _print_counts(console: Console, part: str, images: ImageList) -> None:

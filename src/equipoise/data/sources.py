@@ -146,27 +146,25 @@ def _tables_or_folders(root: Path, data: Data) -> Found:
         return open_class_folders(root, data.class_level)
     try:
         folders = open_class_folders(root, data.class_level)
-        usable = not training_problem(next(iter(folders.parts.values())))
+        folders = None if training_problem(next(iter(folders.parts.values()))) else folders
     except UserError:
-        folders, usable = None, False
-    tables: Found | NoTableError
+        folders = None
+    meant = bool(data.image_column or data.label_column)
     try:
-        tables = open_tables(root, {}, data, guess=not usable)
+        tables = open_tables(root, {}, data, guess=folders is None)
     except NoTableError as error:
-        tables = error
-    if folders and usable and not (data.image_column or data.label_column):
-        why = ""
-        if isinstance(tables, NoTableError):
-            why = f"no table of labels: {tables}"
-        elif not _paths(tables) & _paths(folders):
-            why = f"passed over, as it names none of these images: {tables.described[0]}"
-        elif folders.divided and not tables.divided:
-            why = f"passed over, as it does not say the parts: {tables.described[0]}"
-        if why:
-            return replace(folders, notes=[*folders.notes, why])
-    if isinstance(tables, NoTableError):
-        raise tables
-    return tables
+        if folders is None or meant:
+            raise
+        return replace(folders, notes=[*folders.notes, f"no table of labels: {error}"])
+    if folders is None or meant:
+        return tables
+    if not _paths(tables) & _paths(folders):
+        why = "names none of these images"
+    elif folders.divided and not tables.divided:
+        why = "does not say the parts"
+    else:
+        return tables
+    return replace(folders, notes=[*folders.notes, f"passed over, as it {why}: {tables.described[0]}"])
 
 
 def _paths(found: Found) -> set[str]:
