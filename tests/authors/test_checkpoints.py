@@ -108,22 +108,15 @@ def test_the_logits_are_theirs(arch, is_cosine, tmp_path):
         assert (network(images) - logits).abs().max() < 1e-4
         assert (ours.features_BVD[:, 0] - features).abs().max() < 1e-5
         assert (ours.prototypes_CD - prototypes).abs().max() < 1e-5
-    numbers = {name: number for number, (name, _) in enumerate(network.named_parameters())}
-    assert read.optimizer["state"].keys() == set(numbers.values())
-    theirs = dict(model.module.named_parameters())
-    for name, their_name in (("classifier.weight", "fc.weight"), ("prototype_projection.3.bias", "head_fc.3.bias")):
-        expected = optimizer.state[theirs[their_name]]["momentum_buffer"]
-        turned = expected.T if is_cosine and their_name == "fc.weight" else expected
-        assert torch.equal(read.optimizer["state"][numbers[name]]["momentum_buffer"], turned)
+    assert read.optimizer == {"state": {}}, "their momentum is not taken over"
 
 
 def test_as_many_classes_as_features():
     """A square weight without a bias is still one column a class."""
     model = TheirModel("resnet50", cosine=True, width=32)
     model.fc = TheirClassifier(32, 32)
-    read = from_authors({"state_dict": model.state_dict(), "arch": "resnet50"}, "file")
-    assert torch.equal(read.weights["classifier.weight"], model.fc.weight.detach().T)
-    assert read.optimizer["state"] == {}
+    _, _, weights = from_authors({"state_dict": model.state_dict(), "arch": "resnet50"}, "file")
+    assert torch.equal(weights["classifier.weight"], model.fc.weight.detach().T)
 
 
 @pytest.mark.parametrize(
@@ -135,12 +128,11 @@ def test_as_many_classes_as_features():
             "'module.backbone.x' is no part of the BCL authors' model",
         ),
         (lambda table: table.update(epoch="90"), "arch is 'resnet50' and epoch '90'; take another checkpoint"),
-        (lambda table: table["optimizer"]["state"].update({9999: {}}), "the optimizer's state does not fit"),
     ],
 )
 def test_refused_tables(damage, said):
     table = small_table()
-    assert from_authors(table, "file").epoch == 90
+    assert from_authors(table, "file")[1] == 90
     damage(table)
     with pytest.raises(UserError, match=f"^bcl_ckpt.pth.tar: .*{said}"):
         from_authors(table, "bcl_ckpt.pth.tar")

@@ -179,10 +179,10 @@ def test_parts_that_overlap(imagenet, tmp_path):
     train, val, test = (imagenet / f"ImageNet_LT_{part}.txt" for part in ("train", "val", "test"))
     one = tmp_path / "one.txt"
     one.write_text(train.read_text().splitlines()[0] + "\n")
-    said = f"1 images of {one} are in {train} too (first: {train.read_text().split()[0]}): figures on them would be"
+    said = f"1 image of the test part are in the train part too (first: {train.read_text().split()[0]}): figures on"
     lists = {"train_list": str(train), "val_list": str(val), "test_list": str(one)}
     assert find_parts(Data(str(imagenet), **lists)).faults["test"].startswith(said)
-    with pytest.raises(UserError, match=r"6 images of .*ImageNet_LT_test.txt are in .*ImageNet_LT_test.txt too"):
+    with pytest.raises(UserError, match="6 images of the test part are in the validation part too"):
         opened(imagenet, train_list=str(train), val_list=str(test), test_list=str(test))
 
 
@@ -300,14 +300,6 @@ def test_images_of_cifar_in_the_archives_order(classes, tmp_path, monkeypatch):
                 assert found[n, y, x, channel] == pixels[n, 1024 * channel + 32 * y + x]
         assert parts[part].labels_N.tolist() == [label for _, labels in expected for label in labels]
         assert parts[part].class_names == tuple(f"kind{label}" for label in range(classes))
-
-
-@pytest.mark.parametrize("other", ["cifar-10-python.tar.gz", "cifar-100-binary"])
-def test_other_forms_are_refused(other, tmp_path):
-    (tmp_path / other).mkdir()
-    for path in (tmp_path, tmp_path / other):
-        with pytest.raises(UserError, match=f"holds CIFAR as {other}; take the python version, unpacked"):
-            find_cifar(path)
 
 
 class Payload:

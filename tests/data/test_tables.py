@@ -170,7 +170,7 @@ def test_more_refusals(images):
     with pytest.raises(UserError, match="class 'A' is 'a' in the train part: they differ in capitals only"):
         opened(images / "labels.csv")
     write(images, "image,label,split\n0,a,train\n1,b,train\n0,a,val\n")
-    with pytest.raises(UserError, match="1 image of the validation part are in another part too"):
+    with pytest.raises(UserError, match="1 image of the validation part are in the train part too"):
         opened(images / "labels.csv")
 
 

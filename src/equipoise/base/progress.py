@@ -40,9 +40,9 @@ class ProgressLine:
         self._bar.stop()
 
 
-def counted(items: Iterable[T], total: int, what: str) -> Iterator[T]:
-    """The items, one for each of `total` images, with the progress of `what` ('decoding train')."""
+def counted(items: Iterable[T], total: int, what: str, images: int = 1) -> Iterator[T]:
+    """The items, each of which is for so many of `total` images, with the progress of `what` ('decoding train')."""
     with closing(ProgressLine(0, total, "image")) as line:
         for done, item in enumerate(items, 1):
             yield item
-            line.update(done, what)
+            line.update(min(done * images, total), what)

@@ -20,12 +20,7 @@ from equipoise.config.recipe import Method, Recipe
 from equipoise.data.decode import BadImageError
 from equipoise.data.images import Found, ImageList, imbalance_factor
 from equipoise.evaluation.metrics import FURTHER, GROUP_LIMITS, percent, shot_group
-from equipoise.method.balance import (
-    adjusted_margins,
-    draws_of_an_image,
-    effective_number_weights,
-    inverse_frequency_weights,
-)
+from equipoise.method.balance import remedies
 
 if TYPE_CHECKING:
     from equipoise.deploy.predict import Predicted
@@ -61,8 +56,7 @@ def print_metrics(results: Sequence[tuple[str, Mapping[str, Any]]], title: str, 
     for group, limits in GROUP_LIMITS.items():
         classes = sum(count > 0 and shot_group(count) == group for count in counts)
         if classes:
-            noun = "class" if classes == 1 else "classes"
-            table.add_row(f"{group} ({classes:,} {noun})", limits, *(percent(of[group]) for of in figures))
+            table.add_row(f"{group} ({several(classes, 'class')})", limits, *(percent(of[group]) for of in figures))
     table.add_section()
     for label, field in FURTHER.items():
         if any(of[field] is not None for of in figures):
@@ -126,27 +120,22 @@ def print_data(
         _print_counts(console, part, images)
         if part == "train":
             _print_remedies(images, recipe)
-    if found.notes:
-        console.print(Text(f"\nnotes ({len(found.notes):,})", "bold"))
-        for note in found.notes:
-            print(one_line(f"- {note}"))
     faults = [*problems, *(error.fault for error in bad)]
+    shown = faults if checked else faults[:_ROWS_SHOWN]
+    for title, lines, number in (("notes", found.notes, len(found.notes)), ("problems", shown, len(faults))):
+        if lines:
+            console.print(Text(f"\n{title} ({number:,})", "bold"))
+            print("\n".join(one_line(f"- {line}") for line in lines))
+    if len(faults) > len(shown):
+        print(f"… and {len(faults) - len(shown):,} more: --check shows all")
     if not faults:
         read = "every image was decoded" if checked else "images were not decoded: --check does it"
         console.print(f"\nno problems found ({read})")
-        return
-    console.print(Text(f"\nproblems ({len(faults):,})", "bold"))
-    shown = faults if checked else faults[:_ROWS_SHOWN]
-    for fault in shown:
-        print(one_line(f"- {fault}"))
-    if len(faults) > len(shown):
-        print(f"… and {len(faults) - len(shown):,} more: --check shows all")
 
 
 def _print_counts(console: Console, part: str, images: ImageList) -> None:
     counts = images.class_counts
-    filled = [count for count in counts if count]
-    factor = f", imbalance factor {imbalance_factor(filled):.4g}" if filled else ""
+    factor = f", imbalance factor {imbalance_factor(counts):.4g}"
     console.print(f"\n[bold]{part}[/bold]: {len(images):,} images, {len(counts):,} classes{factor}", highlight=False)
     table = Table.grid(Column(min_width=_NAME_WIDTH), Column(justify="right"), Column(min_width=4), padding=(0, 1))
     for label in _ends(range(len(counts)), counts):
@@ -167,19 +156,9 @@ def _print_remedies(train: ImageList, recipe: Recipe) -> None:
     print()
     ends = f"{max(counts):,} and {min(counts):,} images"
     _console().print(_plain(f"what usual remedies do to the largest class and the rarest ({ends}):"))
-    rows = (
-        ("class weights 1/n", inverse_frequency_weights(counts), "weight in the loss, of mean 1"),
-        ("  by effective number", effective_number_weights(counts), "the same, beta 0.9999"),
-        ("class-balanced sampler", draws_of_an_image(counts, 0), "draws of each image an epoch"),
-        ("square-root sampler", draws_of_an_image(counts, 0.5), "the same"),
-        ("focal loss", None, "weighs hard images, not rare classes"),
-        ("logit adjustment", adjusted_margins(counts), "margin added against the largest"),
-        ("BCL", adjusted_margins(counts), "the same, and contrast with class means"),
-    )
     table = Table.grid(Column(), Column(justify="right"), Column(justify="right"), Column(), padding=(0, 2))
-    for remedy, figures_C, meaning in rows:
-        two = ("", "") if figures_C is None else (f"{figures_C[label]:.3g}" for label in (largest, rarest))
-        table.add_row(remedy, *two, meaning)
+    for remedy, figures_C, meaning in remedies(counts):
+        table.add_row(remedy, *(f"{figures_C[label]:.3g}" for label in (largest, rarest)), meaning)
     _print(table)
     others = ", ".join(method for method in get_args(Method) if method != recipe.method)
     line = f"`train` takes the recipe {recipe.name}, method {recipe.method}; --method takes another: {others}"

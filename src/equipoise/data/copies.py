@@ -5,8 +5,7 @@ images, and hashes of them, take many for copies. What only a copy shares is the
 from which a blurred one was subtracted. Measured in docs/log.md. Shapes: N images, S side of that picture, K kinds.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import closing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,7 +13,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from equipoise.base.progress import ProgressLine
+from equipoise.base.progress import counted
 from equipoise.data.images import Indices
 
 Details = npt.NDArray[np.float32]
@@ -91,7 +90,7 @@ def _near(details_NSS: Details, parts_N: Indices, labels_N: Indices) -> tuple[In
     whole, middle = _unit(details_NSS), _unit(details_NSS[:, _MIDDLE, _MIDDLE])
     other_KN = np.full((len(KINDS), len(whole)), -1)
     resembling = 0
-    for start in _progress(len(whole)):
+    for start in counted(range(0, len(whole), _ROWS), len(whole), "comparing", _ROWS):
         stop = min(start + _ROWS, len(whole))
         alike = np.minimum(whole[start:stop] @ whole[:stop].T, middle[start:stop] @ middle[:stop].T)
         alike[:, start:] = np.tril(alike[:, start:], -1)  # with earlier ones only
@@ -108,14 +107,6 @@ def _near(details_NSS: Details, parts_N: Indices, labels_N: Indices) -> tuple[In
     if resembling > _MOST_RESEMBLING * len(whole):
         return np.full_like(other_KN, -1), True
     return other_KN, False
-
-
-def _progress(images: int) -> Iterator[int]:
-    """The first image of each block of rows."""
-    with closing(ProgressLine(0, images, "image")) as line:
-        for start in range(0, images, _ROWS):
-            yield start
-            line.update(min(start + _ROWS, images), "comparing")
 
 
 def _unit(details_NSS: Details) -> Details:

@@ -8,8 +8,9 @@ import io
 import os
 import re
 import warnings
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,6 +24,7 @@ from equipoise.data.images import EncodedImages, ImageFiles, ImageList, PixelArr
 
 Pixels = npt.NDArray[np.uint8]
 T = TypeVar("T")
+Made = TypeVar("Made")
 
 # Pillow knows more, and some of those run a program of the system's (EPS: Ghostscript).
 _KINDS = tuple(
@@ -47,7 +49,6 @@ _OTHERS = {
 }
 _PLAINLY_NONE = ", no image"
 _MOST_PIXELS = 2**28  # of the scanners of herbaria, with some to spare; Pillow's own limit is a third of it
-_BLOCK = 4096  # images looked at between two reports
 
 # What `decode_bytes` does, for whoever does it without this package.
 DECODING = (
@@ -160,27 +161,36 @@ def bad_images(images: ImageList) -> Iterator[BadImageError | None]:
     if isinstance(source, PixelArrays) or (isinstance(source, EncodedImages) and source.packed):
         return
 
-    def look(index: int) -> None:
-        with _named(source, index):
-            file = source.path(index) if isinstance(source, ImageFiles) else io.BytesIO(source.content(index))
-            _opened(file).close()
-
-    yield from each_image(len(images), look, threads=8)
-
-
-def each_image(images: int, look: Callable[[int], T], threads: int) -> Iterator[T | BadImageError]:
-    """What `look` returns for each index, in this order, or the error that it raises for a bad image."""
-
-    def found(index: int) -> T | BadImageError:
+    def look(index: int) -> BadImageError | None:
         try:
-            return look(index)
+            with _named(source, index):
+                file = source.path(index) if isinstance(source, ImageFiles) else io.BytesIO(source.content(index))
+                _opened(file).close()
         except BadImageError as error:
             return error
+        return None
 
-    with ThreadPoolExecutor(threads) as pool:
-        # Block by block: the pool keeps an object for everything it is given.
-        for start in range(0, images, _BLOCK):
-            yield from pool.map(found, range(start, min(start + _BLOCK, images)))
+    yield from in_order(look, range(len(images)), threads=8)
+
+
+def in_order(make: Callable[[T], Made], items: Iterable[T], threads: int) -> Generator[Made]:
+    """What `make` makes of each item, in their order, by threads ahead of what is taken (0: by the caller's)."""
+    if threads == 0:
+        yield from map(make, items)
+        return
+    pool = ThreadPoolExecutor(threads)
+    ahead: deque[Future[Made]] = deque()
+    try:
+        for item in items:
+            ahead.append(pool.submit(make, item))
+            if len(ahead) > 2 * threads:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        # Each thread ends with the item that it is at. It is not waited for: what is left over is collected in any
+        # thread, and one cannot wait for itself.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def stand_ins(images: ImageList, index: int) -> list[int]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from equipoise.base.errors import UserError, reason, several
 from equipoise.data.decode import is_like_an_image, why_no_image
-from equipoise.data.images import PART_NAMES, Found, ImageFiles, ImageList, missing_files
+from equipoise.data.images import PART_NAMES, Found, ImageFiles, ImageList
 from equipoise.data.names import look_alikes, normal, numbered
 
 # What systems and programs leave in folders that are shared or unpacked.
@@ -64,7 +64,7 @@ def _walk(root: Path, folder: str, within: tuple[str, ...]) -> Iterator[str]:
             yield from _walk(root, path, (*within, real))
 
 
-def open_class_folders(root: Path, level: int = 1, allow_outside: bool = False) -> Found:
+def open_class_folders(root: Path, level: int = 1) -> Found:
     """The images of `root`, by part where it has parts. The classes are its folders, or with `level` 2 the folders in
     these. Raises UserError where it holds no class folders with images."""
     if not root.is_dir():
@@ -87,16 +87,11 @@ def open_class_folders(root: Path, level: int = 1, allow_outside: bool = False) 
         if not classes:
             classes = tuple(dict.fromkeys(normal(name) for name in opened))
             notes += look_alikes(classes)
-            notes += [
-                f"'{name}' is taken for a class: keep it elsewhere if it is none"
-                for name in classes
-                if name.lower() in _NO_CLASSES
-            ]
+            others = [name for name in classes if name.lower() in _NO_CLASSES]
+            notes += [f"'{name}' is taken for a class: keep it elsewhere if it is none" for name in others]
             if part_folders and part == "train" and len(classes) == 1:
                 raise UserError(f"{folder} has one class only ('{classes[0]}'); a classifier needs two or more")
         lists[part] = _as_list(folder, opened, classes, f"{leading} part")
-        if not allow_outside:
-            missing_files(lists[part], bounds=root)
     return Found("class folders", lists, divided=bool(part_folders), notes=notes)
 
 

@@ -207,11 +207,9 @@ class Parts:
         return {name: part for name, part in parts.items() if part is not None}
 
 
-def missing_files(images: ImageList, bounds: Path | None) -> list[int]:
+def missing_files(files: ImageFiles, bounds: Path | None) -> list[int]:
     """Indices of the files that are not there. Each folder is listed once; no file is opened. Raises UserError for a
     file or a folder that a link leads out of the folder `bounds`."""
-    files = images.images
-    assert isinstance(files, ImageFiles)
     absent: list[int] = []
     is_link: dict[bytes, dict[bytes, bool]] = {}  # folder -> name of each file in it -> whether that is a link
     for index, path in enumerate(files.paths_N.tolist()):
@@ -252,8 +250,9 @@ def training_problem(train: ImageList) -> str | None:
 
 
 def imbalance_factor(class_counts: Sequence[int]) -> float:
-    """Largest class count / smallest class count."""
-    return max(class_counts) / min(class_counts)
+    """Largest class count / smallest class count, of the classes that have images."""
+    filled = [count for count in class_counts if count] or [1]
+    return max(filled) / min(filled)
 
 
 def _sha256(content: bytes) -> str:

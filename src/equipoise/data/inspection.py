@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from equipoise.base.progress import counted
 from equipoise.data.copies import Copies, Details, Pair, detail, find_copies
-from equipoise.data.decode import BadImageError, decode, each_image, usable_cores
+from equipoise.data.decode import BadImageError, decode, in_order, usable_cores
 from equipoise.data.images import PART_NAMES, ImageList, Indices
 
 _ORDER = tuple(dict.fromkeys(PART_NAMES.values()))
@@ -89,7 +90,7 @@ def inspect(parts: Mapping[str, ImageList]) -> Inspection:
     bad: list[BadImageError] = []
     for part in (part for part in _ORDER if part in parts):
         images = parts[part]
-        found = each_image(len(images), lambda index, images=images: _look(images, index), usable_cores())
+        found = in_order(partial(_look, images), range(len(images)), usable_cores())
         for index, look in enumerate(counted(found, len(images), f"decoding {part}")):
             if isinstance(look, BadImageError):
                 bad.append(look)
@@ -100,8 +101,11 @@ def inspect(parts: Mapping[str, ImageList]) -> Inspection:
     return Inspection(places, sizes_N2, _copies(places, looks), _odd(looks, sizes_N2), bad)
 
 
-def _look(images: ImageList, index: int) -> _Look:
-    pixels = decode(images, index)
+def _look(images: ImageList, index: int) -> _Look | BadImageError:
+    try:
+        pixels = decode(images, index)
+    except BadImageError as error:
+        return error
     height, width = pixels.shape[:2]
     digest = hashlib.blake2b(f"{width} {height}".encode(), digest_size=16)
     digest.update(pixels.tobytes())

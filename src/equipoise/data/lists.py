@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from equipoise.base.errors import UserError, reason
-from equipoise.data.images import Found, ImageFiles, ImageList, Indices, missing_files
+from equipoise.data.images import Found, ImageFiles, ImageList, Indices
 
 _MOST_DIGITS = 6  # of a label: a larger one is a mistake, as a year or the id of an image
 
@@ -100,16 +100,13 @@ def read_list(file: Path, allow_outside: bool = False) -> ListFile:
             raise UserError(
                 f"{file}, line {number}: '{shown}' is not 'path label' with a label of at most {_MOST_DIGITS} digits"
             )
-        path = words[0]
-        if b"/" not in path:  # written by Windows
-            path = path.replace(b"\\", b"/")
-        if path[0] in b"./\\" or b"/." in path or b"//" in path:  # to be made shorter, or leads elsewhere
-            if not allow_outside and (path[0] in b"/\\" or b".." in path.split(b"/")):
-                raise UserError(
-                    f"{file}, line {number}: the path '{os.fsdecode(path[:200])}' leaves the data folder; write it "
-                    "relative to it, or allow it with --allow-outside"
-                )
-            path = posixpath.normpath(path)
+        path = words[0] if b"/" in words[0] else words[0].replace(b"\\", b"/")  # as Windows writes it
+        path = posixpath.normpath(path)
+        if not allow_outside and (path.startswith(b"/") or path.partition(b"/")[0] == b".."):
+            raise UserError(
+                f"{file}, line {number}: the path '{os.fsdecode(words[0][:200])}' leaves the data folder; write it "
+                "relative to it, or allow it with --allow-outside"
+            )
         paths.append(path)
         labels.append(int(words[1]))
     if not paths:
@@ -161,10 +158,7 @@ def open_lists(root: Path, named: Mapping[str, str], benchmark: str, allow_outsi
     for part, read in lists.items():
         if (largest := int(read.labels_N.max())) >= classes:
             raise UserError(f"{read.file} has label {largest}, but the training list's classes are 0 to {classes - 1}")
-        images = ImageList(str(read.file), ImageFiles(root, read.paths_N), read.labels_N, names)
-        if fault := _fault(images, parts.values(), None if allow_outside else root):
-            faults[part] = fault
-        parts[part] = images
+        parts[part] = ImageList(str(read.file), ImageFiles(root, read.paths_N), read.labels_N, names)
         identity, departs = identify(read, published.get(part))
         described.append(identity)
         notes += [departs] if departs else []
@@ -204,25 +198,6 @@ def _class_names(files: Iterable[ListFile], classes: int) -> tuple[str, ...]:
     if b"" in distinct or not len(distinct) == len(names) == sum(map(len, names.values())):
         return tuple(map(str, range(classes)))
     return tuple(os.fsdecode(min(names.get(label, {str(label).encode()}))) for label in range(classes))
-
-
-def _fault(images: ImageList, others: Iterable[ImageList], bounds: Path | None) -> str | None:
-    """Why the images of a list must not be used: some are missing, or are in another list too."""
-    assert isinstance(images.images, ImageFiles)
-    if missing := missing_files(images, bounds):
-        return (
-            f"{images.images.name(missing[0])} is not there, and {len(missing):,} of the {len(images):,} images of "
-            f"{images.origin} are missing; its paths are looked for below the folder given as data"
-        )
-    for other in others:
-        assert isinstance(other.images, ImageFiles)
-        shared = set(other.images.paths_N.tolist()).intersection(images.images.paths_N.tolist())
-        if shared:
-            return (
-                f"{len(shared):,} images of {images.origin} are in {other.origin} too (first: "
-                f"{os.fsdecode(min(shared))}): figures on them would be too good"
-            )
-    return None
 
 
 def identify(read: ListFile, expected: Published | None = None) -> tuple[str, str]:

@@ -5,9 +5,9 @@ A row is an image: `name` and `image` (bytes), `crc32` of the image, `label`. Th
 
 import json
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import repeat
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,7 +19,7 @@ from rich.progress import track
 
 from equipoise.base.errors import UserError, reason
 from equipoise.base.files import UNFINISHED, atomic_file
-from equipoise.data.decode import BadImageError, bad_images, decode
+from equipoise.data.decode import BadImageError, bad_images, decode, in_order
 from equipoise.data.images import EncodedImages, Found, ImageFiles, ImageList, PixelArrays, import_pyarrow, map_packed
 
 SUFFIX = ".pack"
@@ -135,16 +135,17 @@ def _write(file: IO[bytes], images: ImageList, about: _About, threads: int) -> N
     pa = import_pyarrow(file.name)
     schema = _columns(pa).with_metadata({_KEY: json.dumps(asdict(about))})
     source = images.images
-    with ThreadPoolExecutor(max(1, threads)) as pool, pa.ipc.new_file(file, schema) as writer:
+    encoded = in_order(partial(_encoded, images, about.short_side), range(len(images)), threads)
+    with pa.ipc.new_file(file, schema) as writer:
         for first in track(range(0, len(images), _ROWS), f"packing {about.part}", transient=True):
             rows = range(first, min(first + _ROWS, len(images)))
-            encoded = list(pool.map(_encoded, repeat(images), rows, repeat(about.short_side)))
+            contents = list(islice(encoded, len(rows)))
             names = [source.paths_N[row] if isinstance(source, ImageFiles) else source.name(row) for row in rows]
-            checksums = [zlib.crc32(content) for content in encoded]
-            writer.write(pa.record_batch([names, encoded, checksums, images.labels_N[rows]], schema))
+            checksums = [zlib.crc32(content) for content in contents]
+            writer.write(pa.record_batch([names, contents, checksums, images.labels_N[rows]], schema))
 
 
-def _encoded(images: ImageList, index: int, short_side: int) -> bytes:
+def _encoded(images: ImageList, short_side: int, index: int) -> bytes:
     """The image as it is to be stored."""
     assert not isinstance(images.images, PixelArrays)
     pixels = decode(images, index)  # of small ones too: what is broken must not be packed

@@ -22,9 +22,11 @@ from equipoise.data.folders import open_class_folders
 from equipoise.data.images import (
     DIGITS,
     Found,
+    ImageFiles,
     ImageList,
     Parts,
     PixelArrays,
+    missing_files,
     refuse_outside,
     training_problem,
 )
@@ -41,7 +43,6 @@ LISTS = {"train": "data.train_list", "validation": "data.val_list", "test": "dat
 PARTS = tuple(LISTS)
 _DIGITS_TEST_PER_CLASS = 50
 _CIFAR = {"cifar-10-batches-py": "cifar10", "cifar-100-python": "cifar100"}
-_CIFAR_ARCHIVES = [f"cifar-{classes}-{form}.tar.gz" for classes in (10, 100) for form in ("python", "binary")]
 
 
 def named_lists(data: Data) -> dict[str, str]:
@@ -85,8 +86,30 @@ def as_recognised(data: Data) -> Data:
 
 
 def find_parts(data: Data | str) -> Found:
-    """The data at a path, before anything is asked of it. Raises UserError for what cannot be read."""
+    """The data at a path, before anything is asked of it. Raises UserError for what cannot be read, and for files that
+    a link leads out of the folder."""
     data = Data(data) if isinstance(data, str) else data
+    found = _find(data)
+    faults, root = dict(found.faults), Path(os.path.expanduser(data.path))
+    for name, part in found.parts.items():
+        bounds = None if data.allow_outside else root if root.is_dir() else root.parent
+        if isinstance(part.images, ImageFiles) and (absent := missing_files(part.images, bounds)):
+            faults[name] = (
+                f"{part.images.name(absent[0])} is not there, and {len(absent):,} of the {len(part):,} images of "
+                f"{part.origin} are missing; its paths are looked for below the folder given as data"
+            )
+    for one, other in combinations(found.parts, 2):
+        files, later = found.parts[one].images, found.parts[other].images
+        if not isinstance(files, ImageFiles) or not isinstance(later, ImageFiles) or files.root != later.root:
+            continue
+        if len(shared := np.intersect1d(files.paths_N, later.paths_N)):
+            number = f"{several(len(shared), 'image')} of the {other} part are in the {one} part too"
+            also = f"{number} (first: {os.fsdecode(shared[0])})"
+            faults.setdefault(other, f"{also}: figures on them would be too good; name each image once")
+    return replace(found, faults=faults)
+
+
+def _find(data: Data) -> Found:
     if data.path == DIGITS:
         return _open_digits()
     root = _existing(data.path)
@@ -120,30 +143,28 @@ def _tables_or_folders(root: Path, data: Data) -> Found:
     """The tables in a folder or, where they do not say which image has which label, its class folders; these too where
     a table names none of the images in them, or does not divide what they divide into parts."""
     if not root.is_dir() or not find_tables(root):
-        return open_class_folders(root, data.class_level, data.allow_outside)
+        return open_class_folders(root, data.class_level)
     try:
-        folders = open_class_folders(root, data.class_level, data.allow_outside)
-        usable = not training_problem(next(iter(folders.parts.values())))
+        folders = open_class_folders(root, data.class_level)
+        folders = None if training_problem(next(iter(folders.parts.values()))) else folders
     except UserError:
-        folders, usable = None, False
-    tables: Found | NoTableError
+        folders = None
+    meant = bool(data.image_column or data.label_column)
     try:
-        tables = open_tables(root, {}, data, guess=not usable)
+        tables = open_tables(root, {}, data, guess=folders is None)
     except NoTableError as error:
-        tables = error
-    if folders and usable and not (data.image_column or data.label_column):
-        why = ""
-        if isinstance(tables, NoTableError):
-            why = f"no table of labels: {tables}"
-        elif not _paths(tables) & _paths(folders):
-            why = f"passed over, as it names none of these images: {tables.described[0]}"
-        elif folders.divided and not tables.divided:
-            why = f"passed over, as it does not say the parts: {tables.described[0]}"
-        if why:
-            return replace(folders, notes=[*folders.notes, why])
-    if isinstance(tables, NoTableError):
-        raise tables
-    return tables
+        if folders is None or meant:
+            raise
+        return replace(folders, notes=[*folders.notes, f"no table of labels: {error}"])
+    if folders is None or meant:
+        return tables
+    if not _paths(tables) & _paths(folders):
+        why = "names none of these images"
+    elif folders.divided and not tables.divided:
+        why = "does not say the parts"
+    else:
+        return tables
+    return replace(folders, notes=[*folders.notes, f"passed over, as it {why}: {tables.described[0]}"])
 
 
 def _paths(found: Found) -> set[str]:
@@ -223,9 +244,8 @@ def with_groups(found: Found, data: Data) -> Found:
         notes.append(f"{name} part: {number}, the largest of {several(images, 'image')} ({largest})")
     for one, other in combinations(groups, 2):
         if shared := groups[one] & groups[other]:
-            also = (
-                f"{several(len(shared), 'group')} of the {one} part are in the {other} part too (first: {min(shared)})"
-            )
+            number = several(len(shared), "group")
+            also = f"{number} of the {one} part are in the {other} part too (first: {min(shared)})"
             notes.append(f"{also}: figures would be too good")
     return replace(found, parts=parts, notes=notes)
 
@@ -277,14 +297,11 @@ def _open_digits() -> Found:
 
 def find_cifar(root: Path) -> tuple[Path, str] | None:
     """The folder of an archive's files, `root` or one in it, and 'cifar10' or 'cifar100'; None where there is none.
-    Names alone are looked at. Raises UserError for another form of it."""
+    Names alone are looked at."""
     for folder, name in _CIFAR.items():
         for path in (root, root / folder):
             if path.resolve().name == folder and path.is_dir():
                 return path, name
-    for other in (*_CIFAR_ARCHIVES, "cifar-10-batches-bin", "cifar-100-binary"):
-        if root.name == other or (root / other).exists():
-            raise UserError(f"{root} holds CIFAR as {other}; take the python version, unpacked: tar xzf FILE.tar.gz")
     return None
 
 

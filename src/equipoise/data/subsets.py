@@ -131,13 +131,13 @@ def grouped(images: ImageList, by: str) -> ImageList:
         raise UserError(f"{images.origin} has no column '{by}', and its images have no paths, for data.group_by")
     of_files = isinstance(source, ImageFiles)
     paths = source.paths_N.tolist() if of_files else source.table["name"].take(source.rows_N).to_pylist()
-    groups: list[str] = []
-    for path in map(os.fsdecode, paths):
-        try:
-            found = re.search(by, path)
-        except re.error as error:
-            raise UserError(f"data.group_by is no column and no regular expression: '{by}' ({error})") from None
-        if not found or not (any(found.groups()) if found.re.groups else found[0]):
-            raise UserError(f"data.group_by = '{by}' finds nothing in {path}; it must match every path")
-        groups.append(next(filter(None, found.groups()), "") if found.re.groups else found[0])
+    try:
+        matches = [(path, re.search(by, path)) for path in map(os.fsdecode, paths)]
+    except re.error as error:
+        raise UserError(f"data.group_by is no column and no regular expression: '{by}' ({error})") from None
+    groups = [next(filter(None, found.groups() or (found[0],)), "") if found else "" for _, found in matches]
+    if "" in groups:
+        raise UserError(
+            f"data.group_by = '{by}' finds nothing in {matches[groups.index('')][0]}; it must match every path"
+        )
     return replace(images, groups_N=np.array(groups))

@@ -17,7 +17,7 @@ from equipoise.base.errors import UserError, several, shown
 from equipoise.config.recipe import Data
 from equipoise.data.decode import is_like_an_image
 from equipoise.data.folders import Listing, images_below
-from equipoise.data.images import PART_NAMES, Found, ImageFiles, ImageList, missing_files
+from equipoise.data.images import PART_NAMES, Found, ImageFiles, ImageList
 from equipoise.data.names import in_order, look_alikes, normal, numbered
 from equipoise.data.rows import (
     LABELS,
@@ -224,18 +224,12 @@ def _assemble(root: Path, opened: Sequence[_Table], index: _Index, data: Data, n
     faults: dict[str, str] = {}
     for name, part in parts.items():
         lists[name] = _as_list(root, f"{origin}, {name} part" if len(parts) > 1 else origin, part, classes)
-        if not data.allow_outside:
-            missing_files(lists[name], bounds=root)
         if part.missing:
             absent = f"{lists[name].origin}: {_not_found(part, root, index)}"
             if data.on_bad_image == "skip":
                 notes.append(f"{absent}, left out")
             else:
                 faults[name] = f"{absent}; put them there, or leave them out with --on-bad-image skip"
-        others = [parts[other].rows for other in [*parts][: [*parts].index(name)]]
-        if again := [path for path in part.rows if any(path in other for other in others)]:
-            also = f"{several(len(again), 'image')} of the {name} part are in another part too (first: {again[0]})"
-            faults[name] = f"{also}: figures on them would be too good; name each image once"
     used = set[str]().union(*(part.rows for part in parts.values()))
     if unused := [path for path in index.paths if path not in used]:
         count = several(len(unused), "image")

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from markupsafe import Markup
 from PIL import Image
 
-from equipoise.base.errors import UserError
+from equipoise.base.errors import UserError, several
 from equipoise.data.decode import decode
 from equipoise.data.images import ImageList
 from equipoise.evaluation.metrics import FEW_BELOW, GROUP_LIMITS, GROUPS, MANY_ABOVE, percent, shot_group
@@ -96,8 +96,7 @@ def group_bars(runs: Sequence[tuple[Name, Mapping[str, Any]]], classes: Mapping[
     """Overall accuracy and that of each shot group, all runs side by side; `classes` counts those of each group."""
     headings = {"top1": f"overall · all {sum(classes.values()):,} classes"}
     for group, limit in GROUP_LIMITS.items():
-        noun = "class" if classes[group] == 1 else "classes"
-        headings[group] = f"{group} · {classes[group]:,} {noun} with {limit} images"
+        headings[group] = f"{group} · {several(classes[group], 'class')} with {limit} images"
     rows = {heading: [(name, scores[key]) for name, scores in runs] for key, heading in headings.items()}
     rows = {heading: row for heading, row in rows.items() if all(share is not None for _, share in row)}
     figure, places = row_figure(Axis("", 0, 100), rows, 20, (4, _room(runs, 6), 4, 0))

@@ -1,6 +1,5 @@
 """A data set becomes one HTML page: its copies and odd images in pictures, class counts, sizes."""
 
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,16 +8,15 @@ import numpy as np
 from markupsafe import Markup
 
 from equipoise.data.copies import Pair
-from equipoise.data.images import Found, ImageList, Indices, imbalance_factor
+from equipoise.data.images import Found, ImageList, imbalance_factor
 from equipoise.data.inspection import Inspection, Place
 from equipoise.evaluation.labels import Doubt
 from equipoise.report import charts
 from equipoise.report.page import write_page
-from equipoise.report.svg import Axis, Figure, linear_axis, shortened
+from equipoise.report.svg import Axis, Figure, shortened
 
 _MOST_PAIRS, _MOST_ODD = 60, 24  # in pictures, of each kind
 _MOST_BARS = 100  # of more classes, the largest and the smallest
-_BINS = 40  # of sizes, each way
 
 _HEADINGS = {
     "parts": "Copies in another part",
@@ -39,7 +37,7 @@ def write_data_page(
     content = {
         "path": path,
         "kind": found.kind,
-        "parts": [(part, images, _factor(images)) for part, images in found.parts.items()],
+        "parts": [(part, images, imbalance_factor(images.class_counts)) for part, images in found.parts.items()],
         "copies": copies,
         "too_alike": inspection.copies.too_alike,
         "doubts": doubts,
@@ -51,11 +49,6 @@ def write_data_page(
         "sizes": _sizes(inspection),
     }
     return write_page("data_page.html.jinja", content, out)
-
-
-def _factor(images: ImageList) -> float | None:
-    filled = [count for count in images.class_counts if count]
-    return imbalance_factor(filled) if filled else None
 
 
 def _shown(pairs: Sequence[Pair], inspection: Inspection) -> tuple[list[Any], list[tuple[Place, Place, bool]]]:
@@ -85,25 +78,10 @@ def _bars(images: ImageList) -> Markup:
 
 
 def _sizes(inspection: Inspection) -> dict[str, Any] | None:
-    """Smallest, median and largest image, and a figure of all sizes; None where none could be read."""
+    """Smallest, median and largest image; None where none could be read."""
     sizes_N2 = inspection.sizes_N2
     if not len(sizes_N2):
         return None
     order = np.argsort(sizes_N2.prod(1), kind="stable").tolist()
     ends = [(inspection.places[row], *sizes_N2[row].tolist()) for row in (order[0], order[-1])]
-    different = len(np.unique(sizes_N2, axis=0))
-    figure = _size_figure(sizes_N2) if different > 1 else None
-    return {"smallest": ends[0], "largest": ends[1], "median": np.median(sizes_N2, axis=0).tolist(), "figure": figure}
-
-
-def _size_figure(sizes_N2: Indices) -> Markup:
-    """Height over width; a dot's area is the number of images of about one size."""
-    axes = [linear_axis(f"{side}, pixels", sizes_N2[:, n].tolist(), 0) for n, side in enumerate(("width", "height"))]
-    steps = [axis.high / _BINS for axis in axes]
-    cells = Counter(tuple(cells) for cells in np.rint(sizes_N2 / steps).astype(int).tolist())
-    figure = Figure(axes[0], 300, (26, 16, 40, 44), axes[1])
-    for cell, images in cells.items():
-        width, height = (number * step for number, step in zip(cell, steps, strict=True))
-        title = f"{images:,} of about {width:,.0f} x {height:,.0f} pixels"
-        figure.dot(width, height, "run0 faint", 2 + 9 * (images / max(cells.values())) ** 0.5, title)
-    return figure.svg("sizes of the images")
+    return {"smallest": ends[0], "largest": ends[1], "median": np.median(sizes_N2, axis=0).tolist()}

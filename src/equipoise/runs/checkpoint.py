@@ -131,9 +131,9 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     if zipfile.is_zipfile(path) and not _is_whole(path):
         raise UserError(f"{path} is damaged: a checksum in it does not fit; take another one of the run")
     if is_authors_table(table):
-        read = from_authors(table, str(path))
-        names = tuple(str(label) for label in range(len(read.weights["classifier.weight"])))
-        return Checkpoint(read.recipe, names, (), read.epoch, 0, None, read.weights, read.optimizer, {})
+        recipe, epoch, weights = from_authors(table, str(path))
+        names = tuple(str(label) for label in range(len(weights["classifier.weight"])))
+        return Checkpoint(recipe, names, (), epoch, 0, None, weights, {"state": {}}, {})
     if not isinstance(table, dict) or table.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of this version of equipoise; take another")
     recipe = recipe_from_table(table.get("recipe", {}), str(path))

@@ -143,12 +143,12 @@ def write_record(folder: Path, recipe: Recipe, about: dict[str, Any]) -> None:
 
 def _commit() -> str:
     """'+' and the commit of this code where it runs from a clone, with '-dirty' if that has changes; else ''."""
-    here = Path(__file__)
-    git = ["git", "-C", str(here.parent)]
+    if not (Path(__file__).parents[3] / ".git").exists():
+        return ""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
-        subprocess.run([*git, "ls-files", "--error-unmatch", here.name], capture_output=True, check=True)
-        done = subprocess.run([*git, "describe", "--always", "--dirty"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):  # no git; an installed package
+        done = subprocess.run(git, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):  # no git
         return ""
     return f"+{done.stdout.strip()}"
 

@@ -5,9 +5,7 @@ says which they were."""
 
 import signal
 import threading
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -19,7 +17,16 @@ from equipoise.base.errors import UserError
 from equipoise.base.script import refuse_unguarded_script
 from equipoise.base.world import ALONE, World
 from equipoise.config.recipe import Recipe
-from equipoise.data.decode import BadImageError, Pixels, decode, decode_all, no_image_left, stand_ins, usable_cores
+from equipoise.data.decode import (
+    BadImageError,
+    Pixels,
+    decode,
+    decode_all,
+    in_order,
+    no_image_left,
+    stand_ins,
+    usable_cores,
+)
 from equipoise.data.images import ImageList, Indices
 from equipoise.views.draws import draws
 from equipoise.views.views import ViewSettings, evaluation_view, photo_views, small_views, view_settings
@@ -172,26 +179,8 @@ class Batches:
     def _received(self, tasks: Iterable[Task]) -> Iterator[Batch | UserError]:
         if needs_processes(self._device):
             return self._by_processes(tasks)
-        self._receiving = self._by_threads(tasks)
+        self._receiving = in_order(self._maker.__getitem__, tasks, self._workers)
         return self._receiving
-
-    def _by_threads(self, tasks: Iterable[Task]) -> Generator[Batch | UserError]:
-        if self._workers == 0:
-            yield from map(self._maker.__getitem__, tasks)
-            return
-        pool = ThreadPoolExecutor(self._workers)
-        ahead: deque[Future[Batch | UserError]] = deque()
-        try:
-            for task in tasks:
-                ahead.append(pool.submit(self._maker.__getitem__, task))
-                if len(ahead) > 2 * self._workers:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-        finally:
-            # Each thread ends with the batch that it is at. It is not waited for: what is left over is collected in
-            # any thread, and one cannot wait for itself.
-            pool.shutdown(wait=False, cancel_futures=True)
 
     def _by_processes(self, tasks: Iterable[Task]) -> Iterator[Batch | UserError]:
         self._tasks.next = tasks
@@ -228,17 +217,15 @@ class Batches:
 
 class Maker(Dataset["Batch | UserError"]):
     """Makes the batches, in the workers. Photographs are decoded for each batch; other images, which have the
-    size of a view, are in memory."""
+    size of a view, are in memory: to decode them each time would take three times as long as their views."""
 
     def __init__(self, images: ImageList, settings: ViewSettings, skip: bool) -> None:
         self.in_memory = settings.policy != "photos"
         self.bad: dict[int, BadImageError] = {}
+        self._images, self._settings, self._skip = images, settings, skip
         self.labels_N = images.labels_N
         if self.in_memory:
             self._pixels_NSS3, self.bad = decode_all(images, settings.size, skip)
-        self._images = images
-        self._settings = settings
-        self._skip = skip
 
     def __len__(self) -> int:
         return len(self._images)

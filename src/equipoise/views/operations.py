@@ -7,7 +7,6 @@ within 2 levels of 255 of theirs, on average over a photograph (`tests/views/tes
 rotations use OpenCV's cubic (a = -0.75), which is softer than Pillow's (a = -1): on noise by up to 4.5 levels.
 """
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
 from typing import Any
@@ -22,8 +21,7 @@ from equipoise.data.decode import Pixels
 from equipoise.views.draws import Array
 
 Operation = Callable[[Pixels, Array], Pixels]
-Matrix = Callable[[float, int], list[list[float]]]  # from an argument and the side of a square image, for `affine`
-Step = tuple[str, Operation, Array]  # on one photograph: the operation's name, the operation, its argument [1]
+Matrix = Callable[[float, int], Any]  # from an argument and the side of a square image, for `affine`
 
 _LEVEL = np.arange(256)
 _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
@@ -45,28 +43,7 @@ def operation(name: str, resampling: str, fill: tuple[float, ...]) -> Operation:
     255) are for those that move pixels."""
     if name in _OF_COLOUR:
         return _OF_COLOUR[name]
-    if name in _AXES:
-        return partial(_translate, axis=_AXES[name], fill=fill, resampling=resampling)
     return partial(_move, matrix_of=_MATRICES[name], fill=fill, resampling=resampling)
-
-
-def in_turn(image_1HW3: Pixels, steps: Sequence[Step]) -> Pixels:
-    """A photograph `[1, H, W, 3]` through several operations. Brightness, contrast and saturation are each
-    a * colour + b * luma + c. One after the other they are that again, if nothing is clipped in between; and a factor
-    of at most 1 clips nothing. Such steps share one pass over the pixels."""
-    pending, clips = _UNCHANGED, False
-    for name, operation, argument_1 in steps:
-        if name not in _LINEAR or clips:
-            image_1HW3, pending, clips = _linear(image_1HW3, pending), _UNCHANGED, False
-        if name not in _LINEAR:
-            image_1HW3 = operation(image_1HW3, argument_1)
-            continue
-        a, b, c = pending
-        luma = (a + b) * _mean_luma(image_1HW3[0]) + c if name == "Contrast" else 0
-        of_colour, of_luma, add = _LINEAR[name](float(argument_1[0]), luma)
-        pending = of_colour * a, of_colour * b + of_luma * (a + b), (of_colour + of_luma) * c + add + _TRUNCATED
-        clips = float(argument_1[0]) > 1
-    return _linear(image_1HW3, pending)
 
 
 def resized_crop(image: Pixels, box: Sequence[int], size: int) -> Pixels:
@@ -101,34 +78,9 @@ def affine(images: Pixels, matrix_N23: Array, fill: tuple[float, ...], resamplin
     return _each(images, matrix_N23, warp)
 
 
-def _translate(images: Pixels, pixels_N: Array, axis: int, fill: tuple[float, ...], resampling: str) -> Pixels:
-    """Along a column (`axis` 0) or a row (1), as Pillow does it; in a fifth of the time of `affine`."""
-    made = np.empty_like(images)
-    made[...] = np.array([fill] * images.shape[2], np.uint8)  # whole rows: pixel by pixel would take far longer
-    for image, pixels, out in zip(images, pixels_N.tolist(), made, strict=True):
-        # Place x becomes what is `part` of the way from x + whole to the next one; if its middle lies in the image.
-        whole = math.floor(pixels + 0.5 if resampling == "nearest" else pixels)
-        begin = max(0, math.ceil(-0.5 - pixels))
-        end = max(begin, min(image.shape[axis], math.ceil(image.shape[axis] - 0.5 - pixels)))
-        margins = (2, 2, 0, 0) if axis == 0 else (0, 0, 2, 2)
-        moved = cv2.copyMakeBorder(image, *margins, cv2.BORDER_REPLICATE)
-        if resampling != "nearest":
-            taps = np.array([_TAPS[resampling](pixels - whole)])
-            kernel, anchor = (taps.T, (0, 1)) if axis == 0 else (taps, (1, 0))
-            moved = cv2.filter2D(moved, -1, kernel, anchor=anchor, delta=_TRUNCATED)
-        out.swapaxes(0, axis)[begin:end] = moved.swapaxes(0, axis)[begin + whole + 2 : end + whole + 2]
-    return made
-
-
 def _move(images: Pixels, argument_N: Array, matrix_of: Matrix, fill: tuple[float, ...], resampling: str) -> Pixels:
     matrix_N23 = np.array([matrix_of(argument, images.shape[1]) for argument in argument_N.tolist()], float)
     return affine(images, matrix_N23, fill, resampling)
-
-
-def _rotation(degrees: float, side: int) -> list[list[float]]:
-    """Counter-clockwise about the centre of a square image."""
-    cos, sin, middle = math.cos(math.radians(degrees)), math.sin(math.radians(degrees)), side / 2
-    return [[cos, -sin, middle - cos * middle + sin * middle], [sin, cos, middle - sin * middle - cos * middle]]
 
 
 def _each(images: Pixels, arguments: Iterable[Any], change: Callable[[Any, Any, Any], object]) -> Pixels:
@@ -149,23 +101,15 @@ def _transform(images: Pixels, matrix_N34: Array) -> Pixels:
     return _each(images, matrix_N34, cv2.transform)
 
 
-def _linear(image: Pixels, abc: tuple[float, float, float]) -> Pixels:
-    a, b, c = abc
-    return image if abc is _UNCHANGED else _transform(image, (a * _COLOUR + b * _LUMA + c * _WHITE)[None])
+def _blended(images: Pixels, factor_N: Array, other_N34: Array) -> Pixels:
+    """`factor_N` parts of each pixel, and one minus that of what the matrix makes of it."""
+    factor_N11 = factor_N[:, None, None]
+    return _transform(images, factor_N11 * _COLOUR + (1 - factor_N11) * other_N34 + _TRUNCATED * _WHITE)
 
 
-def _linear_operation(name: str) -> Operation:
-    def operation(images: Pixels, factor_N: Array) -> Pixels:
-        luma_N = np.array([_mean_luma(image) for image in images]) if name == "Contrast" else np.zeros(1)
-        a, b, c = (part[:, None, None] for part in np.broadcast_arrays(*_LINEAR[name](factor_N, luma_N)))
-        return _transform(images, a * _COLOUR + b * _LUMA + (c + _TRUNCATED) * _WHITE)
-
-    return operation
-
-
-def _mean_luma(image: Pixels) -> float:
-    red, green, blue, _ = cv2.mean(image)
-    return 0.299 * red + 0.587 * green + 0.114 * blue
+def _contrast(images: Pixels, factor_N: Array) -> Pixels:
+    luma_N = np.array([cv2.mean(image)[:3] for image in images]) @ _LUMA[0, :3]
+    return _blended(images, factor_N, luma_N[:, None, None] * _WHITE)
 
 
 def _grayscale(images: Pixels, _: Array) -> Pixels:
@@ -231,15 +175,10 @@ def _sharpen(image: Pixels, factor: float, out: Pixels) -> None:
     cv2.addWeighted(image, factor, smooth, 1 - factor, _TRUNCATED, out)
 
 
-# From factor and mean luma of the image (numbers, or arrays `[N]`) to a, b and c of a * colour + b * luma + c.
-_UNCHANGED = (1.0, 0.0, 0.0)
-_LINEAR: dict[str, Callable[[Any, Any], tuple[Any, Any, Any]]] = {
-    "Brightness": lambda factor, _: (factor, 0, 0),
-    "Contrast": lambda factor, luma: (factor, 0, (1 - factor) * luma),
-    "Color": lambda factor, _: (factor, 1 - factor, 0),
-}
 _OF_COLOUR: dict[str, Operation] = {
-    **{name: _linear_operation(name) for name in _LINEAR},
+    "Brightness": lambda images, factor_N: _blended(images, factor_N, 0 * _COLOUR),
+    "Contrast": _contrast,
+    "Color": lambda images, factor_N: _blended(images, factor_N, _LUMA),
     "Hue": _hue,
     "Grayscale": _grayscale,
     "Sharpness": lambda images, factor_N: _each(images, factor_N.tolist(), _sharpen),
@@ -252,18 +191,9 @@ _OF_COLOUR: dict[str, Operation] = {
     "SolarizeAdd": _by_table(lambda addend: np.where(_LEVEL < 128, _LEVEL + addend, _LEVEL)),  # at most 127 + 110
 }
 _MATRICES: dict[str, Matrix] = {
-    "Rotate": _rotation,
+    "Rotate": lambda degrees, side: cv2.getRotationMatrix2D((side / 2, side / 2), -degrees, 1),
     "ShearX": lambda level, _: [[1, level, 0], [0, 1, 0]],
     "ShearY": lambda level, _: [[1, 0, 0], [level, 1, 0]],
-}
-_AXES = {"TranslateX": 1, "TranslateY": 0}
-# Weights of the places before, at, after and beyond x + whole, for what is `part` of the way from there to the next.
-_TAPS: dict[str, Callable[[float], tuple[float, ...]]] = {
-    "bilinear": lambda part: (0, 1 - part, part, 0),
-    "bicubic": lambda part: (
-        -part * (1 - part) ** 2,
-        (1 - part) * (1 + part - part**2),
-        part * (1 + part - part**2),
-        -(1 - part) * part**2,
-    ),
+    "TranslateX": lambda pixels, _: [[1, 0, pixels], [0, 1, 0]],
+    "TranslateY": lambda pixels, _: [[1, 0, 0], [0, 1, pixels]],
 }

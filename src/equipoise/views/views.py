@@ -19,7 +19,7 @@ from equipoise.config.recipe import Recipe, Views
 from equipoise.data.decode import Pixels
 from equipoise.views import operations
 from equipoise.views.draws import Array, Numbers, Whole
-from equipoise.views.operations import Operation, Step
+from equipoise.views.operations import Operation
 
 _LONG_STRIP = 16  # times as long as it is wide
 _EVALUATION_MARGIN = 256 / 224  # Resize(256) · CenterCrop(224)
@@ -61,7 +61,7 @@ def small_views(images_BSS3: Pixels, settings: ViewSettings, seed: int, epoch: i
         view_BSS3 = _move_digits(images_BSS3, kind, numbers) if digits else _crop(images_BSS3, kind, numbers)
         # Operation by operation: for one small image, a call costs more than its work.
         for chosen in _pixel_operations(kind, settings, numbers):
-            for rows, _, operation in _groups(chosen):
+            for rows, operation in _groups(chosen):
                 view_BSS3[rows] = operation(view_BSS3[rows], chosen.argument_B[rows])
         views_VBSS3[stream] = view_BSS3 if digits or kind != "cls" else _cut_out(view_BSS3, numbers)
     return torch.from_numpy(views_VBSS3).permute(0, 1, 4, 2, 3)
@@ -81,7 +81,9 @@ def photo_views(photos: Sequence[Pixels], settings: ViewSettings, seed: int, epo
             view_1SS3 = np.ascontiguousarray(operations.resized_crop(photo, boxes_B4[row], settings.size))[None]
             if flips_B[row]:
                 view_1SS3 = operations.flip_horizontal(view_1SS3)
-            views_VBSS3[stream, row] = operations.in_turn(view_1SS3, steps[row])[0]
+            for operation, argument_1 in steps[row]:
+                view_1SS3 = operation(view_1SS3, argument_1)
+            views_VBSS3[stream, row] = view_1SS3[0]
     return torch.from_numpy(views_VBSS3).permute(0, 1, 4, 2, 3)
 
 
@@ -201,23 +203,23 @@ def _pixel_operations(kind: str, settings: ViewSettings, numbers: Numbers) -> li
     return chosen + rand_augment(numbers, settings) if kind == "rand" else chosen
 
 
-def _groups(chosen: BatchOperation) -> Iterator[tuple[Whole, str, Operation]]:
-    """Rows of the batch that get the same operation, its name, and the operation."""
+def _groups(chosen: BatchOperation) -> Iterator[tuple[Whole, Operation]]:
+    """Rows of the batch that get the same operation, and the operation."""
     # One number for an operation and its resampling; below 0 where there is none.
     groups_B = len(RESAMPLINGS) * chosen.operation_B + chosen.resampling_B
     for group in np.unique(groups_B[groups_B >= 0]).tolist():
         place, resampling = divmod(group, len(RESAMPLINGS))
         operation = operations.operation(OPERATIONS[place], RESAMPLINGS[resampling], chosen.fill)
-        yield np.flatnonzero(groups_B == group), OPERATIONS[place], operation
+        yield np.flatnonzero(groups_B == group), operation
 
 
-def _steps(images: int, chosen: Sequence[BatchOperation]) -> list[list[Step]]:
-    """The operations on each image of a batch, one after the other."""
-    steps: list[list[Step]] = [[] for _ in range(images)]
+def _steps(images: int, chosen: Sequence[BatchOperation]) -> list[list[tuple[Operation, Array]]]:
+    """The operations on each image of a batch, one after the other, and their arguments `[1]`."""
+    steps: list[list[tuple[Operation, Array]]] = [[] for _ in range(images)]
     for of_batch in chosen:
-        for rows, name, operation in _groups(of_batch):
+        for rows, operation in _groups(of_batch):
             for row in rows.tolist():
-                steps[row].append((name, operation, of_batch.argument_B[row : row + 1]))
+                steps[row].append((operation, of_batch.argument_B[row : row + 1]))
     return steps
 
 
