@@ -102,7 +102,9 @@ def test_train_own_pictures_then_evaluate_and_report(pictures, tmp_path, capsys,
     out = tmp_path / "a run"
     settings = "--epochs 2 --batch_size 4 --arch resnet8 --set views.size=16 --set optim.warmup_epochs=0 --lr 0.01 -j0"
     text = said("train", "--data", str(pictures), "--out", str(out), *settings.split(), "--beside", "logit-adjusted")
-    assert "no recipe named: taking 'pictures'" in text
+    assert re.search(r"chosen +scratch resnet8 at 16 pixels: there are no pretrained weights for resnet8", text)
+    assert re.search(r"takes about +\d+ s: \d+ s for 2 epochs", text)
+    assert re.search(r"took \d+ s", text)
     assert "accuracy on the validation part" in text
     assert re.search(r"training +bcl +bcl +logit-adjusted +logit-adjusted *\n +images +last +best", text)
     assert (tmp_path / "a run-logit-adjusted" / "metrics.json").is_file()

@@ -115,6 +115,6 @@ def test_the_report_is_given_the_surest_mistakes(tune, tmp_path, monkeypatch):
     evaluate_run(run.path)
     assert dict(np.load(tmp_path / "run" / "observed.npz"))["test/neighbours_MK"].tolist() == neighbours.tolist()
     if tune == "full":
-        from_nothing = replace(recipe, model=replace(recipe.model, weights=""), epochs=1)
+        from_nothing = replace(recipe, model=replace(recipe.model, weights="", tune="scratch"), epochs=1)
         train(from_nothing, tmp_path / "other", progress=False)
         assert "test/mistakes_M" not in np.load(tmp_path / "other" / "observed.npz").files

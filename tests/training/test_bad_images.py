@@ -66,7 +66,7 @@ def no_run(tmp_path: Path) -> bool:
 def test_an_error_names_the_file_and_leaves_nothing(kind, data, tmp_path, capsys):
     bad = data / "bee" / "3.png"
     (HEADER_TELLS | PIXELS_TELL)[kind](bad)
-    assert main(["train", "--data", str(data), *WORDS, "--out", str(tmp_path / "run"), "-j", "0"]) == 2
+    assert main(["train", "pictures", "--data", str(data), *WORDS, "--out", str(tmp_path / "run"), "-j", "0"]) == 2
     said = capsys.readouterr()
     assert re.fullmatch(rf"equipoise: {bad} cannot be read \(.*\); repair .* --on-bad-image skip\n", said.err)
     assert ("run folder" in said.out) == (kind in PIXELS_TELL), "what headers tell is told before the plan is shown"
