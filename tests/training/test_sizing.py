@@ -1,25 +1,30 @@
 """A recipe for own pictures: what is chosen for which time, and that a choice trains."""
 
+import os
+import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 from conftest import draw_folder
 
 from equipoise import UserError, load_recipe
+from equipoise.base.errors import Stopped
+from equipoise.cli.main import main
 from equipoise.config.recipe import explained_toml, find_field
+from equipoise.method.encoders import create_encoder
+from equipoise.runs.checkpoint import load_checkpoint
 from equipoise.training import sizing
 from equipoise.training.plan import prepare
 from equipoise.training.session import train
 from equipoise.training.sizing import Cost, choose, duration, measure, pace
+from equipoise.training.step import Step
 
 
 @pytest.fixture
 def settings(tmp_path, monkeypatch):
     """Of folders of small photographs, with random weights in a file."""
-    import torch
-
-    from equipoise.method.encoders import create_encoder
-
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     torch.save(create_encoder("resnet8", 32)[0].state_dict(), tmp_path / "weights.pth")
     data = draw_folder(tmp_path / "data", {"ant": 14, "bee": 8, "cat": 5})
@@ -94,3 +99,34 @@ def test_seconds():
         "2.0 h",
     ]
     assert pace(iter([5, 3, 2])) < 0.01
+
+
+@pytest.mark.parametrize("tune", ["frozen", "last-stage", "head+norm"])
+def test_a_stopped_run_of_a_part_ends_as_an_undisturbed_one(tune, settings, tmp_path, monkeypatch):
+    """To the last bit: what is held, what is drawn again and the rates of the layers all come back; then every use of
+    the run."""
+    fields = {field.path[-1]: value for field, value in settings}
+    recipe = load_recipe(
+        "finetune", **fields, tune=tune, method="bcl", anchor=6, sampler="class-balanced", layer_decay=0.5, epochs=3,
+        batch_size=6, micro_batch=3, precision="fp32", label_smoothing=0.1, workers=0,
+    )  # fmt: skip
+    whole = load_checkpoint(train(recipe, tmp_path / "whole", progress=False).path / "last.pt")
+    steps, honest = 0, Step.__call__
+
+    def stop(step, batch, votes):
+        nonlocal steps
+        steps += 1
+        if steps == 6:  # in the second epoch
+            os.kill(os.getpid(), signal.SIGTERM)
+        return honest(step, batch, votes)
+
+    monkeypatch.setattr(Step, "__call__", stop)
+    with pytest.raises(Stopped):
+        train(recipe, tmp_path / "run", progress=False)
+    Path(fields["weights"]).unlink()  # a run that goes on does not need them
+    again = load_checkpoint(train(recipe, resume=tmp_path / "run", progress=False).path / "last.pt")
+    assert again.step == whole.step > steps - 2
+    assert all(torch.equal(again.weights[name], value) for name, value in whole.weights.items())
+    for words in (["evaluate"], ["report"], ["predict"], ["export", "--to", "onnx"], ["export", "--to", "safetensors"]):
+        paths = [str(tmp_path / "data" / "ant")] if words == ["predict"] else []
+        assert main([words[0], str(tmp_path / "run"), *paths, *words[1:]]) == 0, words

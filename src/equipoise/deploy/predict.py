@@ -13,7 +13,6 @@ import csv
 import io
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +27,7 @@ from equipoise.base.device import choose_device, exact_float32
 from equipoise.base.errors import UserError, reason, shown
 from equipoise.base.world import ALONE
 from equipoise.config.recipe import load_recipe
-from equipoise.data.decode import BadImageError, Pixels, decode, resized
+from equipoise.data.decode import BadImageError, Pixels, decode, in_order, resized
 from equipoise.data.folders import images_below
 from equipoise.data.images import ImageFiles, ImageList
 from equipoise.deploy.hub import CONFIG, read_hub_folder
@@ -198,9 +197,9 @@ class Classifier:
         return [[(*about_N[row], cosine) for row, cosine in zip(*of_one, strict=True)] for of_one in both]
 
     def _batches(self, files: Sequence[str]) -> Iterator[tuple[int, list[Pixels | UserError]]]:
-        """The number of the first file, and the views of a batch of files, or errors. Threads decode the next batch
+        """The number of the first file, and the views of a batch of files, or errors. Threads decode the next batches
         meanwhile: decoding and resizing run outside Python's lock."""
-        images, indices = as_list(files), range(len(files))
+        images = as_list(files)
 
         def view(index: int) -> Pixels | UserError:
             try:
@@ -208,11 +207,10 @@ class Classifier:
             except BadImageError as error:
                 return UserError(error.fault)
 
-        with ThreadPoolExecutor(worker_count(-1)) as pool:
-            following = pool.map(view, indices[:_BATCH])
-            for start in indices[::_BATCH]:
-                batch, following = following, pool.map(view, indices[start + _BATCH : start + 2 * _BATCH])
-                yield start, list(batch)
+        def batch(start: int) -> tuple[int, list[Pixels | UserError]]:
+            return start, [view(index) for index in range(start, min(start + _BATCH, len(files)))]
+
+        return in_order(batch, range(0, len(files), _BATCH), worker_count(-1))
 
     def _log_prior(self, prior: Prior) -> Tensor:
         """`[C]`, float64: log of the class prior where the model is used, up to a constant."""
