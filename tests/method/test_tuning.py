@@ -53,6 +53,12 @@ def test_normalisations():
         assert expected
 
 
+def test_blocks_that_are_called_after_a_normalisation_are_none():
+    moving, share = trained("regnety_002", "head+norm")
+    assert share < 0.02
+    assert moving
+
+
 def test_all_and_nothing():
     assert trained("resnet8", "full")[1] == trained("resnet8", "scratch")[1] == 1
     assert trained("resnet8", "frozen")[1] == 0
@@ -79,7 +85,7 @@ def test_low_rank_additions():
     merge_low_rank(encoder)
     assert set(encoder.state_dict()) == names
     assert torch.allclose(encoder(images), after, atol=1e-5)
-    with pytest.raises(UserError, match="this encoder has none: set --tune last-stage"):
+    with pytest.raises(UserError, match="linear layers of timm's vision transformers"):
         restrict(create_encoder("resnet18", 64)[0], "lora")
 
 

@@ -16,7 +16,8 @@ from equipoise.base.world import World
 from equipoise.config.recipe import Recipe
 from equipoise.data.lists import PUBLISHED, git_blob
 from equipoise.runs.checkpoint import load_checkpoint
-from equipoise.training.plan import Place, Plan, find_place, prepare, refuse_batches
+from equipoise.training.place import Place, find_place
+from equipoise.training.plan import Plan, prepare, refuse_batches
 from equipoise.training.session import start
 
 RECIPE = load_recipe("digits-lt", epochs=2, precision="fp32", method="ce", log_every=1)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from equipoise.training.plan import Plan
     from equipoise.training.sizing import Choice
 
-_BUDGET = "own pictures: the minutes there are, as 30m or 2h; the recipe is chosen for them"
+_BUDGET = "time limit for own pictures, as 30m or 2h, within which a recipe is chosen"
 
 
 def add_data_options(command: argparse.ArgumentParser) -> None:
@@ -143,27 +143,44 @@ def _score_resumed(options: argparse.Namespace, flag: str, part: str) -> None:
     score_checkpoint(Path(options.resume), data, part, flags.overrides_of(options), options.out, None)
 
 
-def _choose(options: argparse.Namespace, recipe: Recipe, budget: float | None) -> "Choice":
+def _choose(options: argparse.Namespace, recipe: Recipe, budget: float | None, ranks: int = 1) -> "Choice":
     """The recipe for these pictures and this machine."""
     from equipoise.training.sizing import choose
 
     if not flags.is_own_folder(options):
-        raise UserError(f"--budget chooses a recipe for own pictures; with the recipe {recipe.name}, set --epochs")
-    return choose(flags.overrides_of(options), budget)
+        raise UserError(f"a recipe is only chosen for own pictures; take {recipe.name}, and set its --epochs")
+    if budget is not None and getattr(options, "beside", None):
+        raise UserError("--budget is that of one run: drop --beside")
+    return choose(flags.overrides_of(options), budget, options.out, ranks)
+
+
+def _unfinished(world: "World", options: argparse.Namespace) -> Recipe | None:
+    """What `--resume auto`, or torchrun after a failure, goes on with: the recipe that was chosen then, in which all
+    is as it is set now."""
+    from equipoise.training.place import newest_run
+    from equipoise.training.plan import with_absolute_paths
+
+    def meant(before: Recipe) -> bool:
+        return with_absolute_paths(flags.with_overrides(before, options)) == before
+
+    out = Path(options.out) if options.out else None
+    run = newest_run(meant, out, world if world.restarted else None) if options.resume or world.restarted else None
+    return load_recipe(run) if run else None
 
 
 def _train(world: "World", options: argparse.Namespace, recipe: Recipe, remark: str) -> None:
     budget = flags.seconds(options.budget)
     choice = None
     if budget is not None or flags.is_own_folder(options):
-        choice = world.first_makes(lambda: _choose(options, recipe, budget))
-        recipe, remark = choice.recipe, ""
+        before = world.first_makes(lambda: _unfinished(world, options))
+        choice = None if before else world.first_makes(lambda: _choose(options, recipe, budget, world.size))
+        recipe, remark = before or (choice and choice.recipe) or recipe, ""
     # The authors' commands name no recipe, and expect the run where their README looks for it.
     authors_style = (remark or options.dataset) and recipe.data.benchmark in ("imagenet-lt", "inat2018")
     root_log = options.root_log or (LOG if authors_style and not options.recipe else None)
     out = options.out or (authors_folder(root_log, recipe) if root_log else None)
     plans = _plans(world, options, recipe, out)
-    described = choice.described() if choice else {}
+    described = choice.describe() if choice else {}
     runs = [_carry_out(plan, remark if plan is plans[0] else "", described) for plan in plans]
     if not world.is_first:  # the files are rank 0's
         return
@@ -231,7 +248,7 @@ def init(options: argparse.Namespace) -> None:
     choice = _choose(options, recipe, budget)
     with atomic_file(out) as file:
         file.write(explained_toml(choice.recipe, choice.reasons).encode())
-    print_plan(choice.described())
+    print_plan(choice.describe())
     print(f"written: {out}; then: {own_command()} train {shlex.quote(str(out))}")
 
 

@@ -100,7 +100,7 @@ class Model:
     )
     anchor: float = _field(
         0.0,
-        "how firmly a cosine classifier is held at its start, the more so the rarer a class: 6 for frozen features",
+        "pull of a cosine classifier back to its start, stronger for rarer classes (0: none; 6 suits frozen features)",
         ge=0,
     )
     hidden_dim: int = _field(0, "hidden width of the two projections (0: the encoder's width)", ge=0, le=65_536)
@@ -116,7 +116,9 @@ class Loss:
     beta: float = _field(0.35, "weight of the contrastive loss (two-branch methods only)", ge=0)
     temperature: float = _field(0.07, "temperature of the contrastive loss", "temp", gt=0)
     tau: float = _field(1.0, "strength of the logit adjustment", ge=0)
-    label_smoothing: float = _field(0.0, "share of the label that goes to all classes alike", ge=0, le=0.9)
+    label_smoothing: float = _field(
+        0.0, "share of the label that goes to all classes alike; probabilities then favour rare classes", ge=0, le=0.9
+    )
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -207,10 +208,9 @@ class Classifier:
             except BadImageError as error:
                 return UserError(error.fault)
 
-        def batch(start: int) -> tuple[int, list[Pixels | UserError]]:
-            return start, [view(index) for index in range(start, min(start + _BATCH, len(files)))]
-
-        return in_order(batch, range(0, len(files), _BATCH), worker_count(-1))
+        views = in_order(view, range(len(files)), worker_count(-1))
+        for start in range(0, len(files), _BATCH):
+            yield start, list(islice(views, _BATCH))
 
     def _log_prior(self, prior: Prior) -> Tensor:
         """`[C]`, float64: log of the class prior where the model is used, up to a constant."""

@@ -154,6 +154,8 @@ def _file(recipe: Recipe, images: ImageList, network: TwoBranchNetwork) -> Path:
     views = recipe.views
     hasher.update(f"{recipe.model.encoder} {views.policy} {views.size} {views.mean} {views.std}".encode())
     for name, tensor in network.encoder.state_dict().items():
+        if name.endswith((".0.a", ".0.b")):  # of LoRA: at the start they add nothing
+            continue
         hasher.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
     return _cache() / f"{hasher.hexdigest()}.npy"
 

@@ -40,6 +40,8 @@ def doubtful_labels(parts: Mapping[str, ImageList]) -> list[Doubt]:
     """The most doubtful label first. Images that cannot be read are left out. Raises UserError where no pretrained
     weights can be had."""
     features_NF, places = _encoded(parts)
+    if not places:
+        return []
     names, labels_N = np.unique([place.class_name for place in places], return_inverse=True)
     if (np.bincount(labels_N) > 1).sum() < 2:
         return []  # nothing says what else belongs to a class of one image
@@ -64,7 +66,7 @@ def _encoded(parts: Mapping[str, ImageList]) -> tuple[npt.NDArray[np.float32], l
         for batch, rows in batches.evaluation_of(np.arange(len(images)), _BATCH):
             features.append(F.normalize(batch.images_VB3SS[0], dim=1).cpu())
             places += [Place(part, images, row) for row in rows.tolist()]
-    return torch.cat(features).numpy(), places
+    return torch.cat([*features, torch.empty(0, network.width)]).numpy(), places
 
 
 def out_of_fold(features_NF: npt.NDArray[np.float32], labels_N: Indices) -> npt.NDArray[np.float64]:

@@ -51,6 +51,7 @@ def towers(name: str, weights: str, start: bool) -> Any:
 
 def input_of(name: str) -> dict[str, Any]:
     """See `pretrained.input_of`."""
+    repository(name)  # refuses what is not known
     architecture, _, tag = name.removeprefix(PREFIX).partition("/")
     library = _library()
     known = library.get_pretrained_cfg(architecture, tag)
@@ -64,8 +65,12 @@ def input_of(name: str) -> dict[str, Any]:
 
 def text_directions(name: str, weights: str, class_names: Sequence[str]) -> Tensor:
     """`[C, D]` of length 1: what the text tower makes of each class's name."""
-    tokens = _library().get_tokenizer(name.removeprefix(PREFIX).partition("/")[0])
     prompts = [_PROMPT.format(label.replace("_", " ")) for label in class_names]
+    try:
+        tokens = _library().get_tokenizer(name.removeprefix(PREFIX).partition("/")[0])
+    except (ImportError, OSError) as error:  # some are those of transformers, from the hub
+        why = reason(error, library=True)
+        raise UserError(f"the tokenizer of {name} cannot be had ({why}); set --classifier-start class-means") from None
     with torch.inference_mode():
         directions_CD = towers(name, weights, start=True).eval().encode_text(tokens(prompts))
     return F.normalize(directions_CD.float(), dim=1).clone()

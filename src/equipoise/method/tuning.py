@@ -29,15 +29,16 @@ def restrict(encoder: nn.Module, tune: str) -> None:
     encoder.requires_grad_(False)
     if tune == "head+norm":
         for module in encoder.modules():
-            if "Norm" in type(module).__name__:
-                module.requires_grad_(True)
+            if "Norm" in type(module).__name__:  # timm has blocks of that name, whose convolutions are not meant
+                for parameter in module.parameters(recurse=False):
+                    parameter.requires_grad_(True)
     elif tune == "last-stage":
         for parameter in _last_stage(encoder):
             parameter.requires_grad_(True)
     elif tune == "lora":
-        linear = [module for module in encoder.modules() if isinstance(module, nn.Linear)]
-        if not linear:
-            raise UserError("LoRA adds to linear layers, and this encoder has none: set --tune last-stage")
+        linear = [module for module in encoder.modules() if type(module) is nn.Linear]
+        if not linear or not hasattr(encoder, "group_matcher"):  # open_clip's attention has bare weights
+            raise UserError("LoRA adds to linear layers of timm's vision transformers: set --tune last-stage or frozen")
         for module in linear:
             parametrize.register_parametrization(module, "weight", LowRank(module.weight))
 
@@ -83,10 +84,13 @@ def merge_low_rank(network: nn.Module) -> None:
 def parameter_groups(network: nn.Module, encoder: nn.Module, layer_decay: float) -> Sequence[dict[str, Any]]:
     """All parameters that are trained, as an optimizer takes them. `lr_scale`, of each group: what its learning rate is
     multiplied by, 1 above the encoder and `layer_decay` once more with each layer below (BEiT, Bao et al., ICLR 2022).
+    Raises UserError where the layers are not known.
     """
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     if layer_decay == 1:
         return [{"params": trained, "lr_scale": 1.0}]
+    if not hasattr(encoder, "group_matcher"):
+        raise UserError("timm does not know the layers of this encoder: set --layer-decay 1")
     from timm.optim import param_groups_layer_decay
 
     groups: list[dict[str, Any]] = param_groups_layer_decay(

@@ -21,7 +21,8 @@ from equipoise.config.recipe import Recipe, find_field, load_recipe, override
 from equipoise.evaluation.score import Run, chosen
 from equipoise.runs.folder import METRICS, RECIPE, RECORD, write_json
 from equipoise.runs.records import read_record
-from equipoise.training.plan import FREE, HOW, Plan, differing, prepare
+from equipoise.training.place import FREE, HOW, differing
+from equipoise.training.plan import Plan, prepare
 from equipoise.training.session import train
 
 FIGURES = {"top1": "overall", "many": "many", "medium": "medium", "few": "few"}

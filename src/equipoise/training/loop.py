@@ -148,13 +148,12 @@ class Trainer:
         if plan.start is None:
             return
         done = plan.start.checkpoint
-        # The groups are the recipe's: the learning rate is all that changes in them, and it is set in every epoch.
-        groups = self._optimizer.state_dict()["param_groups"]
-        self._optimizer.load_state_dict({"state": done.optimizer["state"], "param_groups": groups})
         # Under another recipe only whole epochs count; and in another folder there is no file of an earlier best.
         self.epoch, self.step = done.epoch, done.epoch * plan.steps_per_epoch
         if plan.place.resumes:
             self.step, self.best = done.step, done.best
+            groups = self._optimizer.state_dict()["param_groups"]  # the rates in them are set in every epoch
+            self._optimizer.load_state_dict({"state": done.optimizer["state"], "param_groups": groups})
 
     def train(self, progress: bool) -> None:
         """All steps that are left. Raises Stopped where a signal asked for it, NonFiniteLossError, and OSError where
@@ -290,11 +289,15 @@ class Trainer:
 
 
 def set_training(network: TwoBranchNetwork, recipe: Recipe) -> None:
-    """Training mode, but for a BatchNorm that the recipe freezes, or whose part of the encoder is not trained."""
+    """Training mode, but for a BatchNorm that the recipe freezes, and for parts of which nothing is trained."""
     network.train()
-    for module in batch_norms(network):
-        if recipe.model.batch_norm == "frozen" or not all(parameter.requires_grad for parameter in module.parameters()):
-            module.eval()
+    resting: list[nn.Module] = [*batch_norms(network)] if recipe.model.batch_norm == "frozen" else []
+    for module in network.encoder.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            resting.append(module)
+    for module in resting:
+        module.eval()
 
 
 def create_sgd(

@@ -1,14 +1,10 @@
 """A recipe becomes a plan: its place is found, its data read, what cannot be trained refused, and nothing written."""
 
-import contextlib
-import itertools
 import os
 import shlex
-import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,110 +15,18 @@ from equipoise.base.device import choose_device, choose_precision
 from equipoise.base.errors import SharedError, UserError, own_command, several
 from equipoise.base.files import real_path
 from equipoise.base.world import ALONE, World
-from equipoise.config.recipe import Recipe, field_value, find_field, load_recipe, override, recipe_fields
+from equipoise.config.recipe import Recipe, field_value, find_field, override
 from equipoise.data.decode import bad_images
 from equipoise.data.images import DIGITS, Parts, imbalance_factor
 from equipoise.data.rows import TABLES
 from equipoise.data.sources import open_data
 from equipoise.method.clip import PREFIX
 from equipoise.method.pretrained import find_pretrained, viewed_as_pretrained
-from equipoise.runs.checkpoint import Checkpoint, changed_part, create_network, load_checkpoint
-from equipoise.runs.folder import LAST, METRICS, PREVIOUS, RECIPE, RECORD, find_checkpoint, is_used
-from equipoise.runs.records import read_record
+from equipoise.runs.checkpoint import changed_part, create_network
+from equipoise.runs.folder import METRICS
+from equipoise.training.place import FILES, FREE, Place, Start, differing, find_place
 from equipoise.views.loader import steps_per_epoch
 from equipoise.views.views import view_settings
-
-AUTO = "auto"  # --resume auto: find out which run
-
-# Fields in which a recipe may change while a run goes on: they say where and how it is computed, not what.
-HOW = ("precision", "compile", "cuda_graph", "deterministic", "data.on_bad_image", "data.allow_outside")
-FREE = frozenset({*HOW, "name", "summary", "device", "workers", "log_every", "checkpoint_minutes"})
-# Files may be moved, and lie elsewhere on each host: fingerprints tell whether they are the same.
-FILES = frozenset({"model.weights", "data.path", "data.train_list", "data.val_list", "data.test_list"})
-
-
-def differing(one: Recipe, other: Recipe, free: frozenset[str]) -> list[tuple[str, Any, Any]]:
-    """The fields, without the `free` ones, in which two recipes differ, each with both values."""
-    fields = [field for field in recipe_fields() if field.key not in free]
-    values = [(field.key, field_value(one, field), field_value(other, field)) for field in fields]
-    return [(key, before, now) for key, before, now in values if before != now]
-
-
-@dataclass(frozen=True)
-class Start:
-    """The checkpoint that a run starts from."""
-
-    path: Path
-    checkpoint: Checkpoint
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a run is written. `start`: a checkpoint to start from, its own, another run's or of the BCL authors' code.
-    `resumes`: the run is there and goes on, or begins again where it has no checkpoint. `named`: no other folder will
-    do."""
-
-    folder: Path
-    start: Start | None
-    resumes: bool
-    named: bool = True
-
-
-def find_place(recipe: Recipe, out: str | Path | None, resume: str | Path | None, world: World) -> Place:
-    """Where to write a run of `recipe`: see `prepare`. Raises UserError where a folder or checkpoint will not do."""
-    folder = Path(os.path.expanduser(out)) if out else None
-    source = Path(os.path.expanduser(resume)) if resume else None
-    if resume == AUTO:
-        source = _newest_run(recipe, folder)
-    elif not resume and (world.restarted or world.launch not in ("", "none")):  # 'none' is torchrun's default name
-        source = _newest_run(recipe, folder, world)
-    start = None
-    if source:
-        run = source if source.is_dir() else source.parent
-        own = (run / RECORD).is_file() and (source.is_dir() or source.name in (LAST, PREVIOUS))
-        start = _start_from(find_checkpoint(source))
-        if own and (folder is None or real_path(folder) == real_path(run)):
-            return Place(run, start, resumes=True)
-        if start is None:
-            raise UserError(f"{run} has no checkpoint to go on from")
-    if folder is not None and (folder.is_file() or (folder.is_dir() and is_used(folder))):
-        raise UserError(f"{folder} is a file, or not empty; go on by --resume {folder}, or name another with --out")
-    return Place(folder or default_folder(recipe), start, resumes=False, named=folder is not None)
-
-
-def default_folder(recipe: Recipe) -> Path:
-    """A folder in `runs` that does not exist yet."""
-    stem = f"{recipe.name}-{recipe.method.replace('+', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
-    # A sweep may start several runs in one second.
-    return next(path for n in itertools.count(1) if not (path := Path("runs") / (stem + f"-{n}" * (n > 1))).exists())
-
-
-def _newest_run(recipe: Recipe, folder: Path | None, world: World | None = None) -> Path | None:
-    """The newest unfinished run of this recipe, in `folder` or else in `runs`; with `world`, of this torchrun launch.
-    After a restart a finished one too, which is then scored again: there may be a run after it."""
-    found: list[tuple[str, Path]] = []
-    for run in [folder] if folder else [record.parent for record in Path("runs").glob(f"*/{RECORD}")]:
-        try:
-            record, before = read_record(run / RECORD), load_recipe(run / RECIPE)
-        except UserError:  # no run, or one that was killed while it made its folder
-            continue
-        open_to_go_on = (world is not None and world.restarted) or not (run / METRICS).exists()
-        of_launch = world is None or record.get("launch") == world.launch
-        if open_to_go_on and of_launch and not differing(before, recipe, FREE):
-            found.append((record["started"], run))
-    return max(found)[1] if found else None
-
-
-def _start_from(source: Path) -> Start | None:
-    """The checkpoint `source`; of a run folder the last one, or if the disk has spoiled that the one before it, None
-    where there is none."""
-    if not source.is_dir():
-        return Start(source, load_checkpoint(source))
-    there = [source / name for name in (LAST, PREVIOUS) if (source / name).exists()]
-    for path in there[:-1]:
-        with contextlib.suppress(UserError):
-            return Start(path, load_checkpoint(path))
-    return Start(there[-1], load_checkpoint(there[-1])) if there else None
 
 
 @dataclass(frozen=True)
@@ -150,6 +54,12 @@ class Plan:
     def steps(self) -> int:
         """Of all epochs."""
         return self.recipe.epochs * self.steps_per_epoch
+
+    def of(self, recipe: Recipe) -> "Plan":
+        """The plan of another recipe for the same data."""
+        recipe = viewed_as_pretrained(replace(recipe, data=self.recipe.data))
+        steps = steps_per_epoch(len(self.parts.train), recipe.batch_size)
+        return replace(self, recipe=recipe, precision=_precision(recipe, self.device), steps_per_epoch=steps)
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
@@ -220,7 +130,7 @@ def prepare(
 
     Raises UserError for what the user must put right; writes nothing. With several ranks, all call it and all raise.
     """
-    recipe = viewed_as_pretrained(_with_absolute_paths(recipe))
+    recipe = viewed_as_pretrained(with_absolute_paths(recipe))
     place = world.first_makes(lambda: find_place(recipe, out, resume, world))
     plan = world.each_makes(lambda: _plan(recipe, place, world))
     _refuse_different_ranks(plan)
@@ -238,15 +148,31 @@ def _plan(recipe: Recipe, place: Place, world: World) -> Plan:
     parts = open_data(recipe.data)
     refuse_batches(recipe, len(parts.train), world)
     device = choose_device(recipe.device, world.local_rank)
-    precision = choose_precision(recipe.precision, device)
-    if (recipe.precision, precision, device.type) == ("auto", "bf16", "cpu") and _is_slower_in_bf16(recipe):
-        precision = "fp32"
-    plan = Plan(recipe, parts, device, precision, steps_per_epoch(len(parts.train), recipe.batch_size), place, world)
-    if recipe.model.classifier_start == "text" and not recipe.model.encoder.startswith(PREFIX):
-        raise UserError(f"{recipe.model.encoder} has no text tower to start a classifier: take --arch {PREFIX}...")
+    steps = steps_per_epoch(len(parts.train), recipe.batch_size)
+    plan = Plan(recipe, parts, device, _precision(recipe, device), steps, place, world)
+    _refuse_idle_settings(recipe)
     if plan.start is not None:
         _refuse_other_run(plan, plan.start)
     return plan
+
+
+def _refuse_idle_settings(recipe: Recipe) -> None:
+    """Raise UserError for fields of the model that would have no effect."""
+    model = recipe.model
+    started = model.tune != "scratch" and model.classifier == "cosine"
+    if model.tune == "scratch" and model.weights:
+        raise UserError("tune = scratch starts from random weights: set --tune full, or drop --weights")
+    if model.classifier_start == "text" and not (started and model.encoder.startswith(PREFIX)):
+        raise UserError(f"only a cosine classifier on a pretrained {PREFIX}... starts at text: drop --classifier-start")
+    if model.anchor and not started:
+        raise UserError("only a cosine classifier on a pretrained encoder is held at its start: set --anchor 0")
+
+
+def _precision(recipe: Recipe, device: torch.device) -> str:
+    """As the recipe says; 'auto' is what is fastest on the device."""
+    precision = choose_precision(recipe.precision, device)
+    slow = (recipe.precision, precision, device.type) == ("auto", "bf16", "cpu") and _is_slower_in_bf16(recipe)
+    return "fp32" if slow else precision
 
 
 def _is_slower_in_bf16(recipe: Recipe) -> bool:
@@ -259,7 +185,7 @@ def _is_slower_in_bf16(recipe: Recipe) -> bool:
     return any(isinstance(module, nn.Conv2d) and module.groups > 1 for module in modules)
 
 
-def _with_absolute_paths(recipe: Recipe) -> Recipe:
+def with_absolute_paths(recipe: Recipe) -> Recipe:
     """The recipe with absolute paths, as it can be trained again from elsewhere."""
     for field in map(find_field, FILES):
         path = field_value(recipe, field)

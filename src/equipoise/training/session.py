@@ -1,7 +1,7 @@
 """A plan becomes a run folder: it is opened, taken, trained and scored, and what goes wrong is said in one line."""
 
 import shlex
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +19,8 @@ from equipoise.method.network import CosineClassifier, TwoBranchNetwork
 from equipoise.runs.checkpoint import create_network
 from equipoise.runs.folder import BAD_IMAGES, LAST, METRICS, PREVIOUS, RunFolder, write_record
 from equipoise.training.loop import NonFiniteLossError, Requests, Trainer
-from equipoise.training.plan import Plan, default_folder, prepare
+from equipoise.training.place import default_folder
+from equipoise.training.plan import Plan, prepare
 from equipoise.views.loader import Batches
 
 
@@ -49,19 +50,14 @@ class Session:
     def run(self, progress: bool = True) -> Run:
         """Train and score. See `train`."""
         plan, requests = self.plan, self.trainer.requests
-        classifier, model = self.network.classifier, plan.recipe.model
 
         def look() -> None:
             requests.leave_if_stopped("features are kept", plan.resume_command())
 
         for batches in self.opened.values():
             batches.prepare(look)
-        if plan.start is None and isinstance(classifier, CosineClassifier) and model.tune != "scratch":
-            if model.classifier_start == "text":
-                start_CF = text_directions(model.encoder, model.weights, plan.parts.train.class_names)
-            else:
-                start_CF = class_means(plan.recipe, plan.parts.train, self.network, plan.world, look)
-            classifier.start_at(start_CF)
+        if plan.start is None:
+            self._start_classifier(look)
         self.trainer.train(progress and plan.world.is_first)
         state = "training is done and saved, but not scored"  # nothing more has to be saved
         plan.world.each_makes(lambda: requests.stop_at_once(state, plan.resume_command()))
@@ -73,6 +69,23 @@ class Session:
             again = f"{own_command()} evaluate {shlex.quote(str(plan.folder))}"
             raise UserError(f"{in_words(error)}. Training is done and kept; then: {again}") from None
         return Run(plan.folder)
+
+    def _start_classifier(self, look: Callable[[], None]) -> None:
+        """Begin where the recipe says, if not at random. `look` is called now and then, and may raise."""
+        plan, model, classifier = self.plan, self.plan.recipe.model, self.network.classifier
+        if not isinstance(classifier, CosineClassifier):
+            return
+        if starts_at_means(plan.recipe):
+            classifier.start_at(class_means(plan.recipe, plan.parts.train, self.network, plan.world, look))
+        elif model.classifier_start == "text":
+            names = plan.parts.train.class_names
+            classifier.start_at(plan.world.first_makes(lambda: text_directions(model.encoder, model.weights, names)))
+
+
+def starts_at_means(recipe: Recipe) -> bool:
+    """Whether the classifier starts at the means of the classes."""
+    model = recipe.model
+    return model.tune != "scratch" and (model.classifier, model.classifier_start) == ("cosine", "class-means")
 
 
 @contextmanager

@@ -1,12 +1,13 @@
-"""Own pictures, a machine and the minutes there are become a recipe: what is tuned of which encoder, at which size, for
-how long. A few batches are timed for it, so that the minutes are known beforehand."""
+"""Own pictures, a machine and a time limit become a recipe: what is tuned of which encoder, for how long, in which
+batches. Some batches are timed for it, so that people know beforehand how long the run will take."""
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from itertools import islice, repeat
-from typing import Any
+from itertools import repeat
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,21 +16,24 @@ from equipoise.base.device import exact_float32, keep_freed_memory
 from equipoise.base.errors import UserError, several
 from equipoise.config.recipe import Field, Recipe, load_recipe, override
 from equipoise.evaluation.features import missing_features
+from equipoise.method.clip import PREFIX
 from equipoise.method.pretrained import find_pretrained
 from equipoise.method.tuning import parameter_groups
 from equipoise.runs.checkpoint import create_network
 from equipoise.training.loop import create_sgd, set_training
 from equipoise.training.plan import Plan, prepare
+from equipoise.training.session import starts_at_means
 from equipoise.training.step import Step
-from equipoise.views.loader import Batch, open_recipe_batches, steps_per_epoch
+from equipoise.views.loader import Batch, open_recipe_batches, worker_count
 from equipoise.views.views import view_settings
+
+T = TypeVar("T")
+Settings = Sequence[tuple[Field, Any]]
 
 _RECIPES = {"frozen": "frozen", "scratch": "pictures"}  # of the ways to tune; else:
 _FINETUNE = "finetune"
-_TIMED_FOR, _TIMED_AT_MOST = 6.0, 12  # seconds and batches
-_IMAGES_TIMED = 192
-
-Settings = Sequence[tuple[Field, Any]]
+_TIMED_FOR = 5.0  # seconds
+_IMAGES = 32  # encoded at a time
 
 
 @dataclass(frozen=True)
@@ -43,13 +47,6 @@ class Cost:
     def of(self, epochs: int) -> float:
         return self.before + epochs * self.epoch + self.after
 
-    def said(self, recipe: Recipe) -> str:
-        """For people."""
-        first = "features" if recipe.model.tune == "frozen" else "the class means"
-        parts = {first: self.before, several(recipe.epochs, "epoch"): recipe.epochs * self.epoch, "scoring": self.after}
-        whole = duration(self.of(recipe.epochs))
-        return f"{whole}: {', '.join(f'{duration(took)} for {what}' for what, took in parts.items() if took >= 1)}"
-
 
 @dataclass(frozen=True)
 class Choice:
@@ -59,16 +56,16 @@ class Choice:
     reasons: Mapping[str, str]
     cost: Cost
 
-    @property
-    def seconds(self) -> float:
-        """That the run takes."""
-        return self.cost.of(self.recipe.epochs)
-
-    def described(self) -> dict[str, str]:
-        """For people: what was chosen and why, and what it will take."""
-        recipe, why = self.recipe, self.reasons["model.tune"]
-        chosen = f"{recipe.model.tune} {recipe.model.encoder} at {recipe.views.size} pixels: {why}"
-        return {"chosen": chosen, "takes about": self.cost.said(recipe)}
+    def describe(self) -> dict[str, str]:
+        """For people: what was chosen and why, and how long it will take."""
+        recipe, cost = self.recipe, self.cost
+        what = f"{recipe.model.tune} {recipe.model.encoder} at {recipe.views.size} pixels"
+        first = "features" if recipe.model.tune == "frozen" else "the start of the classifier"
+        epochs = several(recipe.epochs, "epoch")
+        parts = {first: cost.before, epochs: recipe.epochs * cost.epoch, "scoring": cost.after}
+        said = [f"{duration(seconds)} for {part}" for part, seconds in parts.items() if seconds >= 1]
+        takes = ": ".join([duration(cost.of(recipe.epochs)), *filter(None, [", ".join(said)])])
+        return {"chosen": f"{what}: {self.reasons['model.tune']}", "takes about": takes}
 
 
 def duration(seconds: float) -> str:
@@ -78,48 +75,54 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def choose(settings: Settings, budget: float | None = None) -> Choice:
-    """The recipe for the data that `settings` name, on this machine, within `budget` seconds. What they set stays as it
-    is. Raises UserError for data that cannot be trained on."""
+def choose(settings: Settings, budget: float | None = None, out: str | Path | None = None, ranks: int = 1) -> Choice:
+    """The recipe for the data that `settings` name, on this machine, within `budget` seconds, of which measuring takes
+    its part. What they set stays as it is. `out`: see `prepare`; `ranks`: the processes that will share the work.
+
+    Raises UserError for data that cannot be trained on, and for a folder that will not do.
+    """
+    begun = time.monotonic()
     fixed = {field.key: value for field, value in settings}
     tunes, why = _candidates(fixed, budget, settings)
-    choice = _within(budget, fixed, _sized(tunes[0], settings), why)
-    for tune in tunes[1:]:
-        if budget is None or choice.seconds <= budget:
+    plan: Plan | None = None
+    choices: list[Choice] = []
+    for tune in tunes:
+        recipe = _with(load_recipe(_RECIPES.get(tune, _FINETUNE), tune=tune), settings)
+        if plan is None:  # the data are read once
+            smallest = recipe if "batch_size" in fixed else replace(recipe, batch_size=2 * ranks)
+            plan = prepare(smallest, out)
+        if "batch_size" not in fixed:
+            batch = min(recipe.batch_size, max(len(plan.parts.train) // 4, 2 * ranks))
+            recipe = replace(recipe, batch_size=batch - batch % ranks)
+        plan = plan.of(recipe)
+        left = None if budget is None else budget - (time.monotonic() - begun)
+        choices.append(_within(left, fixed, plan, measure(plan, ranks)))
+        if left is None or choices[-1].cost.of(choices[-1].recipe.epochs) <= left:
             break
-        choice = _within(budget, fixed, _sized(tune, settings), why)
-    return choice
-
-
-def _within(budget: float | None, fixed: Mapping[str, Any], plan: Plan, why: str) -> Choice:
-    """The plan's recipe with as many epochs as the budget allows, between half of its own and twice as many."""
-    recipe, cost = plan.recipe, measure(plan)
-    if budget is not None and "epochs" not in fixed:
-        affordable = int((budget - cost.before - cost.after) / cost.epoch)
-        epochs = min(2 * recipe.epochs, max(affordable, -(-recipe.epochs // 2)))
-        recipe = replace(recipe, epochs=epochs)
-    choice = Choice(recipe, {**_reasons(recipe), "model.tune": why}, cost)
-    if budget is None or "model.tune" in fixed:
-        return choice
-    fits = "the most that fits into" if choice.seconds <= budget else "nothing fits into"
-    return replace(choice, reasons={**choice.reasons, "model.tune": f"{fits} {duration(budget)}"})
+    choice = choices[-1]
+    if len(tunes) > 1 and budget is not None:
+        fits = choice.cost.of(choice.recipe.epochs) <= budget
+        why = f"the most thorough that fits into {duration(budget)}" if fits else f"{duration(budget)} are too short"
+    return replace(choice, reasons={**choice.reasons, "model.tune": why})
 
 
 def _candidates(fixed: Mapping[str, Any], budget: float | None, settings: Settings) -> tuple[list[str], str]:
-    """The ways to tune that come into question, and why the first of them."""
-    if "model.tune" in fixed:
-        return [fixed["model.tune"]], "as it was asked for"
+    """The ways to tune that come into question, the most thorough first, and the reason if there is but one."""
     recipe = _with(load_recipe("frozen"), settings)
+    if "model.tune" in fixed:
+        return [recipe.model.tune], "as it was asked for"
     try:
         if not recipe.model.weights:
             find_pretrained(recipe.model.encoder)
     except UserError as error:
         return ["scratch"], str(error)
+    if recipe.model.encoder.startswith(PREFIX):
+        return ["frozen"], "what is known of this encoder's layers does not suffice to tune them at their rates"
     if budget is not None:
         return ["full", "last-stage", "frozen"], ""
     if torch.cuda.is_available() and recipe.device != "cpu":
         return ["full"], "there is a GPU; --tune frozen is faster"
-    return ["frozen"], "without a GPU each image passes the encoder once; --budget 60m would tune it"
+    return ["frozen"], "on a CPU, each image passes the encoder once; with --budget TIME it is tuned if that suffices"
 
 
 def _with(recipe: Recipe, settings: Settings) -> Recipe:
@@ -128,82 +131,86 @@ def _with(recipe: Recipe, settings: Settings) -> Recipe:
     return recipe
 
 
-def _sized(tune: str, settings: Settings) -> Plan:
-    """The plan of the recipe for this way to tune, with batches that suit the number of images."""
-    keys = {field.key for field, _ in settings}
-    recipe = _with(load_recipe(_RECIPES.get(tune, _FINETUNE), tune=tune), settings)
-    smallest = recipe if "batch_size" in keys else replace(recipe, batch_size=2)
-    plan = prepare(smallest, out=None)
-    images = len(plan.parts.train)
-    recipe = replace(plan.recipe, batch_size=recipe.batch_size)
-    if "batch_size" not in keys:
-        while recipe.batch_size > max(images // 4, 4):
-            recipe = replace(recipe, batch_size=recipe.batch_size // 2)
-    return replace(plan, recipe=recipe, steps_per_epoch=steps_per_epoch(images, recipe.batch_size))
+def _within(budget: float | None, fixed: Mapping[str, Any], plan: Plan, cost: Cost) -> Choice:
+    """The plan's recipe with as many epochs as the budget allows, between half of its own and twice as many."""
+    recipe = plan.recipe
+    reasons = {} if "batch_size" in fixed else {"batch_size": "a quarter of the training images at most"}
+    if budget is not None and "epochs" not in fixed:
+        affordable = int((budget - cost.before - cost.after) / cost.epoch)
+        recipe = replace(recipe, epochs=min(2 * recipe.epochs, max(affordable, -(-recipe.epochs // 2))))
+        reasons["epochs"] = "what the budget allows, between half of the recipe's and twice as many"
+    return Choice(recipe, reasons, cost)
 
 
-def _reasons(recipe: Recipe) -> dict[str, str]:
-    """Why the fields that matter have their values; `model.tune` is not among them."""
-    return {
-        "method": "the prior of the training images is taken out of the classifier, for the rare classes",
-        "epochs": "what the time, or the recipe, allows",
-        "batch_size": "a quarter of the training images at most",
-        "views.size": "the size that the encoder's weights are meant for",
-        "model.encoder": "a small network of ImageNet whose weights can be had without a hub",
-    }
-
-
-def measure(plan: Plan) -> Cost:
-    """What a run of `plan` takes on this machine, as a few batches tell."""
+def measure(plan: Plan, ranks: int = 1) -> Cost:
+    """What a run of `plan` by so many processes costs on this machine, by timing some batches. What the processes
+    send each other is not in it."""
     if plan.device.type == "cpu":
         keep_freed_memory()
     recipe, parts, device = plan.recipe, plan.parts, plan.device
     network = create_network(recipe, len(parts.train.class_names), start=True).to(device)
     network = network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] torch's stub lacks it
-    step = Step(recipe, network, parts.train.class_counts, device, plan.precision, plan.world)
-    groups = parameter_groups(network, network.encoder, recipe.optim.layer_decay)
-    optimizer = create_sgd(groups, 1e-9, 0.0, 0.0)
-    frozen, labels_N = recipe.model.tune == "frozen", torch.from_numpy(parts.train.labels_N)
-    read = list(parts.named().values()) if frozen else [parts.train]
-    todo = 0 if recipe.model.tune == "scratch" else sum(missing_features(recipe, part, network) for part in read)
-    with closing(open_recipe_batches(recipe, parts.train, device, plan.world)) as batches:
+    frozen = recipe.model.tune == "frozen"
+    read = list(parts.named().values()) if frozen else [parts.train] if starts_at_means(recipe) else []
+    todo = sum(missing_features(recipe, part, network) for part in read)
+    own = max(recipe.batch_size // ranks, 2)
+    threads = max(worker_count(recipe.workers, ranks), 1)
+    alone = replace(recipe, workers=0)  # loading and computing are timed apart
+    with closing(open_recipe_batches(alone, parts.train, device, plan.world)) as batches:
+        labels_B = torch.from_numpy(parts.train.labels_N[:own]).to(device)
+        features_VBF = torch.rand(len(view_settings(recipe).kinds), len(labels_B), network.width, device=device)
+        made = repeat(Batch(features_VBF, labels_B, slice(0, len(labels_B))), 64)
+        steps = iter(made) if frozen else batches.training(0, own, range(64))
+        a_step = _paced(steps, _training_step(plan, network), threads, device)
+        everything = np.arange(len(parts.train))
+        images = (batch for batch, _ in batches.evaluation_of(everything, _IMAGES))
 
-        def made() -> Iterable[Batch]:
-            if not frozen:
-                return batches.training(0, recipe.batch_size, range(_TIMED_AT_MOST))
-            rows = slice(0, recipe.batch_size)
-            features_VBF = torch.rand(len(view_settings(recipe).kinds), recipe.batch_size, network.width, device=device)
-            return repeat(Batch(features_VBF, labels_N[rows].to(device), rows), _TIMED_AT_MOST)
+        def encode(batch: Batch) -> None:
+            with torch.inference_mode(), exact_float32():
+                network.encode(batch.images_VB3SS[0])
 
-        def encode() -> Iterable[int]:
-            network.eval()
-            for batch, rows in batches.evaluation_of(np.arange(min(len(parts.train), _IMAGES_TIMED)), 32):
-                with torch.inference_mode(), exact_float32():
-                    network.encode(batch.images_VB3SS[0])
-                yield len(rows)
-
-        def train() -> Iterable[int]:
-            set_training(network, recipe)
-            for batch in made():
-                optimizer.zero_grad()
-                step(batch)
-                optimizer.step()
-                yield 1
-
-        an_image, a_step = pace(encode()), pace(train())
+        network.eval()
+        seen = min(len(everything), _IMAGES)
+        an_image = _paced(images, encode, threads, device) / seen / ranks if todo or not frozen else 0.0
     validation, test = (len(part) if part else 0 for part in (parts.validation, parts.test))
     scored = 0.0 if frozen else an_image
     last = 2 * (validation + test) + (0 if recipe.model.tune == "scratch" else len(parts.train))
     return Cost(todo * an_image, plan.steps_per_epoch * a_step + validation * scored, last * scored)
 
 
-def pace(work: Iterable[int]) -> float:
-    """Seconds for one of what `work` counts; its first item, for which all gets ready, does not count."""
-    items = iter(work)
-    next(items)
-    begun, done = time.perf_counter(), 0
-    for count in islice(items, _TIMED_AT_MOST - 1):
-        done += count
-        if time.perf_counter() - begun > _TIMED_FOR:
+def _training_step(plan: Plan, network: Any) -> Callable[[Batch], None]:
+    """What the loop does with a batch, at a rate that leaves the weights as they are."""
+    recipe = plan.recipe
+    step = Step(recipe, network, plan.parts.train.class_counts, plan.device, plan.precision, plan.world)
+    groups = parameter_groups(network, network.encoder, recipe.optim.layer_decay)
+    optimizer = create_sgd(groups, 0.0, recipe.optim.momentum, 0.0)
+    set_training(network, recipe)
+
+    def train(batch: Batch) -> None:
+        optimizer.zero_grad()
+        step(batch)
+        optimizer.step()
+
+    return train
+
+
+def _paced(items: Iterator[T], work: Callable[[T], None], threads: int, device: torch.device) -> float:
+    """Seconds for an item: its work, and its making by so many threads, beside which a GPU works on. The first item,
+    for which all gets ready, does not count unless it is the only one."""
+    making, working, count, begun = 0.0, 0.0, 0, time.perf_counter()
+    for number in range(64):
+        before = time.perf_counter()
+        item = next(items, None)
+        if item is None:
             break
-    return (time.perf_counter() - begun) / max(done, 1)
+        made = time.perf_counter()
+        work(item)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        if number == 1:
+            making, working, count = 0.0, 0.0, 0
+        making, working, count = making + made - before, working + time.perf_counter() - made, count + 1
+        if number and time.perf_counter() - begun > _TIMED_FOR:
+            break
+    making = making / threads
+    return (max(making, working) if device.type == "cuda" else making + working) / max(count, 1)
