@@ -42,7 +42,7 @@ from equipoise.runs.folder import BEST, LAST, METRICS, chosen_checkpoint, json_b
 from equipoise.views.loader import Batches, worker_count
 from equipoise.views.views import evaluation_view
 
-_BATCH = 64
+_BATCH = 32
 
 Prior = str | Path | Mapping[str, float]
 Neighbour = tuple[str, str, float]  # a training image, its class, the cosine of its features with those of another

@@ -28,7 +28,7 @@ from equipoise.method.network import TwoBranchNetwork
 from equipoise.views.loader import Batch, Batches, Maker, Task, open_recipe_batches
 from equipoise.views.views import view_settings
 
-_BATCH = 64  # images between two looks at a signal
+_BATCH = 16  # images at a time: as fast as more, in less memory
 
 
 def open_encoded_batches(

@@ -18,7 +18,7 @@ from equipoise.method.network import TwoBranchNetwork
 from equipoise.runs.checkpoint import Checkpoint
 from equipoise.views.loader import Batches
 
-_BATCH = 64
+_BATCH = 32
 _MISTAKES, _NEIGHBOURS = 12, 4  # that the report shows
 
 Nearest = tuple[Tensor, Tensor]  # cosines [M, K], the highest first, and rows of the training part

@@ -21,7 +21,7 @@ from equipoise.evaluation.metrics import GROUPS, TAUS, Predictions, shot_group
 from equipoise.method.network import TwoBranchNetwork
 from equipoise.views.loader import Batches
 
-_BATCH = 256
+_BATCH = 64
 _RANKED = 5
 
 Arrays = tuple[npt.NDArray[Any], ...]

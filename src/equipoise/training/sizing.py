@@ -32,8 +32,9 @@ Settings = Sequence[tuple[Field, Any]]
 
 _RECIPES = {"frozen": "frozen", "scratch": "pictures"}  # of the ways to tune; else:
 _FINETUNE = "finetune"
-_TIMED_FOR = 5.0  # seconds
-_IMAGES = 32  # encoded at a time
+_TIMED_FOR = 6.0  # seconds
+_IMAGES = 16  # encoded at a time, as for features
+_REST = 3.0  # seconds in which networks are built and files are written
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Choice:
         what = f"{recipe.model.tune} {recipe.model.encoder} at {recipe.views.size} pixels"
         first = "features" if recipe.model.tune == "frozen" else "the start of the classifier"
         epochs = several(recipe.epochs, "epoch")
-        parts = {first: cost.before, epochs: recipe.epochs * cost.epoch, "scoring": cost.after}
+        parts = {first: cost.before, epochs: recipe.epochs * cost.epoch, "scoring and files": cost.after}
         said = [f"{duration(seconds)} for {part}" for part, seconds in parts.items() if seconds >= 1]
         takes = ": ".join([duration(cost.of(recipe.epochs)), *filter(None, [", ".join(said)])])
         return {"chosen": f"{what}: {self.reasons['model.tune']}", "takes about": takes}
@@ -154,14 +155,14 @@ def measure(plan: Plan, ranks: int = 1) -> Cost:
     read = list(parts.named().values()) if frozen else [parts.train] if starts_at_means(recipe) else []
     todo = sum(missing_features(recipe, part, network) for part in read)
     own = max(recipe.batch_size // ranks, 2)
-    threads = max(worker_count(recipe.workers, ranks), 1)
-    alone = replace(recipe, workers=0)  # loading and computing are timed apart
-    with closing(open_recipe_batches(alone, parts.train, device, plan.world)) as batches:
+    workers = worker_count(recipe.workers, ranks)
+    ahead = 2 * workers + 1
+    with closing(open_recipe_batches(replace(recipe, workers=workers), parts.train, device, plan.world)) as batches:
         labels_B = torch.from_numpy(parts.train.labels_N[:own]).to(device)
         features_VBF = torch.rand(len(view_settings(recipe).kinds), len(labels_B), network.width, device=device)
-        made = repeat(Batch(features_VBF, labels_B, slice(0, len(labels_B))), 64)
-        steps = iter(made) if frozen else batches.training(0, own, range(64))
-        a_step = _paced(steps, _training_step(plan, network), threads, device)
+        made = repeat(Batch(features_VBF, labels_B, slice(0, len(labels_B))), 1000)
+        steps = iter(made) if frozen else batches.training(0, own, range(1000))
+        a_step = _paced(steps, _training_step(plan, network), ahead, device)
         everything = np.arange(len(parts.train))
         images = (batch for batch, _ in batches.evaluation_of(everything, _IMAGES))
 
@@ -171,11 +172,11 @@ def measure(plan: Plan, ranks: int = 1) -> Cost:
 
         network.eval()
         seen = min(len(everything), _IMAGES)
-        an_image = _paced(images, encode, threads, device) / seen / ranks if todo or not frozen else 0.0
+        an_image = _paced(images, encode, ahead, device) / seen / ranks if todo or not frozen else 0.0
     validation, test = (len(part) if part else 0 for part in (parts.validation, parts.test))
     scored = 0.0 if frozen else an_image
     last = 2 * (validation + test) + (0 if recipe.model.tune == "scratch" else len(parts.train))
-    return Cost(todo * an_image, plan.steps_per_epoch * a_step + validation * scored, last * scored)
+    return Cost(todo * an_image, plan.steps_per_epoch * a_step + validation * scored, last * scored + _REST)
 
 
 def _training_step(plan: Plan, network: Any) -> Callable[[Batch], None]:
@@ -194,23 +195,16 @@ def _training_step(plan: Plan, network: Any) -> Callable[[Batch], None]:
     return train
 
 
-def _paced(items: Iterator[T], work: Callable[[T], None], threads: int, device: torch.device) -> float:
-    """Seconds for an item: its work, and its making by so many threads, beside which a GPU works on. The first item,
-    for which all gets ready, does not count unless it is the only one."""
-    making, working, count, begun = 0.0, 0.0, 0, time.perf_counter()
-    for number in range(64):
-        before = time.perf_counter()
-        item = next(items, None)
-        if item is None:
-            break
-        made = time.perf_counter()
+def _paced(items: Iterator[T], work: Callable[[T], None], ahead: int, device: torch.device) -> float:
+    """Seconds for an item, with its making by the loader, which is `ahead` by so many: they do not count, since all
+    must get ready first. Of fewer items, all count."""
+    ends = [time.perf_counter()]
+    for number, item in enumerate(items):
         work(item)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        if number == 1:
-            making, working, count = 0.0, 0.0, 0
-        making, working, count = making + made - before, working + time.perf_counter() - made, count + 1
-        if number and time.perf_counter() - begun > _TIMED_FOR:
+        ends.append(time.perf_counter())
+        if number > ahead and ends[-1] - ends[ahead + 1] > _TIMED_FOR:
             break
-    making = making / threads
-    return (max(making, working) if device.type == "cuda" else making + working) / max(count, 1)
+    first = ahead + 1 if len(ends) > ahead + 2 else 0
+    return (ends[-1] - ends[first]) / max(len(ends) - 1 - first, 1)
