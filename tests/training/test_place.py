@@ -172,7 +172,7 @@ def test_a_recipe_of_a_run_finds_its_files_from_anywhere(pictures, tmp_path, mon
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     torch.save({}, tmp_path / "w.pth")
-    recipe = prepare(small(pictures.name, weights="~/w.pth"), "run").recipe
+    recipe = prepare(small(pictures.name, weights="~/w.pth", tune="full"), "run").recipe
     assert recipe.model.weights == str(tmp_path / "w.pth")
     assert recipe.data.path == str(pictures)
     monkeypatch.chdir("/")

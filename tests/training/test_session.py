@@ -85,7 +85,11 @@ def test_records_that_are_damaged_do_not_stop_a_run(name, content, run):
 def test_a_run_goes_on_without_the_weights_that_it_started_from(tmp_path):
     weights = tmp_path / "weights.pth"
     torch.save(create_encoder("resnet8", 16)[0].state_dict(), weights)
-    run = train(replace(RECIPE, model=replace(RECIPE.model, weights=str(weights))), tmp_path / "run", progress=False)
+    run = train(
+        replace(RECIPE, model=replace(RECIPE.model, weights=str(weights), tune="full")),
+        tmp_path / "run",
+        progress=False,
+    )
     weights.unlink()
     assert train(load_recipe(run.path, epochs=3), progress=False, resume=run.path).metrics["last"]["epoch"] == 3
 

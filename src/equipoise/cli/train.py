@@ -157,15 +157,15 @@ def _choose(options: argparse.Namespace, recipe: Recipe, budget: float | None, r
 def _unfinished(world: "World", options: argparse.Namespace) -> Recipe | None:
     """What `--resume auto`, or torchrun after a failure, goes on with: the recipe that was chosen then, in which all
     is as it is set now."""
-    from equipoise.training.place import newest_run
+    from equipoise.training.place import FREE, differing, newest_run
     from equipoise.training.plan import with_absolute_paths
 
     def meant(before: Recipe) -> bool:
-        return with_absolute_paths(flags.with_overrides(before, options)) == before
+        return not differing(before, with_absolute_paths(flags.with_overrides(before, options)), FREE)
 
     out = Path(options.out) if options.out else None
     run = newest_run(meant, out, world if world.restarted else None) if options.resume or world.restarted else None
-    return load_recipe(run) if run else None
+    return flags.with_overrides(load_recipe(run), options) if run else None
 
 
 def _train(world: "World", options: argparse.Namespace, recipe: Recipe, remark: str) -> None:
