@@ -158,7 +158,7 @@ def measure(plan: Plan, ranks: int = 1) -> Cost:
     workers = worker_count(recipe.workers, ranks)
     ahead = 2 * workers + 1
     with closing(open_recipe_batches(replace(recipe, workers=workers), parts.train, device, plan.world)) as batches:
-        labels_B = torch.from_numpy(parts.train.labels_N[:own]).to(device)
+        labels_B = torch.tensor(parts.train.labels_N[:own], device=device)
         features_VBF = torch.rand(len(view_settings(recipe).kinds), len(labels_B), network.width, device=device)
         made = repeat(Batch(features_VBF, labels_B, slice(0, len(labels_B))), 1000)
         steps = iter(made) if frozen else batches.training(0, own, range(1000))
