@@ -50,7 +50,7 @@ def long_tailed(full: ImageList, imbalance_factor: float, shape: str) -> ImageLi
     counts = long_tail_counts(largest, len(full.class_names), imbalance_factor, shape)
     if by_size:
         limit_of = dict(zip(np.argsort(np.negative(full.class_counts), kind="stable").tolist(), counts, strict=True))
-        counts = [min(count, limit_of[label]) for label, count in enumerate(full.class_counts)]
+        counts = [limit_of[label] for label in range(len(counts))]
     if min(counts) < 1:
         raise UserError(
             f"imbalance factor {imbalance_factor:g} leaves class '{full.class_names[counts.index(0)]}' without images; "
