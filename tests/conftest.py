@@ -17,7 +17,7 @@ from PIL import Image
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text(encoding="utf-8"))
 
 
-def _golden_values(seed: int, count: int):
+def golden_values(seed: int, count: int):
     """The golden file's pseudo-random inputs."""
     import torch
 
@@ -36,7 +36,7 @@ def check_bcl_golden(case: dict, device: str) -> None:
     from equipoise import BalancedContrastiveLoss
 
     batch, width, classes = case["batch"], case["dim"], case["classes"]
-    values = _golden_values(case["lcg_seed"], (2 * batch + classes) * width).to(device)
+    values = golden_values(case["lcg_seed"], (2 * batch + classes) * width).to(device)
     features = values[: 2 * batch * width].reshape(batch, 2, width).requires_grad_()
     prototypes = values[2 * batch * width :].reshape(classes, width).requires_grad_()
     labels = torch.tensor(case["labels"], device=device)
@@ -56,7 +56,7 @@ def check_logit_adjusted_golden(device: str) -> None:
     from equipoise import LogitAdjustedCrossEntropy
 
     case = GOLDEN["logit_adjusted_cross_entropy"]
-    logits = _golden_values(case["lcg_seed"], 40).to(device).reshape(8, 5) * case["scale"]
+    logits = golden_values(case["lcg_seed"], 40).to(device).reshape(8, 5) * case["scale"]
     loss = LogitAdjustedCrossEntropy(case["class_counts"], tau=case["tau"]).to(device)
     assert loss(logits, torch.tensor(case["labels"], device=device)).item() == pytest.approx(case["loss"], rel=1e-9)
 

@@ -29,6 +29,7 @@ from equipoise.method.losses import (
     logit_adjusted_cross_entropy,
     supervised_contrastive_loss,
 )
+from equipoise.method.methods import METHODS as ALL_METHODS
 from equipoise.method.network import TwoBranchNetwork, batch_norms
 from equipoise.runs.checkpoint import create_network
 from equipoise.training.loop import create_sgd, set_training
@@ -39,7 +40,7 @@ from equipoise.views.views import ViewSettings, view_settings
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 DEVICE, CPU = torch.device("cuda"), torch.device("cpu")
-METHODS = [{"method": method} for method in ("bcl", "ce", "logit-adjusted", "supcon+la")]
+METHODS = [{"method": method} for method in ALL_METHODS]
 CLASS_COUNTS = (124, 80, 51, 33, 21, 14, 9, 5, 3, 2)  # of digits-lt: six steps an epoch
 
 

@@ -2,11 +2,13 @@
 
 import tomllib
 from functools import reduce
+from typing import get_args
 
 import pytest
 
 from equipoise import UserError, load_recipe
 from equipoise.config.recipe import (
+    Method,
     Recipe,
     field_value,
     find_field,
@@ -88,7 +90,7 @@ def test_overrides_take_text_and_values():
         ("lr", True, "optim.lr must be a number, above 0, not True"),
         ("holdout", 0.9, "data.holdout must be a number, at least 0 and at most 0.5, not 0.9"),
         ("device", "gpu", "device must be one of auto, cpu, cuda, cuda:N, mps, not 'gpu'"),
-        ("method", "BCL", "method must be one of bcl, ce, logit-adjusted, supcon+la, not 'BCL'"),
+        ("method", "BCL", f"method must be one of {', '.join(get_args(Method))}, not 'BCL'"),
         ("compile", 1, "compile must be true or false, not 1"),
         ("mean", "0.1 0.2", "views.mean must be 3 numbers, at least 0 and at most 1, not '0.1 0.2'"),
         ("std", [0.2, 0, 0.2], "views.std must be 3 numbers, above 0 and at most 1, not [0.2, 0, 0.2]"),

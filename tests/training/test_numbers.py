@@ -2,23 +2,27 @@
 
 import io
 import json
+import os
+import signal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import draw_folder
 from PIL import Image
 
 from equipoise import load_recipe, train
+from equipoise.base.errors import Stopped
 from equipoise.config.recipe import Recipe
-from equipoise.runs.checkpoint import create_network
+from equipoise.method.methods import METHODS, objective_of
+from equipoise.runs.checkpoint import create_network, load_checkpoint
 from equipoise.training.plan import prepare
 from equipoise.training.step import Step
 from equipoise.views.loader import open_batches
 from equipoise.views.views import view_settings
 
-METHODS = ("bcl", "ce", "logit-adjusted", "supcon+la")
 TINY = {"policy": "cifar", "size": 8, "encoder": "resnet8", "hidden_dim": 8, "feature_dim": 8, "epochs": 1,
         "log_every": 1, "device": "cpu", "holdout": 0}  # fmt: skip
 
@@ -31,6 +35,9 @@ def steps(run) -> list[float]:
     """The loss of each step that was logged."""
     lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if line["kind"] == "train"]
+
+
+WITH_STATE = [name for name in METHODS if objective_of(tiny("", method=name), (2, 1)).state_dict()]
 
 
 @pytest.mark.slow
@@ -53,6 +60,33 @@ def test_a_last_batch_of_one_image(policy, method, tmp_path):
         losses = steps(train(recipe, tmp_path / f"run{count}", progress=False))
         assert len(losses) == expected
         assert np.isfinite(losses).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "method", [name for name in METHODS if objective_of(tiny("", method=name), (2, 1)).state_dict()]
+)
+def test_what_a_method_keeps_goes_on(method, tmp_path, monkeypatch):
+    """A run that is stopped within an epoch ends, to the last bit, as an undisturbed one."""
+    data = draw_folder(tmp_path / "data", {"ant": 14, "bee": 6})
+    recipe = tiny(data, method=method, batch_size=5, epochs=5, workers=0, precision="fp32")
+    whole = load_checkpoint(train(recipe, tmp_path / "whole", progress=False).path / "last.pt")
+    steps, honest = list[int](), Step.__call__
+
+    def stop(step, batch, votes):
+        steps.append(1)
+        if len(steps) == 18:  # in the last epoch
+            os.kill(os.getpid(), signal.SIGTERM)
+        return honest(step, batch, votes)
+
+    monkeypatch.setattr(Step, "__call__", stop)
+    with pytest.raises(Stopped):
+        train(recipe, tmp_path / "run", progress=False)
+    again = load_checkpoint(train(recipe, resume=tmp_path / "run", progress=False).path / "last.pt")
+    assert again.step == whole.step == 20
+    for ours, expected in ((again.weights, whole.weights), (again.objective, whole.objective)):
+        assert ours.keys() == expected.keys()
+        assert all(torch.equal(ours[name], value) for name, value in expected.items())
 
 
 @pytest.mark.long

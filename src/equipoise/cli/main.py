@@ -110,7 +110,8 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
     train.add_compare_options(add("compare", "train several methods with several seeds", train.compare), arguments)
     use.add_evaluate_options(add("evaluate", "score a run or a checkpoint", use.evaluate))
     use.add_report_options(add("report", "write runs as one HTML page, side by side", use.report))
-    add("recipes", "the recipes that come with the package", _recipes)
+    recipes = add("recipes", "the recipes that come with the package", _recipes)
+    recipes.add_argument("--methods", action="store_true", help="the methods instead, which --method chooses from")
     train.add_data_options(add("data", "what a folder holds: classes, counts, problems", train.data))
     train.add_pack_options(add("pack", "re-encode images once, smaller, into one file a part", train.pack))
     use.add_predict_options(add("predict", "name the classes of images", use.predict))
@@ -118,6 +119,12 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
     return parser
 
 
-def _recipes(_: argparse.Namespace) -> None:
-    for name in shipped_recipes():
-        print(f"{name:<12}  {load_recipe(name).summary}")
+def _recipes(options: argparse.Namespace) -> None:
+    if options.methods:
+        from equipoise.method.methods import METHODS
+
+        said = {name: " ".join(str(method.__doc__).split()) for name, method in METHODS.items()}
+    else:
+        said = {name: load_recipe(name).summary for name in shipped_recipes()}
+    for name, summary in said.items():
+        print(f"{name:<14}  {summary}")

@@ -277,7 +277,7 @@ def add_compare_options(command: argparse.ArgumentParser, arguments: Sequence[st
     add = command.add_argument
     add("recipe", metavar="RECIPE", help="a shipped recipe, a TOML file, or a run folder")
     methods = "separated by commas; differences are to the first [%(default)s]"
-    add("--methods", default=",".join(get_args(Method)), help=methods)
+    add("--methods", default="bcl,ce,logit-adjusted", help=methods)
     add("--seeds", type=int, default=3, help="how many, from --seed on [%(default)s]")
     add("--out", metavar="FOLDER", help="for the run folders; finished runs are kept (default: runs/compare-RECIPE)")
     # Options of `train` that it does not have.

@@ -16,7 +16,7 @@ from msgspec import Meta
 
 from equipoise.base.errors import UserError, reason, shown
 
-Method = Literal["bcl", "ce", "logit-adjusted", "supcon+la"]
+Method = Literal["bcl", "ce", "class-weights", "focal", "ldam-drw", "logit-adjusted", "supcon+la", "vs"]
 Default = TypeVar("Default")
 
 
@@ -116,6 +116,10 @@ class Loss:
     beta: float = _field(0.35, "weight of the contrastive loss (two-branch methods only)", ge=0)
     temperature: float = _field(0.07, "temperature of the contrastive loss", "temp", gt=0)
     tau: float = _field(1.0, "strength of the logit adjustment", ge=0)
+    gamma: float = _field(0.0, "exponent of focal and of vs (0: as published, 2 and 0.3)", ge=0, le=10)
+    effective_beta: float = _field(
+        0.9999, "class-weights, ldam-drw: beta of the effective number of images (1: weights 1 / n)", ge=0, le=1
+    )
     label_smoothing: float = _field(
         0.0, "share of the label that goes to all classes alike; probabilities then favour rare classes", ge=0, le=0.9
     )
@@ -144,7 +148,7 @@ class Recipe:
         description="a name of up to 100 characters without /",
     )
     summary: str = _field("", "one line for `equipoise recipes`")
-    method: Method = _field("bcl", "what is trained: bcl, or a baseline under the same recipe")  # noqa: RUF009 the rule does not know the alias
+    method: Method = _field("bcl", "what is trained (equipoise recipes --methods explains them)")  # noqa: RUF009 the rule does not know the alias
     seed: int = _field(0, "everything random follows from it", ge=0, le=2**31 - 1)
     epochs: int = _field(90, "passes over the training images", ge=1, le=1_000_000)
     batch_size: int = _field(256, "images a step (each gives three views), over all processes", "b", ge=2)

@@ -4,6 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+import torch
+
+from equipoise.method.methods import class_weights
 
 
 def remedies(class_counts: Sequence[int], beta: float = 0.9999) -> list[tuple[str, npt.NDArray[np.float64], str]]:
@@ -15,11 +18,11 @@ def remedies(class_counts: Sequence[int], beta: float = 0.9999) -> list[tuple[st
     moves the margin against the largest class by log(n_max / n) (Menon et al., ICLR 2021, eq. 11, with tau = 1).
     """
     n_C = np.array(class_counts, np.float64)
-    inverse_C, effective_C = 1 / n_C, 1 / -np.expm1(n_C * np.log(beta))
+    inverse_C, effective_C = (class_weights(torch.from_numpy(n_C), of).numpy() for of in (1, beta))
     margin_C = np.log(n_C.max() / n_C)
     return [
-        ("class weights 1/n", inverse_C / inverse_C.mean(), "weight in the loss, of mean 1"),
-        ("  by effective number", effective_C / effective_C.mean(), f"the same, beta {beta}"),
+        ("class weights 1/n", inverse_C, "weight in the loss, of mean 1"),
+        ("  by effective number", effective_C, f"the same, beta {beta}"),
         ("class-balanced sampler", n_C.mean() / n_C, "draws of each image an epoch"),
         ("square-root sampler", n_C.sum() / np.sqrt(n_C).sum() / np.sqrt(n_C), "the same"),
         ("logit adjustment", margin_C, "margin added against the largest"),

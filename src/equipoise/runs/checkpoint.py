@@ -3,7 +3,7 @@
 import os
 import shutil
 import zipfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from equipoise.base.files import atomic_file, load_tensors
 from equipoise.config.recipe import Recipe, load_recipe, recipe_from_table
 from equipoise.data.images import Parts
 from equipoise.data.sources import PARTS
-from equipoise.method.losses import log_prior
+from equipoise.method.methods import METHODS, objective_of
 from equipoise.method.network import TwoBranchNetwork
 from equipoise.method.tuning import merge_low_rank
 from equipoise.runs.folder import BEST, LAST, METRICS, PREVIOUS, RECIPE, find_checkpoint
@@ -32,7 +32,8 @@ class Checkpoint:
     """The state of a run after `epoch` epochs and `step` steps.
 
     `best`: the highest mean per-class accuracy on the validation part so far, and the epoch that reached it; None
-    without a validation part. `optimizer`: SGD's state. `fingerprints`: the data's, by part. A file of the BCL authors
+    without a validation part. `optimizer`: SGD's state. `fingerprints`: the data's, by part. `objective`: what the
+    method keeps from step to step. A file of the BCL authors
     does not say what it was trained on: its `class_counts` are empty, its class names are numbers, and of its recipe
     only the model is known.
     """
@@ -46,6 +47,7 @@ class Checkpoint:
     weights: dict[str, Tensor]
     optimizer: dict[str, Any]
     fingerprints: dict[str, str]
+    objective: dict[str, Tensor] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Write to `path`, which holds the old file or the whole new one at any moment. Raises OSError."""
@@ -102,16 +104,11 @@ class Checkpoint:
 
     def log_prior_of_logits(self) -> Tensor:
         """`[C]`, float64: log of the class prior, up to a constant, under which the softmax of the raw logits is the
-        posterior.
-
-        Training makes softmax(logits + tau * log p) estimate the posterior under the training prior p, so that logits =
-        log-likelihood + (1 - tau) * log p: the prior is uniform at tau = 1, and p for plain cross-entropy (tau = 0).
-        The BCL authors' code has tau = 1, so that the counts, which their files lack, are not needed.
+        posterior. Where the counts are not known, as in the BCL authors' files, they do not matter: tau is 1.
         """
-        tau = 0.0 if self.recipe.method == "ce" else self.recipe.loss.tau
-        if not self.class_counts:
-            return torch.zeros(len(self.class_names), dtype=torch.float64)
-        return (1 - tau) * log_prior(torch.from_numpy(sampled_counts(self.class_counts, self.recipe.data.sampler)))
+        counts = self.class_counts or [1] * len(self.class_names)
+        drawn_C = sampled_counts(counts, self.recipe.data.sampler)
+        return objective_of(self.recipe, drawn_C.tolist()).log_prior_of_logits()
 
 
 def described(file: Path, checkpoint: Checkpoint) -> str:
@@ -154,8 +151,8 @@ def _is_whole(path: Path) -> bool:
 
 def create_network(recipe: Recipe, classes: int, start: bool) -> TwoBranchNetwork:
     """The network that `recipe` describes; with `start`, with the pretrained weights that it may name."""
-    contrastive, prototypes = recipe.method in ("bcl", "supcon+la"), recipe.method == "bcl"
-    return TwoBranchNetwork(recipe.model, recipe.views, classes, contrastive, prototypes, start)
+    method = METHODS[recipe.method]
+    return TwoBranchNetwork(recipe.model, recipe.views, classes, method.contrastive, method.prototypes, start)
 
 
 def state_on_cpu(module: nn.Module) -> dict[str, Tensor]:

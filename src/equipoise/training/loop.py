@@ -154,6 +154,7 @@ class Trainer:
             self.step, self.best = done.step, done.best
             groups = self._optimizer.state_dict()["param_groups"]  # the rates in them are set in every epoch
             self._optimizer.load_state_dict({"state": done.optimizer["state"], "param_groups": groups})
+            self._gradients.objective.load_state_dict(done.objective)
 
     def train(self, progress: bool) -> None:
         """All steps that are left. Raises Stopped where a signal asked for it, NonFiniteLossError, and OSError where
@@ -178,6 +179,8 @@ class Trainer:
         rate = learning_rate(self.epoch, recipe.epochs, recipe.optim)
         for group in self._optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
+        if self.step == self.epoch * plan.steps_per_epoch:
+            self._gradients.objective.begin_epoch(self.epoch, recipe.epochs)
         images, since = 0, time.perf_counter()
         while self.step < (self.epoch + 1) * plan.steps_per_epoch:
             # What a network may draw in its forward pass (dropout, stochastic depth) follows from step and rank.
@@ -268,6 +271,7 @@ class Trainer:
             weights=state_on_cpu(self._network),
             optimizer=self._optimizer.state_dict(),
             fingerprints=plan.fingerprints,
+            objective=state_on_cpu(self._gradients.objective),
         )
         log.sync()  # a run that goes on from here does not write its lines again
         # The best first: a last checkpoint never speaks of a best one that is not there.

@@ -21,6 +21,7 @@ from equipoise.data.images import DIGITS, Parts, imbalance_factor
 from equipoise.data.rows import TABLES
 from equipoise.data.sources import open_data
 from equipoise.method.clip import PREFIX
+from equipoise.method.methods import METHODS
 from equipoise.method.pretrained import find_pretrained, viewed_as_pretrained
 from equipoise.runs.checkpoint import changed_part, create_network
 from equipoise.runs.folder import METRICS
@@ -157,8 +158,12 @@ def _plan(recipe: Recipe, place: Place, world: World) -> Plan:
 
 
 def _refuse_idle_settings(recipe: Recipe) -> None:
-    """Raise UserError for fields of the model that would have no effect."""
-    model = recipe.model
+    """Raise UserError for fields that would have no effect, and for those that the method does not go with."""
+    model, method = recipe.model, METHODS[recipe.method]
+    if method.cosine and model.classifier != "cosine":
+        raise UserError(f"{recipe.method} needs a cosine classifier: set --classifier cosine")
+    if recipe.loss.label_smoothing and not method.smooths:
+        raise UserError(f"{recipe.method} has no label smoothing: set --label-smoothing 0")
     started = model.tune != "scratch" and model.classifier == "cosine"
     if model.tune == "scratch" and model.weights:
         raise UserError("tune = scratch starts from random weights: set --tune full, or drop --weights")

@@ -13,17 +13,11 @@ from equipoise.base.device import start_reading
 from equipoise.base.errors import UserError, out_of_memory, reason
 from equipoise.base.world import World
 from equipoise.config.recipe import Recipe
-from equipoise.method.losses import (
-    balanced_contrastive_loss,
-    log_prior,
-    logit_adjusted_cross_entropy,
-    supervised_contrastive_loss,
-)
+from equipoise.method.methods import objective_of
 from equipoise.method.network import CosineClassifier, Outputs, TwoBranchNetwork
+from equipoise.method.objective import Terms
 from equipoise.views.draws import sampled_counts
 from equipoise.views.loader import Batch
-
-Terms = dict[str, Tensor]
 
 _STEPS_BEFORE_GRAPH = 3
 
@@ -41,9 +35,9 @@ class Step:
         precision: str,
         world: World,
     ) -> None:
-        self._recipe, self._device, self._precision, self._world = recipe, device, precision, world
-        drawn_C = torch.from_numpy(sampled_counts(class_counts, recipe.data.sampler))
-        self._log_prior_C = log_prior(drawn_C).to(device, torch.float32)
+        self._device, self._precision, self._world = device, precision, world
+        self.objective = objective_of(recipe, sampled_counts(class_counts, recipe.data.sampler).tolist())
+        self.objective.to(device, torch.float32)
         self._counts_C = torch.tensor(class_counts, device=device, dtype=torch.float32)
         self._classifier = network.classifier
         if recipe.compile:
@@ -86,7 +80,7 @@ class Step:
         if features_BVD is not None:
             features_BVD = self._world.gather_rows(features_BVD[:count], images)
         outputs = Outputs(logits_BC[:count], features_BVD, prototypes_CD)
-        terms = loss_terms(self._recipe, self._log_prior_C, outputs, batch.labels_G, own)
+        terms = self.objective(outputs, batch.labels_G, own)
         if isinstance(self._classifier, CosineClassifier) and self._classifier.anchor:
             # Each rank has its share of it.
             terms["loss"] = terms["loss"] + count / images * self._classifier.penalty(self._counts_C)
@@ -103,33 +97,6 @@ class _Forward(nn.Module):
 
     def forward(self, images_VB3SS: Tensor) -> Outputs:
         return self.network.training_outputs(images_VB3SS, self.micro_batch)
-
-
-def loss_terms(recipe: Recipe, log_prior_C: Tensor, outputs: Outputs, labels_G: Tensor, rows: slice) -> Terms:
-    """The objective of the recipe's method: its named terms, of which `loss` is the total. Of several ranks, each has
-    the part of its `rows` of the batch; the parts add up.
-
-    `outputs` has the logits of these rows, `[B, C]`, and the features of the whole batch, `[G, V, D]`.
-
-    bcl: alpha * logit-adjusted cross-entropy + beta * balanced contrastive loss. supcon+la: the same with the
-    supervised contrastive loss. The others have one term, with weight 1.
-    """
-    loss, method = recipe.loss, recipe.method
-    logits_BC, labels_B = outputs.logits_BC, labels_G[rows]
-    tau = 0.0 if method == "ce" else loss.tau
-    adjusted = logit_adjusted_cross_entropy(logits_BC, labels_B, log_prior_C, tau, "sum", loss.label_smoothing)
-    classification = adjusted / len(labels_G)
-    if method in ("ce", "logit-adjusted"):
-        return {"loss": classification}
-    features_GVD, prototypes_CD = outputs.features_BVD, outputs.prototypes_CD
-    assert features_GVD is not None
-    if method == "bcl":
-        assert prototypes_CD is not None
-        contrastive = balanced_contrastive_loss(features_GVD, labels_G, prototypes_CD, loss.temperature, rows)
-    else:
-        contrastive = supervised_contrastive_loss(features_GVD, labels_G, loss.temperature, rows)
-    total = loss.alpha * classification + loss.beta * contrastive
-    return {"loss": total, "classification": classification, "contrastive": contrastive}
 
 
 class StepGraph:

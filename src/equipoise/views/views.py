@@ -17,6 +17,7 @@ from torch import Tensor
 
 from equipoise.config.recipe import Recipe, Views
 from equipoise.data.decode import Pixels
+from equipoise.method.methods import METHODS
 from equipoise.views import operations
 from equipoise.views.draws import Array, Numbers, Whole
 from equipoise.views.operations import Operation
@@ -47,7 +48,7 @@ class ViewSettings(Views):
 def view_settings(recipe: Recipe) -> ViewSettings:
     """The views that `recipe` trains and evaluates with: the classifier's, then those of the contrastive branch, if the
     method has one."""
-    contrastive = _CONTRASTIVE_KINDS[recipe.views.cl_views] if recipe.method in ("bcl", "supcon+la") else ()
+    contrastive = _CONTRASTIVE_KINDS[recipe.views.cl_views] if METHODS[recipe.method].contrastive else ()
     return ViewSettings(**asdict(recipe.views), kinds=("cls", *contrastive))
 
 

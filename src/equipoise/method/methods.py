@@ -1,0 +1,161 @@
+"""The methods, each by its name in a recipe. Those of a few lines are here, the others in files of their own.
+
+Shapes: B images of this rank, G images of the whole batch, C classes.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from equipoise.config.recipe import Loss, Method, Recipe
+from equipoise.method.losses import at_least_float32, balanced_contrastive_loss, supervised_contrastive_loss
+from equipoise.method.network import COSINE_SCALE, Outputs
+from equipoise.method.objective import Objective, Terms, TwoBranch
+
+
+class CrossEntropy(Objective):
+    """Plain cross-entropy."""
+
+    def forward(self, outputs: Outputs, labels_G: Tensor, rows: slice) -> Terms:
+        return {"loss": self._adjusted(outputs, labels_G, rows, 0.0)}
+
+
+class LogitAdjusted(Objective):
+    """Cross-entropy of logits + tau * log prior (Menon et al., ICLR 2021, eq. 10); at tau 1 that is Balanced Softmax
+    (Ren et al., NeurIPS 2020)."""
+
+    def forward(self, outputs: Outputs, labels_G: Tensor, rows: slice) -> Terms:
+        return {"loss": self._adjusted(outputs, labels_G, rows, self.settings.tau)}
+
+    def log_prior_of_logits(self) -> Tensor:
+        return (1 - self.settings.tau) * super().log_prior_of_logits()
+
+
+def class_weights(class_counts_C: Tensor, beta: float) -> Tensor:
+    """`[C]`, in sum C: each class by 1 / its effective number of images, (1 - beta) / (1 - beta^n) (Cui et al., CVPR
+    2019, eq. 4); by 1 / n at beta = 1, by 1 at 0."""
+    counts_C = class_counts_C.double()
+    weights_C = 1 / counts_C if beta == 1 else (1 - beta) / (1 - beta**counts_C)
+    return weights_C * (len(counts_C) / weights_C.sum())
+
+
+class ClassWeights(Objective):
+    """Cross-entropy in which the images of a class count by its weight: see `class_weights`. The mean is torch's, which
+    divides by the weights of the batch's images, not by their number."""
+
+    def __init__(self, loss: Loss, class_counts_C: Tensor) -> None:
+        super().__init__(loss, class_counts_C)
+        self.register_buffer("weights_C", class_weights(class_counts_C, loss.effective_beta), persistent=False)
+
+    weights_C: Tensor
+
+    def forward(self, outputs: Outputs, labels_G: Tensor, rows: slice) -> Terms:
+        logits_BC, smoothing = at_least_float32(outputs.logits_BC), self.settings.label_smoothing
+        weights_C = self.weights_C.to(logits_BC)
+        summed = F.cross_entropy(logits_BC, labels_G[rows], weights_C, reduction="sum", label_smoothing=smoothing)
+        return {"loss": summed / weights_C[labels_G].sum()}
+
+    def log_prior_of_logits(self) -> Tensor:
+        return super().log_prior_of_logits() + self.weights_C.double().log()
+
+
+def focal_loss(logits_BC: Tensor, labels_B: Tensor, gamma: float) -> Tensor:
+    """`[B]`: (1 - p_y)^gamma * cross-entropy, p_y the probability of the label (Lin et al., ICCV 2017, eq. 4)."""
+    loss_B = F.cross_entropy(at_least_float32(logits_BC), labels_B, reduction="none")
+    share_B = -torch.expm1(-loss_B)
+    return share_B.clamp(min=1e-12) ** gamma * loss_B  # below 1, the exponent has no finite slope at 0
+
+
+class Focal(Objective):
+    """The focal loss, gamma 2 unless set. Of the counts it knows nothing."""
+
+    smooths = False
+
+    def forward(self, outputs: Outputs, labels_G: Tensor, rows: slice) -> Terms:
+        loss_B = focal_loss(outputs.logits_BC, labels_G[rows], self.settings.gamma or 2.0)
+        return {"loss": loss_B.sum() / len(labels_G)}
+
+
+def ldam_margins(class_counts_C: Tensor, largest: float = 0.5) -> Tensor:
+    """`[C]`: largest * (n_min / n)^(1/4) (Cao et al., NeurIPS 2019, eq. 13)."""
+    return largest * (class_counts_C.min() / class_counts_C.double()) ** 0.25
+
+
+class LdamDrw(Objective):
+    """Label-distribution-aware margins: the cosine of the label's class less its margin; cross-entropy of 30 times the
+    cosines, in the last fifth of the epochs weighted by effective numbers (Cao et al., NeurIPS 2019, algorithm 1)."""
+
+    cosine, smooths = True, False
+    margins_C: Tensor
+    weights_C: Tensor
+
+    def __init__(self, loss: Loss, class_counts_C: Tensor) -> None:
+        super().__init__(loss, class_counts_C)
+        self.register_buffer("margins_C", ldam_margins(class_counts_C), persistent=False)
+        self.register_buffer("weights_C", torch.ones(len(class_counts_C), dtype=torch.float64))
+
+    def begin_epoch(self, epoch: int, epochs: int) -> None:
+        if epoch >= round(0.8 * epochs):
+            self.weights_C.copy_(class_weights(self.counts_C, self.settings.effective_beta))
+
+    def forward(self, outputs: Outputs, labels_G: Tensor, rows: slice) -> Terms:
+        labels_B, logits_BC = labels_G[rows], at_least_float32(outputs.logits_BC)
+        margins_B1 = COSINE_SCALE * self.margins_C.to(logits_BC)[labels_B][:, None]
+        weights_C = self.weights_C.to(logits_BC)
+        less_BC = logits_BC.scatter_add(1, labels_B[:, None], -margins_B1)
+        return {"loss": F.cross_entropy(less_BC, labels_B, weights_C, reduction="sum") / weights_C[labels_G].sum()}
+
+    def log_prior_of_logits(self) -> Tensor:
+        return super().log_prior_of_logits() + class_weights(self.counts_C, self.settings.effective_beta).log()
+
+
+class VectorScaling(Objective):
+    """Cross-entropy of (n / n_max)^gamma * logits + tau * log prior, gamma 0.3 unless set (VS loss: Kini et al.,
+    NeurIPS 2021, eq. 3)."""
+
+    def forward(self, outputs: Outputs, labels_G: Tensor, rows: slice) -> Terms:
+        scales_C = (self.counts_C / self.counts_C.max()) ** (self.settings.gamma or 0.3)
+        scaled = outputs._replace(logits_BC=at_least_float32(outputs.logits_BC) * scales_C.to(outputs.logits_BC))
+        return {"loss": self._adjusted(scaled, labels_G, rows, self.settings.tau)}
+
+    def log_prior_of_logits(self) -> Tensor:
+        return (1 - self.settings.tau) * super().log_prior_of_logits()
+
+
+class SupCon(TwoBranch):
+    """With the supervised contrastive loss (Khosla et al., NeurIPS 2020): BCL without averaging and complement."""
+
+    def contrast(self, outputs: Outputs, labels_G: Tensor, rows: slice) -> Tensor:
+        assert outputs.features_BVD is not None
+        return supervised_contrastive_loss(outputs.features_BVD, labels_G, self.settings.temperature, rows)
+
+
+class Bcl(TwoBranch):
+    """Balanced Contrastive Learning (Zhu et al., CVPR 2022)."""
+
+    prototypes = True
+
+    def contrast(self, outputs: Outputs, labels_G: Tensor, rows: slice) -> Tensor:
+        features_GVD, prototypes_CD = outputs.features_BVD, outputs.prototypes_CD
+        assert features_GVD is not None
+        assert prototypes_CD is not None
+        return balanced_contrastive_loss(features_GVD, labels_G, prototypes_CD, self.settings.temperature, rows)
+
+
+METHODS: dict[Method, type[Objective]] = {
+    "bcl": Bcl,
+    "ce": CrossEntropy,
+    "class-weights": ClassWeights,
+    "focal": Focal,
+    "ldam-drw": LdamDrw,
+    "logit-adjusted": LogitAdjusted,
+    "supcon+la": SupCon,
+    "vs": VectorScaling,
+}
+
+
+def objective_of(recipe: Recipe, class_counts: Sequence[float]) -> Objective:
+    """The recipe's method, for classes of which images are drawn so often."""
+    return METHODS[recipe.method](recipe.loss, torch.as_tensor(class_counts))

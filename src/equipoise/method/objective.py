@@ -1,0 +1,76 @@
+"""What a method trains with: the loss of a batch, and what it needs for it.
+
+Shapes: B images of this rank, G images of the whole batch, V contrastive views, C classes.
+"""
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from equipoise.config.recipe import Loss
+from equipoise.method.losses import log_prior, logit_adjusted_cross_entropy
+from equipoise.method.network import Outputs
+
+Terms = dict[str, Tensor]
+
+
+class Objective(nn.Module):
+    """Base of all methods. Persistent buffers are its state: a checkpoint keeps them. They follow from the whole batch,
+    so are the same on every rank, and are changed in place, as a recorded step reads the same memory every time."""
+
+    contrastive: ClassVar[bool] = False  # two further views of each image, and a projection
+    prototypes: ClassVar[bool] = False
+    cosine: ClassVar[bool] = False  # whether the classifier must be
+    smooths: ClassVar[bool] = True  # whether label_smoothing is for it
+    log_prior_C: Tensor
+    counts_C: Tensor
+
+    def __init__(self, loss: Loss, class_counts_C: Tensor) -> None:
+        """`loss`: the recipe's table. `class_counts_C`: how often an image of each class is drawn, up to a factor."""
+        super().__init__()
+        self.settings = loss
+        self.register_buffer("counts_C", class_counts_C.double(), persistent=False)
+        self.register_buffer("log_prior_C", log_prior(class_counts_C), persistent=False)
+
+    def begin_epoch(self, epoch: int, epochs: int) -> None:
+        """Called once before the first step of each epoch (from 0) of so many."""
+
+    def forward(self, outputs: Outputs, labels_G: Tensor, rows: slice) -> Terms:
+        """Named terms, of which `loss` is the total. Of several ranks, each has the part of its `rows` of the batch: a
+        sum over these images, divided by G. The parts add up.
+
+        `outputs` has the logits of these rows, `[B, C]`, and the features of the whole batch, `[G, V, D]`.
+        """
+        raise NotImplementedError
+
+    def log_prior_of_logits(self) -> Tensor:
+        """`[C]`, float64: log of the class prior, up to a constant, under which the softmax of the raw logits is the
+        posterior: p, where the loss leaves logits and images alone."""
+        return self.log_prior_C.double()
+
+    def _adjusted(self, outputs: Outputs, labels_G: Tensor, rows: slice, tau: float) -> Tensor:
+        """The share that these rows have of the batch's logit-adjusted cross-entropy."""
+        labels_B, smoothing = labels_G[rows], self.settings.label_smoothing
+        summed = logit_adjusted_cross_entropy(outputs.logits_BC, labels_B, self.log_prior_C, tau, "sum", smoothing)
+        return summed / len(labels_G)
+
+
+class TwoBranch(Objective):
+    """alpha * logit-adjusted cross-entropy + beta * a contrastive loss of the two further views."""
+
+    contrastive = True
+
+    def forward(self, outputs: Outputs, labels_G: Tensor, rows: slice) -> Terms:
+        classification = self._adjusted(outputs, labels_G, rows, self.settings.tau)
+        contrastive = self.contrast(outputs, labels_G, rows)
+        total = self.settings.alpha * classification + self.settings.beta * contrastive
+        return {"loss": total, "classification": classification, "contrastive": contrastive}
+
+    def contrast(self, outputs: Outputs, labels_G: Tensor, rows: slice) -> Tensor:
+        """The contrastive loss of these rows, divided by G."""
+        raise NotImplementedError
+
+    def log_prior_of_logits(self) -> Tensor:
+        """Training makes softmax(logits + tau * log p) estimate the posterior under the prior p of what is drawn, so
+        that logits = log-likelihood + (1 - tau) * log p: the prior is uniform at tau = 1."""
+        return (1 - self.settings.tau) * super().log_prior_of_logits()

@@ -1,0 +1,145 @@
+"""Each method against its formula, its authors' numbers, and what holds for all."""
+
+from typing import get_args
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import GOLDEN, golden_values
+from torch import Tensor
+
+from equipoise import BalancedContrastiveLoss, load_recipe
+from equipoise.config.recipe import Loss, Method
+from equipoise.method.losses import log_prior, supervised_contrastive_loss
+from equipoise.method.methods import METHODS, class_weights, focal_loss, ldam_margins, objective_of
+from equipoise.method.network import Outputs
+
+COUNTS, LABELS = (50, 10, 2), torch.tensor([0, 0, 0, 1, 1, 2])
+SETTINGS = {"alpha": 1.5, "beta": 0.7, "temperature": 0.2, "tau": 1.3, "gamma": 0.4, "effective_beta": 0.99}
+
+
+def outputs() -> Outputs:
+    random = torch.Generator().manual_seed(0)
+    features = F.normalize(torch.randn(6, 2, 4, generator=random, dtype=torch.float64), dim=-1)
+    prototypes = F.normalize(torch.randn(3, 4, generator=random, dtype=torch.float64), dim=-1)
+    return Outputs(torch.randn(6, 3, generator=random, dtype=torch.float64), features, prototypes)
+
+
+def formula(method: str, of: Outputs, smoothing: float) -> Tensor:
+    """Each in its plainest form, with torch's label smoothing where it goes with that."""
+    logits, features, prototypes = of
+    prior, counts = log_prior(torch.tensor(COUNTS)), torch.tensor(COUNTS, dtype=torch.float64)
+    adjusted = F.cross_entropy(logits + 1.3 * prior, LABELS, label_smoothing=smoothing)
+    weights = (1 - 0.99) / (1 - 0.99**counts)
+    weighted = F.cross_entropy(logits, LABELS, weights, label_smoothing=smoothing)  # mean: divided by the weights
+    right = logits.softmax(1)[range(6), LABELS]
+    margins = 30 * 0.5 * (2 / counts) ** 0.25
+    assert features is not None
+    assert prototypes is not None
+    return {
+        "bcl": lambda: 1.5 * adjusted + 0.7 * BalancedContrastiveLoss(0.2)(features, LABELS, prototypes),
+        "supcon+la": lambda: 1.5 * adjusted + 0.7 * supervised_contrastive_loss(features, LABELS, 0.2),
+        "logit-adjusted": lambda: adjusted,
+        "ce": lambda: F.cross_entropy(logits, LABELS, label_smoothing=smoothing),
+        "class-weights": lambda: weighted,
+        "focal": lambda: -((1 - right) ** 0.4 * right.log()).mean(),
+        "ldam-drw": lambda: F.cross_entropy(logits - margins * F.one_hot(LABELS, 3), LABELS),
+        "vs": lambda: F.cross_entropy((counts / 50) ** 0.4 * logits + 1.3 * prior, LABELS, label_smoothing=smoothing),
+    }[method]()
+
+
+def test_every_method_is_declared():
+    assert set(get_args(Method)) == set(METHODS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_methods_are_their_formulas(method, smoothing):
+    objective = objective_of(load_recipe("digits-lt", method=method, label_smoothing=smoothing, **SETTINGS), COUNTS)
+    terms = objective(outputs(), LABELS, slice(0, 6))
+    assert terms["loss"].item() == pytest.approx(formula(method, outputs(), smoothing).item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_parts_of_a_batch_add_up(method):
+    """Of logits and features, as on several ranks, one of which has no image: terms and gradients."""
+    sums, gradients = list[float](), list[Tensor]()
+    for parts in ([slice(0, 6)], [slice(0, 1), slice(1, 5), slice(5, 6), slice(6, 6)]):
+        objective = objective_of(load_recipe("digits-lt", method=method, **SETTINGS), COUNTS)
+        logits_BC, features_BVD, prototypes_CD = outputs()
+        assert features_BVD is not None
+        logits_BC.requires_grad_()
+        features_BVD.requires_grad_()
+        of_parts = [
+            objective(Outputs(logits_BC[part], features_BVD, prototypes_CD), LABELS, part)["loss"] for part in parts
+        ]
+        torch.stack(of_parts).sum().backward()
+        sums.append(sum(term.item() for term in of_parts))
+        gradients += [logits_BC.grad, features_BVD.grad] if METHODS[method].contrastive else [logits_BC.grad]
+    assert sums[0] == pytest.approx(sums[1], rel=1e-12)
+    half = len(gradients) // 2
+    for one, other in zip(gradients[:half], gradients[half:], strict=True):
+        assert torch.allclose(one, other, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("beta", [0, 0.99, 0.999, 0.9999])
+def test_effective_numbers_golden(beta):
+    case = GOLDEN["effective_number_weights"]
+    assert class_weights(torch.tensor(case["class_counts"]), beta).tolist() == pytest.approx(
+        case[f"beta {beta}"], rel=1e-9
+    )
+
+
+def test_class_weights_by_inverse_frequency():
+    assert class_weights(torch.tensor([1, 2, 4]), 1).tolist() == pytest.approx([12 / 7, 6 / 7, 3 / 7])
+
+
+@pytest.mark.parametrize("case", GOLDEN["focal"]["cases"], ids=lambda case: f"gamma {case['gamma']}")
+def test_focal_golden(case):
+    golden = GOLDEN["focal"]
+    values = golden_values(golden["lcg_seed"], golden["batch"] * golden["classes"]) * golden["logit_scale"]
+    logits = values.reshape(golden["batch"], golden["classes"]).requires_grad_()
+    loss = focal_loss(logits, torch.tensor(golden["labels"]), case["gamma"]).mean()
+    loss.backward()
+    assert loss.item() == pytest.approx(case["loss"], rel=1e-9)
+    assert logits.grad is not None
+    assert logits.grad.norm().item() == pytest.approx(case["grad_norm"], rel=1e-9)
+
+
+def test_focal_of_an_image_that_is_certainly_right():
+    logits = torch.tensor([[200.0, 0.0]], requires_grad=True)
+    focal_loss(logits, torch.tensor([0]), 0.5).sum().backward()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_ldam_golden(stage):
+    """In the first stage, and with the deferred weights, which begin after four fifths of the epochs."""
+    golden = GOLDEN["ldam"]
+    case, counts = golden["cases"][stage], torch.tensor(golden["class_counts"])
+    values = golden_values(golden["lcg_seed"], golden["batch"] * golden["classes"])
+    cosines = values.reshape(golden["batch"], golden["classes"]).requires_grad_()
+    objective = METHODS["ldam-drw"](Loss(effective_beta=0.9999), counts)
+    for epoch in range(160 + stage):
+        objective.begin_epoch(epoch, 200)
+    of = Outputs(30 * cosines, None, None)
+    loss = objective(of, torch.tensor(golden["labels"]), slice(0, golden["batch"]))["loss"]
+    loss.backward()
+    assert ldam_margins(counts).tolist() == pytest.approx(case["margins"], rel=1e-9)
+    assert loss.item() == pytest.approx(case["loss"], rel=1e-9)
+    assert cosines.grad is not None
+    assert cosines.grad.norm().item() == pytest.approx(case["grad_norm"], rel=1e-9)
+    again = METHODS["ldam-drw"](Loss(), counts)
+    again.load_state_dict(objective.state_dict())  # as a run that goes on: an epoch begins once
+    assert again(of, torch.tensor(golden["labels"]), slice(0, golden["batch"]))["loss"].item() == loss.item()
+
+
+@pytest.mark.parametrize(
+    ("method", "prior"),
+    [("ce", [9, 4, 1]), ("focal", [9, 4, 1]), ("class-weights", [1, 1, 1]), ("logit-adjusted", [1, 1, 1])],
+)
+def test_logits_are_for_a_prior(method, prior):
+    objective = objective_of(load_recipe("digits-lt", method=method, effective_beta=1), (9, 4, 1))
+    found = objective.log_prior_of_logits().exp()
+    assert (found / found[2]).tolist() == pytest.approx(prior)
