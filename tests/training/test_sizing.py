@@ -53,6 +53,12 @@ def test_what_the_time_allows(budget, tune, epochs, why, settings, monkeypatch):
     assert why in choice.describe()["chosen"]
 
 
+def test_what_was_asked_for_is_fitted_into_the_time(settings, monkeypatch):
+    monkeypatch.setattr(sizing, "measure", lambda plan, ranks: Cost(10, 200, 2))
+    choice = choose([*settings, (find_field("tune"), "full")], budget=650)
+    assert (choice.recipe.epochs, choice.cost.of(choice.recipe.epochs)) == (3, 612)
+
+
 def test_what_is_set_stays(settings, monkeypatch):
     monkeypatch.setattr(sizing, "measure", lambda plan, ranks: Cost(0, 1, 0))
     fields = {"tune": "last-stage", "epochs": 3, "batch_size": 6, "lr": 0.5}

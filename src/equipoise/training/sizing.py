@@ -97,7 +97,8 @@ def choose(settings: Settings, budget: float | None = None, out: str | Path | No
             recipe = replace(recipe, batch_size=batch - batch % ranks)
         plan = plan.of(recipe)
         left = None if budget is None else budget - (time.monotonic() - begun)
-        choices.append(_within(left, fixed, plan, measure(plan, ranks)))
+        least = 1 if len(tunes) == 1 and tune != "frozen" else -(-recipe.epochs // 2)
+        choices.append(_within(left, fixed, plan, measure(plan, ranks), least))
         if left is None or choices[-1].cost.of(choices[-1].recipe.epochs) <= left:
             break
     choice = choices[-1]
@@ -132,14 +133,14 @@ def _with(recipe: Recipe, settings: Settings) -> Recipe:
     return recipe
 
 
-def _within(budget: float | None, fixed: Mapping[str, Any], plan: Plan, cost: Cost) -> Choice:
-    """The plan's recipe with as many epochs as the budget allows, between half of its own and twice as many."""
+def _within(budget: float | None, fixed: Mapping[str, Any], plan: Plan, cost: Cost, least: int) -> Choice:
+    """The plan's recipe with as many epochs as the budget allows, from `least` to twice its own."""
     recipe = plan.recipe
     reasons = {} if "batch_size" in fixed else {"batch_size": "a quarter of the training images at most"}
     if budget is not None and "epochs" not in fixed:
         affordable = int((budget - cost.before - cost.after) / cost.epoch)
-        recipe = replace(recipe, epochs=min(2 * recipe.epochs, max(affordable, -(-recipe.epochs // 2))))
-        reasons["epochs"] = "what the budget allows, between half of the recipe's and twice as many"
+        recipe = replace(recipe, epochs=min(2 * recipe.epochs, max(affordable, least)))
+        reasons["epochs"] = f"what the budget allows, from {least} to twice the recipe's"
     return Choice(recipe, reasons, cost)
 
 
