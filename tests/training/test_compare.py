@@ -142,15 +142,15 @@ def test_runs_that_are_not_scored_alike_are_not_averaged():
 
 def test_groups_without_classes_are_left_out_and_one_seed_has_no_sd():
     bcl, ce = (
-        {"test": {"top1": top1, "many": None, "medium": None, "few": few}, "validation": None}
+        {"test": {"top1": top1, "mean_per_class": few, "many": None, "medium": None, "few": few}, "validation": None}
         for top1, few in ((0.5, 0.25), (0.25, 0.25))
     )
     summary = _summary(["bcl", "ce"], 1, [{"last": bcl, "best": None}, {"last": ce, "best": None}])
     assert markdown({"recipe": {"name": "x"}, "seeds": [3], **summary}).splitlines()[1:] == [
         "",
-        "| method | overall | few |",
-        "| --- | --- | --- |",
-        "| bcl | 50.0 | 25.0 |",
-        "| ce | 25.0 | 25.0 |",
-        "| ce - bcl | -25.0 | +0.0 |",
+        "| method | overall | mean over classes | few |",
+        "| --- | --- | --- | --- |",
+        "| bcl | 50.0 | 25.0 | 25.0 |",
+        "| ce | 25.0 | 25.0 | 25.0 |",
+        "| ce - bcl | -25.0 | +0.0 | +0.0 |",
     ]

@@ -27,6 +27,7 @@ from equipoise.report.charts import Array, Curve
 from equipoise.report.svg import Name, Point, shortened, signed
 from equipoise.runs.folder import LOG, METRICS, OBSERVED, RECIPE, RECORD
 from equipoise.runs.records import CheckpointMetrics, RunRecord, read_metrics, read_record
+from equipoise.training.compare import FIGURES
 from equipoise.views.loader import steps_per_epoch
 
 MOST_RUNS = 6  # as many as there are colours that can be told apart
@@ -150,7 +151,7 @@ def _seeds(methods: Mapping[str, Any], runs: Sequence[RunRead]) -> Markup:
     names = {run.recipe.method: run.name for run in runs}
     of_methods = [(names[method], of_method) for method, of_method in methods.items()]
     rows = {key: [(name, of_method[key]) for name, of_method in of_methods] for key in of_methods[0][1]}
-    return charts.over_seeds({"overall" if key == "top1" else key: row for key, row in rows.items()})
+    return charts.over_seeds({FIGURES[key]: row for key, row in rows.items()})
 
 
 def _curves(runs: Sequence[RunRead]) -> Titled:

@@ -25,7 +25,7 @@ from equipoise.training.place import FREE, HOW, differing
 from equipoise.training.plan import Plan, prepare
 from equipoise.training.session import train
 
-FIGURES = {"top1": "overall", "many": "many", "medium": "medium", "few": "few"}
+FIGURES = {"top1": "overall", "mean_per_class": "mean over classes", "many": "many", "medium": "medium", "few": "few"}
 
 
 def paired_difference(first: Sequence[float], other: Sequence[float]) -> dict[str, float | None]:
