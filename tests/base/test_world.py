@@ -26,6 +26,7 @@ CASES = {
     "three-left": BCL | {"images": 67},  # in the last batch: of four ranks, three have none
     "supcon": BCL | {"method": "supcon+la"},
     "ldam": BCL | {"method": "ldam-drw"},
+    "proco": BCL | {"method": "proco"},
     "ce": BCL | {"method": "ce", "images": 67},
     "micro": BCL | {"micro_batch": 3},
     "synchronised": BCL | {"batch_norm": "synchronised"},

@@ -15,7 +15,8 @@ from equipoise.method.methods import METHODS, class_weights, focal_loss, ldam_ma
 from equipoise.method.network import Outputs
 
 COUNTS, LABELS = (50, 10, 2), torch.tensor([0, 0, 0, 1, 1, 2])
-SETTINGS = {"alpha": 1.5, "beta": 0.7, "temperature": 0.2, "tau": 1.3, "gamma": 0.4, "effective_beta": 0.99}
+SETTINGS = {"alpha": 1.5, "beta": 0.7, "temperature": 0.2, "tau": 1.3, "gamma": 0.4, "effective_beta": 0.99,
+            "feature_dim": 4}  # fmt: skip
 
 
 def outputs() -> Outputs:
@@ -23,6 +24,15 @@ def outputs() -> Outputs:
     features = F.normalize(torch.randn(6, 2, 4, generator=random, dtype=torch.float64), dim=-1)
     prototypes = F.normalize(torch.randn(3, 4, generator=random, dtype=torch.float64), dim=-1)
     return Outputs(torch.randn(6, 3, generator=random, dtype=torch.float64), features, prototypes)
+
+
+def proco(features: Tensor, prior: Tensor) -> Tensor:
+    """Its own test holds the scores to their formula."""
+    objective, total = METHODS["proco"](Loss(temperature=0.2), torch.tensor(COUNTS), 4).double(), torch.zeros(())
+    for view in features.unbind(1):
+        objective.update(view, LABELS)
+        total = total + F.cross_entropy(objective.scores(view) + prior, LABELS) / 2
+    return total
 
 
 def formula(method: str, of: Outputs, smoothing: float) -> Tensor:
@@ -44,6 +54,7 @@ def formula(method: str, of: Outputs, smoothing: float) -> Tensor:
         "class-weights": lambda: weighted,
         "focal": lambda: -((1 - right) ** 0.4 * right.log()).mean(),
         "ldam-drw": lambda: F.cross_entropy(logits - margins * F.one_hot(LABELS, 3), LABELS),
+        "proco": lambda: 1.5 * adjusted + 0.7 * proco(features, prior),
         "vs": lambda: F.cross_entropy((counts / 50) ** 0.4 * logits + 1.3 * prior, LABELS, label_smoothing=smoothing),
     }[method]()
 
@@ -55,7 +66,9 @@ def test_every_method_is_declared():
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
 def test_methods_are_their_formulas(method, smoothing):
-    objective = objective_of(load_recipe("digits-lt", method=method, label_smoothing=smoothing, **SETTINGS), COUNTS)
+    objective = objective_of(
+        load_recipe("digits-lt", method=method, label_smoothing=smoothing, **SETTINGS), COUNTS
+    ).double()
     terms = objective(outputs(), LABELS, slice(0, 6))
     assert terms["loss"].item() == pytest.approx(formula(method, outputs(), smoothing).item(), rel=1e-9)
 
@@ -65,13 +78,16 @@ def test_parts_of_a_batch_add_up(method):
     """Of logits and features, as on several ranks, one of which has no image: terms and gradients."""
     sums, gradients = list[float](), list[Tensor]()
     for parts in ([slice(0, 6)], [slice(0, 1), slice(1, 5), slice(5, 6), slice(6, 6)]):
-        objective = objective_of(load_recipe("digits-lt", method=method, **SETTINGS), COUNTS)
+        recipe = load_recipe("digits-lt", method=method, **SETTINGS)
         logits_BC, features_BVD, prototypes_CD = outputs()
         assert features_BVD is not None
         logits_BC.requires_grad_()
         features_BVD.requires_grad_()
-        of_parts = [
-            objective(Outputs(logits_BC[part], features_BVD, prototypes_CD), LABELS, part)["loss"] for part in parts
+        of_parts = [  # each by an objective of its own, which sees the features of all
+            objective_of(recipe, COUNTS).double()(Outputs(logits_BC[part], features_BVD, prototypes_CD), LABELS, part)[
+                "loss"
+            ]
+            for part in parts
         ]
         torch.stack(of_parts).sum().backward()
         sums.append(sum(term.item() for term in of_parts))

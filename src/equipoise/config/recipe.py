@@ -16,7 +16,7 @@ from msgspec import Meta
 
 from equipoise.base.errors import UserError, reason, shown
 
-Method = Literal["bcl", "ce", "class-weights", "focal", "ldam-drw", "logit-adjusted", "supcon+la", "vs"]
+Method = Literal["bcl", "ce", "class-weights", "focal", "ldam-drw", "logit-adjusted", "proco", "supcon+la", "vs"]
 Default = TypeVar("Default")
 
 

@@ -13,6 +13,7 @@ from equipoise.config.recipe import Loss, Method, Recipe
 from equipoise.method.losses import at_least_float32, balanced_contrastive_loss, supervised_contrastive_loss
 from equipoise.method.network import COSINE_SCALE, Outputs
 from equipoise.method.objective import Objective, Terms, TwoBranch
+from equipoise.method.proco import ProCo
 
 
 class CrossEntropy(Objective):
@@ -45,8 +46,8 @@ class ClassWeights(Objective):
     """Cross-entropy in which the images of a class count by its weight: see `class_weights`. The mean is torch's, which
     divides by the weights of the batch's images, not by their number."""
 
-    def __init__(self, loss: Loss, class_counts_C: Tensor) -> None:
-        super().__init__(loss, class_counts_C)
+    def __init__(self, loss: Loss, class_counts_C: Tensor, width: int = 0) -> None:
+        super().__init__(loss, class_counts_C, width)
         self.register_buffer("weights_C", class_weights(class_counts_C, loss.effective_beta), persistent=False)
 
     weights_C: Tensor
@@ -91,8 +92,8 @@ class LdamDrw(Objective):
     margins_C: Tensor
     weights_C: Tensor
 
-    def __init__(self, loss: Loss, class_counts_C: Tensor) -> None:
-        super().__init__(loss, class_counts_C)
+    def __init__(self, loss: Loss, class_counts_C: Tensor, width: int = 0) -> None:
+        super().__init__(loss, class_counts_C, width)
         self.register_buffer("margins_C", ldam_margins(class_counts_C), persistent=False)
         self.register_buffer("weights_C", torch.ones(len(class_counts_C), dtype=torch.float64))
 
@@ -151,6 +152,7 @@ METHODS: dict[Method, type[Objective]] = {
     "focal": Focal,
     "ldam-drw": LdamDrw,
     "logit-adjusted": LogitAdjusted,
+    "proco": ProCo,
     "supcon+la": SupCon,
     "vs": VectorScaling,
 }
@@ -158,4 +160,4 @@ METHODS: dict[Method, type[Objective]] = {
 
 def objective_of(recipe: Recipe, class_counts: Sequence[float]) -> Objective:
     """The recipe's method, for classes of which images are drawn so often."""
-    return METHODS[recipe.method](recipe.loss, torch.as_tensor(class_counts))
+    return METHODS[recipe.method](recipe.loss, torch.as_tensor(class_counts), recipe.model.feature_dim)

@@ -25,8 +25,9 @@ class Objective(nn.Module):
     log_prior_C: Tensor
     counts_C: Tensor
 
-    def __init__(self, loss: Loss, class_counts_C: Tensor) -> None:
-        """`loss`: the recipe's table. `class_counts_C`: how often an image of each class is drawn, up to a factor."""
+    def __init__(self, loss: Loss, class_counts_C: Tensor, width: int = 0) -> None:
+        """`loss`: the recipe's table. `class_counts_C`: how often an image of each class is drawn, up to a factor.
+        `width`: of the contrastive features."""
         super().__init__()
         self.settings = loss
         self.register_buffer("counts_C", class_counts_C.double(), persistent=False)
