@@ -11,7 +11,7 @@ from torch import nn
 from equipoise import UserError
 from equipoise.config.recipe import Model, Views
 from equipoise.evaluation.metrics import GROUPS, TAUS, Predictions, shot_group
-from equipoise.evaluation.predictions import COSINE_BINS, confidence_at, count_cosines, observe, predict
+from equipoise.evaluation.predictions import COSINE_BINS, Observation, confidence_at, count_cosines, predict
 from equipoise.method.network import TwoBranchNetwork
 from equipoise.views.loader import Batch
 
@@ -34,11 +34,11 @@ def observed(network):
     labels = torch.randint(0, 3, (47,), generator=generator)
     labels[::5] = 5
     labels[1] = 3
-    with torch.inference_mode(), observe(network, COUNTS, TEMPERATURE) as observation:
+    observation = Observation(network, COUNTS, TEMPERATURE)
+    with torch.inference_mode():
         for part, of_part in zip(images.split(20), labels.split(20), strict=True):
-            observation.add(of_part, network(part))
+            observation.add(of_part, network.encode(part), network(part))
         logits = network(images).double()
-    assert not network.encoder._forward_hooks
     return observation.table(predictions(labels, logits)), images, labels, logits
 
 
@@ -115,10 +115,9 @@ def test_geometry_against_the_features_themselves(network, observed):
 def map_rows(labels, classes: int, batch: int) -> list[int]:
     """Which images of these labels are on the map."""
     network = TwoBranchNetwork(Model("resnet8"), Views(size=16), classes, contrastive=False)
-    with observe(network, [5] * classes) as observation:
-        for part in labels.split(batch):
-            observation.keep(network.classifier, (torch.ones(len(part), 3),))
-            observation.add(part, torch.zeros(len(part), classes))
+    observation = Observation(network, [5] * classes, None)
+    for part in labels.split(batch):
+        observation.add(part, torch.ones(len(part), network.width), torch.zeros(len(part), classes))
     return observation.table(predictions(labels, torch.zeros(len(labels), classes)))["map_rows_M"].tolist()
 
 
@@ -153,12 +152,15 @@ class Network(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.normal = nn.BatchNorm1d(48)
-        self.linear = nn.Linear(48, OUTPUTS)
+        self.classifier = nn.Linear(48, OUTPUTS)
 
-    def forward(self, images):
+    def encode(self, images):
         assert not self.training
         assert torch.is_inference_mode_enabled()
-        return self.linear(self.normal(images.flatten(1).float() / 255))
+        return self.normal(images.flatten(1).float() / 255)
+
+    def forward(self, images):
+        return self.classifier(self.encode(images))
 
 
 @pytest.fixture
@@ -190,8 +192,8 @@ def test_predictions_against_the_whole_matrix(linear):
 
 
 def test_of_equal_logits_the_first_class_is_predicted(linear):
-    nn.init.zeros_(linear.linear.weight)
-    nn.init.zeros_(linear.linear.bias)
+    nn.init.zeros_(linear.classifier.weight)
+    nn.init.zeros_(linear.classifier.bias)
     made = predict(linear, Images(), torch.zeros(OUTPUTS))
     assert (made.ranked_NK == np.arange(5)).all()
     assert (made.adjusted[1.0] == 0).all()
@@ -201,6 +203,6 @@ def test_of_equal_logits_the_first_class_is_predicted(linear):
 @pytest.mark.parametrize("spoilt", [torch.nan, torch.inf])
 def test_outputs_that_are_not_finite_are_not_scored(spoilt, linear):
     with torch.no_grad():
-        linear.linear.bias[3] = spoilt
+        linear.classifier.bias[3] = spoilt
     with pytest.raises(UserError, match="the network's logits are not finite"):
         predict(linear, Images())

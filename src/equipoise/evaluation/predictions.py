@@ -4,9 +4,8 @@ Shapes: N images of the list, B of a batch, C classes, K the classes ranked of e
 """
 
 import itertools
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -25,15 +24,16 @@ _BATCH = 64
 _RANKED = 5
 
 Arrays = tuple[npt.NDArray[Any], ...]
+Look = Callable[[Tensor, Tensor, Tensor], None]  # at the labels, the encoder's output and the logits of a batch
 
 
 @torch.inference_mode()
 def predict(
-    network: nn.Module,
+    network: TwoBranchNetwork,
     batches: Batches,
     log_prior_C: Tensor | None = None,
     keep_logits: bool = False,
-    observe: Callable[[Tensor, Tensor], None] | None = None,
+    observe: Look | None = None,
     world: World = ALONE,
 ) -> Predictions:
     """Predictions in the order of the list, from the raw logits of one view: no prior is added. With several ranks,
@@ -41,8 +41,8 @@ def predict(
 
     In float32 whatever the network was trained in, so that a metric depends on the weights and not on the device. With
     `log_prior_C`, what `logits - tau * log prior` would predict is kept too. The logits themselves are kept only if
-    asked for: those of a large test set fill gigabytes. `observe` is called with labels and logits of each batch.
-    Raises UserError where no image can be read, or the logits are not finite.
+    asked for: those of a large test set fill gigabytes. `observe` is called with each batch. Raises UserError where no
+    image can be read, or the logits are not finite.
     """
     network.eval()
     with exact_float32():
@@ -58,19 +58,16 @@ def predict(
 
 
 def _predict_share(
-    network: nn.Module,
-    batches: Batches,
-    log_prior_C: Tensor | None,
-    keep_logits: bool,
-    observe: Callable[[Tensor, Tensor], None] | None,
+    network: TwoBranchNetwork, batches: Batches, log_prior_C: Tensor | None, keep_logits: bool, observe: Look | None
 ) -> list[Arrays]:
     """Of each of this rank's batches: labels, ranked classes, confidence, and what else `predict` is asked for."""
     rows: list[Arrays] = []
     pending: list[Callable[[], tuple[Tensor, ...]]] = []
     for batch in batches.evaluation(_BATCH):
-        logits_BC: Tensor = network(batch.images_VB3SS[0]).float()
+        hidden_BF = network.encode(batch.images_VB3SS[0])
+        logits_BC: Tensor = network.classifier(hidden_BF)
         if observe is not None:
-            observe(batch.labels_G, logits_BC)
+            observe(batch.labels_G, hidden_BF, logits_BC)
         # Of equal logits the first class comes first, here and in argmax.
         ranked_BC = logits_BC.sort(dim=1, descending=True, stable=True).indices
         found = [logits_BC.isfinite().all(), batch.labels_G, ranked_BC[:, :_RANKED], logits_BC.softmax(1).amax(1)]
@@ -100,19 +97,6 @@ _ROWS_AT_ONCE = 1024
 Table = dict[str, npt.NDArray[Any]]
 
 
-@contextmanager
-def observe(
-    network: TwoBranchNetwork, train_counts_C: Sequence[int], temperature: float | None = None
-) -> Generator["Observation"]:
-    """A context with an observation. Give its `add` the labels and logits of each batch that `network` has computed."""
-    observation = Observation(network, train_counts_C, temperature)
-    hook = network.classifier.register_forward_pre_hook(observation.keep)
-    try:
-        yield observation
-    finally:
-        hook.remove()
-
-
 class Observation:
     """Collects batch by batch what a network shows of one list; with a `temperature`, its confidence at it too."""
 
@@ -120,50 +104,39 @@ class Observation:
         self._network, self._temperature = network, temperature
         self._groups_C = torch.tensor([GROUPS.index(shot_group(count)) for count in train_counts_C])
         self._mapped_of_each = max(1, _MAPPED // len(train_counts_C))
-        self._hidden_BF = torch.empty(0)
         self._calibrated_B: list[Tensor] = []
-        self._labels_B: list[Tensor] = []
-        self._sums: dict[str, Tensor] = {}  # of unit features, [C, F] by space
+        # Of each batch the labels, and the features and rows (within the batch) of those that may be on the map.
+        self._batches: list[tuple[Tensor, Tensor, Tensor]] = []
         self._mapped_C = torch.zeros(len(train_counts_C), dtype=torch.int64)
-        self._map_BF: list[Tensor] = []
-        self._map_rows_B: list[Tensor] = []  # within their batch
+        widths = {"encoder": network.width}
+        if network.projection is not None:
+            widths["contrastive"] = cast("nn.Linear", network.projection[-1]).out_features
+        # Of unit features, [C, F] by space.
+        self._sums = {
+            space: torch.zeros(len(train_counts_C), width, dtype=torch.float64) for space, width in widths.items()
+        }
 
-    def keep(self, _: nn.Module, given: tuple[Tensor]) -> None:
-        """The classifier's hook: the encoder's output for the next batch."""
-        self._hidden_BF = given[0].float()
-
-    def add(self, labels_B: Tensor, logits_BC: Tensor) -> None:
-        """The labels and the logits of the batch that the network has computed last."""
-        labels_B, spaces = labels_B.cpu(), {"encoder": self._hidden_BF}
+    def add(self, labels_B: Tensor, hidden_BF: Tensor, logits_BC: Tensor) -> None:
+        """See `Look`."""
+        labels_B, spaces = labels_B.cpu(), {"encoder": hidden_BF}
         if self._network.projection is not None:
-            spaces["contrastive"] = self._network.projection(self._hidden_BF)
+            spaces["contrastive"] = self._network.projection(hidden_BF)
         for space, vectors_BF in spaces.items():
-            if space not in self._sums:
-                self._sums[space] = self._no_sums(vectors_BF.shape[1])
             self._sums[space].index_add_(0, labels_B, F.normalize(vectors_BF, dim=1).cpu().double())
         # Of each class its first few images.
         rows_B = torch.nonzero(_place_in_class(labels_B) + self._mapped_C[labels_B] < self._mapped_of_each)[:, 0]
         self._mapped_C += torch.bincount(labels_B, minlength=len(self._mapped_C))
-        self._map_BF.append(F.normalize(self._hidden_BF[rows_B.to(self._hidden_BF.device)], dim=1).half().cpu())
-        self._map_rows_B.append(rows_B)
+        map_BF = F.normalize(hidden_BF[rows_B.to(hidden_BF.device)], dim=1).half().cpu()
+        self._batches.append((labels_B, map_BF, rows_B))
         if self._temperature is not None:
             self._calibrated_B.append(confidence_at(logits_BC, self._temperature).cpu())
-        self._labels_B.append(labels_B)
-
-    def _no_sums(self, width: int) -> Tensor:
-        return torch.zeros(len(self._groups_C), width, dtype=torch.float64)
 
     def gather(self, world: World) -> None:
         """Put together what all ranks have collected; they compute batches in turn."""
-        if world.size == 1:
-            return
-        mine = list(zip(self._labels_B, self._map_BF, self._map_rows_B, strict=True))
-        self._labels_B, self._map_BF, self._map_rows_B = map(list, zip(*world.gather_in_turn(mine), strict=True))
+        self._batches = world.gather_in_turn(self._batches)
         self._calibrated_B = world.gather_in_turn(self._calibrated_B)
-        # A rank without a batch does not know the widths.
-        of_ranks = world.gather_objects({space: sums_CF.shape[1] for space, sums_CF in self._sums.items()})
-        for space, width in sorted({pair for widths in of_ranks for pair in widths.items()}):
-            world.sum(self._sums.setdefault(space, self._no_sums(width)))
+        for sums_CF in self._sums.values():
+            world.sum(sums_CF)
 
     def table(self, predictions: Predictions) -> Table:
         """All that the report draws of the list: confidence, geometry by shot group, and how far classes spread.
@@ -182,14 +155,15 @@ class Observation:
         }
         if self._calibrated_B:
             table["calibrated_N"] = torch.cat(self._calibrated_B).numpy()
-        labels_N = torch.cat(self._labels_B)
-        starts = itertools.accumulate(map(len, self._labels_B), initial=0)
-        map_rows = torch.cat([rows_B + start for rows_B, start in zip(self._map_rows_B, starts, strict=False)])
+        labels, maps, rows = zip(*self._batches, strict=True)
+        labels_N = torch.cat(labels)
+        starts = itertools.accumulate(map(len, labels), initial=0)
+        map_rows = torch.cat([rows_B + start for rows_B, start in zip(rows, starts, strict=False)])
         # Each rank has kept the first images of its own batches.
         kept = torch.nonzero(_place_in_class(labels_N[map_rows]) < self._mapped_of_each)[:, 0]
         # Of more classes than a map can show, evenly many.
         shown_M = kept[torch.linspace(0, len(kept) - 1, min(_MAPPED, len(kept))).long()]
-        table |= {"map_MF": torch.cat(self._map_BF)[shown_M].numpy(), "map_rows_M": map_rows[shown_M].numpy()}
+        table |= {"map_MF": torch.cat(maps)[shown_M].numpy(), "map_rows_M": map_rows[shown_M].numpy()}
         counts_C = torch.bincount(labels_N, minlength=len(self._groups_C)).double()
         seen_C = counts_C > 0
         for space, sums_CF in self._sums.items():

@@ -4,7 +4,7 @@ The flow: the network predicts the validation part; its predictions fit the temp
 post-hoc prior; then the network predicts the test part, which never chooses anything.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from equipoise.base.device import choose_device
 from equipoise.base.errors import UserError
@@ -26,7 +25,7 @@ from equipoise.data.sources import LISTS, PARTS, find_parts, named_lists, open_d
 from equipoise.evaluation.features import open_encoded_batches
 from equipoise.evaluation.metrics import Predictions, choose_tau, fit_temperature, score
 from equipoise.evaluation.neighbours import explain_mistakes
-from equipoise.evaluation.predictions import Table, confidence_at, observe, predict
+from equipoise.evaluation.predictions import Look, Observation, Table, confidence_at, predict
 from equipoise.method.losses import log_prior
 from equipoise.method.network import TwoBranchNetwork
 from equipoise.runs.checkpoint import Checkpoint, changed_part, described, load_checkpoint
@@ -142,8 +141,8 @@ def score_checkpoint(
         if part not in parts:
             continue
         chooses = part == "validation"
-        with observe(network, checkpoint.class_counts, temperature) as observation:
-            scored[part], predictions = _score(checkpoint, network, parts[part], world, chooses, observation.add)
+        observation = Observation(network, checkpoint.class_counts, temperature)
+        scored[part], predictions = _score(checkpoint, network, parts[part], world, chooses, observation.add)
         observation.gather(world)
         table = observation.table(predictions) if world.is_first else {}
         if chooses:
@@ -169,7 +168,7 @@ def _score(
     batches: Batches,
     world: World,
     keep_logits: bool,
-    look: Callable[[Tensor, Tensor], None] | None = None,
+    look: Look | None = None,
 ) -> tuple[PartMetrics, Predictions]:
     counts = checkpoint.class_counts
     prior_C = log_prior(torch.tensor(counts)).float() if counts and min(counts) > 0 else None
