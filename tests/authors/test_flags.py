@@ -7,7 +7,7 @@ import pytest
 from benchmarks.rehearsal import build_imagenet, build_inaturalist
 from equipoise import load_recipe
 from equipoise.authors.flags import DATASETS, authors_folder
-from equipoise.cli.flags import chosen_recipe
+from equipoise.cli.flags import chosen_recipe, with_overrides
 from equipoise.cli.main import _dashed, _parser, main
 from equipoise.config.recipe import Recipe
 
@@ -21,7 +21,7 @@ def chosen(words: str, data: Path | None = None) -> tuple[Recipe, str]:
     """The recipe of a command line, and what is said about it."""
     typed = ["train", *(["--data", str(data)] if data else []), *words.split()]
     dashed = [_dashed(word) for word in typed]
-    return chosen_recipe(_parser(dashed).parse_args(dashed))
+    return chosen_recipe(_parser(dashed).parse_args(dashed))[:2]
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +50,7 @@ def test_their_commands_are_the_recipes(imagenet, tmp_path):
         ("--cos False", "optim.schedule", "step"), ("--cos", "optim.schedule", "cosine"),
         ("--schedule 60 80", "optim.milestones", (60, 80)), ("--schedule 60 80", "optim.schedule", "step"),
         ("--schedule 60 80 --cos True", "optim.schedule", "cosine"),
+        ("--cos True --schedule 60 80", "optim.schedule", "cosine"),
         ("--schedule 60 80 --cos True", "optim.milestones", (60, 80)), ("--schedule step", "optim.schedule", "step"),
         ("--schedule cosine --cos True", "optim.schedule", "cosine"), ("--warmup_epochs 5", "optim.warmup_epochs", 5),
         ("--temp 0.2", "loss.temperature", 0.2), ("--alpha 2", "loss.alpha", 2), ("--beta 0.6", "loss.beta", 0.6),
@@ -67,6 +68,13 @@ def test_their_flags(words, field, value, imagenet):
     assert found == value
 
 
+@pytest.mark.parametrize("command", ["compare digits-lt", "init FOLDER"])
+def test_other_commands_take_the_schedule_too(command):
+    words = [*command.split(), "--schedule", "60", "80"]
+    optim = with_overrides(Recipe(), _parser(words).parse_args(words)).optim
+    assert (optim.schedule, optim.milestones) == ("step", (60, 80))
+
+
 def test_names_of_data_sets_and_folders():
     for name in ("imagenet", "inat", "cifar10", "cifar100", "places", "imagenet-lt"):
         assert chosen(f"--dataset {name}")[0] == load_recipe(DATASETS.get(name, name))
@@ -78,12 +86,11 @@ def test_names_of_data_sets_and_folders():
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ("--cos maybe", "--cos must be true or false, not 'maybe'"),
-        ("--use-norm True --classifier linear", "--use-norm says model.classifier = cosine, but another flag"),
-        ("--gpu 0 --device cpu", "--gpu says device = cuda:0, but another flag says cpu; drop one of them"),
-        ("--dataset imagnet", "--dataset knows no 'imagnet'; did you mean imagenet?"),
+        ("--cos maybe", "--cos: must be true or false, not 'maybe'"),
+        ("--use-norm True --set classifier=linear", "--set model.classifier=linear, but a flag says cosine; drop one"),
+        ("--dataset imagnet", "--dataset: no 'imagnet' is known; did you mean imagenet?"),
         ("--dataset inat", "the recipe inat2018 is not for {data}: take imagenet-lt"),
-        ("inat2018 --dataset imagenet", "--dataset imagenet means the recipe imagenet-lt, not inat2018; drop one"),
+        ("inat2018 --dataset imagenet", "--dataset means the recipe imagenet-lt, not inat2018; drop one"),
         ("--reload True", "--reload scores a checkpoint: name it with --resume CHECKPOINT"),
         ("--reload True --resume log/x.pth.tar", "there is no run folder or checkpoint at log/x.pth.tar"),
     ],

@@ -1,13 +1,13 @@
 """The flags of the BCL authors' `main.py` that are no fields of a recipe, and their run folder: see docs/authors.md."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from equipoise.base.errors import UserError
-from equipoise.config.recipe import Field, Recipe, find_field, nearest
+from equipoise.config.recipe import Recipe, nearest
 
 LOG = "log"  # their default of --root_log
 DATASETS = {
@@ -20,65 +20,51 @@ DATASETS = {
 
 
 def add_authors_flags(command: argparse.ArgumentParser) -> None:
-    """Add them to `train`. Each takes its value as text; a switch without a value means true."""
-    group = command.add_argument_group("of the authors' command line (docs/authors.md)")
+    """Add them to `train`. Some set a field of the recipe, under its key."""
+    add = command.add_argument_group("of the authors' command line (docs/authors.md)").add_argument
     switch: dict[str, Any] = {"nargs": "?", "const": "true", "metavar": "true|false"}
-    group.add_argument("--dataset", metavar="NAME", help=f"the recipe by its data set: {', '.join(DATASETS)}")
-    group.add_argument("--use-norm", help="the cosine classifier, or the linear one", **switch)
-    group.add_argument("--cos", help="the cosine schedule, or the step schedule", **switch)
-    group.add_argument("--gpu", metavar="N", help="train on this GPU: --device cuda:N")
-    group.add_argument(
-        "--root-log", metavar="FOLDER", help=f"name the run folder as they do, in this one (theirs: {LOG})"
-    )
-    group.add_argument("--resume", metavar="RUN", help="go on with it, or score it; auto: the newest unfinished")
-    group.add_argument("--reload", help="score the checkpoint of --resume on the test part; no training", **switch)
-    group.add_argument("-e", "--evaluate", help="score it on the validation part; no training", **switch)
+    names = f"the recipe by its data set: {', '.join(DATASETS)}"
+    add("--dataset", metavar="NAME", type=_recipe_of_dataset, help=names)
+    norm, cos = _either("cosine", "linear"), _either("cosine", "step")
+    add("--use-norm", dest="model.classifier", type=norm, help="the cosine classifier, or the linear one", **switch)
+    add("--cos", dest="optim.schedule", type=cos, help="the cosine schedule, or the step schedule", **switch)
+    add("--gpu", dest="device", metavar="N", type="cuda:{}".format, help="train on this GPU: --device cuda:N")
+    add("--root-log", metavar="FOLDER", help=f"name the run folder as they do, in this one (theirs: {LOG})")
+    add("--resume", metavar="RUN", help="go on with it, or score it; auto: the newest unfinished")
+    reload = "score the checkpoint of --resume on the test part; no training"
+    add("--reload", type=_truth, help=reload, **switch)
+    add("-e", "--evaluate", type=_truth, help="score it on the validation part; no training", **switch)
 
 
-def truth(flag: str, text: str | None) -> bool | None:
-    """The value of a switch: None if it was not given. Raises UserError for anything but true, false, 1 and 0."""
+def _truth(text: str) -> bool:
+    """The value of a switch."""
     try:
-        return None if text is None else msgspec.convert(text, bool, strict=False)
+        return msgspec.convert(text, bool, strict=False)
     except msgspec.ValidationError:
-        raise UserError(f"{flag} must be true or false, not '{text}'") from None
+        raise argparse.ArgumentTypeError(f"must be true or false, not '{text}'") from None
 
 
-def recipe_of_dataset(name: str) -> str:
-    """The recipe that `--dataset` names: by the authors' name or by its own. Raises UserError for another name."""
+def _either(true: str, false: str) -> Callable[[str], str]:
+    return lambda text: true if _truth(text) else false
+
+
+def _recipe_of_dataset(name: str) -> str:
+    """The recipe that `--dataset` names: by the authors' name or by its own."""
     if name not in DATASETS and name not in DATASETS.values():
-        raise UserError(f"--dataset knows no '{name}'{nearest(name, list(DATASETS))}")
+        raise argparse.ArgumentTypeError(f"no '{name}' is known{nearest(name, list(DATASETS))}")
     return DATASETS.get(name, name)
 
 
-def authors_overrides(options: argparse.Namespace) -> list[tuple[Field, Any]]:
-    """Recipe fields that the flags stand for. Raises UserError where a flag contradicts one of ours."""
-    use_norm, cos = truth("--use-norm", options.use_norm), truth("--cos", options.cos)
-    meant = [
-        ("--use-norm", "model.classifier", None if use_norm is None else "cosine" if use_norm else "linear"),
-        ("--cos", "optim.schedule", None if cos is None else "cosine" if cos else "step"),
-        ("--gpu", "device", None if options.gpu is None else f"cuda:{options.gpu}"),
-    ]
-    for flag, key, value in meant:
-        other = getattr(options, key, None)
-        if isinstance(other, list):  # `--schedule`: its numbers contradict nothing
-            other = None if _are_milestones(other) else other[0]
-        if None not in (value, other) and other != value:
-            raise UserError(f"{flag} says {key} = {value}, but another flag says {other}; drop one of them")
-    return [(find_field(key), value) for _, key, value in meant if value is not None]
+class Schedule(argparse.Action):
+    """`--schedule`: ours with a name, the authors' with numbers, the epochs at which the learning rate drops. That
+    means the step schedule, unless `--cos` is given too, as in their code."""
 
-
-def milestones_of(options: argparse.Namespace) -> list[tuple[Field, Any]]:
-    """The fields that `--schedule` stands for: ours with a name, the authors' with numbers, the epochs at which the
-    learning rate drops. That means the step schedule, unless `--cos` is given too, as in their code."""
-    schedule, values = find_field("optim.schedule"), getattr(options, "optim.schedule")
-    if values is None or not _are_milestones(values):
-        return [(schedule, values[0])] if values else []
-    step = [(schedule, "step")] if options.cos is None else []
-    return [(find_field("optim.milestones"), values), *step]
-
-
-def _are_milestones(values: list[str]) -> bool:
-    return len(values) > 1 or values[0].strip(".")[:1].isdigit()
+    def __call__(self, _: object, namespace: argparse.Namespace, values: Any, __: str | None = None) -> None:
+        schedule = values[0]
+        if len(values) > 1 or schedule.strip(".")[:1].isdigit():
+            setattr(namespace, "optim.milestones", values)
+            schedule = getattr(namespace, self.dest) or "step"
+        setattr(namespace, self.dest, schedule)
 
 
 def authors_folder(root_log: str, recipe: Recipe) -> Path:

@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from equipoise.authors.flags import DATASETS, authors_overrides, milestones_of, recipe_of_dataset
+from equipoise.authors.flags import DATASETS, Schedule
 from equipoise.base.errors import UserError
 from equipoise.config.recipe import (
     Field,
@@ -75,8 +75,8 @@ def _add_field(group: Any, field: Field, default: Any = None) -> None:
     arguments: dict[str, Any] = {"metavar": field.path[-1].upper()}
     if get_origin(field.type) is Literal:
         arguments["metavar"] = "|".join(choice for choice in get_args(field.type) if choice)
-        if field.key == "optim.schedule":  # or the authors' milestones, see `milestones_of`
-            arguments["nargs"] = "+"
+        if field.key == "optim.schedule":
+            arguments |= {"nargs": "+", "action": Schedule}
     elif field.type is bool:
         arguments |= {"metavar": "true|false", "nargs": "?", "const": "true"}
     elif get_origin(field.type) is tuple:
@@ -95,9 +95,7 @@ def overrides_of(options: argparse.Namespace) -> Overrides:
             raise UserError(f"--set takes SECTION.FIELD=VALUE, not '{text}'")
         settings.append((find_field(key.strip()), value.strip()))
     given = [(field, getattr(options, field.key, None)) for field in recipe_fields()]
-    flags = [(field, value) for field, value in given if value is not None and field.key != "optim.schedule"]
-    if hasattr(options, "use_norm"):
-        flags += [*milestones_of(options), *authors_overrides(options)]
+    flags = [(field, value) for field, value in given if value is not None]
     for field, value in flags:
         for other, text in settings:
             if other == field and override(Recipe(), field, text) != override(Recipe(), field, value):
@@ -112,48 +110,34 @@ def with_overrides(recipe: Recipe, options: argparse.Namespace) -> Recipe:
     return recipe
 
 
-def chosen_recipe(options: argparse.Namespace) -> tuple[Recipe, str]:
-    """The recipe with its overrides, and a remark where neither it nor its data set was named."""
+def chosen_recipe(options: argparse.Namespace) -> tuple[Recipe, str, bool]:
+    """The recipe with its overrides, a remark where neither it nor its data set was named, and whether one is to be
+    chosen in its place: the data are no published data set."""
     of_run = _resumed_recipe(options)
     if of_run:
-        return of_run, ""
-    path, name, remark = data_path(options), options.recipe, ""
-    if options.dataset is not None:
-        of_dataset = recipe_of_dataset(options.dataset)
-        if name not in (None, of_dataset):
-            raise UserError(f"--dataset {options.dataset} means the recipe {of_dataset}, not {name}; drop one of them")
-        name = of_dataset
+        return of_run, "", False
+    path, name, remark = data_path(options), options.recipe or options.dataset, ""
+    if options.dataset not in (None, name):
+        raise UserError(f"--dataset means the recipe {options.dataset}, not {name}; drop one of them")
 
     from equipoise.data.sources import recognise
 
     found = recognise(path) if path else ("" if name else "digits")
     fitting = fitting_recipe(found)
+    is_own = bool(path) and not (name or found) and options.resume in (None, "auto")
     if name is None:
         name = fitting
         remark = f"no recipe named: taking '{name}' (equipoise recipes lists them all)"
     elif found and name != fitting and name in DATASETS.values():
         raise UserError(f"the recipe {name} is not for {path}: take {fitting}, or name another folder")
-    return with_overrides(load_recipe(name), options), remark
+    return with_overrides(load_recipe(name), options), remark, is_own
 
 
-def is_own_folder(options: argparse.Namespace) -> bool:
-    """Whether a recipe is to be chosen: none is named, and the data are no published data set."""
-    if options.recipe or options.dataset or options.resume not in (None, "auto"):
-        return False
-    path = data_path(options)
-
-    from equipoise.data.sources import recognise
-
-    return bool(path) and not recognise(str(path))
-
-
-def seconds(duration: str | None) -> float | None:
-    """'90s', '30m', '2h' or '1.5h' in seconds. Raises UserError for anything else."""
-    if duration is None:
-        return None
+def seconds(duration: str) -> float:
+    """'90s', '30m', '2h' or '1.5h' in seconds."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) *(s|m|min|h)", duration.strip())
     if not found or not float(found[1]):
-        raise UserError(f"--budget is a time as 30m or 2h, not '{duration}'")
+        raise argparse.ArgumentTypeError(f"must be a time as 30m or 2h, not '{duration}'")
     return float(found[1]) * {"s": 1, "m": 60, "min": 60, "h": 3600}[found[2]]
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from equipoise.authors.flags import LOG, add_authors_flags, authors_folder, truth
+from equipoise.authors.flags import LOG, add_authors_flags, authors_folder
 from equipoise.base.errors import UserError, one_line, own_command, several
 from equipoise.cli import flags
 from equipoise.cli.use import score_checkpoint
@@ -110,7 +110,7 @@ def add_train_options(command: argparse.ArgumentParser, arguments: Sequence[str]
     add("recipe", nargs="?", metavar="RECIPE", help=recipe)
     add("--out", metavar="FOLDER", help="the run folder [runs/RECIPE-METHOD-TIME]; of --reload, a file for metrics")
     beside = "train this method too, under the same recipe, and show both (the demo: ce)"
-    add("--budget", metavar="TIME", help=_BUDGET)
+    add("--budget", metavar="TIME", type=flags.seconds, help=_BUDGET)
     add("--beside", choices=get_args(Method), help=beside)
     flags.add_set(command)
     add_authors_flags(command)
@@ -121,7 +121,7 @@ def train(options: argparse.Namespace) -> None:
     if options.out == "":
         raise UserError("--out names no folder")
     for flag, given, part in (("--reload", options.reload, "test"), ("--evaluate", options.evaluate, "validation")):
-        if truth(flag, given):
+        if given:
             _score_resumed(options, flag, part)
             return
     # A process alone refuses bad options before torch is imported.
@@ -143,15 +143,15 @@ def _score_resumed(options: argparse.Namespace, flag: str, part: str) -> None:
     score_checkpoint(Path(options.resume), data, part, flags.overrides_of(options), options.out, None)
 
 
-def _choose(options: argparse.Namespace, recipe: Recipe, budget: float | None, ranks: int = 1) -> "Choice":
+def _choose(options: argparse.Namespace, recipe: Recipe, is_own: bool, ranks: int = 1) -> "Choice":
     """The recipe for these pictures and this machine."""
     from equipoise.training.sizing import choose
 
-    if not flags.is_own_folder(options):
+    if not is_own:
         raise UserError(f"a recipe is only chosen for own pictures; take {recipe.name}, and set its --epochs")
-    if budget is not None and getattr(options, "beside", None):
+    if options.budget is not None and getattr(options, "beside", None):
         raise UserError("--budget is that of one run: drop --beside")
-    return choose(flags.overrides_of(options), budget, options.out, ranks)
+    return choose(flags.overrides_of(options), options.budget, options.out, ranks)
 
 
 def _unfinished(world: "World", options: argparse.Namespace) -> Recipe | None:
@@ -168,12 +168,11 @@ def _unfinished(world: "World", options: argparse.Namespace) -> Recipe | None:
     return flags.with_overrides(load_recipe(run), options) if run else None
 
 
-def _train(world: "World", options: argparse.Namespace, recipe: Recipe, remark: str) -> None:
-    budget = flags.seconds(options.budget)
+def _train(world: "World", options: argparse.Namespace, recipe: Recipe, remark: str, is_own: bool) -> None:
     choice = None
-    if budget is not None or flags.is_own_folder(options):
+    if options.budget is not None or is_own:
         before = world.first_makes(lambda: _unfinished(world, options))
-        choice = None if before else world.first_makes(lambda: _choose(options, recipe, budget, world.size))
+        choice = None if before else world.first_makes(lambda: _choose(options, recipe, is_own, world.size))
         recipe, remark = before or (choice and choice.recipe) or recipe, ""
     # The authors' commands name no recipe, and expect the run where their README looks for it.
     authors_style = (remark or options.dataset) and recipe.data.benchmark in ("imagenet-lt", "inat2018")
@@ -227,7 +226,7 @@ def _carry_out(plan: "Plan", remark: str, chosen: Mapping[str, str]) -> "Run":
 
 def add_init_options(command: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
     command.add_argument("data.path", metavar="FOLDER", help="own pictures, as for train")
-    command.add_argument("--budget", metavar="TIME", help=_BUDGET)
+    command.add_argument("--budget", metavar="TIME", type=flags.seconds, help=_BUDGET)
     command.add_argument("--out", metavar="FILE.toml", default="recipe.toml", help="the recipe's file [%(default)s]")
     command.set_defaults(recipe=None, dataset=None, resume=None)
     flags.add_set(command)
@@ -239,13 +238,13 @@ def init(options: argparse.Namespace) -> None:
     if out.exists():
         raise UserError(f"{out} is there already; name another file with --out")
     flags.refuse_unwritable("--out", out, ".toml")
-    recipe, budget = flags.with_overrides(load_recipe(flags.OWN_FOLDER), options), flags.seconds(options.budget)
+    recipe, _, is_own = flags.chosen_recipe(options)
 
     from equipoise.base.files import atomic_file
     from equipoise.cli.tables import print_plan
     from equipoise.config.recipe import explained_toml
 
-    choice = _choose(options, recipe, budget)
+    choice = _choose(options, recipe, is_own)
     with atomic_file(out) as file:
         file.write(explained_toml(choice.recipe, choice.reasons).encode())
     print_plan(choice.describe())
@@ -280,8 +279,7 @@ def add_compare_options(command: argparse.ArgumentParser, arguments: Sequence[st
     add("--methods", default="bcl,ce,logit-adjusted", help=methods)
     add("--seeds", type=int, default=3, help="how many, from --seed on [%(default)s]")
     add("--out", metavar="FOLDER", help="for the run folders; finished runs are kept (default: runs/compare-RECIPE)")
-    # Options of `train` that it does not have.
-    command.set_defaults(dataset=None, resume=None, use_norm=None, cos=None, gpu=None)
+    command.set_defaults(dataset=None, resume=None)  # options of `train` that it does not have
     flags.add_set(command)
     flags.add_recipe_flags(command, arguments)
 
@@ -289,7 +287,7 @@ def add_compare_options(command: argparse.ArgumentParser, arguments: Sequence[st
 def compare(options: argparse.Namespace) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("compare trains one run after the other in one process: start it without torchrun")
-    recipe, _ = flags.chosen_recipe(options)
+    recipe, *_ = flags.chosen_recipe(options)
     if options.method is not None:
         raise UserError("compare trains the methods of --methods; drop --method")
     out = Path(options.out or Path("runs") / f"compare-{recipe.name}")
