@@ -23,22 +23,28 @@ from equipoise.views.loader import Batch, steps_per_epoch
 WIDTH = 24
 
 
-class MadeUp(nn.Module):
-    """Its images are numbers of rows of `hidden_NF`; `prior` is how much of the training prior it has learned."""
+class Prejudiced(CosineClassifier):
+    """One that has learned something of the training prior."""
 
-    def __init__(
-        self, hidden_NF: torch.Tensor, centres_CF: torch.Tensor, prior_C: torch.Tensor, two_branch: bool
-    ) -> None:
-        super().__init__()
-        self.encoder = nn.Embedding.from_pretrained(hidden_NF)
-        self.classifier = CosineClassifier(WIDTH, len(centres_CF))
-        self.classifier.weight.data = centres_CF
-        self.projection = nn.Linear(WIDTH, 16) if two_branch else None
-        self.prototype_projection = nn.Linear(WIDTH, 16) if two_branch else None
+    def __init__(self, centres_CF: torch.Tensor, prior_C: torch.Tensor) -> None:
+        super().__init__(WIDTH, len(centres_CF))
+        self.weight.data = centres_CF
         self.prior_C = prior_C
 
-    def forward(self, rows_N: torch.Tensor) -> torch.Tensor:
-        return self.classifier(self.encoder(rows_N)) + self.prior_C
+    def forward(self, hidden_NF: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_NF) + self.prior_C
+
+
+class MadeUp(nn.Module):
+    """Its images are numbers of rows of `hidden_NF`."""
+
+    def __init__(self, hidden_NF: torch.Tensor, classifier: CosineClassifier, two_branch: bool) -> None:
+        super().__init__()
+        self.width = WIDTH
+        self.encode = nn.Embedding.from_pretrained(hidden_NF)
+        self.classifier = classifier
+        self.projection = nn.Sequential(nn.Linear(WIDTH, 16)) if two_branch else None
+        self.prototype_projection = nn.Linear(WIDTH, 16) if two_branch else None
 
 
 class Rows:
@@ -116,8 +122,7 @@ def write_figures(folder, counts, names, method, images_per_class, validation, g
     prior_C = log_prior(torch.tensor(counts)).float()
     network = MadeUp(
         centres_CF[labels_N] + noise_C[labels_N, None] * drawn,
-        centres_CF,
-        prior_C * (1.0 if method == "ce" else 0.1),
+        Prejudiced(centres_CF, prior_C * (1.0 if method == "ce" else 0.1)),
         method in ("bcl", "supcon+la"),
     ).eval()
     firsts = itertools.accumulate(map(len, labels.values()), initial=0)

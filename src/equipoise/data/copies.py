@@ -68,19 +68,13 @@ def find_copies(digests: Sequence[bytes], details: Sequence[Details], parts_N: I
 def _same_pixels(digests: Sequence[bytes], parts_N: Indices, labels_N: Indices) -> Indices:
     """For each kind and image the first image of that kind with its digest, as `[K, N]`; -1 where there is none."""
     other_KN = np.full((len(KINDS), len(digests)), -1)
-    groups: dict[bytes, list[int]] = {}
-    for image, digest in enumerate(digests):
-        groups.setdefault(digest, []).append(image)
-    for group in groups.values():
-        first_of: dict[tuple[int, int], int] = {}  # part and label -> first image
-        for image in group:
-            part, label = int(parts_N[image]), int(labels_N[image])
-            earlier = [(*key, other) for key, other in first_of.items()]  # as few as the group has parts and labels
-            in_parts = [other for of, _, other in earlier if of != part]
-            in_labels = [other for _, of, other in earlier if of != label]
-            again = first_of.get((part, label))
-            other_KN[:, image] = [min(in_parts, default=-1), min(in_labels, default=-1), -1 if again is None else again]
-            first_of.setdefault((part, label), image)
+    first_of: dict[bytes, dict[tuple[int, int], int]] = {}  # of a digest, part and label -> first image
+    for image, (digest, *place) in enumerate(zip(digests, parts_N.tolist(), labels_N.tolist(), strict=True)):
+        earlier = first_of.setdefault(digest, {})  # as few as there are parts and labels
+        in_parts = [other for (part, _), other in earlier.items() if part != place[0]]
+        in_labels = [other for (_, label), other in earlier.items() if label != place[1]]
+        again = earlier.setdefault((place[0], place[1]), image)
+        other_KN[:, image] = [min(in_parts, default=-1), min(in_labels, default=-1), -1 if again == image else again]
     return other_KN
 
 

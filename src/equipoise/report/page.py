@@ -26,26 +26,12 @@ from equipoise.report import charts
 from equipoise.report.charts import Array, Curve
 from equipoise.report.svg import Name, Point, shortened, signed
 from equipoise.runs.folder import LOG, METRICS, OBSERVED, RECIPE, RECORD
-from equipoise.runs.records import CheckpointMetrics, RunRecord, read_metrics, read_record
+from equipoise.runs.records import CheckpointMetrics, LogLine, RunRecord, read_metrics, read_record
 from equipoise.training.compare import FIGURES
 from equipoise.views.loader import steps_per_epoch
 
 MOST_RUNS = 6  # as many as there are colours that can be told apart
 Titled = list[tuple[str, Markup]]  # figures with their headings
-
-
-class LogLine(msgspec.Struct):
-    """What is drawn of a line of the log: losses and learning rate of 'train', shares of 'validation'."""
-
-    kind: str
-    step: int
-    epoch: int
-    loss: float | None = None
-    classification: float | None = None
-    contrastive: float | None = None
-    lr: float | None = None
-    mean_per_class: float | None = None
-    few: float | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,6 +21,7 @@ from equipoise import __version__
 from equipoise.base.errors import UserError
 from equipoise.base.files import UNFINISHED, atomic_file
 from equipoise.config.recipe import Recipe, recipe_toml
+from equipoise.runs.records import LogLine
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -213,12 +214,6 @@ def _open_curves(folder: Path, step: int) -> "SummaryWriter | None":
     return SummaryWriter(str(folder), purge_step=step + 1)  # TensorBoard drops what earlier files have from there on
 
 
-class _Line(msgspec.Struct):
-    kind: Kind
-    step: int
-    epoch: int
-
-
 def _length_of_done(file: Path, epoch: int, step: int) -> int:
     """Bytes of the file up to the first line of something later, or up to one that a killed run has not finished. An
     epoch is whole when it is validated: its last step alone does not make it whole."""
@@ -226,7 +221,7 @@ def _length_of_done(file: Path, epoch: int, step: int) -> int:
     with file.open("rb") as lines:
         for line in lines:
             try:
-                said = msgspec.json.decode(line, type=_Line)
+                said = msgspec.json.decode(line, type=LogLine)
             except msgspec.DecodeError:
                 break
             later = said.step > step or (said.kind == "validation" and said.epoch >= epoch)

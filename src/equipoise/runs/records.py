@@ -113,6 +113,20 @@ class RunRecord(TypedDict):
     class_counts: dict[str, int]
 
 
+class LogLine(msgspec.Struct):
+    """What is read of a line of the log: losses and learning rate of 'train', shares of 'validation'."""
+
+    kind: str
+    step: int
+    epoch: int
+    loss: float | None = None
+    classification: float | None = None
+    contrastive: float | None = None
+    lr: float | None = None
+    mean_per_class: float | None = None
+    few: float | None = None
+
+
 def read_metrics(file: Path) -> RunMetrics:
     """`metrics.json`. Raises UserError where it is damaged."""
     return _read(file, RunMetrics, "move it away, and write it anew with equipoise evaluate")
