@@ -153,7 +153,7 @@ SITUATIONS = {
         0,
         FINE,
     ),
-    "names that differ in capitals": (folders("Cat", "cat"), ".", 0, "'Cat' and 'cat' differ in capitals only"),
+    "names that differ in capitals": (folders("Cat", "cat"), ".", 0, "'Cat' and 'cat' differ in capitals, blanks"),
     "other kinds of images under .jpg": (
         misnamed,
         ".",

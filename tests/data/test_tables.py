@@ -167,7 +167,7 @@ def test_more_refusals(images):
     with pytest.raises(UserError, match=r"several tables with labels \(labels.csv, other.csv\): name the one"):
         opened(images)
     write(images, "image,label,split\n0,a,train\n1,A,val\n")
-    with pytest.raises(UserError, match="class 'A' is 'a' in the train part: they differ in capitals only"):
+    with pytest.raises(UserError, match="class 'A' is 'a' in the train part: they differ in capitals, blanks"):
         opened(images / "labels.csv")
     write(images, "image,label,split\n0,a,train\n1,b,train\n0,a,val\n")
     with pytest.raises(UserError, match="1 image of the validation part are in the train part too"):

@@ -1,4 +1,4 @@
-"""Names of classes: which are the same although written otherwise, and how two that look alike differ."""
+"""Names of classes: which are the same although written otherwise, and which look alike."""
 
 import re
 import unicodedata
@@ -12,6 +12,7 @@ from equipoise.base.errors import UserError, several
 Labels = npt.NDArray[np.int64]
 
 _NAMED = 10  # classes, in a message
+_ALIKE = "differ in capitals, blanks or look-alike letters only"
 
 
 def normal(name: str) -> str:
@@ -28,16 +29,6 @@ def in_order(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(distinct))
 
 
-def difference(one: str, other: str) -> str:
-    """In what two names that look alike differ: 'Unicode form', 'capitals', 'blanks'; '' where they do
-    not look alike."""
-    if _bare(one) != _bare(other):
-        return ""
-    if unicodedata.normalize("NFKC", one) == unicodedata.normalize("NFKC", other):
-        return "Unicode form"
-    return "capitals" if one.casefold() == other.casefold() else "blanks"
-
-
 def look_alikes(names: Sequence[str]) -> list[str]:
     """A line for each two names of `names` that look alike."""
     lines: list[str] = []
@@ -45,8 +36,7 @@ def look_alikes(names: Sequence[str]) -> list[str]:
     for name in names:
         other = seen.setdefault(_bare(name), name)
         if other != name:
-            how = difference(other, name)
-            lines.append(f"classes '{other}' and '{name}' differ in {how} only: if they are one, give them one name")
+            lines.append(f"classes '{other}' and '{name}' {_ALIKE}: if they are one, give them one name")
     return lines
 
 
@@ -63,10 +53,10 @@ def numbered(
 
 def unknown_classes(unknown: Sequence[str], names: Iterable[str], part: str) -> str:
     """The message about classes that are not among `names`, the classes of `part`."""
-    for other in names:
-        for name in unknown:
-            if how := difference(name, other):
-                return f"class '{name}' is '{other}' in the {part}: they differ in {how} only; give them one name"
+    known = {_bare(name): name for name in names}
+    for name in unknown:
+        if other := known.get(_bare(name)):
+            return f"class '{name}' is '{other}' in the {part}: they {_ALIKE}; give them one name"
     listed = ", ".join(f"'{name}'" for name in unknown[:_NAMED])
     more = f" and {len(unknown) - _NAMED:,} more" if len(unknown) > _NAMED else ""
     return f"{several(len(unknown), 'class')} unknown to the {part}: {listed}{more}"
