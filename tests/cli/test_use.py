@@ -283,10 +283,10 @@ def test_export_writes_beside_the_checkpoint(run, odd_run, tmp_path, capsys):
         said = capsys.readouterr().out
         assert said.endswith(f"written: {run / name}\n")
         assert (run / name).exists()
-        assert ("checked on 16 images: scores differ from the model's by" in said) == (form != "safetensors")
+        assert ("checked on 16 made-up images: scores differ from the model's by" in said) == (form != "safetensors")
     images = str(odd_run.parent / "data" / "val")
     folder, out = str(run / "best-safetensors"), str(tmp_path / "again.onnx")
-    assert main(["export", folder, "--to", "onnx", "--images", images, "--out", out]) == 0
+    assert main(["export", folder, "--to", "onnx", "--out", out]) == 0
     assert main(["predict", folder, images]) == 0
     assert "best-safetensors, epoch" in capsys.readouterr().out
     assert main(["export", str(run / "last.pt"), "--to", "torch-export"]) == 0
@@ -299,7 +299,6 @@ def test_export_writes_beside_the_checkpoint(run, odd_run, tmp_path, capsys):
     ("arguments", "sentence"),
     [
         (["--to", "tflite"], "argument --to: invalid choice: 'tflite'"),
-        (["--to", "safetensors", "--images", "x"], "--images goes with --to onnx or torch-export"),
         (["--to", "onnx", "--out", "no/x"], "--out must be a new file or a .onnx file"),
         (["--to", "safetensors", "--out", "no/x"], "no/x could not be written (no such file or directory)"),
     ],

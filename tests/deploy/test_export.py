@@ -19,8 +19,8 @@ from PIL import Image
 from synthetic import untrained
 
 from equipoise import UserError, load
-from equipoise.deploy.export import NOTES, check, checking_views, export_file
-from equipoise.deploy.hub import write_hub_folder
+from equipoise.data.decode import decode_bytes
+from equipoise.deploy.export import NOTES, check, export_file, made_up_images
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "onnx_predict.py"
 HERE = os.fsencode(str(Path(__file__).parents[2]))
@@ -35,14 +35,14 @@ def classifier_of(folder: Path, counts=(9, 3, 1), **fields):
 @pytest.fixture(scope="module")
 def onnx_file(odd_run, tmp_path_factory):
     out = tmp_path_factory.mktemp("export") / "model.onnx"
-    assert export_file(load(odd_run, "cpu"), "onnx", out).startswith("checked on 16 images")
+    assert export_file(load(odd_run, "cpu"), "onnx", out).startswith("checked on 16 made-up images")
     return out
 
 
 @pytest.fixture(scope="module")
 def torch_file(odd_run, onnx_file):
     out = onnx_file.with_name("model.pt2")
-    assert export_file(load(odd_run, "cpu"), "torch-export", out).startswith("checked on 16 images")
+    assert export_file(load(odd_run, "cpu"), "torch-export", out).startswith("checked on 16 made-up images")
     return out
 
 
@@ -55,17 +55,17 @@ def test_exported_files_give_what_predict_gives(odd_run, onnx_file, torch_file):
     module = torch.export.load(torch_file).module()
     classifier = load(odd_run, "cpu")
     test = odd_run.parent / "data" / "test"
-    views_N3SS = checking_views(classifier, [test])[:-1]
     predicted = classifier.predict(test)
-    chosen = np.linspace(0, 17, 16).astype(int)
-    for size in (1, 2, 16):
+    views = [classifier.view(decode_bytes(Path(file).read_bytes())) for file in predicted.files]
+    views_N3SS = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).contiguous()
+    for size in (1, 2, 18):
         with torch.inference_mode():
             found = [module(views_N3SS[:size])]
         found += map(torch.from_numpy, session.run(None, {"images": views_N3SS[:size].numpy()}))
         for scores_NC in found:
             shares_NC = scores_NC.softmax(1)
-            assert shares_NC.argmax(1).tolist() == predicted.ranked_NK[chosen[:size], 0].tolist()
-            assert shares_NC.amax(1).numpy() == pytest.approx(predicted.probability_NK[chosen[:size], 0], abs=1e-5)
+            assert shares_NC.argmax(1).tolist() == predicted.ranked_NK[:size, 0].tolist()
+            assert shares_NC.amax(1).numpy() == pytest.approx(predicted.probability_NK[:size, 0], abs=1e-5)
 
 
 def test_exported_files_say_what_is_needed_to_use_them(odd_run, onnx_file, torch_file):
@@ -172,7 +172,7 @@ def test_the_example_on_photographs(arch, size, shared_data, tmp_path):
     classifier = classifier_of(tmp_path, counts, arch=arch, size=size, method="ce")
     photos = sorted((shared_data / "photos").glob("*.JPEG"))
     assert len(photos) == 160
-    export_file(classifier, "onnx", tmp_path / "model.onnx", photos)
+    export_file(classifier, "onnx", tmp_path / "model.onnx")
     assert_example_agrees(classifier, tmp_path / "model.onnx", photos)
 
 
@@ -180,7 +180,7 @@ def test_the_example_on_images_without_a_crop(tmp_path):
     """Policy `cifar`: resized as they are."""
     draw_picture(tmp_path / "x.png", 1, 1, size=(60, 41))
     classifier = classifier_of(tmp_path, recipe="cifar10-lt", arch="resnet8", method="logit-adjusted")
-    export_file(classifier, "onnx", tmp_path / "model.onnx", [tmp_path / "x.png"])
+    export_file(classifier, "onnx", tmp_path / "model.onnx")
     assert_example_agrees(classifier, tmp_path / "model.onnx", [tmp_path / "x.png"])
 
 
@@ -208,7 +208,7 @@ def test_a_file_that_differs_from_the_model_is_not_left(form, odd_run, tmp_path,
 def test_of_cold_scores_more_is_allowed(off, allowed, odd_run):
     """At a temperature of 0.05 they are twenty times the logits, and so are the errors of float32."""
     classifier = replace(load(odd_run, "cpu"), temperature=0.05)
-    views = checking_views(classifier, [])
+    views = made_up_images(16)
     exact = classifier.calibrated(views).detach().numpy()
     run = lambda images: exact[: len(images)] + np.float32(off)  # noqa: E731
     with contextlib.nullcontext() if allowed else pytest.raises(UserError, match=r"more than 0\.002"):
@@ -221,17 +221,3 @@ def test_missing_packages(package, odd_run, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=f"the package {package} is missing; pip install onnx onnxscript"):
         export_file(load(odd_run, "cpu"), "onnx", tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_images_to_check_with(odd_run, tmp_path):
-    """The run's own, or those that are named; without any, the error says how to name some."""
-    classifier = load(odd_run, "cpu")
-    assert checking_views(classifier, []).shape == (17, 3, 16, 16)
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "x.png").write_bytes(b"broken")
-    for name, said in (("empty", "holds no images"), ("x.png", r"x\.png cannot be read")):
-        with pytest.raises(UserError, match=said):
-            checking_views(classifier, [tmp_path / name])
-    write_hub_folder(tmp_path / "hub", classifier.checkpoint, None, None)
-    with pytest.raises(UserError, match=r"hub does not name its data; .* --images FOLDER"):
-        checking_views(load(tmp_path / "hub", "cpu"), [])

@@ -228,8 +228,6 @@ def add_export_options(command: argparse.ArgumentParser) -> None:
     add("target", metavar="RUN_OR_CHECKPOINT", help=_TARGET)
     add("--to", choices=tuple(_ENDINGS), required=True, help=_FORMS)
     add("--out", metavar="FILE", help="what to write (default: beside the checkpoint)")
-    images = "onnx, torch-export: images to check the file with (default: 16 of the run's own)"
-    add("--images", nargs="+", default=[], metavar="IMAGES_OR_FOLDER", help=images)
 
 
 def export(options: argparse.Namespace) -> None:
@@ -238,8 +236,6 @@ def export(options: argparse.Namespace) -> None:
     from equipoise.deploy.predict import load
 
     form = options.to
-    if options.images and form == "safetensors":
-        raise UserError("--images goes with --to onnx or torch-export")
     classifier = load(options.target, "cpu")
     print(f"{classifier.origin}, {classifier.described}")
     origin = classifier.origin.resolve()
@@ -248,5 +244,5 @@ def export(options: argparse.Namespace) -> None:
         write_hub_folder(out, classifier.checkpoint, classifier.temperature, classifier.metrics)
     else:
         flags.refuse_unwritable("--out", out, _ENDINGS[form])
-        print(export_file(classifier, form, out, options.images))
+        print(export_file(classifier, form, out))
     print(f"written: {out}")
