@@ -120,7 +120,7 @@ def test_what_is_there_already_is_kept(tmp_path):
 
 def test_other_files_are_not_hidden_by_packed_ones(pictures, tmp_path):
     """Neither the class folders themselves nor parts that the data no longer has."""
-    with pytest.raises(UserError, match="holds other files, as "):
+    with pytest.raises(UserError, match="lies inside the data, where"):
         packed(pictures, pictures)
     packed(pictures, tmp_path / "out")
     (tmp_path / "out" / "train.pack").rename(tmp_path / "out" / "validation.pack")

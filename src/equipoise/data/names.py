@@ -9,8 +9,6 @@ import numpy.typing as npt
 
 from equipoise.base.errors import UserError, several
 
-Labels = npt.NDArray[np.int64]
-
 _NAMED = 10  # classes, in a message
 _ALIKE = "differ in capitals, blanks or look-alike letters only"
 

@@ -98,13 +98,12 @@ def pack(found: Found, out: Path, short_side: int, threads: int) -> list[str]:
     for part in found.parts.values():
         if isinstance(part.images, PixelArrays) or (isinstance(part.images, EncodedImages) and part.images.packed):
             raise UserError(f"{part.origin} needs no packing: its images are in one file already")
+        if isinstance(part.images, ImageFiles) and out.resolve().is_relative_to(part.images.root.resolve()):
+            raise UserError(f"{out} lies inside the data, where it would be taken for a class; name another --out")
     files = {out / f"{name}{SUFFIX}" for name in found.parts}
     others = [path for path in out.glob("*") if path not in files and not path.name.endswith(UNFINISHED)]
     if others:  # a part of other images, or the class folders themselves, which packed files would hide
         raise UserError(f"{out} holds other files, as {others[0].name}; name a folder of its own with --out")
-    for part in found.parts.values():
-        if isinstance(part.images, ImageFiles) and out.resolve().is_relative_to(part.images.root.resolve()):
-            raise UserError(f"{out} lies inside the data, where it would be taken for a class; name another --out")
     out.mkdir(parents=True, exist_ok=True)
     for path in out.glob(f".*{UNFINISHED}"):  # of a killed process
         path.unlink()

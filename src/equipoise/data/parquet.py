@@ -47,17 +47,14 @@ def open_parquet(files: list[Path], data: Data) -> Found:
 def _read(files: Sequence[Path], data: Data) -> ImageList:
     """The images of one part, with the class names that the file gives, if any."""
     file, pa = files[0], import_pyarrow(files[0])
-    label_column, group_by = data.label_column, data.group_by
+    group_by = data.group_by
     try:
         schema = pa.parquet.read_schema(file)
         holding = [field.name for field in schema if _holds_bytes(pa, field.type)]
         image_column = _chosen(data.image_column, holding, file, "image_column")
         integers = [field.name for field in schema if pa.types.is_integer(field.type)]
         texts = [field.name for field in schema if _is_text(pa, field.type)]
-        if sorted(integers) == ["coarse_label", "fine_label"]:  # CIFAR-100 as published: its classes are the fine ones
-            label_column = label_column or "fine_label"
-        if not label_column and len(integers) != 1:
-            label_column = named_column(texts, LABELS) or named_column(integers, LABELS)
+        label_column = data.label_column or named_column([*integers, *texts], LABELS)
         fitting = [*integers, *texts] if label_column else integers or texts
         label_column = _chosen(label_column, fitting, file, "label_column")
         columns = dict.fromkeys([image_column, label_column, *([group_by] if group_by in schema.names else [])])

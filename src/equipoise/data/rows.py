@@ -13,8 +13,10 @@ from equipoise.data.images import PART_NAMES, import_pyarrow
 
 TABLES = frozenset({".csv", ".tsv", ".parquet"})
 # Names of columns as people have them, in small letters, without _, - and blanks; the first that is there is taken.
+# CIFAR-100 as published has "fine_label" and "coarse_label": its classes are the fine ones.
 LABELS = ("label", "labels", "class", "classname", "classlabel", "species", "scientificname", "category",
-           "categoryname", "taxon", "diagnosis", "dx", "target", "y", "classid", "categoryid")  # fmt: skip
+           "categoryname", "taxon", "diagnosis", "dx", "target", "y", "classid", "categoryid",
+           "finelabel")  # fmt: skip
 NAME = "scientificName"  # the column of labels of joined tables
 
 Columns = Mapping[str, Sequence[str]]

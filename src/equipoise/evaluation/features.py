@@ -157,9 +157,5 @@ def _file(recipe: Recipe, images: ImageList, network: TwoBranchNetwork) -> Path:
         if name.endswith((".0.a", ".0.b")):  # of LoRA: at the start they add nothing
             continue
         hasher.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    return _cache() / f"{hasher.hexdigest()}.npy"
-
-
-def _cache() -> Path:
-    """The folder of what can be computed again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "equipoise" / "features"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")  # of what can be computed again
+    return cache / "equipoise" / "features" / f"{hasher.hexdigest()}.npy"
