@@ -11,7 +11,7 @@ from conftest import draw_folder
 from PIL import Image
 
 from equipoise import UserError
-from equipoise.data.decode import bad_images, decode, decode_all, decode_bytes, stand_ins
+from equipoise.data.decode import bad_images, decode, decode_all, decode_bytes, stand_in
 from equipoise.data.sources import find_parts
 from equipoise.views.views import evaluation_view
 
@@ -180,7 +180,7 @@ def test_broken_files_are_named(damage, reason, photo, pictures):
     if any(
         word in reason for word in ("no image", "more than", "directory", "empty", "web page", "PDF")
     ):  # its header tells
-        assert [n for n, fault in enumerate(bad_images(images)) if fault] == [0]
+        assert [error.name for error in bad_images(images)] == [images.images.name(0)]
 
 
 def test_decode_all_resizes_as_pillow_does(tmp_path):
@@ -197,5 +197,9 @@ def test_decode_all_resizes_as_pillow_does(tmp_path):
 def test_what_stands_in_for_a_bad_image(pictures):
     """The next of its class in the list, round to the beginning: 12 ants, 6 bees, 3 cats."""
     images = find_parts(str(pictures)).parts["train"]
-    assert stand_ins(images, 14) == [15, 16, 17, 12, 13]
-    assert stand_ins(images, 20) == [18, 19]
+    for index, expected in ((14, [15, 16, 17, 12, 13]), (20, [18, 19])):
+        tried: list[int] = []
+        with pytest.raises(UserError, match=f"none of the {1 + len(expected)} images of class '.*' can be read"):
+            stand_in(images, index, tried.append)
+        assert tried == expected
+    assert stand_in(images, 14, lambda other: other if other > 15 else None) == 16

@@ -242,7 +242,7 @@ def test_a_script_without_a_guard_trains_with_threads_and_is_refused_with_proces
         assert (done.returncode, done.stderr) == (0, "")
     else:
         assert done.returncode == 1
-        assert "script.py, line 8: loader processes import this script" in done.stderr.splitlines()[-1]
+        assert "script.py: loader processes import this script" in done.stderr.splitlines()[-1]
         assert done.stderr.count("Traceback") == 1
     assert (tmp_path / "run" / "metrics.json").exists() == (workers == "threads")
     assert (tmp_path / "run").exists() == (workers == "threads")

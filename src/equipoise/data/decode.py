@@ -153,10 +153,9 @@ def _what_it_is(head: bytes) -> str:
     return next((said for start, said in _OTHERS.items() if re.match(start, head, re.DOTALL | re.IGNORECASE)), "")
 
 
-def bad_images(images: ImageList) -> Iterator[BadImageError | None]:
-    """For each image of the list, in its order, the error if it is a bad one, else None. Its header is read: that tells
-    of most bad files, in no time. Nothing for images in memory, nor for packed ones: they were decoded when they were
-    packed."""
+def bad_images(images: ImageList) -> Iterator[BadImageError]:
+    """The errors of the list's bad images, in its order. Headers are read: these tell of most bad files, in no time.
+    None for images in memory, nor for packed ones: they were decoded when they were packed."""
     source = images.images
     if isinstance(source, PixelArrays) or (isinstance(source, EncodedImages) and source.packed):
         return
@@ -170,7 +169,7 @@ def bad_images(images: ImageList) -> Iterator[BadImageError | None]:
             return error
         return None
 
-    yield from in_order(look, range(len(images)), threads=8)
+    yield from filter(None, in_order(look, range(len(images)), threads=8))
 
 
 def in_order(make: Callable[[T], Made], items: Iterable[T], threads: int) -> Generator[Made]:
@@ -193,19 +192,18 @@ def in_order(make: Callable[[T], Made], items: Iterable[T], threads: int) -> Gen
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def stand_ins(images: ImageList, index: int) -> list[int]:
-    """Which images may stand in for the bad one at `index`, in this order: the others of its class, from there on and
-    round to the beginning: the same in every process."""
-    of_class = np.flatnonzero(images.labels_N == images.labels_N[index])
-    return np.roll(of_class, -1 - int(np.searchsorted(of_class, index)))[:-1].tolist()
-
-
-def no_image_left(images: ImageList, label: int) -> UserError:
-    """The error where no image of a class can be read."""
-    index = int(np.flatnonzero(images.labels_N == label)[0])
-    return UserError(
-        f"{images.origin}: none of the {images.class_counts[label]:,} images of class '{images.class_names[label]}' "
-        f"can be read (first: {images.images.name(index)}); repair them"
+def stand_in(images: ImageList, index: int, make: Callable[[int], Made | None]) -> Made:
+    """What `make` makes of the image that stands in for the bad one at `index`: the next one of its class, from there
+    on and round to the beginning, of which that is not None; the same in every process. Raises UserError where there
+    is none."""
+    label = int(images.labels_N[index])
+    of_class = np.flatnonzero(images.labels_N == label)
+    for other in np.roll(of_class, -1 - int(np.searchsorted(of_class, index)))[:-1].tolist():
+        if (made := make(other)) is not None:
+            return made
+    raise UserError(
+        f"{images.origin}: none of the {len(of_class):,} images of class '{images.class_names[label]}' can be read "
+        f"(first: {images.images.name(int(of_class[0]))}); repair them"
     )
 
 

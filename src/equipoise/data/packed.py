@@ -118,7 +118,7 @@ def pack(found: Found, out: Path, short_side: int, threads: int) -> list[str]:
             said.append(f"there already: {file}")
             continue
         try:
-            for error in filter(None, bad_images(images)):
+            for error in bad_images(images):
                 raise error
             with atomic_file(file) as opened:
                 _write(opened, images, about, threads)

@@ -187,7 +187,7 @@ def survey(data: Data, check: bool = False) -> tuple[Found, list[str], list[BadI
     if check:
         inspection = inspect(whole)
         return found, problems, inspection.bad, inspection
-    bad = [error for part in whole.values() for error in bad_images(part) if error is not None]
+    bad = [error for part in whole.values() for error in bad_images(part)]
     return found, problems, bad, None
 
 

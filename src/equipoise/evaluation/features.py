@@ -22,7 +22,7 @@ from equipoise.base.files import atomic_file
 from equipoise.base.progress import ProgressLine
 from equipoise.base.world import World
 from equipoise.config.recipe import Recipe
-from equipoise.data.decode import BadImageError, no_image_left, stand_ins
+from equipoise.data.decode import BadImageError, stand_in
 from equipoise.data.images import ImageFiles, ImageList, Indices
 from equipoise.method.network import TwoBranchNetwork
 from equipoise.views.loader import Batch, Batches, Maker, Task, open_recipe_batches
@@ -62,7 +62,10 @@ class _FeatureMaker(Maker):
         self._features_NF = np.load(file, mmap_mode="r")
 
     def _training(self, task: Task) -> Batch:
-        rows_B = [index if index not in self.bad else self._other(index) for index in task.indices_B.tolist()]
+        rows_B: list[int] = task.indices_B.tolist()
+        for place, row in enumerate(rows_B):
+            if row in self.bad:
+                rows_B[place] = stand_in(self._images, row, lambda other: None if other in self.bad else other)
         features_BF = torch.from_numpy(self._features_NF[rows_B])
         labels_G = torch.from_numpy(self._images.labels_N[task.indices_G])
         return Batch(features_BF.expand(self._views, -1, -1), labels_G, task.rows)
@@ -72,13 +75,6 @@ class _FeatureMaker(Maker):
         labels_B = torch.from_numpy(self._images.labels_N[good])
         bad = {index: error for index, error in self.bad.items() if index in indices_B}
         return Batch(torch.from_numpy(self._features_NF[good])[None], labels_B, slice(0, len(good)), bad)
-
-    def _other(self, index: int) -> int:
-        """An image that stands in for the bad one at `index`."""
-        for other in stand_ins(self._images, index):
-            if other not in self.bad:
-                return other
-        raise no_image_left(self._images, int(self._images.labels_N[index]))
 
 
 def compute_features(

@@ -263,5 +263,5 @@ def _refuse_bad_images(plan: Plan) -> None:
         return
     for part in plan.parts.named().values():
         share = part.take(np.arange(plan.world.rank, len(part), plan.world.size))
-        for error in filter(None, bad_images(share)):
+        for error in bad_images(share):
             raise error

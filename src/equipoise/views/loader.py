@@ -1,6 +1,6 @@
 """A list of images and its views become batches, in an order that depends on (seed, epoch) alone, made by any number of
 workers ahead of the step: threads, or for an NVIDIA GPU processes. With `skip`, an image that cannot be read is no
-error: in training another of its class stands in for it (`decode.stand_ins`), in evaluation it is left out, and `bad`
+error: in training another of its class stands in for it (`decode.stand_in`), in evaluation it is left out, and `bad`
 says which they were."""
 
 import signal
@@ -23,8 +23,7 @@ from equipoise.data.decode import (
     decode,
     decode_all,
     in_order,
-    no_image_left,
-    stand_ins,
+    stand_in,
     usable_cores,
 )
 from equipoise.data.images import ImageList, Indices
@@ -245,7 +244,9 @@ class Maker(Dataset["Batch | UserError"]):
         images: list[Pixels] = []
         for index in task.indices_B.tolist():
             image = self._image(index, bad)
-            images.append(self._stand_in(index) if image is None else image)
+            if image is None:
+                image = stand_in(self._images, index, lambda other: self._image(other, {}))
+            images.append(image)
         how = self._settings, *task.training
         views_VB3SS = small_views(np.stack(images), *how) if self.in_memory else photo_views(images, *how)
         return Batch(views_VB3SS, torch.from_numpy(self._images.labels_N[task.indices_G]), task.rows, bad)
@@ -274,13 +275,6 @@ class Maker(Dataset["Batch | UserError"]):
                 raise
             bad[index] = error
             return None
-
-    def _stand_in(self, index: int) -> Pixels:
-        for other in stand_ins(self._images, index):
-            image = self._image(other, {})
-            if image is not None:
-                return image
-        raise no_image_left(self._images, int(self._images.labels_N[index]))
 
 
 def _started(loader: DataLoader[Batch | UserError]) -> Iterator[Batch | UserError]:
