@@ -38,7 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if hasattr(signal, "SIGUSR1") and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it asks a run to save: until one handles it, it must not kill
     try:
-        return _run(list(sys.argv[1:] if arguments is None else arguments))
+        words = [_dashed(word) for word in (sys.argv[1:] if arguments is None else arguments)]
+        options, unknown = _parser(words).parse_known_args(words)
+        if unknown:
+            _refuse_unknown(unknown[0], options.parser)
+        return options.call(options) or 0
     except UserError as error:
         # What all processes raise, one on each host says.
         if not isinstance(error, SharedError) or os.environ.get("LOCAL_RANK", "0") == "0":
@@ -59,14 +63,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"equipoise: {one_line(in_words(error))}", file=sys.stderr)
         return 2
-
-
-def _run(arguments: list[str]) -> int:
-    arguments = [_dashed(argument) for argument in arguments]
-    options, unknown = _parser(arguments).parse_known_args(arguments)
-    if unknown:
-        _refuse_unknown(unknown[0], options.parser)
-    return options.call(options) or 0
 
 
 def _dashed(argument: str) -> str:

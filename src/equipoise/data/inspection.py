@@ -98,7 +98,11 @@ def inspect(parts: Mapping[str, ImageList]) -> Inspection:
                 places.append(Place(part, images, index))
                 looks.append(look)
     sizes_N2 = np.array([look.size for look in looks], np.int64).reshape(-1, 2)
-    return Inspection(places, sizes_N2, _copies(places, looks), _odd(looks, sizes_N2), bad)
+    parts_N = np.array([_ORDER.index(place.part) for place in places], np.int64)
+    # By name, since the parts may number their classes differently.
+    _, labels_N = np.unique([place.class_name for place in places], return_inverse=True)
+    copies = find_copies([look.digest for look in looks], [look.detail for look in looks], parts_N, labels_N)
+    return Inspection(places, sizes_N2, copies, _odd(looks, sizes_N2), bad)
 
 
 def _look(images: ImageList, index: int) -> _Look | BadImageError:
@@ -111,14 +115,6 @@ def _look(images: ImageList, index: int) -> _Look | BadImageError:
     digest.update(pixels.tobytes())
     darkest, brightest = np.percentile(pixels[:: 1 + height // 64, :: 1 + width // 64], (1, 99)).tolist()
     return _Look(digest.digest(), (width, height), detail(pixels), darkest, brightest)
-
-
-def _copies(places: Sequence[Place], looks: Sequence[_Look]) -> Copies:
-    """Classes are told apart by their names, since the parts may number them differently."""
-    numbers = {name: number for number, name in enumerate(sorted({place.class_name for place in places}))}
-    parts_N = np.array([_ORDER.index(place.part) for place in places], np.int64)
-    labels_N = np.array([numbers[place.class_name] for place in places], np.int64)
-    return find_copies([look.digest for look in looks], [look.detail for look in looks], parts_N, labels_N)
 
 
 def _odd(looks: Sequence[_Look], sizes_N2: Indices) -> dict[str, list[int]]:

@@ -64,14 +64,9 @@ def score(predictions: Predictions, train_counts_C: Sequence[int] | None, classe
     """All metrics of the predictions.
 
     `train_counts_C` are the training images of each class, which decide its shot group; without them there are no
-    groups. A class without test images has no accuracy and enters no mean. Raises ValueError on an empty set or a label
-    outside the classes.
+    groups. A class without test images has no accuracy and enters no mean.
     """
     labels_N, ranked_NK = predictions.labels_N, predictions.ranked_NK
-    if len(labels_N) == 0:
-        raise ValueError("there are no images to score")
-    if labels_N.min() < 0 or labels_N.max() >= classes:
-        raise ValueError(f"labels must be 0 to {classes - 1}")
     best_N = ranked_NK[:, 0]
     means, accuracy_C = _means(labels_N, best_N, train_counts_C, classes)
     present_C = ~np.isnan(accuracy_C)
@@ -133,10 +128,10 @@ def sweep(predictions: Predictions, train_counts_C: Sequence[int]) -> list[Prior
     ]
 
 
-def choose_tau(validation_sweep: Sequence[PriorRow]) -> float:
-    """The tau of the highest mean per-class accuracy; the smallest of those that are equal. Only ever call it with the
-    sweep of a validation part: a tau that is chosen on the test part makes the test metrics too good."""
-    return max(validation_sweep, key=lambda row: (row["mean_per_class"], -row["tau"]))["tau"]
+def choose_tau(validation_sweep: Sequence[PriorRow]) -> PriorRow:
+    """The row of the highest mean per-class accuracy; of equal ones, that of the smallest tau. Only ever call it with
+    the sweep of a validation part: a tau that is chosen on the test part makes the test metrics too good."""
+    return max(validation_sweep, key=lambda row: (row["mean_per_class"], -row["tau"]))
 
 
 _COLDEST, _HOTTEST = 0.05, 20.0

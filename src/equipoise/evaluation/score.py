@@ -190,11 +190,10 @@ def _post_hoc_prior(validation: PartMetrics | None, test: PartMetrics | None) ->
     """The post-hoc prior whose strength the validation part chose, and what it gives on each part."""
     if validation is None or validation["prior_sweep"] is None:
         return None
-    tau = choose_tau(validation["prior_sweep"])
-    at_tau = next(row for row in validation["prior_sweep"] if row["tau"] == tau)
-    post_hoc: PostHocPrior = {"tau": tau, "chosen_on": "validation", "validation": at_tau}
+    best = choose_tau(validation["prior_sweep"])
+    post_hoc: PostHocPrior = {"tau": best["tau"], "chosen_on": "validation", "validation": best}
     if test is not None:
-        post_hoc["test"] = next(row for row in test["prior_sweep"] or () if row["tau"] == tau)
+        post_hoc["test"] = next(row for row in test["prior_sweep"] or () if row["tau"] == best["tau"])
     return post_hoc
 
 
