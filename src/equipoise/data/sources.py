@@ -149,15 +149,12 @@ def _tables_or_folders(root: Path, data: Data) -> Found:
         folders = None if training_problem(next(iter(folders.parts.values()))) else folders
     except UserError:
         folders = None
-    meant = bool(data.image_column or data.label_column)
+    if folders is None or data.image_column or data.label_column:
+        return open_tables(root, {}, data, guess=folders is None)
     try:
-        tables = open_tables(root, {}, data, guess=folders is None)
+        tables = open_tables(root, {}, data, guess=False)
     except NoTableError as error:
-        if folders is None or meant:
-            raise
         return replace(folders, notes=[*folders.notes, f"no table of labels: {error}"])
-    if folders is None or meant:
-        return tables
     if not _paths(tables) & _paths(folders):
         why = "names none of these images"
     elif folders.divided and not tables.divided:

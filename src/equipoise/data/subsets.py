@@ -77,27 +77,22 @@ def hold_out(full: ImageList, share: float, fold: str = "") -> tuple[ImageList, 
     if full.groups_N is not None:
         chosen = _grouped(full, full.groups_N, share, (number, folds) if fold else None)
     else:
-        chosen = _fold(full, number, folds) if fold else _share(full, share)
+        chosen = _of_each_class(full, share, (number, folds) if fold else None)
     if len(chosen) == 0:
         what = "class has images of two groups" if full.groups_N is not None else "class has three images"
         raise UserError(f"{full.origin}: no {what}, so none can be held out; give it more, or set --holdout 0")
     return full.take(np.setdiff1d(np.arange(len(full)), chosen)), full.take(chosen)
 
 
-def _share(full: ImageList, share: float) -> Indices:
-    generator = np.random.default_rng(0)
-    held: list[Indices] = []
-    for indices, count in zip(of_classes(full), full.class_counts, strict=True):
-        shuffled = generator.permutation(indices)
-        held.append(shuffled[: max(1, round(share * count)) if count >= 3 else 0])
-    return np.sort(np.concatenate(held))
-
-
-def _fold(full: ImageList, number: int, folds: int) -> Indices:
+def _of_each_class(full: ImageList, share: float, fold: tuple[int, int] | None) -> Indices:
     generator = np.random.default_rng(0)
     shuffled = [generator.permutation(indices) for indices in of_classes(full)]
-    dealt = np.concatenate([indices for indices in shuffled if len(indices) > 1] or [np.empty(0, np.int64)])
-    return np.sort(dealt[number - 1 :: folds])
+    if fold:
+        number, folds = fold
+        dealt = np.concatenate([np.empty(0, np.int64), *(indices for indices in shuffled if len(indices) > 1)])
+        return np.sort(dealt[number - 1 :: folds])
+    counts = [max(1, round(share * count)) if count >= 3 else 0 for count in full.class_counts]
+    return np.sort(np.concatenate([indices[:count] for indices, count in zip(shuffled, counts, strict=True)]))
 
 
 def _grouped(full: ImageList, groups_N: npt.NDArray[np.str_], share: float, fold: tuple[int, int] | None) -> Indices:
