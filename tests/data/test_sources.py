@@ -16,7 +16,7 @@ from benchmarks.rehearsal import build_imagenet, build_inaturalist
 from equipoise import UserError
 from equipoise.config.recipe import Data
 from equipoise.data.lists import PUBLISHED
-from equipoise.data.sources import find_cifar, find_parts, open_cifar, open_part, recognise, survey
+from equipoise.data.sources import find_cifar, find_parts, labelled_as, open_cifar, part_of, recognise, survey
 
 
 def test_refused_paths(tmp_path):
@@ -28,6 +28,12 @@ def test_refused_paths(tmp_path):
     (tmp_path / "file.txt").write_text("")
     with pytest.raises(UserError, match=r"is a file .empty: 0 bytes.; name a folder of class folders, a table"):
         opened(tmp_path / "file.txt")
+
+
+def open_part(data: Data, part: str, class_names):
+    """The images of a part as a model of these classes is scored on them."""
+    found = find_parts(data)
+    return labelled_as(part_of(found, part, data.path), class_names, found.named)
 
 
 def test_scoring_another_folder_keeps_the_labels_of_the_model(tmp_path):

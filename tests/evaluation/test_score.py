@@ -136,6 +136,9 @@ def test_one_checkpoint_on_a_part_of_other_data(odd_run, tmp_path):
     assert table["test"]["per_class"].count(None) == 1
     assert predictions.logits_NC.shape == (8, 3)
     assert table["note"] == ""
+    for part in ("train", "val"):  # no test part
+        shutil.copytree(odd_run.parent / "data" / "val", tmp_path / "parts" / part)
+    assert evaluate_checkpoint(odd_run / "best.pt", str(tmp_path / "parts"))[0]["split"] == "validation"
     validation, _ = evaluate_checkpoint(odd_run / "last.pt", split="validation")
     assert validation["validation"] == Run(odd_run).metrics["last"]["validation"]
 

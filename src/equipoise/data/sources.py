@@ -247,15 +247,12 @@ def with_groups(found: Found, data: Data) -> Found:
     return replace(found, parts=parts, notes=notes)
 
 
-def open_part(data: Data, part: str, class_names: Sequence[str]) -> ImageList:
-    """The images on which a model of these classes is to be scored: the part `part`, or all of them where they are not
-    divided into parts. Labels go by the names of classes, or, where these are but numbers, by number. Raises UserError
-    where they do not fit the classes."""
-    found = find_parts(data)
-    images = part_of(found, part, data.path)
+def labelled_as(images: ImageList, class_names: Sequence[str], named: bool) -> ImageList:
+    """The images with the labels that a model of these classes gives. They go by the names of classes, or, where these
+    are but numbers (not `named`), by number. Raises UserError where they do not fit the classes."""
     known = {normal(name): label for label, name in enumerate(class_names)}
     new_C = [known.get(normal(name), -1) for name in images.class_names]
-    if not found.named:  # numbers are no names; but where both have names, they must agree
+    if not named:  # numbers are no names; but where both have names, they must agree
         numbers = zip(images.class_names, class_names, strict=False)
         same = [name == other or name.isdigit() or other.isdigit() for name, other in numbers]
         new_C = [label if label < len(same) and same[label] else -1 for label in range(len(new_C))]

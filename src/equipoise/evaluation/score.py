@@ -18,10 +18,10 @@ from equipoise.base.device import choose_device
 from equipoise.base.errors import UserError
 from equipoise.base.files import atomic_file
 from equipoise.base.world import ALONE, World
-from equipoise.config.recipe import Data, Field, Recipe, field_value, find_field, load_recipe, override
-from equipoise.data.images import ImageList, Parts
+from equipoise.config.recipe import Field, Recipe, field_value, find_field, load_recipe, override
+from equipoise.data.images import Found, ImageList, Parts
 from equipoise.data.lists import BENCHMARKS
-from equipoise.data.sources import LISTS, PARTS, find_parts, named_lists, open_data, open_part, part_of, recognise
+from equipoise.data.sources import LISTS, PARTS, find_parts, labelled_as, named_lists, open_data, part_of, recognise
 from equipoise.evaluation.features import open_encoded_batches
 from equipoise.evaluation.metrics import Predictions, choose_tau, fit_temperature, score
 from equipoise.evaluation.neighbours import explain_mistakes
@@ -285,30 +285,29 @@ def _on_other_data(checkpoint: Checkpoint, data: str, part: str | None, override
     source = checkpoint.recipe.data
     if not named_lists(source):
         source = replace(source, benchmark=benchmark)
+    found = find_parts(source)
+    usual = "validation" if "validation" in found.parts and "test" not in {**found.parts, **found.faults} else "test"
+    part = part or usual
+    images = part_of(found, part, source.path)
     if of_authors:
-        return _with_classes_of(checkpoint, source, part, path)
-    part = part or "test"
-    images = open_part(source, part, checkpoint.class_names)
+        checkpoint = _with_classes_of(checkpoint, found, images, path)
+    images = labelled_as(images, checkpoint.class_names, found.named)
     trained_on = part != "train" and images.fingerprint() == checkpoint.fingerprints.get("train")
     note = f"{data} holds the images that {path} was trained on: these figures are too good" if trained_on else ""
     return checkpoint, part, images, note
 
 
-def _with_classes_of(checkpoint: Checkpoint, source: Data, part: str | None, path: Path) -> Target:
+def _with_classes_of(checkpoint: Checkpoint, found: Found, images: ImageList, path: Path) -> Checkpoint:
     """A checkpoint of the authors' with the class names of the data, and its training counts where it has a training
     part. Raises UserError where the number of classes differs."""
-    found = find_parts(source)
-    part = part or ("test" if "test" in {**found.parts, **found.faults} or not found.divided else "validation")
-    images = part_of(found, part, source.path)
     classes, known = len(checkpoint.class_names), len(images.class_names)
     if known > classes or (known < classes and found.named):
-        raise UserError(f"{path} knows {classes:,} classes, but {source.path} has {known:,}: it is of other data")
+        raise UserError(f"{path} knows {classes:,} classes, but {images.origin} has {known:,}: it is of other data")
     names = (*images.class_names, *checkpoint.class_names[known:])
     train = found.parts.get("train") if found.divided else None
     # Lists may name the first classes only: the others have no images here.
     counts = (*train.class_counts, *[0] * (classes - known)) if train is not None else ()
-    checkpoint = replace(checkpoint, class_names=names, class_counts=counts)
-    return checkpoint, part, replace(images, class_names=names), ""
+    return replace(checkpoint, class_names=names, class_counts=counts)
 
 
 @dataclass(frozen=True)
