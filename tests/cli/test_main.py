@@ -217,7 +217,7 @@ def test_nobody_reads_the_plan(tmp_path):
     ],
 )
 def test_what_ends_a_command_is_one_line(error, code, said, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "_run", Mock(side_effect=error))
+    monkeypatch.setattr(cli, "_parser", Mock(side_effect=error))
     assert main([]) == code
     assert capsys.readouterr().err == f"equipoise: {said}\n"
 

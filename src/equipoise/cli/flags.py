@@ -45,10 +45,6 @@ def add_set(command: argparse.ArgumentParser) -> None:
     )
 
 
-def add_device(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--device", help="auto, cpu, cuda, cuda:N or mps")
-
-
 def add_fields(command: argparse.ArgumentParser, *keys: str) -> None:
     """Flags for fields of a recipe."""
     for key in keys:

@@ -122,7 +122,13 @@ def train(options: argparse.Namespace) -> None:
         raise UserError("--out names no folder")
     for flag, given, part in (("--reload", options.reload, "test"), ("--evaluate", options.evaluate, "validation")):
         if given:
-            _score_resumed(options, flag, part)
+            data = flags.data_path(options)
+            if not options.resume:
+                raise UserError(f"{flag} scores a checkpoint: name it with --resume CHECKPOINT")
+            if (options.recipe or options.dataset) and not data:
+                own = "scores on the checkpoint's own data, whatever the recipe"
+                raise UserError(f"{flag} {own}; name other data with --data")
+            score_checkpoint(Path(options.resume), data, part, flags.overrides_of(options), options.out, None)
             return
     # A process alone refuses bad options before torch is imported.
     chosen = flags.chosen_recipe(options) if "WORLD_SIZE" not in os.environ else None
@@ -131,16 +137,6 @@ def train(options: argparse.Namespace) -> None:
 
     with join() as world, contextlib.redirect_stdout(sys.stdout if world.is_first else io.StringIO()):
         _train(world, options, *(chosen or world.each_makes(lambda: flags.chosen_recipe(options))))
-
-
-def _score_resumed(options: argparse.Namespace, flag: str, part: str) -> None:
-    """`--reload True --resume CHECKPOINT` scores the checkpoint and trains nothing."""
-    data = flags.data_path(options)
-    if not options.resume:
-        raise UserError(f"{flag} scores a checkpoint: name it with --resume CHECKPOINT")
-    if (options.recipe or options.dataset) and not data:
-        raise UserError(f"{flag} scores on the checkpoint's own data, whatever the recipe; name other data with --data")
-    score_checkpoint(Path(options.resume), data, part, flags.overrides_of(options), options.out, None)
 
 
 def _choose(options: argparse.Namespace, recipe: Recipe, is_own: bool, ranks: int = 1) -> "Choice":

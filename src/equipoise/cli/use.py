@@ -33,8 +33,7 @@ def add_evaluate_options(command: argparse.ArgumentParser) -> None:
     add("--split", choices=("train", "validation", "test"), help=split)
     add("--out", metavar="FILE", help="where to write the metrics (default: beside the checkpoint)")
     add("--logits", metavar="FILE", help="write the logits of every image too, as .npz")
-    flags.add_fields(command, "data.val_list", "data.test_list", "data.on_bad_image", "data.allow_outside")
-    flags.add_device(command)
+    flags.add_fields(command, "data.val_list", "data.test_list", "data.on_bad_image", "data.allow_outside", "device")
     flags.add_set(command)
 
 
@@ -138,7 +137,7 @@ def add_predict_options(command: argparse.ArgumentParser) -> None:
     add("--prior", default="uniform", metavar="uniform|train|FILE", help=f"{prior} [uniform]")
     recipe = "whose views a checkpoint of the BCL authors' was trained with [imagenet-lt]"
     add("--recipe", default="imagenet-lt", metavar="RECIPE", help=recipe)
-    flags.add_device(command)
+    flags.add_fields(command, "device")
     command.epilog = "Exit code: 0 where every file was predicted, 1 where some were passed over, 2 where all were."
 
 

@@ -12,7 +12,7 @@ import time
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 import msgspec
 from filelock import FileLock, Timeout
@@ -166,13 +166,18 @@ class RunLog:
     def __init__(self, folder: Path | None, epoch: int, step: int) -> None:
         """Go on after `epoch` whole epochs and `step` steps: lines and points of later steps, which will be computed
         again, are dropped."""
-        self._lines = self._curves = None
+        self._lines: IO[str] | None = None
+        self._curves: SummaryWriter | None = None
         if folder is None:
             return
         file = folder / LOG
         if file.exists():
             os.truncate(file, _length_of_done(file, epoch, step))
-        self._curves = _open_curves(folder / CURVES, step)
+        with contextlib.suppress(ImportError):  # where TensorBoard is not installed there are no curves
+            from torch.utils import tensorboard  # takes a second to import
+
+            # TensorBoard drops what earlier files have from the next step on.
+            self._curves = tensorboard.SummaryWriter(str(folder / CURVES), purge_step=step + 1)
         self._lines = file.open("a", encoding="utf-8")
 
     def write(self, kind: Kind, step: int, epoch: int, values: dict[str, float | None]) -> None:
@@ -203,15 +208,6 @@ class RunLog:
             except OSError:
                 if error is None:  # on a full disk closing fails too: the first error says more
                     raise
-
-
-def _open_curves(folder: Path, step: int) -> "SummaryWriter | None":
-    """The writer of TensorBoard's files; None where TensorBoard is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
-    except ImportError:
-        return None
-    return SummaryWriter(str(folder), purge_step=step + 1)  # TensorBoard drops what earlier files have from there on
 
 
 def _length_of_done(file: Path, epoch: int, step: int) -> int:
