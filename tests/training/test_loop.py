@@ -18,8 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import equipoise
 from equipoise import UserError, load_recipe, train
 from equipoise.config.recipe import Optim
+from equipoise.method import methods, objective
 from equipoise.runs.checkpoint import load_checkpoint
-from equipoise.training import step
 from equipoise.training.loop import NonFiniteLossError, create_sgd, learning_rate
 
 QUICK = {"epochs": 2, "warmup_epochs": 0, "log_every": 4, "device": "cpu"}
@@ -127,14 +127,17 @@ def test_learning_happens(tmp_path):
 def test_a_loss_that_is_not_finite_stops_before_the_optimizer_moves(spoilt, tmp_path, monkeypatch):
     steps = []
     monkeypatch.setattr(torch.optim.SGD, "step", lambda self, *_: steps.append(1))
-    function = {"classification": "logit_adjusted_cross_entropy", "contrastive": "balanced_contrastive_loss"}[spoilt]
-    honest, calls = getattr(step, function), []
+    room, function = {
+        "classification": (objective, "logit_adjusted_cross_entropy"),
+        "contrastive": (methods, "balanced_contrastive_loss"),
+    }[spoilt]
+    honest, calls = getattr(room, function), []
 
     def turns_bad(*arguments, **further):
         calls.append(1)
         return honest(*arguments, **further) * (float("inf") if len(calls) == 3 else 1.0)
 
-    monkeypatch.setattr(step, function, turns_bad)
+    monkeypatch.setattr(room, function, turns_bad)
     with pytest.raises(NonFiniteLossError) as error:
         train(load_recipe("digits-lt", **QUICK, lr=0.25), tmp_path / "run", progress=False)
     assert str(error.value).startswith(f"step 3 (epoch 1): the loss term '{spoilt}' is inf")
