@@ -152,3 +152,12 @@ def test_the_written_file_is_complete():
     for field in recipe_fields():
         assert reduce(lambda part, name: part[name], field.path, table) is not None
     assert recipe_from_table(table, "here") == Recipe()
+
+
+def test_another_method_comes_with_what_it_has_published(tmp_path):
+    recipe = load_recipe("cifar10-lt", method="proco")
+    assert (recipe.loss.alpha, recipe.loss.beta, recipe.loss.temperature) == (1, 1, 0.1)
+    assert load_recipe("cifar10-lt", beta=0.5, method="proco").loss.beta == 0.5, "in either order"
+    assert load_recipe("cifar10-lt", method="bcl").loss == load_recipe("cifar10-lt").loss, "it is the recipe's own"
+    (tmp_path / "own.toml").write_text('method = "focal"\n[loss]\ntau = 2.0\n')
+    assert (load_recipe(tmp_path / "own.toml").loss.gamma, load_recipe(tmp_path / "own.toml").loss.tau) == (2, 2)

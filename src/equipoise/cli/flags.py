@@ -17,6 +17,7 @@ from equipoise.config.recipe import (
     find_field,
     load_recipe,
     override,
+    override_all,
     recipe_fields,
     shipped_recipes,
 )
@@ -101,9 +102,7 @@ def overrides_of(options: argparse.Namespace) -> Overrides:
 
 
 def with_overrides(recipe: Recipe, options: argparse.Namespace) -> Recipe:
-    for field, value in overrides_of(options):
-        recipe = override(recipe, field, value)
-    return recipe
+    return override_all(recipe, overrides_of(options))
 
 
 def chosen_recipe(options: argparse.Namespace) -> tuple[Recipe, str, bool]:

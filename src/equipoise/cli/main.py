@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from equipoise import __version__
 from equipoise.base.errors import SharedError, Stopped, UserError, in_words, one_line, out_of_memory
 from equipoise.cli import train, use
-from equipoise.config.recipe import load_recipe, nearest, shipped_recipes
+from equipoise.config.recipe import PUBLISHED, Method, load_recipe, nearest, shipped_recipes
 
 _DESCRIPTION = """\
 Train image classifiers on long-tailed data with Balanced Contrastive Learning (BCL, CVPR 2022).
@@ -119,8 +119,14 @@ def _recipes(options: argparse.Namespace) -> None:
     if options.methods:
         from equipoise.method.methods import METHODS
 
-        said = {name: " ".join(str(method.__doc__).split()) for name, method in METHODS.items()}
+        said = {name: " ".join(f"{method.__doc__} {_published(name)}".split()) for name, method in METHODS.items()}
     else:
         said = {name: load_recipe(name).summary for name in shipped_recipes()}
     for name, summary in said.items():
         print(f"{name:<14}  {summary}")
+
+
+def _published(method: Method) -> str:
+    """What it brings along into a recipe of another method."""
+    fields = ", ".join(f"{name} = {value:g}" for name, value in PUBLISHED.get(method, {}).items())
+    return f"[{fields}]" if fields else ""

@@ -16,7 +16,7 @@ from equipoise.authors.flags import LOG, add_authors_flags, authors_folder
 from equipoise.base.errors import UserError, one_line, own_command, several
 from equipoise.cli import flags
 from equipoise.cli.use import score_checkpoint
-from equipoise.config.recipe import Method, Recipe, load_recipe, recipe_fields, shipped_recipes
+from equipoise.config.recipe import Method, Recipe, find_field, load_recipe, override, recipe_fields, shipped_recipes
 
 if TYPE_CHECKING:
     from equipoise.base.world import World
@@ -200,7 +200,7 @@ def _plans(world: "World", options: argparse.Namespace, recipe: Recipe, out: str
         print("no unfinished run of this recipe was found: a new one begins")
     if beside and beside != recipe.method:
         folder = Path(f"{plans[0].folder.resolve()}-{beside}") if out else None
-        plans.append(prepare(replace(recipe, method=beside), folder, None, world))
+        plans.append(prepare(override(recipe, find_field("method"), beside), folder, None, world))
     return plans
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import difflib
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache, reduce
 from pathlib import Path
@@ -17,6 +17,12 @@ from msgspec import Meta
 from equipoise.base.errors import UserError, reason, shown
 
 Method = Literal["bcl", "ce", "class-weights", "focal", "ldam-drw", "logit-adjusted", "proco", "supcon+la", "vs"]
+# What a method that is chosen for a recipe of another one changes in its table `loss`: as its authors published.
+PUBLISHED: dict[Method, dict[str, float]] = {
+    "focal": {"gamma": 2.0},
+    "proco": {"alpha": 1.0, "beta": 1.0, "temperature": 0.1},
+    "vs": {"gamma": 0.3},
+}
 Default = TypeVar("Default")
 
 
@@ -116,7 +122,7 @@ class Loss:
     beta: float = _field(0.35, "weight of the contrastive loss (two-branch methods only)", ge=0)
     temperature: float = _field(0.07, "temperature of the contrastive loss", "temp", gt=0)
     tau: float = _field(1.0, "strength of the logit adjustment", ge=0)
-    gamma: float = _field(0.0, "exponent of focal and of vs (0: as published, 2 and 0.3)", ge=0, le=10)
+    gamma: float = _field(0.0, "focal: exponent of 1 - probability; vs: of the class count", ge=0, le=10)
     effective_beta: float = _field(
         0.9999, "class-weights, ldam-drw: beta of the effective number of images (1: weights 1 / n)", ge=0, le=1
     )
@@ -235,11 +241,20 @@ def field_value(recipe: Recipe, field: Field) -> Any:
 
 
 def override(recipe: Recipe, field: Field, value: Any) -> Recipe:
-    """`recipe` with `field` set to `value`, which may be text (`"0.1"`, as from a command line). Raises UserError that
-    names the field and says what it may be."""
+    """`recipe` with `field` set to `value`, which may be text (`"0.1"`, as from a command line); another method comes
+    with what it has `PUBLISHED`. Raises UserError that names the field and says what it may be."""
     *section, name = field.path
     changed: dict[str, Any] = {name: _checked(field, value)}
+    if name == "method" and changed[name] != recipe.method:
+        recipe = replace(recipe, loss=replace(recipe.loss, **PUBLISHED.get(changed[name], {})))
     return replace(recipe, **{section[0]: replace(getattr(recipe, section[0]), **changed)} if section else changed)
+
+
+def override_all(recipe: Recipe, settings: Iterable[tuple[Field, Any]]) -> Recipe:
+    """All of these, the method first, as it brings others along."""
+    for field, value in sorted(settings, key=lambda setting: setting[0].key != "method"):
+        recipe = override(recipe, field, value)
+    return recipe
 
 
 def _checked(field: Field, value: Any) -> Any:
@@ -278,7 +293,7 @@ def recipe_from_table(table: Mapping[str, Any], where: str) -> Recipe:
     unknown sections, fields and refused values."""
     if not isinstance(table, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance] a file may hold anything
         raise UserError(f"{where}: its recipe is no table of fields")
-    recipe = Recipe()
+    settings: list[tuple[Field, Any]] = []
     try:
         for name, value in table.items():
             leaves = (
@@ -288,10 +303,10 @@ def recipe_from_table(table: Mapping[str, Any], where: str) -> Recipe:
                 field = find_field(str(key))
                 if field.key != key:
                     raise UserError(f"no recipe field is called '{key}'; write {field.key}")
-                recipe = override(recipe, field, one)
+                settings.append((field, one))
+        return override_all(Recipe(), settings)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    return recipe
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -310,10 +325,7 @@ def load_recipe(name: str | Path, /, **overrides: Any) -> Recipe:
         table = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
     except (OSError, ValueError) as error:  # no UTF-8, no TOML, a date that does not exist
         raise UserError(f"{path} is no recipe that can be read ({reason(error, library=True)})") from None
-    recipe = recipe_from_table(table, str(path))
-    for key, value in overrides.items():
-        recipe = override(recipe, find_field(key), value)
-    return recipe
+    return override_all(recipe_from_table(table, str(path)), [(find_field(key), overrides[key]) for key in overrides])
 
 
 def _recipe_file(name: str | Path) -> Path:

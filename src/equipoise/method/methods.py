@@ -70,12 +70,12 @@ def focal_loss(logits_BC: Tensor, labels_B: Tensor, gamma: float) -> Tensor:
 
 
 class Focal(Objective):
-    """The focal loss, gamma 2 unless set. Of the counts it knows nothing."""
+    """The focal loss (Lin et al., ICCV 2017), which weights hard images. Of the counts it knows nothing."""
 
     smooths = False
 
     def forward(self, outputs: Outputs, labels_G: Tensor, rows: slice) -> Terms:
-        loss_B = focal_loss(outputs.logits_BC, labels_G[rows], self.settings.gamma or 2.0)
+        loss_B = focal_loss(outputs.logits_BC, labels_G[rows], self.settings.gamma)
         return {"loss": loss_B.sum() / len(labels_G)}
 
 
@@ -113,11 +113,10 @@ class LdamDrw(Objective):
 
 
 class VectorScaling(Objective):
-    """Cross-entropy of (n / n_max)^gamma * logits + tau * log prior, gamma 0.3 unless set (VS loss: Kini et al.,
-    NeurIPS 2021, eq. 3)."""
+    """Cross-entropy of (n / n_max)^gamma * logits + tau * log prior (VS loss: Kini et al., NeurIPS 2021, eq. 3)."""
 
     def forward(self, outputs: Outputs, labels_G: Tensor, rows: slice) -> Terms:
-        scales_C = (self.counts_C / self.counts_C.max()) ** (self.settings.gamma or 0.3)
+        scales_C = (self.counts_C / self.counts_C.max()) ** self.settings.gamma
         scaled = outputs._replace(logits_BC=at_least_float32(outputs.logits_BC) * scales_C.to(outputs.logits_BC))
         return {"loss": self._adjusted(scaled, labels_G, rows, self.settings.tau)}
 

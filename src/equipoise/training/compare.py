@@ -56,7 +56,9 @@ def compare(recipe: Recipe, methods: Sequence[str], seeds: int, out: Path) -> di
     # Every refusal comes before the first hour of training.
     plan = prepare(of_methods[0])
     all_seeds = [recipe.seed + number for number in range(seeds)]
-    of_runs = [replace(plan.recipe, method=one.method, seed=seed) for seed in all_seeds for one in of_methods]
+    of_runs = [
+        replace(plan.recipe, method=one.method, loss=one.loss, seed=seed) for seed in all_seeds for one in of_methods
+    ]
     recipes = {out / f"{of_run.method.replace('+', '-')}-seed-{of_run.seed}": of_run for of_run in of_runs}
     for folder, of_run in recipes.items():
         if folder.exists():

@@ -14,7 +14,7 @@ import torch
 
 from equipoise.base.device import exact_float32, keep_freed_memory
 from equipoise.base.errors import UserError, several
-from equipoise.config.recipe import Field, Recipe, load_recipe, override
+from equipoise.config.recipe import Field, Recipe, load_recipe, override_all
 from equipoise.evaluation.features import missing_features
 from equipoise.method.clip import PREFIX
 from equipoise.method.pretrained import find_pretrained
@@ -88,7 +88,7 @@ def choose(settings: Settings, budget: float | None = None, out: str | Path | No
     plan: Plan | None = None
     choices: list[Choice] = []
     for tune in tunes:
-        recipe = _with(load_recipe(_RECIPES.get(tune, _FINETUNE), tune=tune), settings)
+        recipe = override_all(load_recipe(_RECIPES.get(tune, _FINETUNE), tune=tune), settings)
         if plan is None:  # the data are read once
             smallest = recipe if "batch_size" in fixed else replace(recipe, batch_size=2 * ranks)
             plan = prepare(smallest, out)
@@ -110,7 +110,7 @@ def choose(settings: Settings, budget: float | None = None, out: str | Path | No
 
 def _candidates(fixed: Mapping[str, Any], budget: float | None, settings: Settings) -> tuple[list[str], str]:
     """The ways to tune that come into question, the most thorough first, and the reason if there is but one."""
-    recipe = _with(load_recipe("frozen"), settings)
+    recipe = override_all(load_recipe("frozen"), settings)
     if "model.tune" in fixed:
         return [recipe.model.tune], "as it was asked for"
     try:
@@ -125,12 +125,6 @@ def _candidates(fixed: Mapping[str, Any], budget: float | None, settings: Settin
     if torch.cuda.is_available() and recipe.device != "cpu":
         return ["full"], "there is a GPU; --tune frozen is faster"
     return ["frozen"], "on a CPU, each image passes the encoder once; with --budget TIME it is tuned if that suffices"
-
-
-def _with(recipe: Recipe, settings: Settings) -> Recipe:
-    for field, value in settings:
-        recipe = override(recipe, field, value)
-    return recipe
 
 
 def _within(budget: float | None, fixed: Mapping[str, Any], plan: Plan, cost: Cost, least: int) -> Choice:
