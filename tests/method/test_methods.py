@@ -10,6 +10,7 @@ from torch import Tensor
 
 from equipoise import BalancedContrastiveLoss, load_recipe
 from equipoise.config.recipe import Loss, Method
+from equipoise.method.kcl import k_positive_loss
 from equipoise.method.losses import log_prior, supervised_contrastive_loss
 from equipoise.method.methods import METHODS, class_weights, focal_loss, ldam_margins, objective_of
 from equipoise.method.network import Outputs
@@ -54,6 +55,8 @@ def formula(method: str, of: Outputs, smoothing: float) -> Tensor:
         "class-weights": lambda: weighted,
         "focal": lambda: -((1 - right) ** 0.4 * right.log()).mean(),
         "ldam-drw": lambda: F.cross_entropy(logits - margins * F.one_hot(LABELS, 3), LABELS),
+        "kcl": lambda: 1.5 * adjusted + 0.7 * k_positive_loss(features, LABELS, 0.2, 0),
+        "tsc": lambda: 1.5 * adjusted + 0.7 * k_positive_loss(features, LABELS, 0.2, 0, targets_CD=torch.zeros(3, 4)),
         "proco": lambda: 1.5 * adjusted + 0.7 * proco(features, prior),
         "vs": lambda: F.cross_entropy((counts / 50) ** 0.4 * logits + 1.3 * prior, LABELS, label_smoothing=smoothing),
     }[method]()

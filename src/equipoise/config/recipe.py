@@ -16,7 +16,11 @@ from msgspec import Meta
 
 from equipoise.base.errors import UserError, reason, shown
 
-Method = Literal["bcl", "ce", "class-weights", "focal", "ldam-drw", "logit-adjusted", "proco", "supcon+la", "vs"]
+# fmt: off
+Method = Literal[
+    "bcl", "ce", "class-weights", "focal", "kcl", "ldam-drw", "logit-adjusted", "proco", "supcon+la", "tsc", "vs",
+]
+# fmt: on
 # What a method that is chosen for a recipe of another one changes in its table `loss`: as its authors published.
 PUBLISHED: dict[Method, dict[str, float]] = {
     "focal": {"gamma": 2.0},

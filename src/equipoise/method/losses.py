@@ -77,7 +77,7 @@ def balanced_contrastive_loss(
     second derivative, raises RuntimeError. Raises ValueError where the shapes do not fit together and, on a CPU, for a
     label that is no class.
     """
-    features_KD, labels_K, anchors = _flat(features_BVD, labels_B, rows)
+    features_KD, labels_K, anchors = flat(features_BVD, labels_B, rows)
     _refuse_labels(labels_B, len(prototypes_CD))
     width = prototypes_CD.shape[1]
     if width != features_KD.shape[1]:
@@ -98,7 +98,7 @@ def supervised_contrastive_loss(
     loss is 0. `rows`: see `balanced_contrastive_loss`. Computed in float32 at least. Raises ValueError where the
     shapes do not fit together.
     """
-    features_KD, labels_K, anchors = _flat(features_BVD, labels_B, rows)
+    features_KD, labels_K, anchors = flat(features_BVD, labels_B, rows)
     with torch.autocast(features_BVD.device.type, enabled=False):
         # A class goes by its first place among the sorted labels: how many there are, a GPU would have to be asked.
         sorted_K = labels_K.sort().values
@@ -256,7 +256,7 @@ def _refuse_labels(labels_B: Tensor, classes: int) -> None:
             )
 
 
-def _flat(features_BVD: Tensor, labels_B: Tensor, rows: slice) -> tuple[Tensor, Tensor, slice]:
+def flat(features_BVD: Tensor, labels_B: Tensor, rows: slice) -> tuple[Tensor, Tensor, slice]:
     """All features as `[K, D]`, in float32 at least, their labels `[K]`, and which of them are anchors."""
     if features_BVD.ndim != 3:
         raise ValueError(f"features must be [B, V, D], not {list(features_BVD.shape)}")

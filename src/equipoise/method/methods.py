@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from equipoise.config.recipe import Loss, Method, Recipe
+from equipoise.method.kcl import Kcl, Tsc
 from equipoise.method.losses import at_least_float32, balanced_contrastive_loss, supervised_contrastive_loss
 from equipoise.method.network import COSINE_SCALE, Outputs
 from equipoise.method.objective import Objective, Terms, TwoBranch
@@ -149,10 +150,12 @@ METHODS: dict[Method, type[Objective]] = {
     "ce": CrossEntropy,
     "class-weights": ClassWeights,
     "focal": Focal,
+    "kcl": Kcl,
     "ldam-drw": LdamDrw,
     "logit-adjusted": LogitAdjusted,
     "proco": ProCo,
     "supcon+la": SupCon,
+    "tsc": Tsc,
     "vs": VectorScaling,
 }
 

@@ -22,6 +22,8 @@ class Objective(nn.Module):
     prototypes: ClassVar[bool] = False
     cosine: ClassVar[bool] = False  # whether the classifier must be
     smooths: ClassVar[bool] = True  # whether label_smoothing is for it
+    records: ClassVar[bool] = True  # whether a step of it can be recorded as a CUDA graph
+    seed: int = 0  # of the next step: what is drawn at random follows from it, on all ranks alike
     log_prior_C: Tensor
     counts_C: Tensor
 

@@ -185,6 +185,7 @@ class Trainer:
         while self.step < (self.epoch + 1) * plan.steps_per_epoch:
             # What a network may draw in its forward pass (dropout, stochastic depth) follows from step and rank.
             torch.manual_seed((recipe.seed * 1_000_003 + self.step + plan.world.rank * 7_368_787) % 2**63)
+            self._gradients.objective.seed = recipe.seed * 1_000_003 + self.step
             batch = next(stream)
             self._optimizer.zero_grad()
             is_save_due = plan.world.is_first and time.monotonic() - self._saved_at > 60 * recipe.checkpoint_minutes

@@ -44,9 +44,9 @@ class Step:
             network.encoder.compile()  # in its place: the names of its weights stay
         self._forward: nn.Module = _Forward(network, recipe.micro_batch)
         # Recorded steps were not tried together with these.
-        whole = all(parameter.requires_grad for parameter in network.parameters())
-        untried = not whole or recipe.deterministic or recipe.micro_batch or recipe.compile or world.size > 1
-        recorded = recipe.cuda_graph and device.type == "cuda" and not untried
+        whole = all(parameter.requires_grad for parameter in network.parameters()) and world.size == 1
+        untried = recipe.deterministic or recipe.micro_batch or recipe.compile
+        recorded = recipe.cuda_graph and device.type == "cuda" and whole and self.objective.records and not untried
         self._graph = StepGraph(self._losses, network, recipe.batch_size) if recorded else None
         if world.size > 1:
             parallel = nn.parallel.DistributedDataParallel(self._forward, gradient_as_bucket_view=True)
