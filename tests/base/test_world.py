@@ -27,6 +27,7 @@ CASES = {
     "supcon": BCL | {"method": "supcon+la"},
     "ldam": BCL | {"method": "ldam-drw"},
     "proco": BCL | {"method": "proco"},
+    "gpaco": BCL | {"method": "gpaco"},
     "tsc": BCL | {"method": "tsc"},
     "ce": BCL | {"method": "ce", "images": 67},
     "micro": BCL | {"micro_batch": 3},

@@ -18,12 +18,14 @@ from equipoise.base.errors import UserError, reason, shown
 
 # fmt: off
 Method = Literal[
-    "bcl", "ce", "class-weights", "focal", "kcl", "ldam-drw", "logit-adjusted", "proco", "supcon+la", "tsc", "vs",
+    "bcl", "ce", "class-weights", "focal", "gpaco", "kcl", "ldam-drw", "logit-adjusted", "proco", "supcon+la", "tsc",
+    "vs",
 ]
 # fmt: on
 # What a method that is chosen for a recipe of another one changes in its table `loss`: as its authors published.
 PUBLISHED: dict[Method, dict[str, float]] = {
     "focal": {"gamma": 2.0},
+    "gpaco": {"beta": 0.05, "temperature": 0.2},
     "proco": {"alpha": 1.0, "beta": 1.0, "temperature": 0.1},
     "vs": {"gamma": 0.3},
 }
@@ -126,6 +128,7 @@ class Loss:
     beta: float = _field(0.35, "weight of the contrastive loss (two-branch methods only)", ge=0)
     temperature: float = _field(0.07, "temperature of the contrastive loss", "temp", gt=0)
     tau: float = _field(1.0, "strength of the logit adjustment", ge=0)
+    queue: int = _field(8192, "gpaco: features of earlier batches that are compared with", ge=1, le=1_000_000)
     gamma: float = _field(0.0, "focal: exponent of 1 - probability; vs: of the class count", ge=0, le=10)
     effective_beta: float = _field(
         0.9999, "class-weights, ldam-drw: beta of the effective number of images (1: weights 1 / n)", ge=0, le=1

@@ -14,6 +14,7 @@ from equipoise.method.kcl import Kcl, Tsc
 from equipoise.method.losses import at_least_float32, balanced_contrastive_loss, supervised_contrastive_loss
 from equipoise.method.network import COSINE_SCALE, Outputs
 from equipoise.method.objective import Objective, Terms, TwoBranch
+from equipoise.method.paco import GPaCo
 from equipoise.method.proco import ProCo
 
 
@@ -150,6 +151,7 @@ METHODS: dict[Method, type[Objective]] = {
     "ce": CrossEntropy,
     "class-weights": ClassWeights,
     "focal": Focal,
+    "gpaco": GPaCo,
     "kcl": Kcl,
     "ldam-drw": LdamDrw,
     "logit-adjusted": LogitAdjusted,

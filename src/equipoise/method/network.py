@@ -39,6 +39,7 @@ class TwoBranchNetwork(nn.Module):
     `training_outputs`.
     """
 
+    shares_views = False  # of the method that trains it
     mean: Tensor
     std: Tensor
 
@@ -82,7 +83,7 @@ class TwoBranchNetwork(nn.Module):
 
     def training_outputs(self, images_VB3HW: Tensor, micro_batch: int = 0) -> Outputs:
         """What the losses need of a training batch of uint8 images: view 0 is for the classifier, the others (V of the
-        outputs) are for the contrastive branch.
+        outputs) are for the contrastive branch. Or all are for both (`shares_views`).
 
         All views pass the encoder and its BatchNorm together, as in the authors' code; with `micro_batch`, in parts of
         at most that many images. Then only the encoder's output is kept, and the backward pass computes each part anew,
@@ -95,6 +96,12 @@ class TwoBranchNetwork(nn.Module):
             hidden_NF = torch.cat(parts, dim=1).flatten(0, 1)
         else:
             hidden_NF = self.encode(images_VB3HW.flatten(0, 1))
+        if self.shares_views and self.projection is not None:
+            logits_BVC, features_BVD = (
+                of_ND.unflatten(0, (views, batch)).transpose(0, 1)
+                for of_ND in (self._classify(hidden_NF), _direction(self.projection(hidden_NF)))
+            )
+            return Outputs(logits_BVC, features_BVD, None)
         logits_BC = self._classify(hidden_NF[:batch])
         if self.projection is None:
             return Outputs(logits_BC, None, None)

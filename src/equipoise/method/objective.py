@@ -19,6 +19,7 @@ class Objective(nn.Module):
     so are the same on every rank, and are changed in place, as a recorded step reads the same memory every time."""
 
     contrastive: ClassVar[bool] = False  # two further views of each image, and a projection
+    shares_views: ClassVar[bool] = False  # whether the classifier is trained by those two, and has none of its own
     prototypes: ClassVar[bool] = False
     cosine: ClassVar[bool] = False  # whether the classifier must be
     smooths: ClassVar[bool] = True  # whether label_smoothing is for it
@@ -42,7 +43,8 @@ class Objective(nn.Module):
         """Named terms, of which `loss` is the total. Of several ranks, each has the part of its `rows` of the batch: a
         sum over these images, divided by G. The parts add up.
 
-        `outputs` has the logits of these rows, `[B, C]`, and the features of the whole batch, `[G, V, D]`.
+        `outputs` has the logits of these rows, `[B, C]` (`[B, V, C]` where views are shared), and the features of the
+        whole batch, `[G, V, D]`.
         """
         raise NotImplementedError
 

@@ -152,7 +152,9 @@ def _is_whole(path: Path) -> bool:
 def create_network(recipe: Recipe, classes: int, start: bool) -> TwoBranchNetwork:
     """The network that `recipe` describes; with `start`, with the pretrained weights that it may name."""
     method = METHODS[recipe.method]
-    return TwoBranchNetwork(recipe.model, recipe.views, classes, method.contrastive, method.prototypes, start)
+    network = TwoBranchNetwork(recipe.model, recipe.views, classes, method.contrastive, method.prototypes, start)
+    network.shares_views = method.shares_views
+    return network
 
 
 def state_on_cpu(module: nn.Module) -> dict[str, Tensor]:

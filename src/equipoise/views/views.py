@@ -48,8 +48,9 @@ class ViewSettings(Views):
 def view_settings(recipe: Recipe) -> ViewSettings:
     """The views that `recipe` trains and evaluates with: the classifier's, then those of the contrastive branch, if the
     method has one."""
-    contrastive = _CONTRASTIVE_KINDS[recipe.views.cl_views] if METHODS[recipe.method].contrastive else ()
-    return ViewSettings(**asdict(recipe.views), kinds=("cls", *contrastive))
+    method = METHODS[recipe.method]
+    contrastive = _CONTRASTIVE_KINDS[recipe.views.cl_views] if method.contrastive else ()
+    return ViewSettings(**asdict(recipe.views), kinds=contrastive if method.shares_views else ("cls", *contrastive))
 
 
 def small_views(images_BSS3: Pixels, settings: ViewSettings, seed: int, epoch: int, indices_B: Whole) -> Tensor:
