@@ -3,7 +3,7 @@
 import pytest
 from conftest import draw_folder
 
-from equipoise import load_recipe
+from equipoise import UserError, load_recipe
 from equipoise.training import plan
 from equipoise.training.plan import prepare
 
@@ -23,3 +23,18 @@ def test_convolutions_in_groups_are_trained_in_float32(arch, tune, given, precis
     data = draw_folder(tmp_path / "data", {"ant": 6, "bee": 5})
     recipe = load_recipe("finetune", data=str(data), arch=arch, tune=tune, precision=given, batch_size=4, device="cpu")
     assert prepare(recipe, tmp_path / "run").precision == precision
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"method": "ldam-drw", "classifier": "linear"}, "ldam-drw needs a cosine classifier: set --classifier cosine"),
+        ({"method": "focal", "label_smoothing": 0.1}, "focal has no label smoothing: set --label-smoothing 0"),
+        ({"weights": "a.pth"}, "tune = scratch starts from random weights: set --tune full, or drop --weights"),
+        ({"anchor": 6.0}, "only a cosine classifier on a pretrained encoder is held at its start: set --anchor 0"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(fields, sentence, tmp_path):
+    with pytest.raises(UserError) as error:
+        prepare(load_recipe("digits-lt", **fields), tmp_path / "run")
+    assert str(error.value) == sentence
