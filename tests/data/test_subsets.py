@@ -47,15 +47,16 @@ def test_an_imbalance_that_empties_a_class():
 
 
 def test_hold_out():
-    full = image_list([100, 12, 3, 2, 1])
+    full = image_list([100, 12, 5, 2, 1])
     train, validation = hold_out(full, 0.1)
-    assert validation.class_counts == (10, 1, 1, 0, 0)
-    assert train.class_counts == (90, 11, 2, 2, 1)
+    assert validation.class_counts == (10, 1, 0, 0, 0), "a class of few images needs them all"
+    assert train.class_counts == (90, 11, 5, 2, 1)
     numbers = [part.images.pixels_NHW3[:, 0, 0, 0].tolist() for part in (train, validation)]
-    assert sorted(numbers[0] + numbers[1]) == list(range(118)), "each image is in one of the two"
+    assert sorted(numbers[0] + numbers[1]) == list(range(120)), "each image is in one of the two"
     assert hold_out(full, 0.1)[1].fingerprint() == validation.fingerprint()
-    with pytest.raises(UserError, match=r"no class has three images, .* set --holdout 0"):
-        hold_out(image_list([2, 2]), 0.5)
+    assert hold_out(image_list([5, 2]), 0.1)[1] is None
+    with pytest.raises(UserError, match=r"no class has two images, .* set --holdout 0"):
+        hold_out(image_list([1, 1]), 0.5, "1/2")
 
 
 def numbers(images: ImageList) -> list[int]:

@@ -74,7 +74,7 @@ def test_best_is_chosen_on_validation_and_test_is_reported_apart(tmp_path):
     scores = [line["mean_per_class"] for line in json_lines(run.path / "metrics.jsonl") if line["kind"] == "validation"]
     assert len(scores) == 4
     best = load_checkpoint(run.path / "best.pt")
-    assert best.epoch == 1 + scores.index(max(scores))
+    assert best.epoch == max(epoch for epoch, score in enumerate(scores, 1) if score == max(scores))
     assert best.best == (max(scores), best.epoch)
     metrics = run.metrics
     assert metrics["best"]["epoch"] == best.epoch

@@ -149,7 +149,10 @@ def data_path(options: argparse.Namespace) -> str | None:
 def _resumed_recipe(options: argparse.Namespace) -> Recipe | None:
     """The run's own recipe, for `--resume` without a recipe and without data; with data too if the run goes on in its
     folder, since then the data have moved."""
-    if not options.resume or options.resume == "auto" or options.recipe or options.dataset:
+    named = options.recipe or options.dataset
+    if options.resume == "auto" and not (named or data_path(options) or options.out):
+        raise UserError("--resume auto goes on with a recipe's newest run: name the recipe or --data, or --resume RUN")
+    if not options.resume or options.resume == "auto" or named:
         return None
     moved = not options.out and Path(options.resume, "recipe.toml").is_file()
     if data_path(options) and not moved:

@@ -118,7 +118,7 @@ def print_data(
         print(one_line(line))
     for part, images in found.parts.items():
         _print_counts(console, part, images)
-        if part == "train":
+        if part == "train" and not checked:
             _print_remedies(images, recipe)
     faults = [*problems, *(error.fault for error in bad)]
     shown = faults if checked else faults[:_ROWS_SHOWN]

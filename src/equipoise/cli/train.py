@@ -141,6 +141,8 @@ def train(options: argparse.Namespace) -> None:
 
 def _choose(options: argparse.Namespace, recipe: Recipe, is_own: bool, ranks: int = 1) -> "Choice":
     """The recipe for these pictures and this machine."""
+    print("looking at the pictures and timing some batches: up to a minute …", flush=True)
+
     from equipoise.training.sizing import choose
 
     if not is_own:
@@ -249,7 +251,7 @@ def init(options: argparse.Namespace) -> None:
 
 def _show(runs: "Sequence[Run]") -> None:
     """The metrics of finished runs side by side, and where the runs are."""
-    from equipoise.cli.tables import print_chosen, print_metrics, print_post_hoc, print_unreadable
+    from equipoise.cli.tables import print_chosen, print_metrics, print_unreadable
 
     part = "test" if runs[0].metrics["test"] else "validation"
     results: list[tuple[str, Any]] = []
@@ -263,7 +265,6 @@ def _show(runs: "Sequence[Run]") -> None:
         print_metrics(results, f"accuracy on the {part} part, percent", runs[0].metrics)
     for run in runs:
         print_chosen(run.metrics)
-        print_post_hoc(run.metrics)
         print(f"run folder: {run.path}")
         print_unreadable(run.metrics)
 

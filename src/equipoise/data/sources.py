@@ -222,9 +222,13 @@ def divide(found: Found, data: Data) -> Parts:
         train = long_tailed(train, data.imbalance_factor, data.imbalance)
     if data.fold and validation is not None:
         raise UserError(f"{data.path} has a validation part: train on that, without data.fold = {data.fold}")
+    notes = found.notes
     if validation is None and (data.holdout > 0 or data.fold):
         train, validation = hold_out(train, data.holdout, data.fold)
-    return Parts(found.kind, train, validation, found.parts.get("test"), found.described, found.notes)
+        held_out = validation.class_counts if validation else (0,) * len(train.class_counts)
+        if none := held_out.count(0):
+            notes = [*notes, f"{several(none, 'class')} with too few images to hold one out for validation"]
+    return Parts(found.kind, train, validation, found.parts.get("test"), found.described, notes)
 
 
 def with_groups(found: Found, data: Data) -> Found:

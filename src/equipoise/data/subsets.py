@@ -64,12 +64,12 @@ def long_tailed(full: ImageList, imbalance_factor: float, shape: str) -> ImageLi
     return full.take(np.concatenate(kept))
 
 
-def hold_out(full: ImageList, share: float, fold: str = "") -> tuple[ImageList, ImageList]:
-    """(training, validation): `share` of each class, rounded, at least one image of a class that has three or more; a
-    class with fewer gives none. With `fold`, as '2/5', the second of five equal parts instead, of classes with two or
-    more images: the five together hold out each image once.
+def hold_out(full: ImageList, share: float, fold: str = "") -> tuple[ImageList, ImageList | None]:
+    """(training, validation): `share` of each class, rounded: of a tenth, a class of five images keeps all. None where
+    all classes are so small. With `fold`, as '2/5', the second of five equal parts instead, of classes with two or more
+    images: the five together hold out each image once.
 
-    Images of one group stay together (`ImageList.groups_N`). Raises UserError if nothing could be held out.
+    Images of one group stay together (`ImageList.groups_N`). Raises UserError where no groups or folds can be made.
     """
     number, folds = map(int, fold.split("/")) if fold else (1, 2)
     if not 1 <= number <= folds or folds < 2:
@@ -78,9 +78,11 @@ def hold_out(full: ImageList, share: float, fold: str = "") -> tuple[ImageList, 
         chosen = _grouped(full, full.groups_N, share, (number, folds) if fold else None)
     else:
         chosen = _of_each_class(full, share, (number, folds) if fold else None)
+    if len(chosen) == 0 and (fold or full.groups_N is not None):
+        what = "images of two groups" if full.groups_N is not None else "two images"
+        raise UserError(f"{full.origin}: no class has {what}, so none can be held out; set --holdout 0")
     if len(chosen) == 0:
-        what = "class has images of two groups" if full.groups_N is not None else "class has three images"
-        raise UserError(f"{full.origin}: no {what}, so none can be held out; give it more, or set --holdout 0")
+        return full, None
     return full.take(np.setdiff1d(np.arange(len(full)), chosen)), full.take(chosen)
 
 
@@ -91,7 +93,7 @@ def _of_each_class(full: ImageList, share: float, fold: tuple[int, int] | None) 
         number, folds = fold
         dealt = np.concatenate([np.empty(0, np.int64), *(indices for indices in shuffled if len(indices) > 1)])
         return np.sort(dealt[number - 1 :: folds])
-    counts = [max(1, round(share * count)) if count >= 3 else 0 for count in full.class_counts]
+    counts = [round(share * count) for count in full.class_counts]
     return np.sort(np.concatenate([indices[:count] for indices, count in zip(shuffled, counts, strict=True)]))
 
 

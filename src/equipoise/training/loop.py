@@ -225,7 +225,7 @@ class Trainer:
             if is_cheap:
                 self._save(log)  # before: validation may take long
             mean_per_class = self._validate(self._validation, log)
-            is_best = self.best is None or mean_per_class > self.best[0]
+            is_best = self.best is None or mean_per_class >= self.best[0]  # of equal ones the last has learnt most
             if is_best:
                 self.best = (mean_per_class, self.epoch + 1)
         self.epoch += 1
