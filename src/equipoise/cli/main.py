@@ -38,11 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if hasattr(signal, "SIGUSR1") and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it asks a run to save: until one handles it, it must not kill
     try:
-        words = [_dashed(word) for word in (sys.argv[1:] if arguments is None else arguments)]
-        options, unknown = _parser(words).parse_known_args(words)
-        if unknown:
-            _refuse_unknown(unknown[0], options.parser)
-        return options.call(options) or 0
+        return _run([_dashed(word) for word in (sys.argv[1:] if arguments is None else arguments)])
     except UserError as error:
         # What all processes raise, one on each host says.
         if not isinstance(error, SharedError) or os.environ.get("LOCAL_RANK", "0") == "0":
@@ -63,6 +59,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"equipoise: {one_line(in_words(error))}", file=sys.stderr)
         return 2
+
+
+def _run(words: list[str]) -> int:
+    options, unknown = _parser(words).parse_known_args(words)
+    if unknown:
+        _refuse_unknown(unknown[0], options.parser)
+    return options.call(options) or 0
 
 
 def _dashed(argument: str) -> str:
