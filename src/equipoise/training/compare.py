@@ -124,8 +124,8 @@ def markdown(result: dict[str, Any]) -> str:
     heading = (
         f"{result['recipe']['name']}: {several(len(seeds), 'seed')} ({', '.join(map(str, seeds))}), {result['part']} "
         f"part, {result['checkpoint']} checkpoint; accuracy in percent: mean ± sd of a sample over seeds, and paired "
-        "differences with their 95 % confidence interval (neither with one seed), of what other seeds would change, not "
-        "other test images"
+        "differences with their 95 % confidence interval (neither with one seed): of other seeds, not of other test "
+        "images"
     )
     return "\n".join([heading, "", *(f"| {' | '.join(row)} |" for row in rows), ""])
 
