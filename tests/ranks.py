@@ -53,7 +53,10 @@ def train(world: World, case: dict[str, Any]) -> dict[str, Any]:
     saved: dict[str, Any] = {"terms": [], "rows": [], "classes": [], "gradients": {}}
     epochs = math.ceil(STEPS / steps_per_epoch(len(images), recipe.batch_size))
     steps = range(epochs * steps_per_epoch(len(images), recipe.batch_size))
-    for batch in batches.training(0, recipe.batch_size, steps, recipe.data.sampler):
+    for number, batch in zip(steps, batches.training(0, recipe.batch_size, steps, recipe.data.sampler), strict=True):
+        if number % (len(steps) // epochs) == 0:
+            take_step.objective.begin_epoch(number * epochs // len(steps), epochs)
+        take_step.objective.seed = number
         optimizer.zero_grad()
         values, votes = take_step(batch, (1, 2))
         assert votes == [world.size, 2 * world.size]
@@ -66,7 +69,11 @@ def train(world: World, case: dict[str, Any]) -> dict[str, Any]:
             saved["gradients"].setdefault(key, {n: p.grad.clone() for n, p in network.named_parameters()})
         optimizer.step()
     world.first_buffers(network)
-    return {**saved, "state": network.state_dict()}
+    state = {name: value.clone() for name, value in take_step.objective.state_dict().items()}
+    world.first_buffers(take_step.objective)
+    for name, value in take_step.objective.state_dict().items():
+        assert torch.allclose(value, state[name], atol=1e-6), "each rank has the same"
+    return {**saved, "state": {**network.state_dict(), **{f"objective.{name}": of for name, of in state.items()}}}
 
 
 def check_that_gradients_stay_apart(world: World) -> None:

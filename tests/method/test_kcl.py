@@ -69,3 +69,10 @@ def test_each_class_gets_the_point_that_is_nearest_to_its_mean():
     assert torch.allclose(objective.means_CD, first[[2, 0, 1]])
     objective.begin_epoch(1, 2)
     assert torch.equal(objective.targets_CD, first[[2, 0, 1]])
+
+
+def test_a_run_that_starts_from_another_has_points_too():
+    """Its first epoch is not number 0."""
+    objective = Tsc(Loss(), torch.tensor([5, 2, 1]), 4)
+    objective.begin_epoch(3, 5)
+    assert torch.allclose(objective.targets_CD.norm(dim=1), torch.ones(3))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from equipoise import BalancedContrastiveLoss, load_recipe
 from equipoise.config.recipe import Loss, Method
-from equipoise.method.kcl import k_positive_loss
+from equipoise.method.kcl import k_positive_loss, spread_points
 from equipoise.method.losses import log_prior, supervised_contrastive_loss
 from equipoise.method.methods import METHODS, class_weights, focal_loss, ldam_margins, objective_of
 from equipoise.method.network import Outputs
@@ -68,7 +68,7 @@ def formula(method: str, of: Outputs, smoothing: float) -> Tensor:
         "focal": lambda: -((1 - right) ** 0.4 * right.log()).mean(),
         "ldam-drw": lambda: F.cross_entropy(logits - margins * F.one_hot(LABELS, 3), LABELS),
         "kcl": lambda: 1.5 * adjusted + 0.7 * k_positive_loss(features, LABELS, 0.2, 0),
-        "tsc": lambda: 1.5 * adjusted + 0.7 * k_positive_loss(features, LABELS, 0.2, 0, targets_CD=torch.zeros(3, 4)),
+        "tsc": lambda: 1.5 * adjusted + 0.7 * k_positive_loss(features, LABELS, 0.2, 0, targets_CD=spread_points(3, 4)),
         "proco": lambda: 1.5 * adjusted + 0.7 * proco(features, prior),
         "vs": lambda: F.cross_entropy((counts / 50) ** 0.4 * logits + 1.3 * prior, LABELS, label_smoothing=smoothing),
     }[method]()
@@ -84,6 +84,7 @@ def test_methods_are_their_formulas(method, smoothing):
     objective = objective_of(
         load_recipe("digits-lt", method=method, label_smoothing=smoothing, **SETTINGS), COUNTS
     ).double()
+    objective.begin_epoch(0, 2)
     terms = objective(outputs(method), LABELS, slice(0, 6))
     assert terms["loss"].item() == pytest.approx(formula(method, outputs(method), smoothing).item(), rel=1e-9)
 
@@ -168,9 +169,19 @@ def test_ldam_golden(stage):
 
 @pytest.mark.parametrize(
     ("method", "prior"),
-    [("ce", [9, 4, 1]), ("focal", [9, 4, 1]), ("class-weights", [1, 1, 1]), ("logit-adjusted", [1, 1, 1])],
-)
+    [
+        ("ce", [9, 4, 1]), ("focal", [9, 4, 1]), ("class-weights", [1, 1, 1]), ("gpaco", [1, 1, 1]),
+        *((method, [3, 2, 1]) for method in ("logit-adjusted", "vs", "supcon+la", "bcl", "kcl", "tsc", "proco")),
+    ],
+)  # fmt: skip
 def test_logits_are_for_a_prior(method, prior):
-    objective = objective_of(load_recipe("digits-lt", method=method, effective_beta=1), (9, 4, 1))
+    objective = objective_of(load_recipe("digits-lt", method=method, effective_beta=1, tau=0.5), (9, 4, 1))
     found = objective.log_prior_of_logits().exp()
+    assert (found / found[2]).tolist() == pytest.approx(prior)
+
+
+@pytest.mark.parametrize(("progress", "prior"), [(0.8, [9, 4, 1]), (0.81, [1, 1, 1])])
+def test_logits_of_ldam_are_for_the_prior_of_their_stage(progress, prior):
+    objective = objective_of(load_recipe("digits-lt", method="ldam-drw", effective_beta=1), (9, 4, 1))
+    found = objective.log_prior_of_logits(progress).exp()
     assert (found / found[2]).tolist() == pytest.approx(prior)

@@ -12,7 +12,8 @@ from conftest import refusal
 from scipy.stats import ttest_rel
 
 from equipoise import UserError
-from equipoise.cli.main import main
+from equipoise.cli.flags import recipe_of_method
+from equipoise.cli.main import _parser, main
 from equipoise.training.compare import _summary, markdown, paired_difference
 
 METHODS = ("ce", "supcon+la")
@@ -154,3 +155,13 @@ def test_groups_without_classes_are_left_out_and_one_seed_has_no_sd():
         "| ce | 25.0 | 25.0 | 25.0 |",
         "| ce - bcl | -25.0 | +0.0 | +0.0 |",
     ]
+
+
+def test_what_is_set_holds_for_every_method():
+    """Also where a method brings settings of its own; and none are left for the next method."""
+    words = ["compare", "cifar10-lt", "--temperature", "0.3"]
+    options = _parser(words).parse_args(words)
+    bcl, proco, again = (recipe_of_method(options, method).loss for method in ("bcl", "proco", "bcl"))
+    assert (bcl.alpha, bcl.beta, bcl.temperature) == (2, 0.6, 0.3)
+    assert (proco.alpha, proco.beta, proco.temperature) == (1, 1, 0.3)
+    assert again == bcl

@@ -63,9 +63,7 @@ def test_a_last_batch_of_one_image(policy, method, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "method", [name for name in METHODS if objective_of(tiny("", method=name), (2, 1)).state_dict()]
-)
+@pytest.mark.parametrize("method", [*WITH_STATE, "kcl"])
 def test_what_a_method_keeps_goes_on(method, tmp_path, monkeypatch):
     """A run that is stopped within an epoch ends, to the last bit, as an undisturbed one."""
     data = draw_folder(tmp_path / "data", {"ant": 14, "bee": 6})

@@ -128,6 +128,11 @@ def chosen_recipe(options: argparse.Namespace) -> tuple[Recipe, str, bool]:
     return with_overrides(load_recipe(name), options), remark, is_own
 
 
+def recipe_of_method(options: argparse.Namespace, method: str) -> Recipe:
+    """What `chosen_recipe` gives with that method."""
+    return chosen_recipe(argparse.Namespace(**{**vars(options), "method": method}))[0]
+
+
 def seconds(duration: str) -> float:
     """'90s', '30m', '2h' or '1.5h' in seconds."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) *(s|m|min|h)", duration.strip())

@@ -16,7 +16,7 @@ from equipoise.authors.flags import LOG, add_authors_flags, authors_folder
 from equipoise.base.errors import UserError, one_line, own_command, several
 from equipoise.cli import flags
 from equipoise.cli.use import score_checkpoint
-from equipoise.config.recipe import Method, Recipe, find_field, load_recipe, override, recipe_fields, shipped_recipes
+from equipoise.config.recipe import Method, Recipe, load_recipe, recipe_fields, shipped_recipes
 
 if TYPE_CHECKING:
     from equipoise.base.world import World
@@ -141,14 +141,13 @@ def train(options: argparse.Namespace) -> None:
 
 def _choose(options: argparse.Namespace, recipe: Recipe, is_own: bool, ranks: int = 1) -> "Choice":
     """The recipe for these pictures and this machine."""
-    print("looking at the pictures and timing some batches: up to a minute …", flush=True)
-
     from equipoise.training.sizing import choose
 
     if not is_own:
         raise UserError(f"a recipe is only chosen for own pictures; take {recipe.name}, and set its --epochs")
     if options.budget is not None and getattr(options, "beside", None):
         raise UserError("--budget is that of one run: drop --beside")
+    print("looking at the pictures and timing some batches: up to a minute …", flush=True)
     return choose(flags.overrides_of(options), options.budget, options.out, ranks)
 
 
@@ -202,7 +201,8 @@ def _plans(world: "World", options: argparse.Namespace, recipe: Recipe, out: str
         print("no unfinished run of this recipe was found: a new one begins")
     if beside and beside != recipe.method:
         folder = Path(f"{plans[0].folder.resolve()}-{beside}") if out else None
-        plans.append(prepare(override(recipe, find_field("method"), beside), folder, None, world))
+        loss = flags.recipe_of_method(options, beside).loss
+        plans.append(prepare(replace(recipe, method=beside, loss=loss), folder, None, world))
     return plans
 
 
@@ -284,16 +284,16 @@ def add_compare_options(command: argparse.ArgumentParser, arguments: Sequence[st
 def compare(options: argparse.Namespace) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("compare trains one run after the other in one process: start it without torchrun")
-    recipe, *_ = flags.chosen_recipe(options)
     if options.method is not None:
         raise UserError("compare trains the methods of --methods; drop --method")
-    out = Path(options.out or Path("runs") / f"compare-{recipe.name}")
+    of_methods = [flags.recipe_of_method(options, method) for method in options.methods.split(",")]
+    out = Path(options.out or Path("runs") / f"compare-{of_methods[0].name}")
 
     from equipoise.report.page import write_report
     from equipoise.training.compare import compare as train_all
     from equipoise.training.compare import markdown
 
-    result = train_all(recipe, options.methods.split(","), options.seeds, out)
+    result = train_all(of_methods, options.seeds, out)
     print(f"\n{markdown(result)}")
     print(f"written: {out / 'compare.json'}, {out / 'compare.md'}")
     of_first_seed = [out / name for name in list(result["runs"].values())[: len(result["methods"])]]

@@ -22,10 +22,11 @@ Method = Literal[
     "vs",
 ]
 # fmt: on
-# What a method that is chosen for a recipe of another one changes in its table `loss`: as its authors published.
+# What a method that is chosen for a recipe of another one changes in its table `loss`: as its authors published it, for
+# ImageNet-LT where that differs.
 PUBLISHED: dict[Method, dict[str, float]] = {
     "focal": {"gamma": 2.0},
-    "gpaco": {"beta": 0.05, "temperature": 0.2},
+    "gpaco": {"beta": 0.045, "temperature": 0.2},
     "proco": {"alpha": 1.0, "beta": 1.0, "temperature": 0.1},
     "vs": {"gamma": 0.3},
 }
@@ -125,9 +126,11 @@ class Model:
 @dataclass(frozen=True)
 class Loss:
     alpha: float = _field(1.0, "weight of the classification loss (two-branch methods only)", ge=0)
-    beta: float = _field(0.35, "weight of the contrastive loss (two-branch methods only)", ge=0)
+    beta: float = _field(
+        0.35, "weight of the contrastive loss (two-branch methods), or of a feature of the same class (gpaco)", ge=0
+    )
     temperature: float = _field(0.07, "temperature of the contrastive loss", "temp", gt=0)
-    tau: float = _field(1.0, "strength of the logit adjustment", ge=0)
+    tau: float = _field(1.0, "strength of the logit adjustment, where a method has one (gpaco: 1)", ge=0)
     queue: int = _field(8192, "gpaco: features of earlier batches that are compared with", ge=1, le=1_000_000)
     gamma: float = _field(0.0, "focal: exponent of 1 - probability; vs: of the class count", ge=0, le=10)
     effective_beta: float = _field(

@@ -227,7 +227,7 @@ def divide(found: Found, data: Data) -> Parts:
         train, validation = hold_out(train, data.holdout, data.fold)
         held_out = validation.class_counts if validation else (0,) * len(train.class_counts)
         if none := held_out.count(0):
-            notes = [*notes, f"{several(none, 'class')} with too few images to hold one out for validation"]
+            notes = [*notes, f"{several(none, 'class')} of which no image is held out for validation"]
     return Parts(found.kind, train, validation, found.parts.get("test"), found.described, notes)
 
 

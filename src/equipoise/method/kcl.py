@@ -1,6 +1,7 @@
 """k-positive contrastive learning (Kang et al., ICLR 2021) and its targeted form (TSC: Li et al., CVPR 2022).
 
-Both were published with a queue of momentum features; here, as for BCL, the columns are those of the batch.
+Both were published with a queue of momentum features; here, as for BCL, the columns are those of the batch. And TSC's
+authors assign points to classes at every step; here it is done at each epoch's start.
 Shapes: G images of the whole batch, V contrastive views, K = V * G features, N of them anchors, M columns, C classes,
 D width of the features.
 """
@@ -43,13 +44,13 @@ def k_positive_loss(
         scores_NM = scores_NM.diagonal_scatter(torch.full_like(scores_NM[:, 0], -torch.inf), anchors.start)
         log_shares_NM = scores_NM.log_softmax(1)
         drawn_NK = _draw(labels_K, features_GVD.shape[1], positives, seed)[anchors]
-        count_N = drawn_NK.sum(1).clamp(min=1)
+        count_N = drawn_NK.sum(1)
         total_N = log_shares_NM[:, : len(labels_K)].where(drawn_NK, 0).sum(1)
         if targets_CD is not None:
             own_N1 = len(labels_K) + labels_K[anchors][:, None]
             total_N = total_N + _TARGET_WEIGHT * log_shares_NM.gather(1, own_N1)[:, 0]
-            count_N = drawn_NK.sum(1) + 1
-        return -(total_N / count_N).sum() / len(labels_K)
+            count_N = count_N + 1
+        return -(total_N / count_N.clamp(min=1)).sum() / len(labels_K)
 
 
 def _draw(labels_K: Tensor, views: int, positives: int, seed: int) -> Tensor:
@@ -65,7 +66,8 @@ def _draw(labels_K: Tensor, views: int, positives: int, seed: int) -> Tensor:
 
 
 class Kcl(TwoBranch):
-    """With the supervised contrastive loss of six positives an anchor (Kang et al., ICLR 2021)."""
+    """Logit-adjusted cross-entropy and, beside it, the supervised contrastive loss with six positives for each anchor
+    (Kang et al., ICLR 2021)."""
 
     records = False
 
@@ -74,24 +76,25 @@ class Kcl(TwoBranch):
         return k_positive_loss(outputs.features_BVD, labels_G, self.settings.temperature, self.seed, rows)
 
 
-def spread_points(count: int, width: int) -> Tensor:
-    """`[count, width]`: points far apart on the unit sphere. Up to width + 1 of them are a simplex; of more, the mean
-    of exp(2 * cosine) over pairs is made small by descent (Li et al., eq. 3)."""
-    points = torch.randn(count, width, generator=torch.Generator().manual_seed(0))
+def spread_points(count: int, width: int, device: torch.device | None = None) -> Tensor:
+    """`[count, width]`: points far apart on the unit sphere. Up to width + 1 of them are a simplex; of more, each is
+    moved a hundred times away from the others, mostly from its nearest: that descends the mean log of the sum of
+    exp(2 * cosine) (Li et al., eq. 3, at another temperature)."""
     if count <= width + 1:
         centred = torch.eye(count) - 1 / count
         basis = torch.linalg.svd(centred)[0][:, : max(count - 1, 1)]  # each row a corner, in count - 1 dimensions
         return F.pad(F.normalize(basis, dim=1), (0, width - basis.shape[1]))
-    points = F.normalize(points, dim=1)
-    for step in range(200):
+    random = torch.randn(count, width, generator=torch.Generator().manual_seed(0))
+    points = F.normalize(random.to(device), dim=1)
+    for step in range(100):
         pull = torch.softmax((2 * points @ points.T).fill_diagonal_(-torch.inf), 1) @ points
-        points = F.normalize(points - (1 - step / 200) * pull, dim=1)
+        points = F.normalize(points - (1 - step / 100) * pull, dim=1)
     return points
 
 
 class Tsc(TwoBranch):
-    """KCL, and a pull of the features to one point a class, spread evenly over the sphere (Li et al., CVPR 2022). The
-    points are assigned to the classes by the means of their features, anew at each epoch's start."""
+    """KCL with a pull of the features to one point a class (Li et al., CVPR 2022). The points are spread evenly over
+    the sphere and assigned to the classes by the means of their features, anew at each epoch's start."""
 
     records = False
     targets_CD: Tensor
@@ -103,12 +106,13 @@ class Tsc(TwoBranch):
         self.register_buffer("means_CD", torch.zeros(len(class_counts_C), width))
 
     def begin_epoch(self, epoch: int, epochs: int) -> None:
-        if epoch == 0:
-            self.targets_CD.copy_(spread_points(*self.targets_CD.shape))
+        if not self.targets_CD.any():
+            classes, width = self.targets_CD.shape
+            self.targets_CD.copy_(spread_points(classes, width, self.targets_CD.device))
             return
         from scipy.optimize import linear_sum_assignment
 
-        _, order = linear_sum_assignment(-(self.means_CD @ self.targets_CD.T).double().cpu().numpy())
+        _, order = linear_sum_assignment(-(self.means_CD @ self.targets_CD.T).cpu().double().numpy())
         self.targets_CD.copy_(self.targets_CD[torch.from_numpy(order).to(self.targets_CD.device)])
 
     @torch.no_grad()
@@ -123,6 +127,4 @@ class Tsc(TwoBranch):
         features_GVD = outputs.features_BVD
         assert features_GVD is not None
         self._update(features_GVD.detach(), labels_G)
-        return k_positive_loss(
-            features_GVD, labels_G, self.settings.temperature, self.seed, rows, self.targets_CD.clone()
-        )
+        return k_positive_loss(features_GVD, labels_G, self.settings.temperature, self.seed, rows, self.targets_CD)

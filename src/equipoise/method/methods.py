@@ -32,7 +32,7 @@ class LogitAdjusted(Objective):
     def forward(self, outputs: Outputs, labels_G: Tensor, rows: slice) -> Terms:
         return {"loss": self._adjusted(outputs, labels_G, rows, self.settings.tau)}
 
-    def log_prior_of_logits(self) -> Tensor:
+    def log_prior_of_logits(self, progress: float = 1.0) -> Tensor:
         return (1 - self.settings.tau) * super().log_prior_of_logits()
 
 
@@ -45,8 +45,8 @@ def class_weights(class_counts_C: Tensor, beta: float) -> Tensor:
 
 
 class ClassWeights(Objective):
-    """Cross-entropy in which the images of a class count by its weight: see `class_weights`. The mean is torch's, which
-    divides by the weights of the batch's images, not by their number."""
+    """Cross-entropy in which a class counts by its weight: 1 / its effective number of images (Cui et al., CVPR 2019).
+    The mean is torch's, which divides by the weights of the batch's images, not by their number."""
 
     def __init__(self, loss: Loss, class_counts_C: Tensor, width: int = 0) -> None:
         super().__init__(loss, class_counts_C, width)
@@ -60,7 +60,7 @@ class ClassWeights(Objective):
         summed = F.cross_entropy(logits_BC, labels_G[rows], weights_C, reduction="sum", label_smoothing=smoothing)
         return {"loss": summed / weights_C[labels_G].sum()}
 
-    def log_prior_of_logits(self) -> Tensor:
+    def log_prior_of_logits(self, progress: float = 1.0) -> Tensor:
         return super().log_prior_of_logits() + self.weights_C.double().log()
 
 
@@ -86,22 +86,27 @@ def ldam_margins(class_counts_C: Tensor, largest: float = 0.5) -> Tensor:
     return largest * (class_counts_C.min() / class_counts_C.double()) ** 0.25
 
 
+_DEFERRED = 0.8  # of the epochs have no weights
+
+
 class LdamDrw(Objective):
     """Label-distribution-aware margins: the cosine of the label's class less its margin; cross-entropy of 30 times the
     cosines, in the last fifth of the epochs weighted by effective numbers (Cao et al., NeurIPS 2019, algorithm 1)."""
 
-    cosine, smooths = True, False
+    cosine, smooths, resamples = True, False, False
     margins_C: Tensor
+    deferred_C: Tensor
     weights_C: Tensor
 
     def __init__(self, loss: Loss, class_counts_C: Tensor, width: int = 0) -> None:
         super().__init__(loss, class_counts_C, width)
         self.register_buffer("margins_C", ldam_margins(class_counts_C), persistent=False)
+        self.register_buffer("deferred_C", class_weights(class_counts_C, loss.effective_beta), persistent=False)
         self.register_buffer("weights_C", torch.ones(len(class_counts_C), dtype=torch.float64))
 
     def begin_epoch(self, epoch: int, epochs: int) -> None:
-        if epoch >= round(0.8 * epochs):
-            self.weights_C.copy_(class_weights(self.counts_C, self.settings.effective_beta))
+        deferred = epoch >= round(_DEFERRED * epochs)
+        self.weights_C.copy_(self.deferred_C if deferred else torch.ones_like(self.weights_C))
 
     def forward(self, outputs: Outputs, labels_G: Tensor, rows: slice) -> Terms:
         labels_B, logits_BC = labels_G[rows], at_least_float32(outputs.logits_BC)
@@ -110,24 +115,27 @@ class LdamDrw(Objective):
         less_BC = logits_BC.scatter_add(1, labels_B[:, None], -margins_B1)
         return {"loss": F.cross_entropy(less_BC, labels_B, weights_C, reduction="sum") / weights_C[labels_G].sum()}
 
-    def log_prior_of_logits(self) -> Tensor:
-        return super().log_prior_of_logits() + class_weights(self.counts_C, self.settings.effective_beta).log()
+    def log_prior_of_logits(self, progress: float = 1.0) -> Tensor:
+        return super().log_prior_of_logits() + (progress > _DEFERRED) * self.deferred_C.double().log()
 
 
-class VectorScaling(Objective):
+class VectorScaling(LogitAdjusted):
     """Cross-entropy of (n / n_max)^gamma * logits + tau * log prior (VS loss: Kini et al., NeurIPS 2021, eq. 3)."""
 
-    def forward(self, outputs: Outputs, labels_G: Tensor, rows: slice) -> Terms:
-        scales_C = (self.counts_C / self.counts_C.max()) ** self.settings.gamma
-        scaled = outputs._replace(logits_BC=at_least_float32(outputs.logits_BC) * scales_C.to(outputs.logits_BC))
-        return {"loss": self._adjusted(scaled, labels_G, rows, self.settings.tau)}
+    scales_C: Tensor
 
-    def log_prior_of_logits(self) -> Tensor:
-        return (1 - self.settings.tau) * super().log_prior_of_logits()
+    def __init__(self, loss: Loss, class_counts_C: Tensor, width: int = 0) -> None:
+        super().__init__(loss, class_counts_C, width)
+        self.register_buffer("scales_C", (self.counts_C / self.counts_C.max()) ** loss.gamma, persistent=False)
+
+    def forward(self, outputs: Outputs, labels_G: Tensor, rows: slice) -> Terms:
+        scaled_BC = at_least_float32(outputs.logits_BC) * self.scales_C.to(outputs.logits_BC)
+        return super().forward(outputs._replace(logits_BC=scaled_BC), labels_G, rows)
 
 
 class SupCon(TwoBranch):
-    """With the supervised contrastive loss (Khosla et al., NeurIPS 2020): BCL without averaging and complement."""
+    """Logit-adjusted cross-entropy and, beside it, the supervised contrastive loss (Khosla et al., NeurIPS 2020): BCL
+    without averaging and complement."""
 
     def contrast(self, outputs: Outputs, labels_G: Tensor, rows: slice) -> Tensor:
         assert outputs.features_BVD is not None
@@ -163,5 +171,7 @@ METHODS: dict[Method, type[Objective]] = {
 
 
 def objective_of(recipe: Recipe, class_counts: Sequence[float]) -> Objective:
-    """The recipe's method, for classes of which images are drawn so often."""
-    return METHODS[recipe.method](recipe.loss, torch.as_tensor(class_counts), recipe.model.feature_dim)
+    """The recipe's method, for classes of which so many images are drawn in an epoch."""
+    return METHODS[recipe.method](
+        recipe.loss, torch.as_tensor(class_counts, dtype=torch.float64), recipe.model.feature_dim
+    )

@@ -18,18 +18,19 @@ class Objective(nn.Module):
     """Base of all methods. Persistent buffers are its state: a checkpoint keeps them. They follow from the whole batch,
     so are the same on every rank, and are changed in place, as a recorded step reads the same memory every time."""
 
-    contrastive: ClassVar[bool] = False  # two further views of each image, and a projection
-    shares_views: ClassVar[bool] = False  # whether the classifier is trained by those two, and has none of its own
+    contrastive: ClassVar[bool] = False  # it needs two further views of each image, and a projection
+    shares_views: ClassVar[bool] = False  # those two views train the classifier too, which has none of its own
     prototypes: ClassVar[bool] = False
-    cosine: ClassVar[bool] = False  # whether the classifier must be
-    smooths: ClassVar[bool] = True  # whether label_smoothing is for it
-    records: ClassVar[bool] = True  # whether a step of it can be recorded as a CUDA graph
-    seed: int = 0  # of the next step: what is drawn at random follows from it, on all ranks alike
+    cosine: ClassVar[bool] = False  # it needs a cosine classifier
+    smooths: ClassVar[bool] = True  # it takes label smoothing
+    resamples: ClassVar[bool] = True  # it takes other samplers than 'instance'
+    records: ClassVar[bool] = True  # its step can be recorded as a CUDA graph
+    seed: int = 0  # of the next step: what it draws at random follows from this, on all ranks alike
     log_prior_C: Tensor
     counts_C: Tensor
 
     def __init__(self, loss: Loss, class_counts_C: Tensor, width: int = 0) -> None:
-        """`loss`: the recipe's table. `class_counts_C`: how often an image of each class is drawn, up to a factor.
+        """`loss`: the recipe's table. `class_counts_C`: images of each class that are drawn in an epoch.
         `width`: of the contrastive features."""
         super().__init__()
         self.settings = loss
@@ -48,9 +49,10 @@ class Objective(nn.Module):
         """
         raise NotImplementedError
 
-    def log_prior_of_logits(self) -> Tensor:
+    def log_prior_of_logits(self, progress: float = 1.0) -> Tensor:
         """`[C]`, float64: log of the class prior, up to a constant, under which the softmax of the raw logits is the
-        posterior: p, where the loss leaves logits and images alone."""
+        posterior: p, where the loss leaves logits and images alone. `progress`: the share of the epochs that are done.
+        """
         return self.log_prior_C.double()
 
     def _adjusted(self, outputs: Outputs, labels_G: Tensor, rows: slice, tau: float) -> Tensor:
@@ -75,7 +77,7 @@ class TwoBranch(Objective):
         """The contrastive loss of these rows, divided by G."""
         raise NotImplementedError
 
-    def log_prior_of_logits(self) -> Tensor:
+    def log_prior_of_logits(self, progress: float = 1.0) -> Tensor:
         """Training makes softmax(logits + tau * log p) estimate the posterior under the prior p of what is drawn, so
         that logits = log-likelihood + (1 - tau) * log p: the prior is uniform at tau = 1."""
         return (1 - self.settings.tau) * super().log_prior_of_logits()

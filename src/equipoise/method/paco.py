@@ -68,7 +68,7 @@ class GPaCo(Objective):
     def forward(self, outputs: Outputs, labels_G: Tensor, rows: slice) -> Terms:
         assert outputs.features_BVD is not None
         adjusted = outputs._replace(logits_BC=outputs.logits_BC + self.log_prior_C.to(outputs.logits_BC))
-        queue = self.queue_QD.clone(), self.queue_labels_Q.clone()
+        queue = self.queue_QD, self.queue_labels_Q
         loss = parametric_contrastive_loss(adjusted, labels_G, rows, queue, self.settings)
         self._enqueue(outputs.features_BVD[:, -1].detach(), labels_G)
         return {"loss": loss}
@@ -81,5 +81,5 @@ class GPaCo(Objective):
         self.queue_labels_Q.index_copy_(0, places_G, labels_G[kept])
         self.queued += len(labels_G)
 
-    def log_prior_of_logits(self) -> Tensor:
+    def log_prior_of_logits(self, progress: float = 1.0) -> Tensor:
         return torch.zeros_like(self.log_prior_C, dtype=torch.float64)

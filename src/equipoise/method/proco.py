@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from equipoise.config.recipe import Loss
 from equipoise.method.losses import at_least_float32
@@ -84,7 +85,7 @@ class _Scores(torch.autograd.Function):
     def forward(ctx: Any, cosines_BC: Tensor, kappa_C: Tensor, temperature: float, width: int) -> Tensor:
         kappa_C, scale = kappa_C.to(cosines_BC), 1 / temperature
         scores_BC, slope_BC = torch.empty_like(cosines_BC), torch.empty_like(cosines_BC)
-        rows = max(_CHUNK_ENTRIES // len(kappa_C), 1) if cosines_BC.device.type == "cpu" else len(cosines_BC)
+        rows = max(_CHUNK_ENTRIES // len(kappa_C) if cosines_BC.device.type == "cpu" else len(cosines_BC), 1)
         for first in range(0, len(cosines_BC), rows):
             chunk = slice(first, first + rows)
             # The features have length 1: |kappa * mean direction + z / temperature|^2 is kappa^2 and what is added.
@@ -95,6 +96,7 @@ class _Scores(torch.autograd.Function):
         return scores_BC
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (slope_BC,) = ctx.saved_tensors
         return grad * slope_BC, None, None, None
@@ -122,7 +124,7 @@ class ProCo(TwoBranch):
             self.counts_2C.copy_(torch.stack([self.counts_2C[1], torch.zeros_like(self.counts_2C[0])]))
 
     def kappa(self) -> Tensor:
-        """`[C]`: the concentrations, from the lengths of the means (the paper's eq. 13, at most 1e5)."""
+        """`[C]`: the concentrations, from the lengths of the means, as in the authors' code; at most 1e5."""
         length_C = self.means_2CD[0].norm(dim=1)
         kappa_C = self.means_2CD.shape[2] * length_C / (1 - length_C**2)
         return torch.where(kappa_C < 0, _LARGEST_KAPPA, kappa_C).clamp(max=_LARGEST_KAPPA)

@@ -108,7 +108,7 @@ class Checkpoint:
         """
         counts = self.class_counts or [1] * len(self.class_names)
         drawn_C = sampled_counts(counts, self.recipe.data.sampler)
-        return objective_of(self.recipe, drawn_C.tolist()).log_prior_of_logits()
+        return objective_of(self.recipe, drawn_C.tolist()).log_prior_of_logits(self.epoch / self.recipe.epochs)
 
 
 def described(file: Path, checkpoint: Checkpoint) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 
 from equipoise.base.errors import UserError, several
 from equipoise.base.files import atomic_file
-from equipoise.config.recipe import Recipe, find_field, load_recipe, override
+from equipoise.config.recipe import Recipe, load_recipe
 from equipoise.evaluation.score import Run, chosen
 from equipoise.runs.folder import METRICS, RECIPE, RECORD, write_json
 from equipoise.runs.records import read_record
@@ -41,21 +41,21 @@ def paired_difference(first: Sequence[float], other: Sequence[float]) -> dict[st
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
-def compare(recipe: Recipe, methods: Sequence[str], seeds: int, out: Path) -> dict[str, Any]:
-    """Train every method with `seeds` seeds, from `recipe.seed` on, into `out`/METHOD-seed-N, and write `compare.json`
-    and `compare.md` there.
+def compare(of_methods: Sequence[Recipe], seeds: int, out: Path) -> dict[str, Any]:
+    """Train each of the recipes, which differ in method and loss, with `seeds` seeds, from its own on, into
+    `out`/METHOD-seed-N, and write `compare.json` and `compare.md` there.
 
     What is there already, of the same recipe and data, is kept; an unfinished run goes on. Returns what `compare.json`
     holds. Raises UserError for an unknown method, and for a run folder of another recipe or other data.
     """
+    methods = [recipe.method for recipe in of_methods]
     if len(set(methods)) < len(methods) or len(methods) < 2:
         raise UserError(f"--methods needs two or more different methods, separated by commas, not {','.join(methods)}")
     if seeds < 1:
         raise UserError(f"--seeds must be 1 or more, not {seeds}")
-    of_methods = [override(recipe, find_field("method"), method) for method in methods]
     # Every refusal comes before the first hour of training.
-    plan = prepare(of_methods[0])
-    all_seeds = [recipe.seed + number for number in range(seeds)]
+    plan, *_ = [prepare(recipe) for recipe in of_methods]
+    all_seeds = [of_methods[0].seed + number for number in range(seeds)]
     of_runs = [
         replace(plan.recipe, method=one.method, loss=one.loss, seed=seed) for seed in all_seeds for one in of_methods
     ]
@@ -72,6 +72,7 @@ def compare(recipe: Recipe, methods: Sequence[str], seeds: int, out: Path) -> di
             train(of_run, out=None if begun else folder, resume=folder if begun else None)
     result = {
         "recipe": asdict(plan.recipe),
+        "losses": {recipe.method: asdict(recipe.loss) for recipe in of_methods},
         "data": plan.fingerprints,
         "seeds": all_seeds,
         "runs": {f"{of_run.method}, seed {of_run.seed}": folder.name for folder, of_run in recipes.items()},

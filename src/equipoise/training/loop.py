@@ -181,6 +181,7 @@ class Trainer:
             group["lr"] = rate * group["lr_scale"]
         if self.step == self.epoch * plan.steps_per_epoch:
             self._gradients.objective.begin_epoch(self.epoch, recipe.epochs)
+            plan.world.first_buffers(self._gradients.objective)  # on GPUs, sums differ in their last bits
         images, since = 0, time.perf_counter()
         while self.step < (self.epoch + 1) * plan.steps_per_epoch:
             # What a network may draw in its forward pass (dropout, stochastic depth) follows from step and rank.

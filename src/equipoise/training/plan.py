@@ -15,7 +15,7 @@ from equipoise.base.device import choose_device, choose_precision
 from equipoise.base.errors import SharedError, UserError, own_command, several
 from equipoise.base.files import real_path
 from equipoise.base.world import ALONE, World
-from equipoise.config.recipe import Recipe, field_value, find_field, override
+from equipoise.config.recipe import PUBLISHED, Recipe, field_value, find_field, override
 from equipoise.data.decode import bad_images
 from equipoise.data.images import DIGITS, Parts, imbalance_factor
 from equipoise.data.rows import TABLES
@@ -77,6 +77,7 @@ class Plan:
         at_a_time = f", {recipe.micro_batch} at a time" if recipe.micro_batch else ""
         said = {
             "recipe": f"{recipe.name}, method {recipe.method}, seed {recipe.seed}",
+            "loss": ", ".join(f"{name} {getattr(recipe.loss, name):g}" for name in PUBLISHED.get(recipe.method, {})),
             "data": f"{recipe.data.path} ({parts.kind})",
             "lists": "; ".join(parts.described),
             "note": "; ".join(parts.notes),
@@ -162,6 +163,8 @@ def _refuse_idle_settings(recipe: Recipe) -> None:
     model, method = recipe.model, METHODS[recipe.method]
     if method.cosine and model.classifier != "cosine":
         raise UserError(f"{recipe.method} needs a cosine classifier: set --classifier cosine")
+    if recipe.data.sampler != "instance" and not method.resamples:
+        raise UserError(f"{recipe.method} goes by the class counts as they are: set --sampler instance")
     if recipe.loss.label_smoothing and not method.smooths:
         raise UserError(f"{recipe.method} has no label smoothing: set --label-smoothing 0")
     started = model.tune != "scratch" and model.classifier == "cosine"

@@ -65,9 +65,12 @@ def permutation(seed: int, epoch: int, count: int) -> Whole:
 
 
 def sampled_counts(class_counts: Sequence[int], sampler: str) -> Array:
-    """`[C]`, up to a factor: how often a sampler draws an image of each class ('instance', 'square-root' or
+    """`[C]`: how often a sampler draws an image of each class in an epoch, in the mean ('instance', 'square-root' or
     'class-balanced'; Kang et al., ICLR 2020, eq. 1, with q = 1, 1/2 and 0)."""
-    return np.array(class_counts, np.float64) ** {"instance": 1.0, "square-root": 0.5, "class-balanced": 0.0}[sampler]
+    drawn_C = (
+        np.array(class_counts, np.float64) ** {"instance": 1.0, "square-root": 0.5, "class-balanced": 0.0}[sampler]
+    )
+    return drawn_C * (sum(class_counts) / drawn_C.sum())
 
 
 def draws(seed: int, epoch: int, labels_N: Whole, sampler: str) -> Whole:
