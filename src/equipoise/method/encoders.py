@@ -21,6 +21,7 @@ from equipoise.method.pretrained import find_pretrained, timm_name
 
 _BLOCKS_PER_STAGE = {"resnet8": 1, "resnet20": 3, "resnet32": 5}
 _AUTHORS_ENCODERS = ("resnet50", "resnext50_32x4d")
+_WIDTHS: dict[tuple[str, int], int] = {}  # of the encoders, by name and size, that were tried
 
 
 def create_encoder(name: str, size: int, pretrained: bool = False, weights: str | Path = "") -> tuple[nn.Module, int]:
@@ -46,7 +47,9 @@ def create_encoder(name: str, size: int, pretrained: bool = False, weights: str 
 
 
 def _width(encoder: nn.Module, name: str, size: int) -> int:
-    """By trying: timm's num_features is not always the width of the output."""
+    """By trying, once: timm's num_features is not always the width of the output."""
+    if (name, size) in _WIDTHS:
+        return _WIDTHS[name, size]
     try:
         with torch.inference_mode():
             features = encoder.eval()(torch.zeros(1, 3, size, size))
@@ -56,6 +59,7 @@ def _width(encoder: nn.Module, name: str, size: int) -> int:
     if features.ndim != 2:
         raise UserError(f"{name} gives features of shape {list(features.shape)[1:]}, not one vector; change --arch")
     encoder.train()
+    _WIDTHS[name, size] = features.shape[1]
     return features.shape[1]
 
 

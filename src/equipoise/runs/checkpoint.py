@@ -4,6 +4,7 @@ import os
 import shutil
 import zipfile
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -96,11 +97,9 @@ class Checkpoint:
         return replace(self, recipe=recipe, weights=state_on_cpu(self.build()))
 
     def fits(self, recipe: Recipe, classes: int) -> bool:
-        """Whether these are the weights of the network that `recipe` describes. No memory is taken for that network."""
-        with torch.device("meta"):
-            expected = create_network(recipe, classes, start=False).state_dict()
-        shapes = {name: value.shape for name, value in self.weights.items()}
-        return shapes == {name: value.shape for name, value in expected.items()}
+        """Whether these are the weights of the network that `recipe` describes."""
+        expected = _shapes(Recipe(method=recipe.method, model=recipe.model, views=recipe.views), classes)
+        return expected == {name: value.shape for name, value in self.weights.items()}
 
     def log_prior_of_logits(self) -> Tensor:
         """`[C]`, float64: log of the class prior, up to a constant, under which the softmax of the raw logits is the
@@ -147,6 +146,14 @@ def _is_whole(path: Path) -> bool:
             return file.testzip() is None
     except Exception:  # what zipfile raises for a damaged directory is of many kinds
         return False
+
+
+@lru_cache(maxsize=8)
+def _shapes(recipe: Recipe, classes: int) -> dict[str, torch.Size]:
+    """Of the weights of a network. No memory is taken for it."""
+    with torch.device("meta"):
+        state = create_network(recipe, classes, start=False).state_dict()
+    return {name: value.shape for name, value in state.items()}
 
 
 def create_network(recipe: Recipe, classes: int, start: bool) -> TwoBranchNetwork:
