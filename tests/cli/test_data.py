@@ -83,7 +83,7 @@ def test_data_says_what_the_usual_remedies_do(capsys, tmp_path):
     ):  # fmt: skip
         assert any(row.startswith(f"{figures} ") for row in rows), figures
     assert any(
-        "recipe frozen, method logit-adjusted; --method takes another: bcl, ce, class-weights, " in row for row in rows
+        "recipe frozen, method logit-adjusted; --method takes another: balanced-softmax, bcl, " in row for row in rows
     )
     draw_folder(tmp_path, {"bee": 20})  # 30 to 20
     assert main(["data", str(tmp_path)]) == 0

@@ -63,6 +63,7 @@ def formula(method: str, of: Outputs, smoothing: float) -> Tensor:
         "bcl": lambda: 1.5 * adjusted + 0.7 * BalancedContrastiveLoss(0.2)(features, LABELS, prototypes),
         "supcon+la": lambda: 1.5 * adjusted + 0.7 * supervised_contrastive_loss(features, LABELS, 0.2),
         "logit-adjusted": lambda: adjusted,
+        "balanced-softmax": lambda: adjusted,
         "ce": lambda: F.cross_entropy(logits, LABELS, label_smoothing=smoothing),
         "class-weights": lambda: weighted,
         "focal": lambda: -((1 - right) ** 0.4 * right.log()).mean(),

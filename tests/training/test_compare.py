@@ -121,7 +121,7 @@ def test_other_recipes_and_other_data_are_refused(compared, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--methods", "bcl,cee"], "method must be one of bcl, ce, class-weights, "),
+        (["--methods", "bcl,cee"], "method must be one of balanced-softmax, bcl, "),
         (["--methods", "bcl"], "--methods needs two or more different methods, separated by commas, not bcl"),
         (["--methods", "ce,ce"], "--methods needs two or more different methods, separated by commas, not ce,ce"),
         (["--seeds", "0"], "--seeds must be 1 or more, not 0"),

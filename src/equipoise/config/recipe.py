@@ -18,13 +18,14 @@ from equipoise.base.errors import UserError, reason, shown
 
 # fmt: off
 Method = Literal[
-    "bcl", "ce", "class-weights", "focal", "gpaco", "kcl", "ldam-drw", "logit-adjusted", "proco", "supcon+la", "tsc",
-    "vs",
+    "balanced-softmax", "bcl", "ce", "class-weights", "focal", "gpaco", "kcl", "ldam-drw", "logit-adjusted", "proco",
+    "supcon+la", "tsc", "vs",
 ]
 # fmt: on
 # What a method that is chosen for a recipe of another one changes in its table `loss`: as its authors published it, for
 # ImageNet-LT where that differs.
 PUBLISHED: dict[Method, dict[str, float]] = {
+    "balanced-softmax": {"tau": 1.0},
     "focal": {"gamma": 2.0},
     "gpaco": {"beta": 0.045, "temperature": 0.2},
     "proco": {"alpha": 1.0, "beta": 1.0, "temperature": 0.1},

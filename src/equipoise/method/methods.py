@@ -155,6 +155,7 @@ class Bcl(TwoBranch):
 
 
 METHODS: dict[Method, type[Objective]] = {
+    "balanced-softmax": LogitAdjusted,
     "bcl": Bcl,
     "ce": CrossEntropy,
     "class-weights": ClassWeights,
