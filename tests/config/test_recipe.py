@@ -14,9 +14,9 @@ from equipoise.config.recipe import (
     find_field,
     recipe_fields,
     recipe_from_table,
-    recipe_toml,
     shipped_recipes,
 )
+from equipoise.config.writing import recipe_toml
 
 
 @pytest.mark.parametrize("name", shipped_recipes())

@@ -240,7 +240,7 @@ def init(options: argparse.Namespace) -> None:
 
     from equipoise.base.files import atomic_file
     from equipoise.cli.tables import print_plan
-    from equipoise.config.recipe import explained_toml
+    from equipoise.config.writing import explained_toml
 
     choice = _choose(options, recipe, is_own)
     with atomic_file(out) as file:

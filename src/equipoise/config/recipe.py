@@ -6,7 +6,7 @@ import difflib
 import math
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache, reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
@@ -16,14 +16,11 @@ from msgspec import Meta
 
 from equipoise.base.errors import UserError, reason, shown
 
-# fmt: off
 Method = Literal[
     "balanced-softmax", "bcl", "ce", "class-weights", "focal", "gpaco", "kcl", "ldam-drw", "logit-adjusted", "proco",
     "supcon+la", "tsc", "vs",
-]
-# fmt: on
-# What a method that is chosen for a recipe of another one changes in its table `loss`: as its authors published it, for
-# ImageNet-LT where that differs.
+]  # fmt: skip
+# What a method changes in the table `loss` of another one's recipe: as its authors published it, for ImageNet-LT.
 PUBLISHED: dict[Method, dict[str, float]] = {
     "balanced-softmax": {"tau": 1.0},
     "focal": {"gamma": 2.0},
@@ -350,22 +347,3 @@ def _recipe_file(name: str | Path) -> Path:
     if path.is_file() or path.suffix == ".toml":
         return path
     raise UserError(f"no recipe is called '{name}'{nearest(str(name), list(shipped))}")
-
-
-def recipe_toml(recipe: Recipe) -> str:
-    """The complete recipe as TOML; `load_recipe` reads it back."""
-    import tomli_w
-
-    return tomli_w.dumps(asdict(recipe))
-
-
-def explained_toml(recipe: Recipe, reasons: Mapping[str, str]) -> str:
-    """The same with a comment beside each field: the reason for its value, or else what it means."""
-    helps = {field.key: field.help for field in recipe_fields()} | dict(reasons)
-    lines, table = list[str](), ""
-    for line in recipe_toml(recipe).splitlines():
-        name, equals, _ = line.partition(" = ")
-        table = f"{line[1:-1]}." if line.startswith("[") and not equals else table
-        key = f"{table}{name}"
-        lines.append(f"{line}  # {helps[key]}" if equals and key in helps else line)
-    return "\n".join([*lines, ""])

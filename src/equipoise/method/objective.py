@@ -3,6 +3,7 @@
 Shapes: B images of this rank, G images of the whole batch, V contrastive views, C classes.
 """
 
+from abc import ABC, abstractmethod
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from equipoise.method.network import Outputs
 Terms = dict[str, Tensor]
 
 
-class Objective(nn.Module):
+class Objective(nn.Module, ABC):
     """Base of all methods. Persistent buffers are its state: a checkpoint keeps them. They follow from the whole batch,
     so are the same on every rank, and are changed in place, as a recorded step reads the same memory every time."""
 
@@ -40,6 +41,7 @@ class Objective(nn.Module):
     def begin_epoch(self, epoch: int, epochs: int) -> None:
         """Called once before the first step of each epoch (from 0) of so many."""
 
+    @abstractmethod
     def forward(self, outputs: Outputs, labels_G: Tensor, rows: slice) -> Terms:
         """Named terms, of which `loss` is the total. Of several ranks, each has the part of its `rows` of the batch: a
         sum over these images, divided by G. The parts add up.
@@ -47,7 +49,6 @@ class Objective(nn.Module):
         `outputs` has the logits of these rows, `[B, C]` (`[B, V, C]` where views are shared), and the features of the
         whole batch, `[G, V, D]`.
         """
-        raise NotImplementedError
 
     def log_prior_of_logits(self, progress: float = 1.0) -> Tensor:
         """`[C]`, float64: log of the class prior, up to a constant, under which the softmax of the raw logits is the
@@ -73,9 +74,9 @@ class TwoBranch(Objective):
         total = self.settings.alpha * classification + self.settings.beta * contrastive
         return {"loss": total, "classification": classification, "contrastive": contrastive}
 
+    @abstractmethod
     def contrast(self, outputs: Outputs, labels_G: Tensor, rows: slice) -> Tensor:
         """The contrastive loss of these rows, divided by G."""
-        raise NotImplementedError
 
     def log_prior_of_logits(self, progress: float = 1.0) -> Tensor:
         """Training makes softmax(logits + tau * log p) estimate the posterior under the prior p of what is drawn, so

@@ -20,7 +20,8 @@ from filelock import FileLock, Timeout
 from equipoise import __version__
 from equipoise.base.errors import UserError
 from equipoise.base.files import UNFINISHED, atomic_file
-from equipoise.config.recipe import Recipe, recipe_toml
+from equipoise.config.recipe import Recipe
+from equipoise.config.writing import recipe_toml
 from equipoise.runs.records import LogLine
 
 if TYPE_CHECKING:
