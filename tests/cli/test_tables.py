@@ -57,7 +57,7 @@ def test_names_give_way_and_figures_never(width, columns, tmp_path):
     words = re.split(r"[\s]+", said)
     for figure in ("12,348", "12,345", "64", "23.4", "0.988", "17", "4"):
         assert figure in words, figure
-    assert words.count("100.0") == columns * 9 + columns + 1, "overall, two groups, six others; a class; a prediction"
+    assert words.count("100.0") == columns * 10 + columns + 1, "overall, two groups, seven others; a class; a prediction"
     assert words.count("12.5") == columns
     assert not re.search(r"\d…", said)
     assert LONG not in said

@@ -4,8 +4,8 @@ In a narrow terminal names give way, figures never; what is no terminal (a pipe,
 """
 
 import sys
-from collections.abc import Mapping, Sequence
-from itertools import islice
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, get_args
 
 from rich.bar import Bar
@@ -48,25 +48,34 @@ def print_metrics(results: Sequence[tuple[str, Mapping[str, Any]]], title: str, 
     their training images, none where the training data are not known.
     """
     names, counts = run["class_names"], run["train_counts"]
-    figures = [metrics for _, metrics in results]
+    figures = [{**of, **dict(enumerate(of["per_class"]))} for _, of in results]  # a class by its label
+    bounds = [{**of.get("intervals", {}), **dict(enumerate(of.get("per_class_intervals", ())))} for of in figures]
+    with_intervals = len(results) <= 2 and _console().width >= 80 and all(bounds)  # they need room
+
+    def row(key: str | int) -> Iterator[str]:
+        for of, interval in zip(figures, bounds, strict=True):
+            yield percent(of.get(key))
+            if with_intervals:
+                yield "-".join(map(percent, interval.get(key) or ()))
+
     table = Table(Column(overflow="fold", min_width=_NAME_WIDTH), box=SIMPLE)
-    for heading in ("training\nimages", *(heading.replace(" ", "\n") for heading, _ in results)):
+    of_runs = [(heading.replace(" ", "\n"), *["95 % over\nimages"] * with_intervals) for heading, _ in results]
+    for heading in ("training\nimages", *chain.from_iterable(of_runs)):
         table.add_column(heading, justify="right", overflow="fold")
-    table.add_row("overall (top-1)", f"{sum(counts):,}" if counts else "?", *(percent(of["top1"]) for of in figures))
+    table.add_row("overall (top-1)", f"{sum(counts):,}" if counts else "?", *row("top1"))
     for group, limits in GROUP_LIMITS.items():
         classes = sum(count > 0 and shot_group(count) == group for count in counts)
         if classes:
-            table.add_row(f"{group} ({several(classes, 'class')})", limits, *(percent(of[group]) for of in figures))
+            table.add_row(f"{group} ({several(classes, 'class')})", limits, *row(group))
     table.add_section()
     for label, field in FURTHER.items():
-        if any(of[field] is not None for of in figures):
-            table.add_row(label, "", *(percent(of[field]) for of in figures))
+        if any(of.get(field) is not None for of in figures):
+            table.add_row(label, "", *row(field))
     table.add_section()
     # A class that no image was scored of has no row.
-    scored = [label for label in range(len(names)) if any(of["per_class"][label] is not None for of in figures)]
+    scored = [label for label in range(len(names)) if any(of[label] is not None for of in figures)]
     for label in _ends(scored, counts):
-        shares = (percent(of["per_class"][label]) for of in figures)
-        table.add_row(_cut(str(names[label])), f"{counts[label]:,}" if counts else "?", *shares)
+        table.add_row(_cut(str(names[label])), f"{counts[label]:,}" if counts else "?", *row(label))
     _console().print(Text(f"\n {one_line(title)}", "bold"))
     _print(table)
     if not counts:
@@ -75,14 +84,19 @@ def print_metrics(results: Sequence[tuple[str, Mapping[str, Any]]], title: str, 
         print(f"({_ROWS_SHOWN} of {len(names):,} classes; all of them are in the file)")
 
 
-def print_chosen(metrics: Mapping[str, Any]) -> None:
-    """Which of a run's checkpoints is which, and which one speaks for the run."""
+def print_run(metrics: Mapping[str, Any]) -> None:
+    """Which of a run's checkpoints is which, which one speaks for the run, and what training cost."""
     last, best, method = metrics["last"], metrics["best"], metrics["method"]
     if best:
         which = f"last is the checkpoint after epoch {last['epoch']}, best the one after epoch {best['epoch']}"
         print(f"{method}: {which}, which validation chose: it speaks for the run, in predict, export and report too")
     else:
         print(f"{method}: the last checkpoint (epoch {last['epoch']}) speaks for the run: validation chose none")
+    if cost := metrics.get("cost"):
+        took = "" if cost["seconds"] is None else f"{cost['seconds']:,.0f} s in its steps, "
+        sizes = (f"{cost[key] / 1e6:,.2f}" for key in ("parameters", "trained_parameters", "multiply_adds"))
+        of_network = "{} million parameters ({} trained), {} million multiply-adds an image".format(*sizes)
+        print(f"{method}: training took {took}{cost['images_seen']:,.0f} images; {of_network}")
 
 
 def print_post_hoc(metrics: Mapping[str, Any]) -> None:

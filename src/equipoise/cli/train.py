@@ -251,7 +251,7 @@ def init(options: argparse.Namespace) -> None:
 
 def _show(runs: "Sequence[Run]") -> None:
     """The metrics of finished runs side by side, and where the runs are."""
-    from equipoise.cli.tables import print_chosen, print_metrics, print_unreadable
+    from equipoise.cli.tables import print_metrics, print_run, print_unreadable
 
     part = "test" if runs[0].metrics["test"] else "validation"
     results: list[tuple[str, Any]] = []
@@ -264,7 +264,7 @@ def _show(runs: "Sequence[Run]") -> None:
     if results:
         print_metrics(results, f"accuracy on the {part} part, percent", runs[0].metrics)
     for run in runs:
-        print_chosen(run.metrics)
+        print_run(run.metrics)
         print(f"run folder: {run.path}")
         print_unreadable(run.metrics)
 
@@ -276,6 +276,7 @@ def add_compare_options(command: argparse.ArgumentParser, arguments: Sequence[st
     add("--methods", default="bcl,ce,logit-adjusted", help=methods)
     add("--seeds", type=int, default=3, help="how many, from --seed on [%(default)s]")
     add("--out", metavar="FOLDER", help="for the run folders; finished runs are kept (default: runs/compare-RECIPE)")
+    add("--markdown", action="store_true", help="print what compare.md holds, and all else to stderr")
     command.set_defaults(dataset=None, resume=None)  # options of `train` that it does not have
     flags.add_set(command)
     flags.add_recipe_flags(command, arguments)
@@ -293,8 +294,10 @@ def compare(options: argparse.Namespace) -> None:
     from equipoise.training.compare import compare as train_all
     from equipoise.training.compare import markdown
 
-    result = train_all(of_methods, options.seeds, out)
-    print(f"\n{markdown(result)}")
-    print(f"written: {out / 'compare.json'}, {out / 'compare.md'}")
+    with contextlib.redirect_stdout(sys.stderr if options.markdown else sys.stdout) as said:
+        result = train_all(of_methods, options.seeds, out)
+        print()
+    print(markdown(result), end="")
+    print(f"\nwritten: {out / 'compare.json'}, {out / 'compare.md'}", file=said)
     of_first_seed = [out / name for name in list(result["runs"].values())[: len(result["methods"])]]
-    print(f"report: {write_report(of_first_seed, out / 'report.html', result)}")
+    print(f"report: {write_report(of_first_seed, out / 'report.html', result)}", file=said)

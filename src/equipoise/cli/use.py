@@ -49,7 +49,7 @@ def evaluate(options: argparse.Namespace) -> None:
     flags.refuse_unwritable("--out", target / METRICS, ".json")
 
     from equipoise.base.world import join
-    from equipoise.cli.tables import print_chosen, print_metrics, print_post_hoc, print_unreadable
+    from equipoise.cli.tables import print_metrics, print_post_hoc, print_run, print_unreadable
     from equipoise.evaluation.score import evaluate_run
 
     with join() as world:
@@ -63,7 +63,7 @@ def evaluate(options: argparse.Namespace) -> None:
         if (scored := metrics[checkpoint]) and (figures := scored[part])
     ]
     print_metrics(results, f"{metrics['method']}: accuracy, percent", metrics)
-    print_chosen(metrics)
+    print_run(metrics)
     print_post_hoc(metrics)
     print_unreadable(metrics)
     print(f"written: {target / METRICS}")

@@ -7,7 +7,7 @@ to average, which is not the same as 0.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,7 @@ FURTHER = {  # what is shown beside top-1 and the groups: its label, and its key
     "mean over classes": "mean_per_class",
     "worst tenth of classes": "worst_tenth",
     "worst class": "worst_class",
+    "few taken for many": "false_head_rate",
     "macro F1": "macro_f1",
     "calibration error": "ece",
 }
@@ -70,6 +71,8 @@ def score(predictions: Predictions, train_counts_C: Sequence[int] | None, classe
     best_N = ranked_NK[:, 0]
     means, accuracy_C = _means(labels_N, best_N, train_counts_C, classes)
     present_C = ~np.isnan(accuracy_C)
+    counts_C = np.array(train_counts_C or [math.nan] * classes)
+    many_C, of_few = counts_C > MANY_ABOVE, best_N[counts_C[labels_N] < FEW_BELOW]
     ascending = np.sort(accuracy_C[present_C])
     hits_C, predicted_C, seen_C = (
         np.bincount(labels, minlength=classes)[present_C] for labels in (labels_N[best_N == labels_N], best_N, labels_N)
@@ -81,6 +84,7 @@ def score(predictions: Predictions, train_counts_C: Sequence[int] | None, classe
         "macro_f1": float((2 * hits_C / (seen_C + predicted_C)).mean()),  # 2 TP / (2 TP + FP + FN)
         "worst_class": float(ascending[0]),
         "worst_tenth": float(ascending[: math.ceil(len(ascending) / 10)].mean()),
+        "false_head_rate": float(many_C[of_few].mean()) if of_few.size and many_C.any() else None,
         "ece": calibration_error(predictions.confidence_N, best_N == labels_N),
         "per_class": [None if math.isnan(share) else share for share in accuracy_C.tolist()],
         "prior_sweep": sweep(predictions, train_counts_C) if train_counts_C and predictions.adjusted else None,
@@ -94,21 +98,19 @@ def _means(
     without images."""
     hits_C = np.bincount(labels_N[predicted_N == labels_N], minlength=classes)
     seen_C = np.bincount(labels_N, minlength=classes)
-    accuracy_C = np.divide(hits_C, seen_C, out=np.full(classes, np.nan), where=seen_C > 0)
-    groups_C = np.array([shot_group(count) for count in train_counts_C or ()] or [""] * classes)
+    shares_C = hits_C / np.maximum(seen_C, 1)
+    weights = figure_weights(seen_C, train_counts_C)
+    known = {figure: float(np.average(shares_C, weights=of_C)) for figure, of_C in weights.items()}
+    return cast("Means", {of: known.get(of) for of in Means.__annotations__}), np.where(seen_C > 0, shares_C, np.nan)
 
-    def mean(group: str) -> float | None:
-        known = accuracy_C[(groups_C == group) & ~np.isnan(accuracy_C)]
-        return float(known.mean()) if known.size else None
 
-    means: Means = {
-        "top1": float((predicted_N == labels_N).mean()),
-        "mean_per_class": float(np.nanmean(accuracy_C)),
-        "many": mean("many"),
-        "medium": mean("medium"),
-        "few": mean("few"),
-    }
-    return means, accuracy_C
+def figure_weights(images_C: Labels, train_counts_C: Sequence[int] | None) -> dict[str, Labels]:
+    """The weights `[C]` by which each accuracy of `Means` is a mean over classes of so many images; without the groups
+    that have no images."""
+    groups_C = np.array([shot_group(count) for count in train_counts_C or ()] or [""])
+    weights = {"top1": images_C, "mean_per_class": images_C > 0}
+    weights |= {group: (images_C > 0) & (groups_C == group) for group in GROUPS}
+    return {figure: of_C.astype(np.int64) for figure, of_C in weights.items() if of_C.any()}
 
 
 def calibration_error(confidence_N: Fractions, right_N: npt.NDArray[np.bool_]) -> float:

@@ -5,6 +5,7 @@ Shapes: N images of the list, B of a batch, C classes, K the classes ranked of e
 
 import itertools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from equipoise.base.device import exact_float32, start_reading
-from equipoise.base.errors import SharedError, UserError
+from equipoise.base.errors import SharedError, UserError, reason
 from equipoise.base.world import ALONE, World
 from equipoise.evaluation.metrics import GROUPS, TAUS, Predictions, shot_group
 from equipoise.method.network import TwoBranchNetwork
@@ -212,3 +213,13 @@ def _spread(sums_CF: Tensor, counts_C: Tensor) -> npt.NDArray[np.float32]:
     pairs_C = counts_C * (counts_C - 1)
     cosine_C = (sums_CF.double().square().sum(1) - counts_C) / pairs_C
     return torch.where(pairs_C > 0, 1 - cosine_C, torch.nan).float().numpy()
+
+
+def read_observed(file: Path, part: str) -> Table:
+    """The arrays of a part in a run's `observed.npz`. Raises UserError where it is missing or damaged."""
+    try:
+        with np.load(file, allow_pickle=False) as arrays:  # so that nothing in it is executed
+            return {key.removeprefix(f"{part}/"): arrays[key] for key in arrays.files if key.startswith(f"{part}/")}
+    except Exception as error:  # numpy, zipfile and zlib raise errors of many kinds
+        fault = f"{file} is {'missing' if isinstance(error, FileNotFoundError) else f'damaged ({reason(error)})'}"
+        raise UserError(f"{fault}; write it anew: equipoise evaluate {file.parent}") from None

@@ -22,7 +22,9 @@ from equipoise.config.recipe import Field, Recipe, field_value, find_field, load
 from equipoise.data.images import Found, ImageList, Parts
 from equipoise.data.lists import BENCHMARKS
 from equipoise.data.sources import LISTS, PARTS, find_parts, labelled_as, named_lists, open_data, part_of, recognise
+from equipoise.evaluation.cost import training_cost
 from equipoise.evaluation.features import open_encoded_batches
+from equipoise.evaluation.intervals import intervals
 from equipoise.evaluation.metrics import Predictions, choose_tau, fit_temperature, score
 from equipoise.evaluation.neighbours import explain_mistakes
 from equipoise.evaluation.predictions import Look, Observation, Table, confidence_at, predict
@@ -84,6 +86,7 @@ def evaluate_run(
         "validation": scores[-1][0]["validation"],
         "last": scores[0][0],
         "best": scores[1][0] if len(scores) > 1 else None,
+        "cost": world.first_makes(lambda: training_cost(path, last)),
         "bad_images": bad,
         "class_names": list(last.class_names),
         "train_counts": list(last.class_counts),
@@ -170,10 +173,12 @@ def _score(
     keep_logits: bool,
     look: Look | None = None,
 ) -> tuple[PartMetrics, Predictions]:
-    counts = checkpoint.class_counts
+    counts, classes = checkpoint.class_counts, len(checkpoint.class_names)
     prior_C = log_prior(torch.tensor(counts)).float() if counts and min(counts) > 0 else None
     predictions = predict(network, batches, prior_C, keep_logits, look, world)
-    return score(predictions, counts or None, len(checkpoint.class_names)), predictions
+    metrics = score(predictions, counts, classes)
+    metrics["intervals"], metrics["per_class_intervals"] = intervals(predictions, counts, classes)
+    return metrics, predictions
 
 
 def calibrating_temperature(checkpoint: Checkpoint, validation: Predictions) -> float | None:

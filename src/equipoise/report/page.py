@@ -11,22 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import msgspec
 import numpy as np
 from markupsafe import Markup
 
-from equipoise.base.errors import UserError, reason
+from equipoise.base.errors import UserError
 from equipoise.base.files import atomic_file
 from equipoise.config.recipe import Recipe, field_value, load_recipe, recipe_fields
 from equipoise.data.images import ImageList, imbalance_factor
 from equipoise.data.sources import open_data
 from equipoise.evaluation.metrics import FURTHER, GROUP_LIMITS, GROUPS, calibration_error, percent, shot_group
+from equipoise.evaluation.predictions import read_observed
 from equipoise.evaluation.score import chosen
 from equipoise.report import charts
 from equipoise.report.charts import Array, Curve
 from equipoise.report.svg import Name, Point, shortened, signed
 from equipoise.runs.folder import LOG, METRICS, OBSERVED, RECIPE, RECORD
-from equipoise.runs.records import CheckpointMetrics, LogLine, RunRecord, read_metrics, read_record
+from equipoise.runs.records import CheckpointMetrics, LogLine, RunRecord, read_log, read_metrics, read_record
 from equipoise.training.compare import FIGURES
 from equipoise.views.loader import steps_per_epoch
 
@@ -118,7 +118,7 @@ def _content(runs: Sequence[RunRead], comparison: Mapping[str, Any] | None) -> d
         "rarest": next((group for group in reversed(GROUPS) if scored and scored[0].scores[group] is not None), None),
         "comparison": comparison,
         "seeds": _seeds(comparison["methods"], runs) if comparison else None,
-        "table": {"top-1": "top1", **FURTHER},
+        "table": {"top-1": "top1", **{group: group for group in GROUPS}, **FURTHER},
         "bars": charts.group_bars([(run.name, run.scores) for run in scored], group_sizes) if scored else None,
         "by_count": charts.accuracy_by_count(per_class, runs[0].class_names) if scored else [],
         "many_classes": len(runs[0].counts) > charts.EACH_AS_DOT,
@@ -295,33 +295,14 @@ def _labels(paths: Sequence[Path], recipes: Sequence[Recipe]) -> list[str]:
 
 def _read_run(path: Path, name: Name, recipe: Recipe) -> RunRead:
     record = read_record(path / RECORD)
-    log = _read_log(path / LOG) if (path / LOG).is_file() else []
     names, counts = list(record["class_counts"]), list(record["class_counts"].values())
-    run = RunRead(path, name, recipe, record, log, names, counts, [shot_group(count) for count in counts])
+    run = RunRead(path, name, recipe, record, read_log(path / LOG), names, counts, list(map(shot_group, counts)))
     if not (path / METRICS).is_file() or not (path / OBSERVED).is_file():
         return run
     metrics = read_metrics(path / METRICS)
     checkpoint, part = chosen(metrics)
     block = metrics["best"] or metrics["last"]
-    scores, observed = block[part], _read_observed(path / OBSERVED, part)
+    scores, observed = block[part], read_observed(path / OBSERVED, part)
     if scores is None or not observed:
         return run  # there was nothing to score it on
     return ScoredRun(**vars(run), checkpoint=checkpoint, part=part, metrics=block, scores=scores, observed=observed)
-
-
-def _read_observed(file: Path, part: str) -> dict[str, Array]:
-    """The arrays of a part."""
-    try:
-        with np.load(file, allow_pickle=False) as arrays:  # so that nothing in it is executed
-            return {key.removeprefix(f"{part}/"): arrays[key] for key in arrays.files if key.startswith(f"{part}/")}
-    except Exception as error:  # numpy, zipfile and zlib raise errors of many kinds
-        fault = f"{file} is damaged ({reason(error)})"
-        raise UserError(f"{fault}; write it anew: equipoise evaluate {file.parent}") from None
-
-
-def _read_log(file: Path) -> list[LogLine]:
-    lines, _, _ = file.read_bytes().rpartition(b"\n")  # without half a line, which a killed run may leave
-    try:
-        return msgspec.json.Decoder(LogLine).decode_lines(lines)
-    except ValueError as error:
-        raise UserError(f"{file} is damaged ({error}); move it away, and the report is without curves") from None

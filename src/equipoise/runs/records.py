@@ -38,10 +38,11 @@ class PartMetrics(Means):
     """The metrics of one checkpoint on one part; all are fractions.
 
     `top5`: None where five classes or fewer make it always right. `macro_f1`: the mean F1 over the classes that have
-    images. `worst_tenth`: the mean over the tenth of these classes (rounded up) with the lowest accuracy. `ece`:
+    images. `worst_tenth`: the mean over the tenth of these classes (rounded up) with the lowest accuracy.
+    `false_head_rate`: the share of few-class images that are predicted as a many-class; None without such. `ece`:
     expected calibration error of the top class over 15 bins of equal width (Guo et al., ICML 2017). `per_class`: None
-    for a class without images. `prior_sweep`: a row for each strength of the post-hoc prior; None where the training
-    prior is not known.
+    for a class without images. `intervals`, by name, and `per_class_intervals`: see `evaluation/intervals.py`.
+    `prior_sweep`: a row for each strength of the post-hoc prior; None where the training prior is not known.
     """
 
     images: int
@@ -49,8 +50,11 @@ class PartMetrics(Means):
     macro_f1: float
     worst_class: float
     worst_tenth: float
+    false_head_rate: NotRequired[float | None]
     ece: float
     per_class: list[float | None]
+    intervals: NotRequired[dict[str, list[float]]]
+    per_class_intervals: NotRequired[list[list[float] | None]]
     prior_sweep: list[PriorRow] | None
 
 
@@ -76,13 +80,14 @@ class CheckpointMetrics(TypedDict):
 
 class RunMetrics(TypedDict):
     """`metrics.json`. `validation` and `test` are those of the best checkpoint where validation chose one, else of the
-    last. `train_counts`: training images of each class."""
+    last. `train_counts`: training images of each class. `cost`: see `evaluation/cost.py`."""
 
     method: str
     validation: PartMetrics | None
     test: PartMetrics | None
     last: CheckpointMetrics
     best: CheckpointMetrics | None
+    cost: NotRequired[dict[str, float | None]]
     bad_images: NotRequired[BadImages]
     class_names: list[str]
     train_counts: list[int]
@@ -123,6 +128,7 @@ class LogLine(msgspec.Struct):
     classification: float | None = None
     contrastive: float | None = None
     lr: float | None = None
+    images_per_second: float | None = None
     mean_per_class: float | None = None
     few: float | None = None
 
@@ -135,6 +141,15 @@ def read_metrics(file: Path) -> RunMetrics:
 def read_record(file: Path) -> RunRecord:
     """`run.json`. Raises UserError where it is damaged."""
     return _read(file, RunRecord, "name another run, or train it anew")
+
+
+def read_log(file: Path) -> list[LogLine]:
+    """The log; no lines where there is none. Raises UserError where it is damaged."""
+    lines, _, _ = (file.read_bytes() if file.is_file() else b"").rpartition(b"\n")  # without half a line
+    try:
+        return msgspec.json.Decoder(LogLine).decode_lines(lines)
+    except ValueError as error:
+        raise UserError(f"{file} is damaged ({error}); move it away, and there are no curves or seconds") from None
 
 
 def read_bad_images(file: Path) -> BadImages:

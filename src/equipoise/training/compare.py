@@ -1,13 +1,13 @@
 """Methods under one recipe and several seeds become a table: means, standard deviations, and paired differences to the
-first method with their confidence intervals.
+first method with their confidence intervals and tests.
 
 Of seed s, method m reaches x_ms; its difference to the first method is d_s = x_ms - x_1s. Over the n seeds the interval
-is mean(d) ± t * sd(d) / sqrt(n), t the 97.5 % quantile of Student's distribution of n - 1 degrees of freedom. It tells
-what other seeds would change, not what other data would.
+is mean(d) ± t * sd(d) / sqrt(n), t the 97.5 % quantile of Student's distribution of n - 1 degrees of freedom. A second
+interval, from resampling the test images, tells what others would change for these networks.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -18,8 +18,11 @@ import numpy as np
 from equipoise.base.errors import UserError, several
 from equipoise.base.files import atomic_file
 from equipoise.config.recipe import Recipe, load_recipe
+from equipoise.evaluation.intervals import bootstrap
+from equipoise.evaluation.metrics import figure_weights
+from equipoise.evaluation.predictions import read_observed
 from equipoise.evaluation.score import Run, chosen
-from equipoise.runs.folder import METRICS, RECIPE, RECORD, write_json
+from equipoise.runs.folder import METRICS, OBSERVED, RECIPE, RECORD, write_json
 from equipoise.runs.records import read_record
 from equipoise.training.place import FREE, HOW, differing
 from equipoise.training.plan import Plan, prepare
@@ -29,16 +32,25 @@ FIGURES = {"top1": "overall", "mean_per_class": "mean over classes", "many": "ma
 
 
 def paired_difference(first: Sequence[float], other: Sequence[float]) -> dict[str, float | None]:
-    """The `mean` of `other` - `first`, seed by seed, and the bounds `low` and `high` of its 95 % confidence interval
-    (Student's t, see the module), None with one seed."""
+    """The `mean` of `other` - `first`, seed by seed, the bounds `low` and `high` of its 95 % confidence interval
+    (Student's t, see the module) and `p` of its t test, 1 where all seeds differ alike; None with one seed."""
     from scipy.stats import t
 
     differences = np.subtract(other, first)
     mean, seeds = float(differences.mean()), len(differences)
     if seeds < 2:
-        return {"mean": mean, "low": None, "high": None}
-    half = float(t.ppf(0.975, seeds - 1) * differences.std(ddof=1) / math.sqrt(seeds))
-    return {"mean": mean, "low": mean - half, "high": mean + half}
+        return {"mean": mean, "low": None, "high": None, "p": None}
+    error = float(differences.std(ddof=1)) / math.sqrt(seeds)
+    half = float(t.ppf(0.975, seeds - 1)) * error
+    p = 2 * float(t.sf(abs(mean) / error, seeds - 1)) if error > 1e-12 else 1.0
+    return {"mean": mean, "low": mean - half, "high": mean + half, "p": p}
+
+
+def correct(differences: Sequence[dict[str, Any]]) -> None:
+    """Add `p_holm` to the differences that have a `p`: corrected for their number (Holm, Scand. J. Statist. 1979)."""
+    rows, highest = sorted((row for row in differences if row["p"] is not None), key=lambda row: row["p"]), 0.0
+    for place, row in enumerate(rows):
+        row["p_holm"] = highest = max(highest, min(1.0, (len(rows) - place) * row["p"]))
 
 
 def compare(of_methods: Sequence[Recipe], seeds: int, out: Path) -> dict[str, Any]:
@@ -70,13 +82,18 @@ def compare(of_methods: Sequence[Recipe], seeds: int, out: Path) -> dict[str, An
         if not finished:
             begun = folder.exists()
             train(of_run, out=None if begun else folder, resume=folder if begun else None)
+    metrics = [Run(folder).metrics for folder in recipes]
+    summary = _summary(methods, seeds, metrics)
+    summary["unknown"] = _over_images(summary, list(recipes), metrics[0]["train_counts"])
+    for figure in summary["methods"][methods[0]]:
+        correct([summary["methods"][method][figure]["difference"] for method in methods[1:]])
     result = {
         "recipe": asdict(plan.recipe),
         "losses": {recipe.method: asdict(recipe.loss) for recipe in of_methods},
         "data": plan.fingerprints,
         "seeds": all_seeds,
         "runs": {f"{of_run.method}, seed {of_run.seed}": folder.name for folder, of_run in recipes.items()},
-        **_summary(methods, seeds, [Run(folder).metrics for folder in recipes]),
+        **summary,
     }
     write_json(out / "compare.json", result)
     with atomic_file(out / "compare.md") as file:
@@ -111,31 +128,76 @@ def _summary(methods: Sequence[str], seeds: int, metrics: Sequence[Mapping[str, 
             table[method][figure] = {"values": values, "mean": fmean(values), "sd": sd}
             if method != methods[0]:
                 table[method][figure]["difference"] = paired_difference(of_method[methods[0]], values)
-    return {"checkpoint": checkpoint, "part": part, "methods": table}
+    spread, seconds = dict[str, Any](), dict[str, Any]()
+    for at, method in enumerate(methods):
+        if seeds > 1:
+            sd_C = np.array([run["per_class"] for run in scored[at :: len(methods)]], float).std(0, ddof=1)
+            spread[method] = [None if math.isnan(sd) else sd for sd in sd_C.tolist()]
+        known = [run.get("cost", {}).get("seconds") for run in metrics[at :: len(methods)]]
+        seconds[method] = fmean(known) if all(known) else None
+    return {"checkpoint": checkpoint, "part": part, "methods": table, "per_class_sd": spread, "seconds": seconds}
+
+
+def _over_images(summary: Mapping[str, Any], folders: Sequence[Path], train_counts: Sequence[int]) -> str:
+    """Add to each difference `images`, its interval over test images (None where no image is judged otherwise), and of
+    one seed `p` of McNemar's exact test (Psychometrika 1947) of top-1. Returns why they are not known, or ''."""
+    from scipy.stats import binomtest
+
+    methods, classes = summary["methods"], len(train_counts)
+    try:
+        read = [read_observed(folder / OBSERVED, summary["part"]) for folder in folders]
+    except UserError as error:
+        return str(error)
+    labels_N = read[0].get("labels_N")
+    if labels_N is None or any(not np.array_equal(run.get("labels_N", ()), labels_N) for run in read):
+        return f"{OBSERVED} of the runs is not of the same images; write it anew: equipoise evaluate RUN"
+    right_SMN = np.stack([run["predicted_N"] == labels_N for run in read]).reshape(-1, len(methods), len(labels_N))
+    seeds, right_MN = len(right_SMN), right_SMN.sum(0)
+    weights = figure_weights(np.bincount(labels_N, minlength=classes), train_counts)
+    for row, right_N in zip(list(methods.values())[1:], right_MN[1:], strict=True):
+        change_N = right_N - right_MN[0]
+        counts_CV = np.zeros((classes, 2 * seeds + 1), np.int64)
+        np.add.at(counts_CV, (labels_N, change_N + seeds), 1)
+        for figure, bounds in bootstrap(counts_CV, np.arange(-seeds, seeds + 1) / seeds, weights).items():
+            row[figure]["difference"]["images"] = bounds.tolist() if bounds[0] < bounds[1] else None
+        if seeds == 1:
+            gained, lost = int((change_N > 0).sum()), int((change_N < 0).sum())
+            row["top1"]["difference"]["p"] = float(binomtest(gained, max(1, gained + lost)).pvalue)
+    return ""
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """A comparison as a Markdown table for people, in percent."""
+    """A comparison as a Markdown table for people, in percent, below what its intervals are of."""
     methods, seeds = result["methods"], result["seeds"]
     first, *others = methods
     figures = list(methods[first])
-    rows = [["method", *(FIGURES[figure] for figure in figures)], ["---"] * (1 + len(figures))]
-    rows += [[name, *(_value(methods[name][figure]) for figure in figures)] for name in methods]
-    rows += [[f"{name} - {first}", *(_difference(methods[name][figure]) for figure in figures)] for name in others]
+    rows = [["method", *(FIGURES[figure] for figure in figures), "seconds"], ["---"] * (2 + len(figures))]
+    for name, row in methods.items():
+        values = [_percents("{:.1f}", row[of]["mean"]) + _percents(" ± {:.1f}", row[of]["sd"]) for of in figures]
+        rows.append([name, *values, f"{result['seconds'][name]:,.0f}" if result["seconds"][name] else ""])
+    for name in others:
+        for label, cell in _CELLS.items():
+            if any(cells := [cell(methods[name][figure]["difference"]) for figure in figures]):
+                rows.append([f"{name} - {first}{label}", *cells, ""])
     heading = (
         f"{result['recipe']['name']}: {several(len(seeds), 'seed')} ({', '.join(map(str, seeds))}), {result['part']} "
-        f"part, {result['checkpoint']} checkpoint; accuracy in percent: mean ± sd of a sample over seeds, and paired "
-        "differences with their 95 % confidence interval (neither with one seed): of other seeds, not of other test "
-        "images"
+        f"part, {result['checkpoint']} checkpoint; accuracy in percent, mean ± sd of a sample over seeds; seconds of "
+        "training steps. 95 % intervals of paired differences: over seeds (Student's t; what other seeds would change, "
+        "on these images), over images (bootstrap within classes; what other test images would change, for these "
+        f"networks{result['unknown'] and '; not known: ' + result['unknown']}). p, corrected for the methods (Holm): "
+        f"{_TESTS[len(seeds) > 1]}."
     )
     return "\n".join([heading, "", *(f"| {' | '.join(row)} |" for row in rows), ""])
 
 
-def _value(row: dict[str, Any]) -> str:
-    mean = f"{100 * row['mean']:.1f}"
-    return mean if row["sd"] is None else f"{mean} ± {100 * row['sd']:.1f}"
+def _percents(form: str, *shares: float | None) -> str:
+    return "" if None in shares else form.format(*(100 * (share or 0) for share in shares))
 
 
-def _difference(row: dict[str, Any]) -> str:
-    mean, low, high = (row["difference"][name] for name in ("mean", "low", "high"))
-    return f"{100 * mean:+.1f}" + ("" if low is None else f" [{100 * low:+.1f}, {100 * high:+.1f}]")
+_TESTS = ("McNemar's exact test of the images that one method alone gets right", "paired t test over seeds")
+_CELLS: dict[str, Callable[[dict[str, Any]], str]] = {  # of a difference: row by row, its label and its cell
+    "": lambda row: _percents("{:+.1f}", row["mean"]),
+    ", over seeds": lambda row: _percents("[{:+.1f}, {:+.1f}]", row["low"], row["high"]),
+    ", over images": lambda row: _percents("[{:+.1f}, {:+.1f}]", *(row.get("images") or (None, None))),
+    ", p": lambda row: f"{row['p_holm']:.2g}" if "p_holm" in row else "",
+}

@@ -1,0 +1,37 @@
+"""What the training of a run cost, from its log and its last checkpoint."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from equipoise.method.tuning import merge_low_rank
+from equipoise.runs.checkpoint import Checkpoint, create_network
+from equipoise.runs.folder import LOG
+from equipoise.runs.records import read_log
+from equipoise.views.loader import steps_per_epoch
+
+
+def training_cost(folder: Path, last: Checkpoint) -> dict[str, float | None]:
+    """`seconds`: of the steps that led to the weights (those without a line, as before a run was interrupted, at the
+    speed of the next line), without validation; None without a log. `images_seen`: as often as drawn, not as views.
+    `multiply_adds`: of one image through encoder and classifier; a multiplication and its addition are one.
+    `parameters`, `trained_parameters`: of the contrastive branch too. Raises UserError where the log is damaged."""
+    batch, size, images = last.recipe.batch_size, last.recipe.views.size, sum(last.class_counts)
+    with torch.device("meta"):  # shapes alone: no time, no memory
+        network = create_network(last.recipe, len(last.class_names), start=False).eval()
+        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in network.parameters()]
+        merge_low_rank(network)  # as where it is used
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            network.classifier(network.encode(torch.empty(1, 3, size, size, dtype=torch.uint8)))
+    speeds = [(line.step, line.images_per_second) for line in read_log(folder / LOG) if line.images_per_second]
+    seconds = sum(batch * (step - done) / speed for (done, _), (step, speed) in pairwise([(0, 0.0), *speeds]))
+    epochs, steps = divmod(last.step, steps_per_epoch(images, batch))
+    return {
+        "seconds": round(seconds, 1) if speeds else None,
+        "images_seen": epochs * (images - (images % batch == 1)) + steps * batch,
+        "multiply_adds": counter.get_total_flops() // 2,  # torch counts the addition as another
+        "parameters": sum(number for number, _ in sizes),
+        "trained_parameters": sum(number for number, trained in sizes if trained),
+    }
