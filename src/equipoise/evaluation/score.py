@@ -67,11 +67,14 @@ def evaluate_run(
 
     where = choose_device(device, world.local_rank)
 
-    def read(images: ImageList) -> Batches:
-        return open_encoded_batches(last.recipe, images, last.build().to(where), where, world)
+    def read() -> dict[str, Batches]:
+        network = last.build().to(where)
+        return {
+            part: open_encoded_batches(last.recipe, images, network, where, world) for part, images in read_from.items()
+        }
 
     with ExitStack() as stack:
-        batches = world.each_makes(lambda: {part: read(images) for part, images in read_from.items()})
+        batches = world.each_makes(read)
         for opened in batches.values():
             stack.enter_context(closing(opened))
             opened.prepare()
