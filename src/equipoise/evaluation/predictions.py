@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from equipoise.base.device import exact_float32, start_reading
 from equipoise.base.errors import SharedError, UserError, reason
+from equipoise.base.files import atomic_file
 from equipoise.base.world import ALONE, World
 from equipoise.evaluation.metrics import GROUPS, TAUS, Predictions, shot_group
 from equipoise.method.network import TwoBranchNetwork
@@ -213,6 +214,12 @@ def _spread(sums_CF: Tensor, counts_C: Tensor) -> npt.NDArray[np.float32]:
     pairs_C = counts_C * (counts_C - 1)
     cosine_C = (sums_CF.double().square().sum(1) - counts_C) / pairs_C
     return torch.where(pairs_C > 0, 1 - cosine_C, torch.nan).float().numpy()
+
+
+def write_arrays(path: Path, arrays: Table) -> None:
+    """Write them as NumPy's .npz, which is complete or not there at all."""
+    with atomic_file(path) as file:
+        np.savez_compressed(file, **arrays)  # pyright: ignore[reportArgumentType] no key is its own argument
 
 
 def read_observed(file: Path, part: str) -> Table:

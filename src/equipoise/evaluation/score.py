@@ -16,7 +16,6 @@ import torch
 
 from equipoise.base.device import choose_device
 from equipoise.base.errors import UserError
-from equipoise.base.files import atomic_file
 from equipoise.base.world import ALONE, World
 from equipoise.config.recipe import Field, Recipe, field_value, find_field, load_recipe, override
 from equipoise.data.images import Found, ImageList, Parts
@@ -27,7 +26,7 @@ from equipoise.evaluation.features import open_encoded_batches
 from equipoise.evaluation.intervals import intervals
 from equipoise.evaluation.metrics import Predictions, choose_tau, fit_temperature, score
 from equipoise.evaluation.neighbours import explain_mistakes
-from equipoise.evaluation.predictions import Look, Observation, Table, confidence_at, predict
+from equipoise.evaluation.predictions import Look, Observation, Table, confidence_at, predict, write_arrays
 from equipoise.method.losses import log_prior
 from equipoise.method.network import TwoBranchNetwork
 from equipoise.runs.checkpoint import Checkpoint, changed_part, described, load_checkpoint
@@ -69,11 +68,14 @@ def evaluate_run(
 
     where = choose_device(device, world.local_rank)
 
-    def read(images: ImageList) -> Batches:
-        return open_encoded_batches(last.recipe, images, last.build().to(where), where, world)
+    def read() -> dict[str, Batches]:
+        network = last.build().to(where)
+        return {
+            part: open_encoded_batches(last.recipe, images, network, where, world) for part, images in read_from.items()
+        }
 
     with ExitStack() as stack:
-        batches = world.each_makes(lambda: {part: read(images) for part, images in read_from.items()})
+        batches = world.each_makes(read)
         for opened in batches.values():
             stack.enter_context(closing(opened))
             opened.prepare()
@@ -92,7 +94,7 @@ def evaluate_run(
         "train_counts": list(last.class_counts),
     }
     if world.is_first:
-        _write_arrays(path / OBSERVED, scores[-1][1])
+        write_arrays(path / OBSERVED, scores[-1][1])
         write_json(path / METRICS, metrics)
     return metrics
 
@@ -229,12 +231,7 @@ def write_logits(path: Path, predictions: Predictions, class_names: Sequence[str
     """`logits` `[N, C]`, `labels` `[N]` in the order of the list, and `class_names`, as NumPy's .npz."""
     logits_NC, names = predictions.logits_NC, np.array(class_names)
     assert logits_NC is not None
-    _write_arrays(path, {"logits": logits_NC, "labels": predictions.labels_N, "class_names": names})
-
-
-def _write_arrays(path: Path, arrays: Table) -> None:
-    with atomic_file(path) as file:
-        np.savez_compressed(file, **arrays)  # pyright: ignore[reportArgumentType] no key is its own argument
+    write_arrays(path, {"logits": logits_NC, "labels": predictions.labels_N, "class_names": names})
 
 
 Target = tuple[Checkpoint, str, ImageList, str]  # the images of a part to be scored on, and what is odd about them

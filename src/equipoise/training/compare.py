@@ -17,6 +17,7 @@ import numpy as np
 
 from equipoise.base.errors import UserError, several
 from equipoise.base.files import atomic_file
+from equipoise.base.world import ALONE
 from equipoise.config.recipe import Recipe, load_recipe
 from equipoise.evaluation.intervals import bootstrap
 from equipoise.evaluation.metrics import figure_weights
@@ -24,9 +25,9 @@ from equipoise.evaluation.predictions import read_observed
 from equipoise.evaluation.score import Run, chosen
 from equipoise.runs.folder import METRICS, OBSERVED, RECIPE, RECORD, write_json
 from equipoise.runs.records import read_record
-from equipoise.training.place import FREE, HOW, differing
+from equipoise.training.place import FREE, HOW, differing, find_place
 from equipoise.training.plan import Plan, prepare
-from equipoise.training.session import train
+from equipoise.training.session import start
 
 FIGURES = {"top1": "overall", "mean_per_class": "mean over classes", "many": "many", "medium": "medium", "few": "few"}
 
@@ -81,7 +82,9 @@ def compare(of_methods: Sequence[Recipe], seeds: int, out: Path) -> dict[str, An
         print(f"{number} of {len(recipes)}: {of_run.method}, seed {of_run.seed}, {found}", flush=True)
         if not finished:
             begun = folder.exists()
-            train(of_run, out=None if begun else folder, resume=folder if begun else None)
+            place = find_place(of_run, None if begun else folder, folder if begun else None, ALONE)
+            with start(replace(plan.of(of_run), place=place)) as session:
+                session.run()
     metrics = [Run(folder).metrics for folder in recipes]
     summary = _summary(methods, seeds, metrics)
     summary["unknown"] = _over_images(summary, list(recipes), metrics[0]["train_counts"])

@@ -185,7 +185,7 @@ class Trainer:
         images, since = 0, time.perf_counter()
         while self.step < (self.epoch + 1) * plan.steps_per_epoch:
             # What a network may draw in its forward pass (dropout, stochastic depth) follows from step and rank.
-            torch.manual_seed((recipe.seed * 1_000_003 + self.step + plan.world.rank * 7_368_787) % 2**63)
+            seed_network((recipe.seed * 1_000_003 + self.step + plan.world.rank * 7_368_787) % 2**63, plan.device)
             self._gradients.objective.seed = recipe.seed * 1_000_003 + self.step
             batch = next(stream)
             self._optimizer.zero_grad()
@@ -297,13 +297,28 @@ class Trainer:
 def set_training(network: TwoBranchNetwork, recipe: Recipe) -> None:
     """Training mode, but for a BatchNorm that the recipe freezes, and for parts of which nothing is trained."""
     network.train()
-    resting: list[nn.Module] = [*batch_norms(network)] if recipe.model.batch_norm == "frozen" else []
-    for module in network.encoder.modules():
-        parameters = list(module.parameters())
-        if parameters and not any(parameter.requires_grad for parameter in parameters):
-            resting.append(module)
-    for module in resting:
+    for norm in batch_norms(network) if recipe.model.batch_norm == "frozen" else ():
+        norm.eval()
+    _rest(network.encoder)
+
+
+def _rest(module: nn.Module) -> None:
+    """Evaluation mode for the largest parts that have parameters, none of which is trained."""
+    parameters = list(module.parameters())
+    if parameters and not any(parameter.requires_grad for parameter in parameters):
         module.eval()
+    else:
+        for child in module.children():
+            _rest(child)
+
+
+def seed_network(seed: int, device: torch.device) -> None:
+    """What `torch.manual_seed` does for this device: that also walks the stack, which takes a millisecond."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
 
 
 def create_sgd(
