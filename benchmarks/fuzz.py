@@ -122,18 +122,28 @@ _COUNTS = {"ant": 120, "bee": 30, "cat": 2}  # of the training images
 def _metrics() -> bytes:
     shares = {"top1": 0.7, "mean_per_class": 0.5, "many": 1.0, "medium": 0.5, "few": 0.0}
     row = {"tau": 1.0, **shares}
-    further = {"macro_f1": 0.5, "worst_class": 0.0, "worst_tenth": 0.0, "ece": 0.1, "top5": None}
+    further = {
+        "macro_f1": 0.5,
+        "worst_class": 0.0,
+        "worst_tenth": 0.0,
+        "ece": 0.1,
+        "top5": None,
+        "false_head_rate": 0.5,
+    }
     figures = {
         **shares,
         **further,
         "images": 9,
         "per_class": [1.0, 0.5, 0.0],
+        "intervals": {"top1": [0.4, 0.9], "mean_per_class": [0.2, 0.8]},
+        "per_class_intervals": [[0.5, 1.0], [0.1, 0.9], None],
         "prior_sweep": [{**row, "tau": 0.0}, row],
     }
     post_hoc = {"tau": 1.0, "chosen_on": "validation", "validation": row, "test": row}
     block = {"epoch": 2, "step": 6, "test": figures, "validation": figures, "post_hoc": post_hoc, "temperature": 1.5}
+    cost = {"seconds": 1.5, "images_seen": 20, "multiply_adds": 9, "parameters": 7, "trained_parameters": 5}
     table = {"method": "bcl", "test": figures, "validation": figures, "last": block, "best": {**block, "epoch": 1},
-             "bad_images": {"test": {"a.jpg": "empty"}}, "class_names": list(_COUNTS),
+             "cost": cost, "bad_images": {"test": {"a.jpg": "empty"}}, "class_names": list(_COUNTS),
              "train_counts": list(_COUNTS.values())}  # fmt: skip
     return json.dumps(table).encode()
 

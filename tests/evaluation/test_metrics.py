@@ -20,7 +20,19 @@ from equipoise.evaluation.metrics import (
     sweep,
 )
 
-SINGLE = ("top1", "top5", "mean_per_class", "many", "medium", "few", "macro_f1", "worst_class", "worst_tenth", "ece")
+SINGLE = (
+    "top1",
+    "top5",
+    "mean_per_class",
+    "many",
+    "medium",
+    "few",
+    "macro_f1",
+    "worst_class",
+    "worst_tenth",
+    "false_head_rate",
+    "ece",
+)
 
 
 def predictions(best, labels, confidence=None) -> Predictions:
@@ -87,6 +99,17 @@ def test_metrics_by_hand():
     assert result["macro_f1"] == pytest.approx(0.7)
     twelve = score(predictions([0, 0, *range(2, 12), 2], [0, 1, *range(2, 12), 2]), [1] * 12, 12)
     assert twelve["worst_tenth"] == 0.5, "two of twelve classes: a tenth, rounded up"
+
+
+def test_how_often_few_are_taken_for_many():
+    """Of the five images of classes 2 and 3, which are few, two are said to be of 0, which is many; class 4, which is
+    many too, has no images. Images of other classes do not count."""
+    made = predictions([0, 0, 1, 2, 3, 4, 0], [0, 1, 2, 2, 3, 3, 3])
+    assert score(made, [500, 50, 10, 5, 101], 5)["false_head_rate"] == pytest.approx(2 / 5)
+    assert score(made, [100, 50, 10, 5, 100], 5)["false_head_rate"] is None, "no class is many"
+    assert score(made, [500, 50, 20, 20, 101], 5)["false_head_rate"] is None, "no class is few"
+    assert score(predictions([0, 1], [0, 1]), [500, 50, 3], 3)["false_head_rate"] is None, "few have no images"
+    assert score(made, None, 5)["false_head_rate"] is None
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -49,6 +49,12 @@ def test_everything_is_there_and_nothing_from_elsewhere(runs, report):
     metrics = json.loads((runs[0] / "metrics.json").read_text())
     assert re.search(r"<td>top-1</td><td class=\"number\">" + f"{100 * metrics['test']['top1']:.1f}", page)
     assert f"bcl gets {100 * metrics['test']['few']:.1f}" in page
+    for heading, key in (("top-1", "top1"), ("few", "few"), ("mean over classes", "mean_per_class")):
+        low, high = (f"{100 * bound:.1f}" for bound in metrics["test"]["intervals"][key])
+        shown = f'{100 * metrics["test"][key]:.1f} <span class="quiet">{low}-{high}</span></td>'
+        assert f'<td>{heading}</td><td class="number">{shown}' in page
+    rate = f"{100 * metrics['test']['false_head_rate']:.1f}"
+    assert f'<td>few taken for many</td><td class="number">{rate}</td>' in page
     assert "3 classes with fewer than 20 training images" in page
     assert "logit-adjusted has no figures: it stopped early" in page
     assert re.findall(r"<h2>(.*?)</h2>", page) == [
@@ -64,6 +70,18 @@ def test_everything_is_there_and_nothing_from_elsewhere(runs, report):
     assert ODD not in page
     assert "&lt;b&gt;x &amp; y&lt;/b&gt;" in page
     assert "said &#34;so&#34;" in page
+
+
+def test_runs_that_were_scored_by_an_earlier_version(tmp_path, report):
+    run = write_run(tmp_path / "run", FEW_CLASSES, validation=False)
+    metrics = json.loads((run / "metrics.json").read_text())
+    for block in (metrics["test"], metrics["last"]["test"]):
+        for key in ("intervals", "per_class_intervals", "false_head_rate"):
+            del block[key]
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    page = report(run)
+    assert '<td>few taken for many</td><td class="number">-</td>' in page
+    assert "intervals over test images" not in page
 
 
 @pytest.mark.slow

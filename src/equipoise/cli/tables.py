@@ -50,7 +50,7 @@ def print_metrics(results: Sequence[tuple[str, Mapping[str, Any]]], title: str, 
     names, counts = run["class_names"], run["train_counts"]
     figures = [{**of, **dict(enumerate(of["per_class"]))} for _, of in results]  # a class by its label
     bounds = [{**of.get("intervals", {}), **dict(enumerate(of.get("per_class_intervals", ())))} for of in figures]
-    with_intervals = len(results) <= 2 and _console().width >= 80 and all(bounds)  # they need room
+    with_intervals = len(results) <= 2 and all(bounds) and _console().width >= 50 + 25 * len(results)  # or they fold
 
     def row(key: str | int) -> Iterator[str]:
         for of, interval in zip(figures, bounds, strict=True):

@@ -98,8 +98,7 @@ def _means(
     without images."""
     hits_C = np.bincount(labels_N[predicted_N == labels_N], minlength=classes)
     seen_C = np.bincount(labels_N, minlength=classes)
-    shares_C = hits_C / np.maximum(seen_C, 1)
-    weights = figure_weights(seen_C, train_counts_C)
+    shares_C, weights = hits_C / np.maximum(seen_C, 1), figure_weights(seen_C, train_counts_C)
     known = {figure: float(np.average(shares_C, weights=of_C)) for figure, of_C in weights.items()}
     return cast("Means", {of: known.get(of) for of in Means.__annotations__}), np.where(seen_C > 0, shares_C, np.nan)
 

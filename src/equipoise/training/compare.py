@@ -48,7 +48,7 @@ def paired_difference(first: Sequence[float], other: Sequence[float]) -> dict[st
 
 
 def correct(differences: Sequence[dict[str, Any]]) -> None:
-    """Add `p_holm` to the differences that have a `p`: corrected for their number (Holm, Scand. J. Statist. 1979)."""
+    """Add `p_holm` to differences that have a `p`: Holm's correction for their number (Scand. J. Statist. 1979)."""
     rows, highest = sorted((row for row in differences if row["p"] is not None), key=lambda row: row["p"]), 0.0
     for place, row in enumerate(rows):
         row["p_holm"] = highest = max(highest, min(1.0, (len(rows) - place) * row["p"]))
@@ -186,9 +186,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"{result['recipe']['name']}: {several(len(seeds), 'seed')} ({', '.join(map(str, seeds))}), {result['part']} "
         f"part, {result['checkpoint']} checkpoint; accuracy in percent, mean ± sd of a sample over seeds; seconds of "
         "training steps. 95 % intervals of paired differences: over seeds (Student's t; what other seeds would change, "
-        "on these images), over images (bootstrap within classes; what other test images would change, for these "
-        f"networks{result['unknown'] and '; not known: ' + result['unknown']}). p, corrected for the methods (Holm): "
-        f"{_TESTS[len(seeds) > 1]}."
+        "on these images), over images (bootstrap within classes; what other test images would, for these networks"
+        f"{result['unknown'] and '; not known: ' + result['unknown']}). p (Holm-corrected): {_TESTS[len(seeds) > 1]}."
     )
     return "\n".join([heading, "", *(f"| {' | '.join(row)} |" for row in rows), ""])
 
