@@ -56,7 +56,9 @@ def state_of(run: Path) -> dict[str, Any]:
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     for line in logged:
         line.pop("images_per_second", None)
-    state: dict[str, Any] = {"metrics.jsonl": logged, "metrics.json": json.loads((run / "metrics.json").read_text())}
+    metrics = json.loads((run / "metrics.json").read_text())
+    metrics["cost"].pop("seconds")
+    state: dict[str, Any] = {"metrics.jsonl": logged, "metrics.json": metrics}
     for name in ("last.pt", "best.pt"):
         checkpoint = load_checkpoint(run / name)
         tensors = {

@@ -104,6 +104,13 @@ def opened(path, **fields):
     return open_data(Data(str(path), **{"holdout": 0, **fields}))
 
 
+def figures_of(run: Path) -> dict:
+    """`metrics.json` of a run, without what the clock tells."""
+    metrics = json.loads((run / "metrics.json").read_text())
+    metrics["cost"].pop("seconds")
+    return metrics
+
+
 def refusal(capsys, *words: str) -> str:
     """What a refused command says: one line, on stderr, with exit code 2."""
     from equipoise.cli.main import main

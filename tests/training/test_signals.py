@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import draw_folder
+from conftest import draw_folder, figures_of
 
 from equipoise import load_recipe, train
 from equipoise.base.errors import Stopped
@@ -179,7 +179,7 @@ def same(run: Path, other: Path) -> None:
         assert all(torch.equal(one.weights[key], value) for key, value in two.weights.items())
         assert (one.epoch, one.step, one.best) == (two.epoch, two.step, two.best)
     assert lines_of(run) == lines_of(other)
-    assert (run / "metrics.json").read_bytes() == (other / "metrics.json").read_bytes()
+    assert figures_of(run) == figures_of(other)
 
 
 @pytest.mark.parametrize(

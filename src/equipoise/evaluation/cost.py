@@ -29,7 +29,7 @@ def training_cost(folder: Path, last: Checkpoint) -> dict[str, float | None]:
     seconds = sum(batch * (step - done) / speed for (done, _), (step, speed) in pairwise([(0, 0.0), *speeds]))
     epochs, steps = divmod(last.step, steps_per_epoch(images, batch))
     return {
-        "seconds": round(seconds, 1) if speeds else None,
+        "seconds": round(seconds, 3) if speeds else None,
         "images_seen": epochs * (images - (images % batch == 1)) + steps * batch,
         "multiply_adds": counter.get_total_flops() // 2,  # torch counts the addition as another
         "parameters": sum(number for number, _ in sizes),

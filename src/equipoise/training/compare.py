@@ -137,7 +137,7 @@ def _summary(methods: Sequence[str], seeds: int, metrics: Sequence[Mapping[str, 
             sd_C = np.array([run["per_class"] for run in scored[at :: len(methods)]], float).std(0, ddof=1)
             spread[method] = [None if math.isnan(sd) else sd for sd in sd_C.tolist()]
         known = [run.get("cost", {}).get("seconds") for run in metrics[at :: len(methods)]]
-        seconds[method] = fmean(known) if all(known) else None
+        seconds[method] = fmean(known) if None not in known else None
     return {"checkpoint": checkpoint, "part": part, "methods": table, "per_class_sd": spread, "seconds": seconds}
 
 
