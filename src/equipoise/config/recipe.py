@@ -102,7 +102,7 @@ class Model:
         "what is trained of the encoder: all of it, from random weights or (full) from pretrained ones; of those only "
         "the last stage, the normalisations, low-rank additions (of a ViT), or nothing: its features are computed once",
     )
-    weights: str = _field("", "the encoder's weights: a file in timm's or torchvision's naming, or a run of ours")
+    weights: str = _field("", "the encoder's weights: a file in timm's or torchvision's naming, or a run folder")
     classifier: Literal["cosine", "linear"] = _field("cosine", "cosine with scale 30, or linear with bias")
     classifier_start: Literal["class-means", "text", "scaled"] = _field(
         "class-means",
