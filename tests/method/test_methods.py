@@ -181,6 +181,15 @@ def test_logits_are_for_a_prior(method, prior):
     assert (found / found[2]).tolist() == pytest.approx(prior)
 
 
+def test_logits_of_smoothed_labels_are_for_the_prior_of_these():
+    """Cross-entropy is smallest where its softmax is the mean smoothed label of an image; their mean is the prior."""
+    images, seen = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([[0.8, 0.1, 0.1], [0.5, 0.4, 0.1], [0.2, 0.2, 0.6]])
+    shares_C = images @ seen
+    smoothed = 0.02 * seen + 0.98 / 3
+    objective = objective_of(load_recipe("digits-lt", method="ce", label_smoothing=0.98), (1000 * shares_C).tolist())
+    assert objective.log_prior_of_logits().exp().tolist() == pytest.approx((images @ smoothed).tolist())
+
+
 @pytest.mark.parametrize(("progress", "prior"), [(0.8, [9, 4, 1]), (0.81, [1, 1, 1])])
 def test_logits_of_ldam_are_for_the_prior_of_their_stage(progress, prior):
     objective = objective_of(load_recipe("digits-lt", method="ldam-drw", effective_beta=1), (9, 4, 1))

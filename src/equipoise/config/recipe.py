@@ -102,12 +102,12 @@ class Model:
         "what is trained of the encoder: all of it, from random weights or (full) from pretrained ones; of those only "
         "the last stage, the normalisations, low-rank additions (of a ViT), or nothing: its features are computed once",
     )
-    weights: str = _field("", "pretrained weights of the encoder in this file, in timm's or torchvision's naming")
+    weights: str = _field("", "the encoder's weights: a file in timm's or torchvision's naming, or a run folder")
     classifier: Literal["cosine", "linear"] = _field("cosine", "cosine with scale 30, or linear with bias")
-    classifier_start: Literal["class-means", "text"] = _field(
+    classifier_start: Literal["class-means", "text", "scaled"] = _field(
         "class-means",
         "where a cosine classifier on a pretrained encoder starts: at its means of the classes, or (open_clip:...) at "
-        "what its text tower makes of their names",
+        "what its text tower makes of their names; scaled: one of the run `weights`, of which scales are trained alone",
     )
     anchor: float = _field(
         0.0,
@@ -135,7 +135,7 @@ class Loss:
         0.9999, "class-weights, ldam-drw: beta of the effective number of images (1: weights 1 / n)", ge=0, le=1
     )
     label_smoothing: float = _field(
-        0.0, "share of the label that goes to all classes alike; probabilities then favour rare classes", ge=0, le=0.9
+        0.0, "share of the label that goes to all classes alike; probabilities then favour rare classes", ge=0, le=0.99
     )
 
 

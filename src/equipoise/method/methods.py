@@ -24,6 +24,10 @@ class CrossEntropy(Objective):
     def forward(self, outputs: Outputs, labels_G: Tensor, rows: slice) -> Terms:
         return {"loss": self._adjusted(outputs, labels_G, rows, 0.0)}
 
+    def log_prior_of_logits(self, progress: float = 1.0) -> Tensor:
+        smoothing, prior_C = self.settings.label_smoothing, super().log_prior_of_logits().exp()
+        return ((1 - smoothing) * prior_C + smoothing / len(prior_C)).log()  # of the labels as they are smoothed
+
 
 class LogitAdjusted(Objective):
     """Cross-entropy of logits + tau * log prior (Menon et al., ICLR 2021, eq. 10); at tau 1 that is Balanced Softmax

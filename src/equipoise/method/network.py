@@ -65,7 +65,8 @@ class TwoBranchNetwork(nn.Module):
         restrict(self.encoder, model.tune)
         width = self.width
         linear = model.classifier == "linear"
-        self.classifier = nn.Linear(width, classes) if linear else CosineClassifier(width, classes, model.anchor)
+        classifier = nn.Linear(width, classes) if linear else CosineClassifier(width, classes, model.anchor)
+        self.classifier = ScaledClassifier(classifier) if model.classifier_start == "scaled" else classifier
         self.projection = _projection(width, model) if contrastive else None
         self.prototype_projection = _projection(width, model) if contrastive and prototypes else None
         self.register_buffer("mean", 255 * torch.tensor(views.mean).view(1, 3, 1, 1), persistent=False)
@@ -167,6 +168,28 @@ class CosineClassifier(nn.Module):
 
     def forward(self, hidden_NF: Tensor) -> Tensor:
         return COSINE_SCALE * F.linear(F.normalize(hidden_NF, dim=1), F.normalize(self.weight, dim=1))
+
+
+class ScaledClassifier(nn.Module):
+    """A factor for each class times the logits of another classifier, which rests: trained are the factors alone, from
+    1 on (learnable weight scaling, LWS; Kang et al., ICLR 2020). A linear one has its biases scaled too."""
+
+    def __init__(self, of: nn.Linear | CosineClassifier) -> None:
+        super().__init__()
+        self.of: nn.Linear | CosineClassifier = of.requires_grad_(False)
+        self.scales_C = nn.Parameter(torch.ones(len(of.weight)))
+
+    @property
+    def weight(self) -> Tensor:
+        """`[C, F]`, scaled."""
+        return self.scales_C[:, None] * self.of.weight
+
+    def normalise(self, tau: float) -> None:
+        """Scale by `|w_y|^-tau` (tau-norm; Kang et al., eq. 5; the authors leave the biases out)."""
+        self.scales_C.data = self.of.weight.norm(dim=1) ** -tau
+
+    def forward(self, hidden_NF: Tensor) -> Tensor:
+        return self.scales_C * self.of(hidden_NF)
 
 
 def _projection(width: int, model: Model) -> nn.Sequential:

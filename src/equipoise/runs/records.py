@@ -100,6 +100,7 @@ class DataRecord(TypedDict):
 
 class RunRecord(TypedDict):
     """`run.json`: what a run was started with. `started`: UTC, ISO 8601. `launch`: torchrun's name of the launch.
+    `weights`: what the encoder's were read from; of a second stage the first one's checkpoint.
     `class_counts`: training images by class name, in the order of the classes."""
 
     command: str
@@ -109,6 +110,7 @@ class RunRecord(TypedDict):
     processes: NotRequired[int]
     launch: NotRequired[str]
     precision: str
+    weights: NotRequired[str]
     data: DataRecord
     class_counts: dict[str, int]
 

@@ -173,6 +173,12 @@ class Trainer:
                 self._train_epoch(stream, log, line)
                 self._end_epoch(log)
 
+    def finish(self) -> None:
+        """Save the network as it is, as after the last step."""
+        self.epoch, self.step = self._plan.recipe.epochs, self._plan.steps
+        with RunLog(None, self.epoch, self.step) as log:
+            self._save(log)
+
     def _train_epoch(self, stream: Iterator[Batch], log: RunLog, line: ProgressLine) -> None:
         recipe, plan = self._plan.recipe, self._plan
         set_training(self._network, recipe)
