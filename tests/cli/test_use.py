@@ -118,6 +118,24 @@ def test_what_cannot_be_explained(run, part_folder, tmp_path, capsys):
     assert main(list(words[:-2])) == 0
 
 
+def test_evaluate_under_other_class_priors(run, part_folder, tmp_path, capsys):
+    """What is shown is what is written; the uniform row of this run is its accuracy, as BCL's logits are for it."""
+    assert main(["evaluate", str(run), "--label-shift"]) == 0
+    said = capsys.readouterr().out
+    table = json.loads((run / "metrics-best-test.json").read_text())
+    rows = {row["prior"]: row for row in table["label_shift"]}
+    assert len(rows) == 31
+    assert rows["uniform"]["unknown"] == rows["uniform"]["known"] == pytest.approx(table["test"]["mean_per_class"])
+    for name in ("forward 50", "backward 2"):
+        unknown, known = (f"{100 * rows[name][key]:.1f}" for key in ("unknown", "known"))
+        assert re.search(rf"{name} +{unknown} +{known} *\n", said)
+    lowest = min(row["known"] for name, row in rows.items() if name.startswith("draw"))
+    assert re.search(rf"20 draws, lowest .* {100 * lowest:.1f} *\n", said)
+    theirs = write_as_authors(untrained((1, 1, 1)), tmp_path / "x.pth.tar")
+    words = "evaluate", str(theirs), "--data", str(part_folder), "--label-shift"
+    assert refusal(capsys, *words).startswith(f"{theirs} does not say how many training images each class had")
+
+
 def command(*words: object, **options: Any) -> subprocess.CompletedProcess[bytes]:
     """`equipoise` in a process of its own, with real pipes."""
     started = [sys.executable, "-m", "equipoise", *map(str, words)]

@@ -3,6 +3,7 @@
 In a narrow terminal names give way, figures never; what is no terminal (a pipe, a file) is as wide as it must be.
 """
 
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from itertools import islice
@@ -25,6 +26,7 @@ from equipoise.method.balance import remedies
 if TYPE_CHECKING:
     from equipoise.deploy.predict import Predicted
     from equipoise.evaluation.labels import Doubt
+    from equipoise.runs.records import ShiftRow
 
 _ROWS_SHOWN = 40
 _BAD_SHOWN = 5
@@ -96,6 +98,22 @@ def print_post_hoc(metrics: Mapping[str, Any]) -> None:
                 f"{metrics['method']}, {checkpoint} checkpoint: subtracting {chosen['tau']:g} x log prior from the "
                 f"logits (chosen on validation) moves the mean over classes on {part} from {before} to {after}"
             )
+
+
+def print_label_shift(rows: "Sequence[ShiftRow]") -> None:
+    """Accuracy under other class priors; the Dirichlet draws together."""
+    _console().print(Text("\n accuracy where classes are as frequent as …, percent", "bold"))
+    table = Table(Column("class prior"), box=SIMPLE)
+    for heading in ("prior\nunknown", "prior\nknown"):
+        table.add_column(heading, justify="right")
+    drawn = [row for row in rows if row["prior"].startswith("draw ")]
+    shown = [(row["prior"], row["unknown"], row["known"]) for row in rows if row not in drawn]
+    for name, of in ("mean", statistics.mean), ("lowest", min):
+        shown.append((f"{len(drawn)} draws, {name}", of(r["unknown"] for r in drawn), of(r["known"] for r in drawn)))
+    for name, *shares in shown:
+        table.add_row(name, *map(percent, shares))
+    _print(table)
+    print("(forward 50: the class with the most training images is 50 times as frequent as the one with the fewest)")
 
 
 def print_unreadable(metrics: Mapping[str, Any]) -> None:

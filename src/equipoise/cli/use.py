@@ -33,6 +33,8 @@ def add_evaluate_options(command: argparse.ArgumentParser) -> None:
     add("--split", choices=("train", "validation", "test"), help=split)
     add("--out", metavar="FILE", help="where to write the metrics (default: beside the checkpoint)")
     add("--logits", metavar="FILE", help="write the logits of every image too, as .npz")
+    shift = "show the accuracy where classes are as frequent as in training, the reverse, and between"
+    add("--label-shift", action="store_true", help=shift)
     flags.add_fields(command, "data.val_list", "data.test_list", "data.on_bad_image", "data.allow_outside", "device")
     flags.add_set(command)
 
@@ -40,8 +42,9 @@ def add_evaluate_options(command: argparse.ArgumentParser) -> None:
 def evaluate(options: argparse.Namespace) -> None:
     target, overrides = Path(options.target), flags.overrides_of(options)
     other_data = options.data or options.split or any(field.path[-1].endswith("_list") for field, _ in overrides)
-    if not target.is_dir() or other_data or options.out or options.logits or options.set:
-        score_checkpoint(target, options.data, options.split, overrides, options.out, options.logits)
+    if not target.is_dir() or other_data or options.out or options.logits or options.set or options.label_shift:
+        names = options.out, options.logits
+        score_checkpoint(target, options.data, options.split, overrides, *names, options.label_shift)
         return
 
     from equipoise.runs.folder import METRICS
@@ -70,7 +73,13 @@ def evaluate(options: argparse.Namespace) -> None:
 
 
 def score_checkpoint(
-    target: Path, data: str | None, part: str | None, overrides: flags.Overrides, out: str | None, logits: str | None
+    target: Path,
+    data: str | None,
+    part: str | None,
+    overrides: flags.Overrides,
+    out: str | None,
+    logits: str | None,
+    shifted: bool = False,
 ) -> None:
     """Score one checkpoint (of a run: the chosen one); show and write its metrics. See `evaluate_checkpoint`."""
     from equipoise.runs.folder import METRICS, chosen_checkpoint, write_json
@@ -80,17 +89,19 @@ def score_checkpoint(
     flags.refuse_unwritable("--logits", logits, ".npz")
 
     from equipoise.base.world import join
-    from equipoise.cli.tables import print_metrics, print_unreadable
+    from equipoise.cli.tables import print_label_shift, print_metrics, print_unreadable
     from equipoise.evaluation.score import evaluate_checkpoint, write_logits
 
     with join() as world:
-        metrics, predictions = evaluate_checkpoint(checkpoint, data, part, overrides, bool(logits), world)
+        metrics, predictions = evaluate_checkpoint(checkpoint, data, part, overrides, bool(logits), world, shifted)
     if not world.is_first:
         return
     scored: str = metrics["split"]
     title = f"{metrics['method']}, {checkpoint.name}, {metrics['checkpoint']}: accuracy, percent"
     print_metrics([(scored, metrics[scored])], title, metrics)
     print_unreadable(metrics)
+    if shifted:
+        print_label_shift(metrics["label_shift"])
     if metrics["note"]:
         print(f"note: {metrics['note']}")
     if logits:

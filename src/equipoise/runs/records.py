@@ -34,6 +34,14 @@ class PriorRow(Means):
     tau: float
 
 
+class ShiftRow(TypedDict):
+    """Accuracy under a class prior of the test images: with the prior unknown, and known to the classifier."""
+
+    prior: str
+    unknown: float
+    known: float
+
+
 class PartMetrics(Means):
     """The metrics of one checkpoint on one part; all are fractions.
 
