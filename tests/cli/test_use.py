@@ -125,6 +125,9 @@ def test_evaluate_under_other_class_priors(run, part_folder, tmp_path, capsys):
     table = json.loads((run / "metrics-best-test.json").read_text())
     rows = {row["prior"]: row for row in table["label_shift"]}
     assert len(rows) == 31
+    few = table["test"]["calibration"]["few"]
+    shown = f"{100 * few['classwise_ece']:.3g} +{few['nll']:.3f} +{few['brier']:.3f}"
+    assert re.search(rf"\n +few +{shown} *\n", said)
     assert rows["uniform"]["unknown"] == rows["uniform"]["known"] == pytest.approx(table["test"]["mean_per_class"])
     for name in ("forward 50", "backward 2"):
         unknown, known = (f"{100 * rows[name][key]:.1f}" for key in ("unknown", "known"))

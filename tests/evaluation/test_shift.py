@@ -25,6 +25,8 @@ def test_shifted_priors_by_hand():
     assert (priors["uniform"] == 0.25).all()
     assert (shifted_priors(COUNTS)["draw 7"] == priors["draw 7"]).all(), "the same every time"
     assert shifted_priors([3])["forward 50"].tolist() == [1]
+    absent = shifted_priors([20, 0, 5])["backward 10"]
+    assert absent.tolist() == pytest.approx([1 / 11, 0, 10 / 11])
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
@@ -37,10 +39,10 @@ def test_label_shift_is_the_accuracy_on_resampled_images(temperature):
     logits_NC[np.arange(2500), labels_N] += 1
     log_prior_C = np.log(np.array(COUNTS) / sum(COUNTS)) * 0.5
     rows = label_shift(logits_NC, labels_N, COUNTS, log_prior_C, temperature)
-    priors = shifted_priors([20, 300, 60])
+    priors = shifted_priors([20, 300, 0, 60])
     assert [row["prior"] for row in rows] == list(priors)
     for row in rows:
-        prior_C = np.insert(priors[row["prior"]], 2, 0)
+        prior_C = priors[row["prior"]]
         known = unknown = weight = 0.0
         for logits_C, label in zip(logits_NC.tolist(), labels_N.tolist(), strict=True):
             copies = prior_C[label] / (labels_N == label).sum()

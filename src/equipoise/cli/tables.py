@@ -100,19 +100,25 @@ def print_post_hoc(metrics: Mapping[str, Any]) -> None:
             )
 
 
+def print_calibration(part: str, metrics: Mapping[str, Any]) -> None:
+    """How well the probabilities fit, for all classes and for each shot group."""
+    headings = "mean over classes", "class-wise\nECE, percent", "negative\nlog-likelihood", "Brier\nscore"
+    rows = [
+        (group, f"{100 * of['classwise_ece']:.3g}", f"{of['nll']:.3f}", f"{of['brier']:.3f}")
+        for group, of in metrics["calibration"].items()
+    ]
+    _print_figures(f"calibration on {part}, by the softmax of the raw logits", headings, rows)
+
+
 def print_label_shift(rows: "Sequence[ShiftRow]") -> None:
     """Accuracy under other class priors; the Dirichlet draws together."""
-    _console().print(Text("\n accuracy where classes are as frequent as …, percent", "bold"))
-    table = Table(Column("class prior"), box=SIMPLE)
-    for heading in ("prior\nunknown", "prior\nknown"):
-        table.add_column(heading, justify="right")
     drawn = [row for row in rows if row["prior"].startswith("draw ")]
     shown = [(row["prior"], row["unknown"], row["known"]) for row in rows if row not in drawn]
     for name, of in ("mean", statistics.mean), ("lowest", min):
         shown.append((f"{len(drawn)} draws, {name}", of(r["unknown"] for r in drawn), of(r["known"] for r in drawn)))
-    for name, *shares in shown:
-        table.add_row(name, *map(percent, shares))
-    _print(table)
+    headings = "class prior", "prior\nunknown", "prior\nknown"
+    cells = [(name, percent(unknown), percent(known)) for name, unknown, known in shown]
+    _print_figures("accuracy under other class priors, percent", headings, cells)
     print("(forward 50: the class with the most training images is 50 times as frequent as the one with the fewest)")
 
 
@@ -211,6 +217,15 @@ def print_doubts(doubts: "Sequence[Doubt]") -> None:
         _print(table)
     if len(doubts) > _DOUBTS_SHOWN:
         print(f"… and {len(doubts) - _DOUBTS_SHOWN:,} more")
+
+
+def _print_figures(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    _console().print(Text(f"\n {title}", "bold"))
+    figures = (Column(heading, justify="right") for heading in headings[1:])
+    table = Table(headings[0], *figures, box=SIMPLE)
+    for row in rows:
+        table.add_row(*row)
+    _print(table)
 
 
 def _ends(labels: Sequence[int], counts: Sequence[int]) -> Sequence[int]:

@@ -52,7 +52,7 @@ def evaluate(options: argparse.Namespace) -> None:
     flags.refuse_unwritable("--out", target / METRICS, ".json")
 
     from equipoise.base.world import join
-    from equipoise.cli.tables import print_chosen, print_metrics, print_post_hoc, print_unreadable
+    from equipoise.cli.tables import print_calibration, print_chosen, print_metrics, print_post_hoc, print_unreadable
     from equipoise.evaluation.score import evaluate_run
 
     with join() as world:
@@ -66,6 +66,7 @@ def evaluate(options: argparse.Namespace) -> None:
         if (scored := metrics[checkpoint]) and (figures := scored[part])
     ]
     print_metrics(results, f"{metrics['method']}: accuracy, percent", metrics)
+    print_calibration(*results[-1])
     print_chosen(metrics)
     print_post_hoc(metrics)
     print_unreadable(metrics)
@@ -89,7 +90,7 @@ def score_checkpoint(
     flags.refuse_unwritable("--logits", logits, ".npz")
 
     from equipoise.base.world import join
-    from equipoise.cli.tables import print_label_shift, print_metrics, print_unreadable
+    from equipoise.cli.tables import print_calibration, print_label_shift, print_metrics, print_unreadable
     from equipoise.evaluation.score import evaluate_checkpoint, write_logits
 
     with join() as world:
@@ -99,6 +100,7 @@ def score_checkpoint(
     scored: str = metrics["split"]
     title = f"{metrics['method']}, {checkpoint.name}, {metrics['checkpoint']}: accuracy, percent"
     print_metrics([(scored, metrics[scored])], title, metrics)
+    print_calibration(scored, metrics[scored])
     print_unreadable(metrics)
     if shifted:
         print_label_shift(metrics["label_shift"])

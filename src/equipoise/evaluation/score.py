@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from equipoise.base.device import choose_device
 from equipoise.base.errors import UserError
@@ -25,7 +26,7 @@ from equipoise.data.sources import LISTS, PARTS, find_parts, labelled_as, named_
 from equipoise.evaluation.features import open_encoded_batches
 from equipoise.evaluation.metrics import Predictions, choose_tau, fit_temperature, score
 from equipoise.evaluation.neighbours import explain_mistakes
-from equipoise.evaluation.predictions import Look, Observation, Table, confidence_at, predict
+from equipoise.evaluation.predictions import ClassCalibration, Look, Observation, Table, confidence_at, predict
 from equipoise.evaluation.shift import label_shift
 from equipoise.method.losses import log_prior
 from equipoise.method.network import TwoBranchNetwork
@@ -183,8 +184,17 @@ def _score(
 ) -> tuple[PartMetrics, Predictions]:
     counts = checkpoint.class_counts
     prior_C = log_prior(torch.tensor(counts)).float() if counts and min(counts) > 0 else None
-    predictions = predict(network, batches, prior_C, keep_logits, look, world)
-    return score(predictions, counts or None, len(checkpoint.class_names)), predictions
+    calibration = ClassCalibration(len(checkpoint.class_names))
+
+    def observe(*batch: Tensor) -> None:
+        calibration.add(*batch)
+        if look is not None:
+            look(*batch)
+
+    predictions = predict(network, batches, prior_C, keep_logits, observe, world)
+    metrics = score(predictions, counts or None, len(checkpoint.class_names))
+    metrics["calibration"] = calibration.by_group(counts, world)
+    return metrics, predictions
 
 
 def calibrating_temperature(checkpoint: Checkpoint, validation: Predictions) -> float | None:

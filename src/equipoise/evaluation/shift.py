@@ -5,7 +5,6 @@ a constant of the image (docs/probabilities.md).
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,55 +17,55 @@ DRAWS = 20
 _ROWS = 1024  # at a time, so that the logits of a large part are not copied as a whole
 
 
-def shifted_priors(train_counts_C: Sequence[int] | Labels) -> dict[str, Fractions]:
+def shifted_priors(train_counts_C: npt.ArrayLike) -> dict[str, Fractions]:
     """Class priors `[C]` by name, as Hong et al. (CVPR 2021, arXiv:2012.00321) shift a test part.
 
     'forward 50': exponential, the class with the most training images 50 times as frequent as the one with the fewest;
     'backward 50': the reverse; 'draw 1', ...: of a Dirichlet distribution whose parameters are 1, the same every time.
+    A class whose count is 0 does not occur.
     """
-    falls_C = np.argsort(np.argsort(-np.asarray(train_counts_C), kind="stable")) / max(len(train_counts_C) - 1, 1)
-    weights = {f"forward {factor}": factor**-falls_C for factor in reversed(IMBALANCES)}
-    weights["uniform"] = np.ones(len(falls_C))
-    weights |= {f"backward {factor}": factor**falls_C for factor in IMBALANCES}
-    drawn = np.random.default_rng(0).dirichlet(np.ones(len(falls_C)), DRAWS)
-    weights |= {f"draw {number}": weights_C for number, weights_C in enumerate(drawn, 1)}
-    return {name: weights_C / weights_C.sum() for name, weights_C in weights.items()}
+    counts_C = np.asarray(train_counts_C)
+    present = np.flatnonzero(counts_C)
+    falls = np.argsort(np.argsort(-counts_C[present], kind="stable")) / max(len(present) - 1, 1)
+    weights = {f"forward {factor}": factor**-falls for factor in reversed(IMBALANCES)}
+    weights["uniform"] = np.ones(len(present))
+    weights |= {f"backward {factor}": factor**falls for factor in IMBALANCES}
+    drawn = np.random.default_rng(0).dirichlet(np.ones(len(present)), DRAWS)
+    weights |= {f"draw {number}": of_draw for number, of_draw in enumerate(drawn, 1)}
+    priors = {name: np.zeros(len(counts_C)) for name in weights}
+    for name, of_present in weights.items():
+        priors[name][present] = of_present / of_present.sum()
+    return priors
 
 
 def label_shift(
     logits_NC: npt.NDArray[np.float32],
     labels_N: Labels,
     train_counts_C: Sequence[int],
-    log_prior_of_logits_C: npt.NDArray[np.floating[Any]],
+    log_prior_of_logits_C: Fractions,
     temperature: float = 1.0,
 ) -> list[ShiftRow]:
-    """Accuracy under each of `shifted_priors` of the classes that have images; the others do not occur.
+    """Accuracy under each of `shifted_priors` of the classes that have images.
 
     The accuracy under a prior is the sum over the classes of its share times the accuracy on the class: nothing is
     resampled. 'unknown': the argmax of the logits; 'known': that of the scores + log prior.
     """
     seen_C = np.bincount(labels_N, minlength=len(train_counts_C))
-    present_C = seen_C > 0
-    priors = shifted_priors(np.asarray(train_counts_C)[present_C])
-    log_priors: dict[str, Fractions] = {}
-    for name, shares in priors.items():
-        log_priors[name] = np.full(len(seen_C), -np.inf)
-        log_priors[name][present_C] = np.log(shares)
-    right: dict[str, list[npt.NDArray[np.bool_]]] = {name: [] for name in ("", *priors)}
+    priors = shifted_priors(np.where(seen_C > 0, train_counts_C, 0))
+    with np.errstate(divide="ignore"):
+        log_priors = {name: np.log(prior_C) for name, prior_C in priors.items()}
+    hits = {name: np.zeros(len(seen_C)) for name in ("unknown", *priors)}
     for start in range(0, len(logits_NC), _ROWS):
         rows_RC, labels_R = logits_NC[start : start + _ROWS], labels_N[start : start + _ROWS]
         scores_RC = rows_RC / temperature - log_prior_of_logits_C
-        right[""].append(rows_RC.argmax(1) == labels_R)
-        for name, log_prior_C in log_priors.items():
-            right[name].append((scores_RC + log_prior_C).argmax(1) == labels_R)
+        guesses = {name: (scores_RC + log_prior_C).argmax(1) for name, log_prior_C in log_priors.items()}
+        for name, guess_R in {"unknown": rows_RC.argmax(1), **guesses}.items():
+            hits[name] += np.bincount(labels_R[guess_R == labels_R], minlength=len(seen_C))
 
-    def accuracy(name: str) -> Fractions:
-        """Of each class that has images."""
-        hits_C = np.bincount(labels_N[np.concatenate(right[name])], minlength=len(seen_C))
-        return (hits_C / np.maximum(seen_C, 1))[present_C]
+    def accuracy(prior_C: Fractions, guess: str) -> float:
+        return float(prior_C @ (hits[guess] / np.maximum(seen_C, 1)))
 
-    as_it_is = accuracy("")
     return [
-        {"prior": name, "unknown": float(shares @ as_it_is), "known": float(shares @ accuracy(name))}
-        for name, shares in priors.items()
+        {"prior": name, "unknown": accuracy(prior_C, "unknown"), "known": accuracy(prior_C, name)}
+        for name, prior_C in priors.items()
     ]
