@@ -16,6 +16,7 @@ from conftest import ODD_NAMES, draw_picture, refusal
 from synthetic import untrained
 
 from benchmarks.rehearsal import write_as_authors
+from equipoise.base.errors import one_line
 from equipoise.cli.main import main
 from equipoise.runs.checkpoint import load_checkpoint
 
@@ -65,6 +66,18 @@ def test_predict_writes_csv_and_json(odd_run, part_folder, tmp_path, capsys):
         assert row["file"] == entry["file"]
         assert row["class_1"] == entry["classes"][0]["class"]
         assert float(row["probability_1"]) == entry["classes"][0]["probability"]
+
+
+def test_predict_estimates_the_prior(odd_run, part_folder, tmp_path, capsys):
+    arguments = ["predict", str(odd_run), str(part_folder / ODD_NAMES[2]), "--prior", "estimate"]
+    assert main([*arguments, "--json", str(tmp_path / "p.json")]) == 0
+    said = capsys.readouterr().out
+    estimated = json.loads((tmp_path / "p.json").read_text())["estimated_prior"]
+    assert sum(estimated.values()) == pytest.approx(1)
+    shares = {name: f"{one_line(name)} {100 * share:.1f}" for name, share in estimated.items()}
+    assert said.count("estimated class shares in percent, training in brackets: ") == 1
+    for name, count in zip(ODD_NAMES, (30, 12, 5), strict=True):
+        assert f"{shares[name]} ({100 * count / 47:.1f})" in said
 
 
 def test_predict_explains(odd_run, part_folder, tmp_path, capsys, monkeypatch):
@@ -254,7 +267,10 @@ def test_nothing_predicted_is_an_error(odd_run, tmp_path, capsys):
         (["RUN"], "no images are named: name files, folders, or a list of them with --list FILE"),
         (["RUN", "--list", "no.txt"], "--list no.txt cannot be read (no such file or directory); name a file with one"),
         (["RUN", "--list", os.devnull], f"--list {os.devnull} is empty; it should have one path a line"),
-        (["RUN", "IMAGES", "--prior", "even"], "--prior is uniform, train, or a CSV file of classes and their weights"),
+        (
+            ["RUN", "IMAGES", "--prior", "even"],
+            "--prior is uniform, train, estimate, or a CSV file of classes and their",
+        ),
     ],
 )
 def test_refusals_of_predict(arguments, sentence, odd_run, part_folder, tmp_path, capsys, monkeypatch):

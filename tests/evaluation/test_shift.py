@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from equipoise.evaluation.shift import label_shift, shifted_priors
+from equipoise.evaluation.shift import estimate_prior, label_shift, shifted_priors
 
 COUNTS = (20, 300, 5, 60)
 
@@ -71,3 +71,35 @@ def test_a_known_prior_is_worth_what_bayes_rule_says():
         assert rows[name]["known"] == pytest.approx(p * norm.cdf(edge + 1) + (1 - p) * norm.sf(edge - 1), abs=2e-3)
         assert rows[name]["unknown"] == pytest.approx(norm.cdf(1), abs=2e-3)
     assert rows["uniform"]["known"] == rows["uniform"]["unknown"]
+
+
+@pytest.mark.parametrize("prior", [(0.7, 0.25, 0.05), (0.02, 0.08, 0.9), (1 / 3, 1 / 3, 1 / 3)])
+def test_the_prior_of_gaussians_is_recovered(prior):
+    """From log densities, to each row of which any number may be added."""
+    generator = np.random.default_rng(2)
+    labels_N = generator.choice(3, 100_000, p=prior)
+    x_N1 = generator.normal(1.5 * labels_N)[:, None]
+    scores_NC = -((x_N1 - 1.5 * np.arange(3)) ** 2) / 2 + generator.normal(0, 300, x_N1.shape)
+    assert estimate_prior(scores_NC) == pytest.approx(np.array(prior), abs=0.01)
+
+
+def test_the_estimate_is_the_most_probable_prior():
+    """Against a search on the simplex for the maximum of the likelihood times one image more of each class."""
+    from scipy.optimize import minimize
+
+    scores_NC = np.random.default_rng(3).normal(0, 2, (40, 4))
+
+    def loss(free):
+        prior_C = np.exp(np.append(free, 0)) / np.exp(np.append(free, 0)).sum()
+        return -np.log(np.exp(scores_NC) @ prior_C).sum() - np.log(prior_C).sum()
+
+    free = minimize(loss, np.zeros(3), tol=1e-12).x
+    expected = np.exp(np.append(free, 0)) / np.exp(np.append(free, 0)).sum()
+    assert estimate_prior(scores_NC) == pytest.approx(expected, abs=1e-5)
+
+
+def test_what_few_images_say_of_the_prior():
+    """Nothing without images; of sure ones, their shares with one more of each class; numbers however large."""
+    assert estimate_prior(np.empty((0, 4))).tolist() == [0.25] * 4
+    sure = np.array([[2000.0, 0, 0]] * 3 + [[0, 0, 2000.0]])
+    assert estimate_prior(sure) == pytest.approx(np.array([4, 1, 2]) / 7)

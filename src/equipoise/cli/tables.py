@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 _ROWS_SHOWN = 40
 _BAD_SHOWN = 5
 _DOUBTS_SHOWN = 20
+_CHANGES_SHOWN = 5
 _NAME_WIDTH = 6  # characters that are left of a name in the narrowest terminal
 _BALANCED = 1.5  # below this imbalance factor nothing has to be done
 
@@ -202,6 +203,15 @@ def print_predictions(predicted: "Predicted") -> None:
     _print(table)
     if len(predicted) > _ROWS_SHOWN:
         print(f"({_ROWS_SHOWN} of {len(predicted):,} images; --csv FILE or --json FILE writes all of them)")
+
+
+def largest_changes(estimated: Mapping[str, float], train_counts: Sequence[int]) -> str:
+    """A line about the classes whose estimated share differs most from that in training, else from an equal one."""
+    counts, before = (train_counts, "training") if train_counts else ([1] * len(estimated), "equal")
+    rows = [(name, share, count / sum(counts)) for (name, share), count in zip(estimated.items(), counts, strict=True)]
+    rows.sort(key=lambda row: -abs(row[1] - row[2]))
+    changes = [f"{name} {percent(share)} ({percent(was)})" for name, share, was in rows[:_CHANGES_SHOWN]]
+    return one_line(f"estimated class shares in percent, {before} in brackets: {', '.join(changes)}")
 
 
 def print_doubts(doubts: "Sequence[Doubt]") -> None:

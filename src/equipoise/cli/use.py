@@ -92,9 +92,10 @@ def score_checkpoint(
     from equipoise.base.world import join
     from equipoise.cli.tables import print_calibration, print_label_shift, print_metrics, print_unreadable
     from equipoise.evaluation.score import evaluate_checkpoint, write_logits
+    from equipoise.evaluation.shift import label_shift_of
 
     with join() as world:
-        metrics, predictions = evaluate_checkpoint(checkpoint, data, part, overrides, bool(logits), world, shifted)
+        metrics, predictions = evaluate_checkpoint(checkpoint, data, part, overrides, bool(logits) or shifted, world)
     if not world.is_first:
         return
     scored: str = metrics["split"]
@@ -103,6 +104,7 @@ def score_checkpoint(
     print_calibration(scored, metrics[scored])
     print_unreadable(metrics)
     if shifted:
+        metrics["label_shift"] = label_shift_of(checkpoint, metrics["train_counts"], predictions)
         print_label_shift(metrics["label_shift"])
     if metrics["note"]:
         print(f"note: {metrics['note']}")
@@ -146,8 +148,10 @@ def add_predict_options(command: argparse.ArgumentParser) -> None:
     written.add_argument("--json", metavar="FILE", help="the same as JSON, with the files that were passed over")
     explain = "show the N training images nearest to each, by the encoder's features, which are kept in ~/.cache"
     add("--explain", type=int, metavar="N", help=explain)
-    prior = "class frequencies where the model is used: equal, as in training, or a CSV file of classes and weights"
-    add("--prior", default="uniform", metavar="uniform|train|FILE", help=f"{prior} [uniform]")
+    prior = (
+        "class frequencies where the model is used: equal, as in training, from these images, or a CSV file of weights"
+    )
+    add("--prior", default="uniform", metavar="uniform|train|estimate|FILE", help=f"{prior} [uniform]")
     recipe = "whose views a checkpoint of the BCL authors' was trained with [imagenet-lt]"
     add("--recipe", default="imagenet-lt", metavar="RECIPE", help=recipe)
     flags.add_fields(command, "device")
@@ -169,7 +173,7 @@ def predict(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    from equipoise.cli.tables import print_predictions
+    from equipoise.cli.tables import largest_changes, print_predictions
     from equipoise.deploy.predict import as_csv, as_json, load
 
     classifier = load(options.target, options.device or "auto", options.recipe)
@@ -192,6 +196,8 @@ def predict(options: argparse.Namespace) -> int:
     said = sys.stderr if written == "-" else sys.stdout
     print(f"{classifier.origin}, {classifier.described}", file=said)
     print(f"class prior: {options.prior}; {classifier.calibration}", file=said)
+    if predicted.estimated:
+        print(largest_changes(predicted.estimated, classifier.checkpoint.class_counts), file=said)
     passed_over = f", {len(predicted.errors):,} passed over" if predicted.errors else ""
     print(f"{several(len(predicted), 'image')} predicted{passed_over}", file=said)
     return 1 if predicted.errors else 0

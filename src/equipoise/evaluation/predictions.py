@@ -34,7 +34,7 @@ def predict(
     batches: Batches,
     log_prior_C: Tensor | None = None,
     keep_logits: bool = False,
-    observe: Look | None = None,
+    looks: Sequence[Look] = (),
     world: World = ALONE,
 ) -> Predictions:
     """Predictions in the order of the list, from the raw logits of one view: no prior is added. With several ranks,
@@ -42,13 +42,13 @@ def predict(
 
     In float32 whatever the network was trained in, so that a metric depends on the weights and not on the device. With
     `log_prior_C`, what `logits - tau * log prior` would predict is kept too. The logits themselves are kept only if
-    asked for: those of a large test set fill gigabytes. `observe` is called with each batch. Raises UserError where no
+    asked for: those of a large test set fill gigabytes. `looks` are called with each batch. Raises UserError where no
     image can be read, or the logits are not finite.
     """
     network.eval()
     with exact_float32():
         # An error of one rank is raised on all: the others would else wait for its batches.
-        rows = world.each_makes(lambda: _predict_share(network, batches, log_prior_C, keep_logits, observe))
+        rows = world.each_makes(lambda: _predict_share(network, batches, log_prior_C, keep_logits, looks))
     in_order = world.gather_in_turn(rows)
     if not sum(len(row[0]) for row in in_order):
         raise SharedError("none of the images to score can be read; repair them")
@@ -59,7 +59,7 @@ def predict(
 
 
 def _predict_share(
-    network: TwoBranchNetwork, batches: Batches, log_prior_C: Tensor | None, keep_logits: bool, observe: Look | None
+    network: TwoBranchNetwork, batches: Batches, log_prior_C: Tensor | None, keep_logits: bool, looks: Sequence[Look]
 ) -> list[Arrays]:
     """Of each of this rank's batches: labels, ranked classes, confidence, and what else `predict` is asked for."""
     rows: list[Arrays] = []
@@ -67,8 +67,8 @@ def _predict_share(
     for batch in batches.evaluation(_BATCH):
         hidden_BF = network.encode(batch.images_VB3SS[0])
         logits_BC: Tensor = network.classifier(hidden_BF)
-        if observe is not None:
-            observe(batch.labels_G, hidden_BF, logits_BC)
+        for look in looks:
+            look(batch.labels_G, hidden_BF, logits_BC)
         # Of equal logits the first class comes first, here and in argmax.
         ranked_BC = logits_BC.sort(dim=1, descending=True, stable=True).indices
         found = [logits_BC.isfinite().all(), batch.labels_G, ranked_BC[:, :_RANKED], logits_BC.softmax(1).amax(1)]

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from equipoise.base.device import choose_device
 from equipoise.base.errors import UserError
@@ -27,10 +26,9 @@ from equipoise.evaluation.features import open_encoded_batches
 from equipoise.evaluation.metrics import Predictions, choose_tau, fit_temperature, score
 from equipoise.evaluation.neighbours import explain_mistakes
 from equipoise.evaluation.predictions import ClassCalibration, Look, Observation, Table, confidence_at, predict
-from equipoise.evaluation.shift import label_shift
 from equipoise.method.losses import log_prior
 from equipoise.method.network import TwoBranchNetwork
-from equipoise.runs.checkpoint import Checkpoint, changed_part, described, figures_of, load_checkpoint
+from equipoise.runs.checkpoint import Checkpoint, changed_part, described, load_checkpoint
 from equipoise.runs.folder import BAD_IMAGES, BEST, LAST, METRICS, OBSERVED, RECIPE, chosen_checkpoint, write_json
 from equipoise.runs.records import (
     BadImages,
@@ -103,26 +101,21 @@ def evaluate_checkpoint(
     overrides: Overrides = (),
     keep_logits: bool = False,
     world: World = ALONE,
-    shifted: bool = False,
 ) -> tuple[dict[str, Any], Predictions]:
     """Score one checkpoint on the part `split` of `data` (None: what it was trained on). Without a `split` it is the
     test part, or the validation part where there is no test part.
 
     Returns a table like `metrics.json`, with that part alone, and the predictions. `overrides` must not change the
-    model; a list file among them stands for the data's own lists. With `shifted`, the table has the accuracy under
-    other class priors: see `label_shift`. Raises UserError where there is no such part or its classes are not the
-    checkpoint's, and where `shifted` is asked for and the training counts are not known.
+    model; a list file among them stands for the data's own lists. Raises UserError where there is no such part or its
+    classes are not the checkpoint's.
     """
     checkpoint, part, images, note = world.each_makes(lambda: find_target(path, data, split, overrides))
-    counts = checkpoint.class_counts
-    if shifted and not (counts and min(counts) > 0):
-        raise UserError(f"{path} does not say how many training images each class had, by which --label-shift orders")
     device = choose_device(checkpoint.recipe.device, world.local_rank)
     with closing(world.each_makes(lambda: open_recipe_batches(checkpoint.recipe, images, device, world))) as batches:
         network = checkpoint.build().to(device)
-        metrics, predictions = _score(checkpoint, network, batches, world, keep_logits or shifted)
+        metrics, predictions = _score(checkpoint, network, batches, world, keep_logits)
         bad = _bad_images(batches, world)
-    table: dict[str, Any] = {
+    table = {
         "method": checkpoint.recipe.method,
         "checkpoint": described(path, checkpoint),
         "epoch": checkpoint.epoch,
@@ -131,13 +124,8 @@ def evaluate_checkpoint(
         part: metrics,
         "bad_images": {part: bad} if bad else {},
         "class_names": list(checkpoint.class_names),
-        "train_counts": list(counts),
+        "train_counts": list(checkpoint.class_counts),
     }
-    if shifted and world.is_first and (logits_NC := predictions.logits_NC) is not None:
-        figures = figures_of(path, checkpoint)
-        temperature = (figures and figures["temperature"]) or 1.0
-        log_prior_C = checkpoint.log_prior_of_logits().numpy()
-        table["label_shift"] = label_shift(logits_NC, predictions.labels_N, counts, log_prior_C, temperature)
     return table, predictions
 
 
@@ -154,7 +142,7 @@ def score_checkpoint(
             continue
         chooses = part == "validation"
         observation = Observation(network, checkpoint.class_counts, temperature)
-        scored[part], predictions = _score(checkpoint, network, parts[part], world, chooses, observation.add)
+        scored[part], predictions = _score(checkpoint, network, parts[part], world, chooses, [observation.add])
         observation.gather(world)
         table = observation.table(predictions) if world.is_first else {}
         if chooses:
@@ -180,21 +168,14 @@ def _score(
     batches: Batches,
     world: World,
     keep_logits: bool,
-    look: Look | None = None,
+    looks: Sequence[Look] = (),
 ) -> tuple[PartMetrics, Predictions]:
     counts = checkpoint.class_counts
     prior_C = log_prior(torch.tensor(counts)).float() if counts and min(counts) > 0 else None
     calibration = ClassCalibration(len(checkpoint.class_names))
-
-    def observe(*batch: Tensor) -> None:
-        calibration.add(*batch)
-        if look is not None:
-            look(*batch)
-
-    predictions = predict(network, batches, prior_C, keep_logits, observe, world)
-    metrics = score(predictions, counts or None, len(checkpoint.class_names))
-    metrics["calibration"] = calibration.by_group(counts, world)
-    return metrics, predictions
+    predictions = predict(network, batches, prior_C, keep_logits, [calibration.add, *looks], world)
+    scored = score(predictions, counts or None, len(checkpoint.class_names))
+    return {**scored, "calibration": calibration.by_group(counts, world)}, predictions
 
 
 def calibrating_temperature(checkpoint: Checkpoint, validation: Predictions) -> float | None:

@@ -5,16 +5,21 @@ a constant of the image (docs/probabilities.md).
 """
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from equipoise.evaluation.metrics import Fractions, Labels
+from equipoise.base.errors import UserError
+from equipoise.evaluation.metrics import Fractions, Labels, Predictions
+from equipoise.runs.checkpoint import figures_of, load_checkpoint
 from equipoise.runs.records import ShiftRow
 
 IMBALANCES = (2, 5, 10, 25, 50)
 DRAWS = 20
 _ROWS = 1024  # at a time, so that the logits of a large part are not copied as a whole
+_CHANGE = 1e-6  # of all shares together, below which EM has arrived
 
 
 def shifted_priors(train_counts_C: npt.ArrayLike) -> dict[str, Fractions]:
@@ -69,3 +74,28 @@ def label_shift(
         {"prior": name, "unknown": accuracy(prior_C, "unknown"), "known": accuracy(prior_C, name)}
         for name, prior_C in priors.items()
     ]
+
+
+def label_shift_of(path: Path, train_counts_C: Sequence[int], predictions: Predictions) -> list[ShiftRow]:
+    """`label_shift` of predictions with logits, of the checkpoint at `path` and its temperature. Raises UserError where
+    the training counts are not known."""
+    if not train_counts_C:
+        raise UserError(f"{path} does not say how many training images each class had, by which --label-shift orders")
+    checkpoint, (labels_N, logits_NC) = load_checkpoint(path), (predictions.labels_N, predictions.logits_NC)
+    assert logits_NC is not None
+    figures, log_prior_C = figures_of(path, checkpoint), checkpoint.log_prior_of_logits().numpy()
+    temperature = (figures and figures["temperature"]) or 1.0
+    return label_shift(logits_NC, labels_N, train_counts_C, log_prior_C, temperature)
+
+
+def estimate_prior(scores_NC: npt.NDArray[np.floating[Any]]) -> Fractions:
+    """`[C]` the class prior of unlabelled images: the most probable one, by the EM of Saerens et al. (Neural
+    Computation 14, 2002, section 2), as if there were one image more of each class."""
+    likelihoods_NC = np.exp(scores_NC - scores_NC.max(1, keepdims=True))
+    images, classes = scores_NC.shape
+    prior_C, change = np.full(classes, 1 / classes), 1.0
+    while change > _CHANGE:
+        before_C, images_C = prior_C, prior_C * ((1 / (likelihoods_NC @ prior_C)) @ likelihoods_NC)
+        prior_C = (images_C + 1) / (images + classes)
+        change = np.abs(prior_C - before_C).sum()
+    return prior_C
