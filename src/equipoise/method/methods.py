@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from equipoise.config.recipe import Loss, Method, Recipe
+from equipoise.method.gml import Gml
 from equipoise.method.kcl import Kcl, Tsc
 from equipoise.method.losses import at_least_float32, balanced_contrastive_loss, supervised_contrastive_loss
 from equipoise.method.network import COSINE_SCALE, Outputs
 from equipoise.method.objective import Objective, Terms, TwoBranch
-from equipoise.method.paco import GPaCo
+from equipoise.method.paco import GPaCo, PaCo
 from equipoise.method.proco import ProCo
 
 
@@ -164,10 +165,12 @@ METHODS: dict[Method, type[Objective]] = {
     "ce": CrossEntropy,
     "class-weights": ClassWeights,
     "focal": Focal,
+    "gml": Gml,
     "gpaco": GPaCo,
     "kcl": Kcl,
     "ldam-drw": LdamDrw,
     "logit-adjusted": LogitAdjusted,
+    "paco": PaCo,
     "proco": ProCo,
     "supcon+la": SupCon,
     "tsc": Tsc,

@@ -141,7 +141,9 @@ class Trainer:
         self.requests = requests
         self._plan, self._network, self._batches, self._validation = plan, network, batches, validation
         self._gradients = Step(recipe, network, plan.parts.train.class_counts, plan.device, plan.precision, plan.world)
+        own = [parameter for parameter in self._gradients.objective.parameters() if parameter.requires_grad]
         groups = parameter_groups(network, network.encoder, optim.layer_decay)
+        groups = [*groups, {"params": own, "lr_scale": 1.0, "weight_decay": 0.0}]
         self._optimizer = create_sgd(groups, optim.lr, optim.momentum, optim.weight_decay)
         self._saved_at, self._saving_took, self._saved_step = time.monotonic(), 0.0, -1
         self.epoch, self.step, self.best = 0, 0, None

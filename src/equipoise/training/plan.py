@@ -226,7 +226,8 @@ def refuse_batches(recipe: Recipe, images: int, world: World) -> None:
             f"BatchNorm can be synchronised neither over micro-batches nor, by {ranks} processes, over a last batch of "
             f"{last} images; set model.batch_norm to per-rank or frozen"
         )
-    if part in (1, 2) and batch_norm != "frozen" and len(view_settings(recipe).kinds) == 1:
+    alone = len(view_settings(recipe).kinds) == 1 or METHODS[recipe.method].momentum > 0  # an image's view in a pass
+    if part in (1, 2) and batch_norm != "frozen" and alone:
         raise UserError(
             f"micro_batch ({part}) may leave BatchNorm a single image; set --micro-batch 3 or more, or "
             "model.batch_norm to frozen"
