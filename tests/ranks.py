@@ -50,7 +50,7 @@ def train(world: World, case: dict[str, Any]) -> dict[str, Any]:
     batches = open_batches(images, view_settings(recipe), CPU, 0, world)
     take_step = Step(recipe, network, images.class_counts, CPU, "fp32", world)
     optimizer = create_sgd(network.parameters(), 0.02, 0.9, 5e-4)
-    saved: dict[str, Any] = {"terms": [], "rows": [], "classes": [], "gradients": {}}
+    saved: dict[str, Any] = {"terms": [], "rows": [], "classes": [], "gradients": {}, "own": {}}
     epochs = math.ceil(STEPS / steps_per_epoch(len(images), recipe.batch_size))
     steps = range(epochs * steps_per_epoch(len(images), recipe.batch_size))
     for number, batch in zip(steps, batches.training(0, recipe.batch_size, steps, recipe.data.sampler), strict=True):
@@ -67,6 +67,8 @@ def train(world: World, case: dict[str, Any]) -> dict[str, Any]:
         if not saved["gradients"] or len(batch.labels_G) < recipe.batch_size:
             key = len(batch.labels_G)
             saved["gradients"].setdefault(key, {n: p.grad.clone() for n, p in network.named_parameters()})
+            of_objective = {f"{n} {key}": p for n, p in take_step.objective.named_parameters() if p.requires_grad}
+            saved["own"] |= {n: float(p.grad) for n, p in of_objective.items()}
         optimizer.step()
     world.first_buffers(network)
     state = {name: value.clone() for name, value in take_step.objective.state_dict().items()}

@@ -75,9 +75,10 @@ def test_train_without_arguments_is_the_demo(tmp_path):
         assert said in text
     assert "2 epochs of 6: 12 steps of 64 images" in text
     assert re.search(r"step 12/12 +epoch 2/2 +[\d,]+ images/s +loss \d.* contrastive \d.* +0:00:00 left", text)
-    assert re.search(r"training *\n +images +bcl +ce", text)
-    assert re.search(r"few \(5 classes\) +fewer than 20 +[\d.]+ +[\d.]+", text)
-    assert re.search(r"^ +9 +2 +[\d.]+ +[\d.]+", text, re.MULTILINE), "each class with its training count"
+    assert re.search(r"training +95 % over +95 % over *\n +images +bcl +images +ce +images", text)
+    assert re.search(r"few \(5 classes\) +fewer than 20( +[\d.]+ +[\d.]+-[\d.]+){2}", text)
+    assert re.search(r"^ +9 +2( +[\d.]+ +[\d.]+-[\d.]+){2}", text, re.MULTILINE), "each class with its training count"
+    assert re.search(r"bcl: training took \d+ s in its steps, 684 images; 0.11 million parameters", text)
     folders = [line.removeprefix("run folder: ") for line in text.splitlines() if line.startswith("run folder: ")]
     assert [re.sub(r"\d{8}-\d{6}", "TIME", folder) for folder in folders] == [
         "runs/digits-lt-bcl-TIME", "runs/digits-lt-ce-TIME",
@@ -110,7 +111,8 @@ def test_train_own_pictures_then_evaluate_and_report(pictures, tmp_path, capsys,
     assert (tmp_path / "a run-logit-adjusted" / "metrics.json").is_file()
     before = json.loads((out / "metrics.json").read_text())
 
-    assert re.search(r"training +validation +validation *\n +images +last +best", said("evaluate", str(out)))
+    text = said("evaluate", str(out))
+    assert re.search(r"training +validation +95 % over +validation +95 % over *\n +images +last +images +best", text)
     assert json.loads((out / "metrics.json").read_text()) == before
     assert f"written: {out / 'metrics-best-validation.json'}" in said("evaluate", str(out / "best.pt"))
 

@@ -32,7 +32,7 @@ FURTHER = {  # what is shown beside top-1 and the groups: its label, and its key
     "calibration error": "ece",
 }
 TAUS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)  # strengths of the post-hoc prior
-_BINS = 15
+BINS = 15
 
 Labels = npt.NDArray[np.int64]
 Fractions = npt.NDArray[np.float64]
@@ -104,8 +104,7 @@ def _means(
 
 
 def figure_weights(images_C: Labels, train_counts_C: Sequence[int] | None) -> dict[str, Labels]:
-    """The weights `[C]` by which each accuracy of `Means` is a mean over classes of so many images; without the groups
-    that have no images."""
+    """The weights `[C]` by which each accuracy of `Means` that is known is a mean over classes of so many images."""
     groups_C = np.array([shot_group(count) for count in train_counts_C or ()] or [""])
     weights = {"top1": images_C, "mean_per_class": images_C > 0}
     weights |= {group: (images_C > 0) & (groups_C == group) for group in GROUPS}
@@ -115,8 +114,8 @@ def figure_weights(images_C: Labels, train_counts_C: Sequence[int] | None) -> di
 def calibration_error(confidence_N: Fractions, right_N: npt.NDArray[np.bool_]) -> float:
     """Expected calibration error: |accuracy - mean confidence| of each bin (low, high], weighted by its images."""
     # A confidence on an edge belongs to the bin below it; the first bin takes 0 too.
-    bin_N = np.searchsorted(np.linspace(0, 1, _BINS + 1)[1:-1], confidence_N, side="left")
-    gaps = np.bincount(bin_N, weights=right_N - confidence_N, minlength=_BINS)
+    bin_N = np.searchsorted(np.linspace(0, 1, BINS + 1)[1:-1], confidence_N, side="left")
+    gaps = np.bincount(bin_N, weights=right_N - confidence_N, minlength=BINS)
     return float(np.abs(gaps).sum() / len(confidence_N))
 
 

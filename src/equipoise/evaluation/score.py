@@ -26,7 +26,7 @@ from equipoise.evaluation.features import open_encoded_batches
 from equipoise.evaluation.intervals import intervals
 from equipoise.evaluation.metrics import Predictions, choose_tau, fit_temperature, score
 from equipoise.evaluation.neighbours import explain_mistakes
-from equipoise.evaluation.predictions import Look, Observation, Table, confidence_at, predict, write_arrays
+from equipoise.evaluation.predictions import ClassCalibration, Look, Observation, Table, confidence_at, predict, to_npz
 from equipoise.method.losses import log_prior
 from equipoise.method.network import TwoBranchNetwork
 from equipoise.runs.checkpoint import Checkpoint, changed_part, described, load_checkpoint
@@ -94,7 +94,7 @@ def evaluate_run(
         "train_counts": list(last.class_counts),
     }
     if world.is_first:
-        write_arrays(path / OBSERVED, scores[-1][1])
+        to_npz(path / OBSERVED, scores[-1][1])
         write_json(path / METRICS, metrics)
     return metrics
 
@@ -147,7 +147,7 @@ def score_checkpoint(
             continue
         chooses = part == "validation"
         observation = Observation(network, checkpoint.class_counts, temperature)
-        scored[part], predictions = _score(checkpoint, network, parts[part], world, chooses, observation.add)
+        scored[part], predictions = _score(checkpoint, network, parts[part], world, chooses, [observation.add])
         observation.gather(world)
         table = observation.table(predictions) if world.is_first else {}
         if chooses:
@@ -173,13 +173,15 @@ def _score(
     batches: Batches,
     world: World,
     keep_logits: bool,
-    look: Look | None = None,
+    looks: Sequence[Look] = (),
 ) -> tuple[PartMetrics, Predictions]:
     counts, classes = checkpoint.class_counts, len(checkpoint.class_names)
     prior_C = log_prior(torch.tensor(counts)).float() if counts and min(counts) > 0 else None
-    predictions = predict(network, batches, prior_C, keep_logits, look, world)
+    calibration = ClassCalibration(classes)
+    predictions = predict(network, batches, prior_C, keep_logits, [calibration.add, *looks], world)
     metrics = score(predictions, counts, classes)
     metrics["intervals"], metrics["per_class_intervals"] = intervals(predictions, counts, classes)
+    metrics["calibration"] = calibration.by_group(counts, world)
     return metrics, predictions
 
 
@@ -231,7 +233,7 @@ def write_logits(path: Path, predictions: Predictions, class_names: Sequence[str
     """`logits` `[N, C]`, `labels` `[N]` in the order of the list, and `class_names`, as NumPy's .npz."""
     logits_NC, names = predictions.logits_NC, np.array(class_names)
     assert logits_NC is not None
-    write_arrays(path, {"logits": logits_NC, "labels": predictions.labels_N, "class_names": names})
+    to_npz(path, {"logits": logits_NC, "labels": predictions.labels_N, "class_names": names})
 
 
 Target = tuple[Checkpoint, str, ImageList, str]  # the images of a part to be scored on, and what is odd about them

@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from equipoise.config.recipe import Loss, Method, Recipe
+from equipoise.method.gml import Gml
 from equipoise.method.kcl import Kcl, Tsc
 from equipoise.method.losses import at_least_float32, balanced_contrastive_loss, supervised_contrastive_loss
 from equipoise.method.network import COSINE_SCALE, Outputs
 from equipoise.method.objective import Objective, Terms, TwoBranch
-from equipoise.method.paco import GPaCo
+from equipoise.method.paco import GPaCo, PaCo
 from equipoise.method.proco import ProCo
 
 
@@ -23,6 +24,10 @@ class CrossEntropy(Objective):
 
     def forward(self, outputs: Outputs, labels_G: Tensor, rows: slice) -> Terms:
         return {"loss": self._adjusted(outputs, labels_G, rows, 0.0)}
+
+    def log_prior_of_logits(self, progress: float = 1.0) -> Tensor:
+        smoothing, prior_C = self.settings.label_smoothing, super().log_prior_of_logits().exp()
+        return ((1 - smoothing) * prior_C + smoothing / len(prior_C)).log()  # of the labels as they are smoothed
 
 
 class LogitAdjusted(Objective):
@@ -160,10 +165,12 @@ METHODS: dict[Method, type[Objective]] = {
     "ce": CrossEntropy,
     "class-weights": ClassWeights,
     "focal": Focal,
+    "gml": Gml,
     "gpaco": GPaCo,
     "kcl": Kcl,
     "ldam-drw": LdamDrw,
     "logit-adjusted": LogitAdjusted,
+    "paco": PaCo,
     "proco": ProCo,
     "supcon+la": SupCon,
     "tsc": Tsc,

@@ -17,7 +17,8 @@ Terms = dict[str, Tensor]
 
 class Objective(nn.Module, ABC):
     """Base of all methods. Persistent buffers are its state: a checkpoint keeps them. They follow from the whole batch,
-    so are the same on every rank, and are changed in place, as a recorded step reads the same memory every time."""
+    so are the same on every rank, and are changed in place, as a recorded step reads the same memory every time.
+    Parameters are trained like the network's, without weight decay."""
 
     contrastive: ClassVar[bool] = False  # it needs two further views of each image, and a projection
     shares_views: ClassVar[bool] = False  # those two views train the classifier too, which has none of its own
@@ -26,6 +27,7 @@ class Objective(nn.Module, ABC):
     smooths: ClassVar[bool] = True  # it takes label smoothing
     resamples: ClassVar[bool] = True  # it takes other samplers than 'instance'
     records: ClassVar[bool] = True  # its step can be recorded as a CUDA graph
+    momentum: ClassVar[float] = 0.0  # above 0: features of the last view are those of a copy that follows the network
     seed: int = 0  # of the next step: what it draws at random follows from this, on all ranks alike
     log_prior_C: Tensor
     counts_C: Tensor
@@ -35,6 +37,7 @@ class Objective(nn.Module, ABC):
         `width`: of the contrastive features."""
         super().__init__()
         self.settings = loss
+        self.momentum_copy: nn.Sequential | None = None  # of the network; it is saved with the rest
         self.register_buffer("counts_C", class_counts_C.double(), persistent=False)
         self.register_buffer("log_prior_C", log_prior(class_counts_C), persistent=False)
 

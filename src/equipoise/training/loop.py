@@ -141,7 +141,9 @@ class Trainer:
         self.requests = requests
         self._plan, self._network, self._batches, self._validation = plan, network, batches, validation
         self._gradients = Step(recipe, network, plan.parts.train.class_counts, plan.device, plan.precision, plan.world)
+        own = [parameter for parameter in self._gradients.objective.parameters() if parameter.requires_grad]
         groups = parameter_groups(network, network.encoder, optim.layer_decay)
+        groups = [*groups, {"params": own, "lr_scale": 1.0, "weight_decay": 0.0}]
         self._optimizer = create_sgd(groups, optim.lr, optim.momentum, optim.weight_decay)
         self._saved_at, self._saving_took, self._saved_step = time.monotonic(), 0.0, -1
         self.epoch, self.step, self.best = 0, 0, None
@@ -172,6 +174,12 @@ class Trainer:
             while self.epoch < recipe.epochs:
                 self._train_epoch(stream, log, line)
                 self._end_epoch(log)
+
+    def finish(self) -> None:
+        """Save the network as it is, as after the last step."""
+        self.epoch, self.step = self._plan.recipe.epochs, self._plan.steps
+        with RunLog(None, self.epoch, self.step) as log:
+            self._save(log)
 
     def _train_epoch(self, stream: Iterator[Batch], log: RunLog, line: ProgressLine) -> None:
         recipe, plan = self._plan.recipe, self._plan
@@ -246,7 +254,7 @@ class Trainer:
             self.requests.leave_if_stopped(self._state(), self._plan.resume_command())
 
         train = self._plan.parts.train
-        predictions = predict(self._network, validation, observe=look, world=self._plan.world)
+        predictions = predict(self._network, validation, looks=[look], world=self._plan.world)
         scored = score(predictions, train.class_counts, len(train.class_names))
         names = ("top1", "mean_per_class", "many", "medium", "few")
         log.write("validation", self.step, self.epoch, {name: scored[name] for name in names})

@@ -15,7 +15,7 @@ from equipoise.base.world import World
 from equipoise.config.recipe import Recipe
 from equipoise.method.methods import objective_of
 from equipoise.method.network import CosineClassifier, Outputs, TwoBranchNetwork
-from equipoise.method.objective import Terms
+from equipoise.method.objective import Objective, Terms
 from equipoise.views.draws import sampled_counts
 from equipoise.views.loader import Batch
 
@@ -40,9 +40,11 @@ class Step:
         self.objective.to(device, torch.float32)
         self._counts_C = torch.tensor(class_counts, device=device, dtype=torch.float32)
         self._classifier = network.classifier
+        if self.objective.momentum:
+            self.objective.momentum_copy = network.momentum_copy()
         if recipe.compile:
             network.encoder.compile()  # in its place: the names of its weights stay
-        self._forward: nn.Module = _Forward(network, recipe.micro_batch)
+        self._forward: nn.Module = _Forward(network, self.objective, recipe.micro_batch)
         # Recorded steps were not tried together with these.
         whole = all(parameter.requires_grad for parameter in network.parameters()) and world.size == 1
         untried = recipe.deterministic or recipe.micro_batch or recipe.compile
@@ -88,15 +90,17 @@ class Step:
 
 
 class _Forward(nn.Module):
-    """What DistributedDataParallel wraps: it exchanges gradients only of calls of `forward`."""
+    """What DistributedDataParallel wraps: it exchanges gradients only of calls of `forward`. The objective is in it for
+    its parameters."""
 
-    def __init__(self, network: TwoBranchNetwork, micro_batch: int) -> None:
+    def __init__(self, network: TwoBranchNetwork, objective: Objective, micro_batch: int) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.objective = network, objective
         self.micro_batch = micro_batch
 
     def forward(self, images_VB3SS: Tensor) -> Outputs:
-        return self.network.training_outputs(images_VB3SS, self.micro_batch)
+        copy, momentum = self.objective.momentum_copy, self.objective.momentum
+        return self.network.training_outputs(images_VB3SS, self.micro_batch, copy, momentum)
 
 
 class StepGraph:
