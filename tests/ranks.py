@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from equipoise.base.world import World, join
-from equipoise.config.recipe import load_recipe
+from equipoise.config.reading import load_recipe
 from equipoise.data.images import ImageList, PixelArrays
 from equipoise.method.network import batch_norms
 from equipoise.runs.checkpoint import create_network

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from equipoise.authors.checkpoints import from_authors, is_authors_table
 from equipoise.base.errors import UserError
 from equipoise.base.files import atomic_file, load_tensors
-from equipoise.config.recipe import Recipe, load_recipe, recipe_from_table
+from equipoise.config.reading import load_recipe, recipe_from_table
+from equipoise.config.recipe import Recipe
 from equipoise.data.images import Parts
 from equipoise.data.sources import PARTS
 from equipoise.method.methods import METHODS, objective_of

@@ -17,7 +17,8 @@ import numpy as np
 
 from equipoise.base.errors import UserError, several
 from equipoise.base.files import atomic_file
-from equipoise.config.recipe import Recipe, load_recipe
+from equipoise.config.reading import load_recipe
+from equipoise.config.recipe import Recipe
 from equipoise.evaluation.score import Run, chosen
 from equipoise.runs.folder import METRICS, RECIPE, RECORD, write_json
 from equipoise.runs.records import read_record

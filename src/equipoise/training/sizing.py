@@ -14,7 +14,8 @@ import torch
 
 from equipoise.base.device import exact_float32, keep_freed_memory
 from equipoise.base.errors import UserError, several
-from equipoise.config.recipe import Field, Recipe, load_recipe, override_all
+from equipoise.config.reading import load_recipe
+from equipoise.config.recipe import Field, Recipe, override_all
 from equipoise.evaluation.features import missing_features
 from equipoise.method.clip import PREFIX
 from equipoise.method.pretrained import find_pretrained
