@@ -53,9 +53,12 @@ def train(world: World, case: dict[str, Any]) -> dict[str, Any]:
     saved: dict[str, Any] = {"terms": [], "rows": [], "classes": [], "gradients": {}}
     epochs = math.ceil(STEPS / steps_per_epoch(len(images), recipe.batch_size))
     steps = range(epochs * steps_per_epoch(len(images), recipe.batch_size))
-    for number, batch in zip(steps, batches.training(0, recipe.batch_size, steps, recipe.data.sampler), strict=True):
+    made = batches.training(0, recipe.batch_size, steps, recipe.data.sampler, epochs)
+    for number, batch in zip(steps, made, strict=True):
         if number % (len(steps) // epochs) == 0:
-            take_step.objective.begin_epoch(number * epochs // len(steps), epochs)
+            epoch = number * epochs // len(steps)
+            take_step.expect_draws(epoch / epochs)
+            take_step.objective.begin_epoch(epoch, epochs)
         take_step.objective.seed = number
         optimizer.zero_grad()
         values, votes = take_step(batch, (1, 2))

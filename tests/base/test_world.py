@@ -33,6 +33,7 @@ CASES = {
     "micro": BCL | {"micro_batch": 3},
     "synchronised": BCL | {"batch_norm": "synchronised"},
     "held": BCL | {"anchor": 6.0, "sampler": "square-root"},
+    "progressive": BCL | {"sampler": "progressive"},
     "per-rank": BCL | {"batch_norm": "per-rank"},
 }
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}

@@ -1,5 +1,5 @@
-"""The fields of a recipe, each declared once, here: its type, what it means, what it may be. All values pass through the
-same check, whichever way they came."""
+"""The fields of a recipe, each declared once, here: its type, what it means, what it may be. All values pass the same
+check, whichever way they came."""
 
 import dataclasses
 import difflib
@@ -70,8 +70,10 @@ class Data:
         pattern=r"\A(\d{1,4}/\d{1,4})?\Z",
         description="the number of a part and of all parts, as 2/5",
     )
-    sampler: Literal["instance", "square-root", "class-balanced"] = _field(
-        "instance", "a class's share of an epoch: as of the images, by the square root of its count, or all alike"
+    sampler: Literal["instance", "square-root", "class-balanced", "progressive"] = _field(
+        "instance",
+        "a class's share of an epoch: as of the images, by the square root of its count, all alike, or over the epochs "
+        "from the first to the last of these",
     )
     group_by: str = _field("", "hold out whole groups: a table's column, or a regular expression on the images' paths")
 

@@ -106,9 +106,9 @@ class Checkpoint:
         """`[C]`, float64: log of the class prior, up to a constant, under which the softmax of the raw logits is the
         posterior. Where the counts are not known, as in the BCL authors' files, they do not matter: tau is 1.
         """
-        counts = self.class_counts or [1] * len(self.class_names)
-        drawn_C = sampled_counts(counts, self.recipe.data.sampler)
-        return objective_of(self.recipe, drawn_C.tolist()).log_prior_of_logits(self.epoch / self.recipe.epochs)
+        counts, epochs = self.class_counts or [1] * len(self.class_names), self.recipe.epochs
+        drawn_C = sampled_counts(counts, self.recipe.data.sampler, max(self.epoch - 1, 0) / epochs)  # of the last one
+        return objective_of(self.recipe, drawn_C.tolist()).log_prior_of_logits(self.epoch / epochs)
 
 
 def described(file: Path, checkpoint: Checkpoint) -> str:

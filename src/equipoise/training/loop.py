@@ -168,7 +168,8 @@ class Trainer:
         ):
             # One stream over all epochs: its workers make the next epoch's first batches while this one is validated.
             steps = range(self.step, plan.steps)
-            stream = self._batches.training(recipe.seed, recipe.batch_size, steps, recipe.data.sampler)
+            how = recipe.data.sampler, recipe.epochs
+            stream = self._batches.training(recipe.seed, recipe.batch_size, steps, *how)
             while self.epoch < recipe.epochs:
                 self._train_epoch(stream, log, line)
                 self._end_epoch(log)
@@ -179,6 +180,7 @@ class Trainer:
         rate = learning_rate(self.epoch, recipe.epochs, recipe.optim)
         for group in self._optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
+        self._gradients.expect_draws(self.epoch / recipe.epochs)
         if self.step == self.epoch * plan.steps_per_epoch:
             self._gradients.objective.begin_epoch(self.epoch, recipe.epochs)
             plan.world.first_buffers(self._gradients.objective)  # on GPUs, sums differ in their last bits

@@ -36,6 +36,7 @@ class Step:
         world: World,
     ) -> None:
         self._device, self._precision, self._world = device, precision, world
+        self._recipe, self._class_counts = recipe, class_counts
         self.objective = objective_of(recipe, sampled_counts(class_counts, recipe.data.sampler).tolist())
         self.objective.to(device, torch.float32)
         self._counts_C = torch.tensor(class_counts, device=device, dtype=torch.float32)
@@ -52,6 +53,17 @@ class Step:
             parallel = nn.parallel.DistributedDataParallel(self._forward, gradient_as_bucket_view=True)
             parallel.broadcast_buffers = False  # each rank's are its own while training: see World.first_buffers
             self._forward = parallel
+
+    def expect_draws(self, progress: float) -> None:
+        """From now on, the losses are for what the sampler draws after this share of the epochs: what they hold of the
+        class counts, which is in buffers that are not saved, is computed anew."""
+        if self._recipe.data.sampler != "progressive":
+            return
+        drawn = sampled_counts(self._class_counts, "progressive", progress).tolist()
+        fresh, kept = dict(objective_of(self._recipe, drawn).named_buffers()), self.objective.state_dict()
+        for name, buffer in self.objective.named_buffers():
+            if name not in kept:
+                buffer.copy_(fresh[name])
 
     def __call__(self, batch: Batch, votes: Sequence[int] = ()) -> tuple[dict[str, float], list[float]]:
         """The loss terms of the whole batch, and the sum over ranks of the votes. The gradients are there, the weights

@@ -128,10 +128,12 @@ class Batches:
         """Images of the list."""
         return len(self._maker)
 
-    def training(self, seed: int, batch_size: int, steps: range, sampler: str = "instance") -> Iterator[Batch]:
-        """This rank's share of the batches of these steps, which are counted from the run's first. The workers go on
-        into the next epoch without a pause."""
-        return map(self._arrived, self._received(self._training_tasks(seed, batch_size, steps, sampler)))
+    def training(
+        self, seed: int, batch_size: int, steps: range, sampler: str = "instance", epochs: int = 1
+    ) -> Iterator[Batch]:
+        """This rank's share of the batches of these steps, which are counted from the first of the run's `epochs`. The
+        workers go on into the next epoch without a pause."""
+        return map(self._arrived, self._received(self._training_tasks(seed, batch_size, steps, sampler, epochs)))
 
     def evaluation(self, batch_size: int) -> Iterator[Batch]:
         """All images in order, in batches; of several ranks, rank r has the batches r, r + size, ..., so that each is
@@ -164,12 +166,12 @@ class Batches:
         else:
             getattr(self._receiving, "_shutdown_workers", lambda: None)()  # torch has no public way
 
-    def _training_tasks(self, seed: int, batch_size: int, steps: range, sampler: str) -> Iterator[Task]:
+    def _training_tasks(self, seed: int, batch_size: int, steps: range, sampler: str, epochs: int) -> Iterator[Task]:
         order = np.empty(0, np.int64)
         for step in steps:
             epoch, place = divmod(step, steps_per_epoch(len(self), batch_size))
             if place == 0 or step == steps.start:
-                order = draws(seed, epoch, self._maker.labels_N, sampler)
+                order = draws(seed, epoch, self._maker.labels_N, sampler, epochs)
             draws_G = order[place * batch_size : (place + 1) * batch_size]
             rows = self._world.share(len(draws_G))
             draws_B = draws_G[rows] if rows.stop > rows.start else draws_G[:2]
