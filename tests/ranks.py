@@ -34,7 +34,7 @@ def pictures(count: int) -> ImageList:
 
 
 def train(world: World, case: dict[str, Any]) -> dict[str, Any]:
-    fields = {name: case[name] for name in ("method", "micro_batch", "anchor", "sampler") if name in case}
+    fields = {name: case[name] for name in ("method", "micro_batch", "anchor", "sampler", "mix", "sam") if name in case}
     recipe = load_recipe("digits-lt", batch_size=32, **fields)
     torch.manual_seed(0)
     network = create_network(recipe, CLASSES, start=True).double().train()

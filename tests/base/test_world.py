@@ -34,6 +34,8 @@ CASES = {
     "synchronised": BCL | {"batch_norm": "synchronised"},
     "held": BCL | {"anchor": 6.0, "sampler": "square-root"},
     "progressive": BCL | {"sampler": "progressive"},
+    "mixed": BCL | {"mix": "cmo"},
+    "mixed-weights": BCL | {"method": "ldam-drw", "mix": "mixup"},
     "per-rank": BCL | {"batch_norm": "per-rank"},
 }
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}

@@ -89,6 +89,10 @@ class Views:
     randaug: bool = _field(True, "RandAugment in the classifier's view of photographs")
     randaug_n: int = _field(2, "RandAugment: operations a view", ge=1, le=4)
     randaug_m: float = _field(10.0, "RandAugment: magnitude", ge=0, le=10)
+    mix: Literal["none", "mixup", "cutmix", "cmo"] = _field(
+        "none", "mix the classifier's view with that of a second image: blended, pasted, or pasted from a rare class"
+    )
+    mix_alpha: float = _field(1.0, "mix: lambda is drawn from Beta(alpha, alpha)", gt=0, le=100)
     blur: bool = _field(False, "Gaussian blur in sim views, p=.5, as in MoCo v2 (the authors: no)")
     mean: tuple[float, ...] = _field((0.485, 0.456, 0.406), "subtracted from each channel, of 1", length=3, ge=0, le=1)
     std: tuple[float, ...] = _field((0.229, 0.224, 0.225), "divides each channel, of 1", length=3, gt=0, le=1)

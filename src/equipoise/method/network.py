@@ -25,11 +25,13 @@ COSINE_SCALE = 30.0
 
 
 class Outputs(NamedTuple):
-    """`features_BVD` is None without a contrastive branch, `prototypes_CD` where that has no prototypes."""
+    """`features_BVD` is None without a contrastive branch, `prototypes_CD` where that has no prototypes. `mixed`, which
+    is the batch's: of images that are mixed, the second labels `[G]` and the shares `[G]` of the first ones."""
 
     logits_BC: Tensor
     features_BVD: Tensor | None
     prototypes_CD: Tensor | None
+    mixed: tuple[Tensor, ...] = ()
 
 
 class TwoBranchNetwork(nn.Module):

@@ -4,15 +4,24 @@ Shapes: B images of this rank, G images of the whole batch, V contrastive views,
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import ClassVar
 
 from torch import Tensor, nn
 
 from equipoise.config.recipe import Loss
-from equipoise.method.losses import log_prior, logit_adjusted_cross_entropy
+from equipoise.method.losses import ALL, log_prior, logit_adjusted_cross_entropy
 from equipoise.method.network import Outputs
 
 Terms = dict[str, Tensor]
+
+
+def of_labels(losses: Callable[[Tensor], Tensor], labels_G: Tensor, outputs: Outputs, rows: slice = ALL) -> Tensor:
+    """`[B]`: the losses of these rows for their labels `[B]`; of mixed images for both labels, each by its share."""
+    if not outputs.mixed:
+        return losses(labels_G[rows])
+    others_B, shares_B = (of_G[rows] for of_G in outputs.mixed)
+    return shares_B * losses(labels_G[rows]) + (1 - shares_B) * losses(others_B)
 
 
 class Objective(nn.Module, ABC):
@@ -25,6 +34,7 @@ class Objective(nn.Module, ABC):
     cosine: ClassVar[bool] = False  # it needs a cosine classifier
     smooths: ClassVar[bool] = True  # it takes label smoothing
     resamples: ClassVar[bool] = True  # it takes other samplers than 'instance'
+    mixes: ClassVar[bool] = True  # its classification loss goes through `of_labels`, and so takes mixed images
     records: ClassVar[bool] = True  # its step can be recorded as a CUDA graph
     seed: int = 0  # of the next step: what it draws at random follows from this, on all ranks alike
     log_prior_C: Tensor
@@ -58,9 +68,12 @@ class Objective(nn.Module, ABC):
 
     def _adjusted(self, outputs: Outputs, labels_G: Tensor, rows: slice, tau: float) -> Tensor:
         """The share that these rows have of the batch's logit-adjusted cross-entropy."""
-        labels_B, smoothing = labels_G[rows], self.settings.label_smoothing
-        summed = logit_adjusted_cross_entropy(outputs.logits_BC, labels_B, self.log_prior_C, tau, "sum", smoothing)
-        return summed / len(labels_G)
+        how = self.log_prior_C, tau, "none", self.settings.label_smoothing
+
+        def losses(labels_B: Tensor) -> Tensor:
+            return logit_adjusted_cross_entropy(outputs.logits_BC, labels_B, *how)
+
+        return of_labels(losses, labels_G, outputs, rows).sum() / len(labels_G)
 
 
 class TwoBranch(Objective):

@@ -4,7 +4,6 @@ Shapes: B images of this rank, G images of the whole batch, V contrastive views,
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -86,12 +85,13 @@ class Step:
     def _losses(self, batch: Batch) -> Terms:
         images, own = len(batch.labels_G), batch.rows
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._precision == "bf16"):
-            logits_BC, features_BVD, prototypes_CD = self._forward(batch.images_VB3SS)
+            outputs: Outputs = self._forward(batch.images_VB3SS)
         # A rank without images of its own has computed others, so that every rank does the same: they do not count.
         count = own.stop - own.start
+        features_BVD = outputs.features_BVD
         if features_BVD is not None:
             features_BVD = self._world.gather_rows(features_BVD[:count], images)
-        outputs = Outputs(logits_BC[:count], features_BVD, prototypes_CD)
+        outputs = outputs._replace(logits_BC=outputs.logits_BC[:count], features_BVD=features_BVD, mixed=batch.mixed)
         terms = self.objective(outputs, batch.labels_G, own)
         if isinstance(self._classifier, CosineClassifier) and self._classifier.anchor:
             # Each rank has its share of it.
@@ -137,7 +137,7 @@ class StepGraph:
 
     def _capture(self, batch: Batch) -> None:
         """Record the kernels of a step. None of them runs."""
-        self._batch = replace(batch, images_VB3SS=batch.images_VB3SS.clone(), labels_G=batch.labels_G.clone())
+        self._batch = batch.each(Tensor.clone)
         for parameter in self._parameters:
             parameter.grad = None
         try:
@@ -157,8 +157,8 @@ class StepGraph:
         self._gradients = [parameter.grad for parameter in self._parameters]
 
     def forward(self, batch: Batch) -> Terms:
-        self._batch.images_VB3SS.copy_(batch.images_VB3SS, non_blocking=True)
-        self._batch.labels_G.copy_(batch.labels_G, non_blocking=True)
+        for own, given in zip(self._batch.tensors, batch.tensors, strict=True):
+            own.copy_(given, non_blocking=True)
         self._forward.replay()
         return self._terms
 
