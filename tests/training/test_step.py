@@ -1,8 +1,11 @@
 """The step beyond what its gradients are over ranks (tests/base/test_world.py)."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from equipoise import load_recipe
 from equipoise.base.world import ALONE
@@ -10,6 +13,8 @@ from equipoise.method.methods import METHODS, objective_of
 from equipoise.runs.checkpoint import create_network
 from equipoise.training.step import Step
 from equipoise.views.draws import sampled_counts
+from equipoise.views.loader import Batch
+from equipoise.views.views import view_settings
 
 COUNTS = (50, 10, 2)
 CPU = torch.device("cpu")
@@ -34,3 +39,70 @@ def test_losses_are_for_what_the_progressive_sampler_draws_now(method):
             assert torch.allclose(buffers[name], state.get(name, value).to(buffers[name].dtype), rtol=1e-6), name
     shares = np.array(COUNTS) / 62 / 4 + 0.75 / 3
     assert step.objective.log_prior_C.exp().tolist() == pytest.approx(shares.tolist(), rel=1e-6)
+
+
+# ---- sharpness-aware minimisation
+
+
+def batch_of(step: Step, images: int = 6) -> Batch:
+    random, views = torch.Generator().manual_seed(1), len(view_settings(step._recipe).kinds)
+    pixels = torch.randint(0, 256, (views, images, 3, 16, 16), generator=random, dtype=torch.uint8)
+    return Batch(pixels, torch.arange(images) % 3, slice(0, images))
+
+
+def double_step(**fields) -> Step:
+    torch.manual_seed(0)
+    step = step_of(**fields)
+    step._network.double().train()
+    step.objective.double().begin_epoch(0, 2)
+    return step
+
+
+def test_sam_by_hand():
+    """Two gradients of plain cross-entropy by autograd; nothing of the step is used for them."""
+    step = double_step(method="ce", sam=0.3)
+    network, batch = copy.deepcopy(step._network), batch_of(step)
+
+    def gradients() -> list[torch.Tensor]:
+        network.train()
+        loss = F.cross_entropy(network(batch.images_VB3SS[0]), batch.labels_G)
+        return list(torch.autograd.grad(loss, list(network.parameters())))
+
+    first = gradients()
+    length = sum(float(gradient.square().sum()) for gradient in first) ** 0.5
+    averages = {name: value.clone() for name, value in network.named_buffers()}
+    with torch.no_grad():
+        for parameter, gradient in zip(network.parameters(), first, strict=True):
+            parameter += 0.3 * gradient / length
+    expected, before = gradients(), [parameter.detach().clone() for parameter in step._network.parameters()]
+    step(batch)
+    for parameter, gradient, start in zip(step._network.parameters(), expected, before, strict=True):
+        assert parameter.grad is not None
+        assert torch.allclose(parameter.grad, gradient, rtol=1e-9, atol=1e-12)
+        assert torch.equal(parameter, start), "to the last bit"
+    for name, value in step._network.named_buffers():
+        assert torch.equal(value, averages[name]), f"{name} is of the first pass alone"
+
+
+@pytest.mark.parametrize("micro_batch", [0, 3])
+@pytest.mark.parametrize("method", METHODS)
+def test_sam_of_each_method_sees_the_batch_once(method, micro_batch):
+    """The second gradient and the loss are those of a plain step at the moved weights, from the state of before; what
+    the step leaves behind is what a plain step at the weights themselves leaves."""
+    fields = {"method": method, "micro_batch": micro_batch}
+    step, plain, uphill = (double_step(**fields, sam=sam) for sam in (0.3, 0.0, 0.0))
+    batch = batch_of(step)
+    plain(batch)
+    moved = [parameter for parameter in plain._network.parameters() if parameter.grad is not None]
+    length = torch.stack([parameter.grad.norm() for parameter in moved]).norm()
+    with torch.no_grad():
+        for parameter, of_plain in zip(uphill._network.parameters(), plain._network.parameters(), strict=True):
+            parameter += 0 if of_plain.grad is None else 0.3 * of_plain.grad / length
+    expected, (terms, _) = uphill(batch)[0], step(batch)
+    assert terms == pytest.approx(expected, rel=1e-9)
+    for parameter, other in zip(step._network.parameters(), uphill._network.parameters(), strict=True):
+        assert (parameter.grad is None) == (other.grad is None)
+        assert parameter.grad is None or torch.allclose(parameter.grad, other.grad, rtol=1e-7, atol=1e-10)
+    for ours, after in ((step._network, plain._network), (step.objective, plain.objective)):
+        for name, value in after.state_dict().items():
+            assert torch.equal(ours.state_dict()[name], value), name

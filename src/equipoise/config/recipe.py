@@ -150,6 +150,9 @@ class Optim:
     weight_decay: float = _field(5e-4, "weight decay", "wd", ge=0)
     layer_decay: float = _field(1.0, "learning rate of an encoder's layer, as a share of the next one's", gt=0, le=1)
     schedule: Literal["cosine", "step"] = _field("cosine", "learning rate over the epochs")
+    sam: float = _field(
+        0.0, "sharpness-aware minimisation: the distance rho, 0.05 usual, in twice the time (0: off)", ge=0, le=10
+    )
     warmup_epochs: int = _field(0, "epochs of linear warm-up", ge=0)
     milestones: tuple[float, ...] = _field((), "step schedule: x0.1 from these epochs (below 1: share of all)", gt=0)
 

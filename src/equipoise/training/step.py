@@ -3,7 +3,8 @@
 Shapes: B images of this rank, G images of the whole batch, V contrastive views, C classes, D width of the features.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from equipoise.base.errors import UserError, out_of_memory, reason
 from equipoise.base.world import World
 from equipoise.config.recipe import Recipe
 from equipoise.method.methods import objective_of
-from equipoise.method.network import CosineClassifier, Outputs, TwoBranchNetwork
+from equipoise.method.network import CosineClassifier, Outputs, TwoBranchNetwork, resting_averages
 from equipoise.method.objective import Terms
 from equipoise.views.draws import sampled_counts
 from equipoise.views.loader import Batch
@@ -39,13 +40,13 @@ class Step:
         self.objective = objective_of(recipe, sampled_counts(class_counts, recipe.data.sampler).tolist())
         self.objective.to(device, torch.float32)
         self._counts_C = torch.tensor(class_counts, device=device, dtype=torch.float32)
-        self._classifier = network.classifier
+        self._network = network
         if recipe.compile:
             network.encoder.compile()  # in its place: the names of its weights stay
         self._forward: nn.Module = _Forward(network, recipe.micro_batch)
         # Recorded steps were not tried together with these.
         whole = all(parameter.requires_grad for parameter in network.parameters()) and world.size == 1
-        untried = recipe.deterministic or recipe.micro_batch or recipe.compile
+        untried = recipe.deterministic or recipe.micro_batch or recipe.compile or recipe.optim.sam
         recorded = recipe.cuda_graph and device.type == "cuda" and whole and self.objective.records and not untried
         self._graph = StepGraph(self._losses, network, recipe.batch_size) if recorded else None
         if world.size > 1:
@@ -67,13 +68,16 @@ class Step:
     def __call__(self, batch: Batch, votes: Sequence[int] = ()) -> tuple[dict[str, float], list[float]]:
         """The loss terms of the whole batch, and the sum over ranks of the votes. The gradients are there, the weights
         have not moved."""
+        if not self._recipe.optim.sam:
+            return self._compute(batch, votes)
+        with self._uphill(batch):
+            return self._compute(batch, votes)
+
+    def _compute(self, batch: Batch, votes: Sequence[int]) -> tuple[dict[str, float], list[float]]:
         if self._graph is not None and self._graph.takes(batch):
             terms, backward = self._graph.forward(batch), self._graph.backward
         else:
-            terms = self._losses(batch)
-            # The losses of all ranks add up to the batch's, but DistributedDataParallel takes the mean of their
-            # gradients.
-            backward = (terms["loss"] * self._world.size).backward
+            terms, backward = self._differentiable(batch)
         # Sent to the host before the backward pass is queued: a GPU goes on with that while the terms are looked at.
         own = torch.stack([*terms.values()]).detach()
         asked = torch.tensor(votes, dtype=own.dtype, pin_memory=own.device.type == "cuda")
@@ -81,6 +85,37 @@ class Step:
         backward()
         numbers: list[float] = read()[0].tolist()
         return dict(zip(terms, numbers, strict=False)), numbers[len(terms) :]
+
+    @contextmanager
+    def _uphill(self, batch: Batch) -> Generator[None]:
+        """In this context the weights are the distance rho away, where the gradient leads up: what is computed there is
+        what sharpness-aware minimisation descends (Foret et al., ICLR 2021, eqs. 2 and 3). BatchNorm's averages and
+        the method's state take the batch in as it is at the weights themselves, once."""
+        state = [*self.objective.state_dict().values()]
+        state_before = [value.clone() for value in state]
+        self._differentiable(batch)[1]()
+        state_after = [value.clone() for value in state]
+        moved = [parameter for parameter in self._network.parameters() if parameter.grad is not None]
+        start = [parameter.detach().clone() for parameter in moved]
+        with torch.no_grad():
+            gradients = [parameter.grad for parameter in moved if parameter.grad is not None]
+            length = torch.stack([gradient.norm() for gradient in gradients]).norm()
+            for parameter, gradient in zip(moved, gradients, strict=True):
+                parameter.add_(gradient * (self._recipe.optim.sam / (length + 1e-12)))
+                parameter.grad = None
+            for value, before in zip(state, state_before, strict=True):
+                value.copy_(before)
+        with resting_averages(self._network):
+            yield
+        with torch.no_grad():
+            for value, before in zip([*moved, *state], [*start, *state_after], strict=True):
+                value.copy_(before)
+
+    def _differentiable(self, batch: Batch) -> tuple[Terms, Callable[[], None]]:
+        """The loss terms of this rank's rows, and their backward pass."""
+        terms = self._losses(batch)
+        # The losses of all ranks add up to the batch's, but DistributedDataParallel takes the mean of their gradients.
+        return terms, (terms["loss"] * self._world.size).backward
 
     def _losses(self, batch: Batch) -> Terms:
         images, own = len(batch.labels_G), batch.rows
@@ -93,9 +128,10 @@ class Step:
             features_BVD = self._world.gather_rows(features_BVD[:count], images)
         outputs = outputs._replace(logits_BC=outputs.logits_BC[:count], features_BVD=features_BVD, mixed=batch.mixed)
         terms = self.objective(outputs, batch.labels_G, own)
-        if isinstance(self._classifier, CosineClassifier) and self._classifier.anchor:
+        classifier = self._network.classifier
+        if isinstance(classifier, CosineClassifier) and classifier.anchor:
             # Each rank has its share of it.
-            terms["loss"] = terms["loss"] + count / images * self._classifier.penalty(self._counts_C)
+            terms["loss"] = terms["loss"] + count / images * classifier.penalty(self._counts_C)
         return terms
 
 
