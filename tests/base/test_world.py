@@ -152,7 +152,7 @@ def test_figures_of_three_processes_are_those_of_one(tmp_path):
     """Three ranks divide neither the 500 test images nor the last batch. The run is scored by three, then by one, then
     by three once more, from the file."""
     run = tmp_path / "run"
-    done = torchrun(3, *train_command(run, "-b", "63", "--set", "data.holdout=0.2"))
+    done = torchrun(3, *train_command(run, "-b", "63", "--set", "data.holdout=0.2", "--ema", "0.9"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("accuracy on the test part") == 1, "one rank speaks"
     assert "3 processes, BatchNorm per-rank" in done.stdout

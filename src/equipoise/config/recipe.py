@@ -153,6 +153,9 @@ class Optim:
     sam: float = _field(
         0.0, "sharpness-aware minimisation: the distance rho, 0.05 usual, in twice the time (0: off)", ge=0, le=10
     )
+    ema: float = _field(
+        0.0, "decay of a moving average of the weights, which is then scored and used, 0.999 usual (0: off)", ge=0, lt=1
+    )
     warmup_epochs: int = _field(0, "epochs of linear warm-up", ge=0)
     milestones: tuple[float, ...] = _field((), "step schedule: x0.1 from these epochs (below 1: share of all)", gt=0)
 
@@ -298,6 +301,11 @@ def _expected(field: Field) -> str:
         return f"one of {', '.join(filter(None, get_args(field.type)))}"
     kinds = {bool: "true or false", int: "a whole number", float: "a number", str: field.bounds.description or "text"}
     kind = kinds.get(field.type) or f"{field.length or 'a list of'} numbers"
-    limits = {"above": field.bounds.gt, "at least": field.bounds.ge, "at most": field.bounds.le}
+    limits = {
+        "above": field.bounds.gt,
+        "at least": field.bounds.ge,
+        "at most": field.bounds.le,
+        "below": field.bounds.lt,
+    }
     said = " and ".join(f"{words} {limit:.12g}" for words, limit in limits.items() if limit is not None)
     return f"{kind}, {said}" if said else kind

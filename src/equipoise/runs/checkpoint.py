@@ -35,9 +35,9 @@ class Checkpoint:
 
     `best`: the highest mean per-class accuracy on the validation part so far, and the epoch that reached it; None
     without a validation part. `optimizer`: SGD's state. `fingerprints`: the data's, by part. `objective`: what the
-    method keeps from step to step. A file of the BCL authors
-    does not say what it was trained on: its `class_counts` are empty, its class names are numbers, and of its recipe
-    only the model is known.
+    method keeps from step to step. `raw`: those that training goes on with, where `weights` are averaged over the steps
+    (`optim.ema`). A file of the BCL authors does not say what it was trained on: its `class_counts` are empty, its
+    class names are numbers, and of its recipe only the model is known.
     """
 
     recipe: Recipe
@@ -50,6 +50,7 @@ class Checkpoint:
     optimizer: dict[str, Any]
     fingerprints: dict[str, str]
     objective: dict[str, Tensor] = field(default_factory=dict)
+    raw: dict[str, Tensor] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Write to `path`, which holds the old file or the whole new one at any moment. Raises OSError."""

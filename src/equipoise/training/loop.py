@@ -1,6 +1,7 @@
 """Epochs of steps, each looked at before the weights move, saved and validated. Here is the only `optimizer.step()`."""
 
 import contextlib
+import copy
 import math
 import os
 import signal
@@ -26,6 +27,7 @@ from equipoise.method.network import TwoBranchNetwork, batch_norms
 from equipoise.method.tuning import parameter_groups
 from equipoise.runs.checkpoint import Checkpoint, state_on_cpu
 from equipoise.runs.folder import BEST, RunLog
+from equipoise.training.averaging import average_in
 from equipoise.training.plan import Plan
 from equipoise.training.step import Step
 from equipoise.views.loader import Batch, Batches
@@ -144,6 +146,7 @@ class Trainer:
         groups = parameter_groups(network, network.encoder, optim.layer_decay)
         self._optimizer = create_sgd(groups, optim.lr, optim.momentum, optim.weight_decay)
         self._saved_at, self._saving_took, self._saved_step = time.monotonic(), 0.0, -1
+        self._averaged: TwoBranchNetwork | None = None
         self.epoch, self.step, self.best = 0, 0, None
         if plan.start is None:
             return
@@ -160,6 +163,10 @@ class Trainer:
         """All steps that are left. Raises Stopped where a signal asked for it, NonFiniteLossError, and OSError where
         there is no room to write."""
         recipe, plan = self._plan.recipe, self._plan
+        if recipe.optim.ema:
+            self._averaged = copy.deepcopy(self._network)
+            if plan.start is not None and plan.place.resumes:
+                self._averaged.load_state_dict(plan.start.checkpoint.weights)
         with (
             closing(self._batches),
             closing(self._validation or self._batches),
@@ -196,6 +203,8 @@ class Trainer:
             self._refuse_non_finite(terms, rate)
             self._optimizer.step()
             self.step += 1
+            if self._averaged is not None:
+                average_in(self._averaged, self._network, recipe.optim.ema, self.step)
             images += len(batch.labels_G)
             speed = images / (time.perf_counter() - since)
             said = "  ".join(f"{name} {value:.3f}" for name, value in terms.items())
@@ -220,7 +229,8 @@ class Trainer:
         """Validate, and save. Epochs may be so short that saving takes much of the time: then it is left out, but for
         the best and the last one. A signal is answered after the next step."""
         world = self._plan.world
-        world.first_buffers(self._network)
+        for network in filter(None, (self._network, self._averaged)):
+            world.first_buffers(network)
         # Ranks must agree, and their clocks do not.
         is_cheap = world.size > 1 or time.monotonic() - self._saved_at > 20 * self._saving_took
         is_best = False
@@ -248,7 +258,7 @@ class Trainer:
             self.requests.leave_if_stopped(self._state(), self._plan.resume_command())
 
         train = self._plan.parts.train
-        predictions = predict(self._network, validation, observe=look, world=self._plan.world)
+        predictions = predict(self._averaged or self._network, validation, observe=look, world=self._plan.world)
         scored = score(predictions, train.class_counts, len(train.class_names))
         names = ("top1", "mean_per_class", "many", "medium", "few")
         log.write("validation", self.step, self.epoch, {name: scored[name] for name in names})
@@ -272,10 +282,11 @@ class Trainer:
             epoch=self.epoch,
             step=self.step,
             best=self.best,
-            weights=state_on_cpu(self._network),
+            weights=state_on_cpu(self._averaged or self._network),
             optimizer=self._optimizer.state_dict(),
             fingerprints=plan.fingerprints,
             objective=state_on_cpu(self._gradients.objective),
+            raw=state_on_cpu(self._network) if self._averaged is not None else {},
         )
         log.sync()  # a run that goes on from here does not write its lines again
         # The best first: a last checkpoint never speaks of a best one that is not there.
