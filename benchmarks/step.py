@@ -22,7 +22,7 @@ from equipoise.base.world import ALONE
 from equipoise.config.reading import load_recipe
 from equipoise.config.recipe import Recipe
 from equipoise.runs.checkpoint import create_network
-from equipoise.training.loop import create_sgd
+from equipoise.training.optim import create_sgd
 from equipoise.training.step import Step
 from equipoise.views.loader import Batch
 

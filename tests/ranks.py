@@ -16,7 +16,8 @@ from equipoise.config.reading import load_recipe
 from equipoise.data.images import ImageList, PixelArrays
 from equipoise.method.network import batch_norms
 from equipoise.runs.checkpoint import create_network
-from equipoise.training.loop import create_sgd, set_training
+from equipoise.training.loop import set_training
+from equipoise.training.optim import create_sgd
 from equipoise.training.step import Step
 from equipoise.views.loader import open_batches, steps_per_epoch
 from equipoise.views.views import view_settings
@@ -50,7 +51,7 @@ def train(world: World, case: dict[str, Any]) -> dict[str, Any]:
     batches = open_batches(images, view_settings(recipe), CPU, 0, world)
     take_step = Step(recipe, network, images.class_counts, CPU, "fp32", world)
     optimizer = create_sgd(network.parameters(), 0.02, 0.9, 5e-4)
-    saved: dict[str, Any] = {"terms": [], "rows": [], "classes": [], "gradients": {}}
+    saved: dict[str, Any] = {"terms": [], "rows": [], "classes": [], "gradients": {}, "own": {}}
     epochs = math.ceil(STEPS / steps_per_epoch(len(images), recipe.batch_size))
     steps = range(epochs * steps_per_epoch(len(images), recipe.batch_size))
     made = batches.training(0, recipe.batch_size, steps, recipe.data.sampler, epochs)
@@ -70,6 +71,8 @@ def train(world: World, case: dict[str, Any]) -> dict[str, Any]:
         if not saved["gradients"] or len(batch.labels_G) < recipe.batch_size:
             key = len(batch.labels_G)
             saved["gradients"].setdefault(key, {n: p.grad.clone() for n, p in network.named_parameters()})
+            of_objective = {f"{n} {key}": p for n, p in take_step.objective.named_parameters() if p.requires_grad}
+            saved["own"] |= {n: float(p.grad) for n, p in of_objective.items()}
         optimizer.step()
     world.first_buffers(network)
     state = {name: value.clone() for name, value in take_step.objective.state_dict().items()}

@@ -29,6 +29,9 @@ CASES = {
     "proco": BCL | {"method": "proco"},
     "gpaco": BCL | {"method": "gpaco"},
     "tsc": BCL | {"method": "tsc"},
+    "paco": BCL | {"method": "paco", "micro_batch": 3},
+    "paco-synchronised": BCL | {"method": "paco", "batch_norm": "synchronised"},
+    "gml": BCL | {"method": "gml", "images": 67},
     "ce": BCL | {"method": "ce", "images": 67},
     "micro": BCL | {"micro_batch": 3},
     "synchronised": BCL | {"batch_norm": "synchronised"},
@@ -85,6 +88,8 @@ def test_many_processes_train_what_one_trains(trained, case, processes):
     assert one["gradients"].keys() == many["gradients"].keys() == {32, CASES[case]["images"] % 32}
     for rows, gradients in one["gradients"].items():
         assert largest_relative_error(many["gradients"][rows], gradients) < 1e-9, f"after a batch of {rows}"
+        for name, gradient in one["own"].items():
+            assert many["own"][name] == pytest.approx(gradient, rel=1e-6)  # it is float32
         if case == "micro":
             assert largest_relative_error(trained[1]["bcl"]["gradients"][rows], gradients) < 1e-9
     assert largest_relative_error(many["state"], one["state"]) < 1e-6

@@ -16,6 +16,7 @@ from conftest import ODD_NAMES, draw_picture, refusal
 from synthetic import untrained
 
 from benchmarks.rehearsal import write_as_authors
+from equipoise.base.errors import one_line
 from equipoise.cli.main import main
 from equipoise.runs.checkpoint import load_checkpoint
 
@@ -67,6 +68,18 @@ def test_predict_writes_csv_and_json(odd_run, part_folder, tmp_path, capsys):
         assert float(row["probability_1"]) == entry["classes"][0]["probability"]
 
 
+def test_predict_estimates_the_prior(odd_run, part_folder, tmp_path, capsys):
+    arguments = ["predict", str(odd_run), str(part_folder / ODD_NAMES[2]), "--prior", "estimate"]
+    assert main([*arguments, "--json", str(tmp_path / "p.json")]) == 0
+    said = capsys.readouterr().out
+    estimated = json.loads((tmp_path / "p.json").read_text())["estimated_prior"]
+    assert sum(estimated.values()) == pytest.approx(1)
+    shares = {name: f"{one_line(name)} {100 * share:.1f}" for name, share in estimated.items()}
+    assert said.count("estimated class shares in percent, training in brackets: ") == 1
+    for name, count in zip(ODD_NAMES, (30, 12, 5), strict=True):
+        assert f"{shares[name]} ({100 * count / 47:.1f})" in said
+
+
 def test_predict_explains(odd_run, part_folder, tmp_path, capsys, monkeypatch):
     """In the table, as CSV and as JSON the same nearest training images, with their classes."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -116,6 +129,27 @@ def test_what_cannot_be_explained(run, part_folder, tmp_path, capsys):
     said = refusal(capsys, *words)
     assert said.endswith(f"nothing explains {run}/best.pt: there is no file or folder at {data}")
     assert main(list(words[:-2])) == 0
+
+
+def test_evaluate_under_other_class_priors(run, part_folder, tmp_path, capsys):
+    """What is shown is what is written; the uniform row of this run is its accuracy, as BCL's logits are for it."""
+    assert main(["evaluate", str(run), "--label-shift"]) == 0
+    said = capsys.readouterr().out
+    table = json.loads((run / "metrics-best-test.json").read_text())
+    rows = {row["prior"]: row for row in table["label_shift"]}
+    assert len(rows) == 31
+    few = table["test"]["calibration"]["few"]
+    shown = f"{100 * few['classwise_ece']:.3g} +{few['nll']:.3f} +{few['brier']:.3f}"
+    assert re.search(rf"\n +few +{shown} *\n", said)
+    assert rows["uniform"]["unknown"] == rows["uniform"]["known"] == pytest.approx(table["test"]["mean_per_class"])
+    for name in ("forward 50", "backward 2"):
+        unknown, known = (f"{100 * rows[name][key]:.1f}" for key in ("unknown", "known"))
+        assert re.search(rf"{name} +{unknown} +{known} *\n", said)
+    lowest = min(row["known"] for name, row in rows.items() if name.startswith("draw"))
+    assert re.search(rf"20 draws, lowest .* {100 * lowest:.1f} *\n", said)
+    theirs = write_as_authors(untrained((1, 1, 1)), tmp_path / "x.pth.tar")
+    words = "evaluate", str(theirs), "--data", str(part_folder), "--label-shift"
+    assert refusal(capsys, *words).startswith(f"{theirs} does not say how many training images each class had")
 
 
 def command(*words: object, **options: Any) -> subprocess.CompletedProcess[bytes]:
@@ -233,7 +267,10 @@ def test_nothing_predicted_is_an_error(odd_run, tmp_path, capsys):
         (["RUN"], "no images are named: name files, folders, or a list of them with --list FILE"),
         (["RUN", "--list", "no.txt"], "--list no.txt cannot be read (no such file or directory); name a file with one"),
         (["RUN", "--list", os.devnull], f"--list {os.devnull} is empty; it should have one path a line"),
-        (["RUN", "IMAGES", "--prior", "even"], "--prior is uniform, train, or a CSV file of classes and their weights"),
+        (
+            ["RUN", "IMAGES", "--prior", "even"],
+            "--prior is uniform, train, estimate, or a CSV file of classes and their",
+        ),
     ],
 )
 def test_refusals_of_predict(arguments, sentence, odd_run, part_folder, tmp_path, capsys, monkeypatch):

@@ -40,7 +40,9 @@ def write_config(folder, **changed) -> None:
 
 
 def test_round_trip(tmp_path):
-    checkpoint = sample(data="/home/somebody/secret", weights="/home/somebody/start.pth", lr=0.123)
+    checkpoint = sample(
+        data="/home/somebody/secret", weights="/home/somebody/start.pth", lr=0.123, sampler="square-root"
+    )
     write_hub_folder(tmp_path / "hub", checkpoint, 1.25, None)
     write_config(tmp_path / "hub", step=70)  # as versions before did
     read, temperature = read_hub_folder(tmp_path / "hub")
@@ -48,7 +50,7 @@ def test_round_trip(tmp_path):
     assert (read.class_names, read.class_counts, read.epoch) == (NAMES, (130, 95, 60, 25), 7)
     assert read.weights.keys() == checkpoint.weights.keys()
     assert all(torch.equal(read.weights[name], value) for name, value in checkpoint.weights.items())
-    assert read.recipe == sample(data="", lr=0.123).recipe
+    assert read.recipe == sample(data="", lr=0.123, sampler="square-root").recipe, "the prior depends on the sampler"
     for file in (tmp_path / "hub").iterdir():
         assert b"somebody" not in file.read_bytes(), "paths of the machine are nobody's business"
     assert sorted(os.listdir(tmp_path / "hub")) == ["README.md", "config.json", "head.safetensors", "model.safetensors"]

@@ -75,6 +75,26 @@ def test_predict_gives_the_posterior_of_bayes_rule(method, tau, heat, tmp_path):
         assert (np.diff(predicted.probability_NK, axis=1) <= 0).all()
 
 
+def test_the_prior_is_estimated_from_the_pictures(tmp_path):
+    """Drawn from the rare classes mostly; what is predicted is what that prior, given as weights, would give."""
+    generator = np.random.default_rng(0)
+    shares = np.array([0.1, 0.3, 0.6])
+    labels = np.repeat(np.arange(3), (40, 120, 240))
+    for number, colour in enumerate(generator.normal(MEANS_C3.numpy()[labels], SPREAD).clip(0, 255).astype(np.uint8)):
+        Image.new("RGB", (3, 2), tuple(colour.tolist())).save(tmp_path / f"{number:03}.png")
+    model = PerfectNetwork(0.0, 3.0)
+    classifier = Classifier(Path("x"), untrained(COUNTS, method="ce"), model, 3.0, None, torch.device("cpu"))  # type: ignore[arg-type]
+    predicted = classifier.predict(tmp_path, top=2, prior="estimate")
+    estimated = predicted.estimated
+    assert list(estimated) == ["class 0", "class 1", "class 2"]
+    assert list(estimated.values()) == pytest.approx(shares, abs=0.06)
+    expected = classifier.predict(tmp_path, top=2, prior=estimated)
+    assert expected.estimated == {}
+    assert predicted.ranked_NK.tolist() == expected.ranked_NK.tolist()
+    assert predicted.probability_NK == pytest.approx(expected.probability_NK)
+    assert len(classifier.predict([], prior="estimate")) == 0
+
+
 @pytest.mark.parametrize(("method", "tau"), [("ce", 1.0), ("logit-adjusted", 1.0), ("logit-adjusted", 0.5)])
 def test_trained_networks_give_the_posterior_of_bayes_rule(method, tau):
     """Nothing assumed of the logits: a linear network trained on draws, by the losses that training uses."""

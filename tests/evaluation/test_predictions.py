@@ -9,9 +9,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from equipoise import UserError
+from equipoise.base.world import ALONE
 from equipoise.config.recipe import Model, Views
 from equipoise.evaluation.metrics import GROUPS, TAUS, Predictions, shot_group
-from equipoise.evaluation.predictions import COSINE_BINS, Observation, confidence_at, count_cosines, predict
+from equipoise.evaluation.predictions import (
+    COSINE_BINS,
+    ClassCalibration,
+    Observation,
+    confidence_at,
+    count_cosines,
+    predict,
+)
 from equipoise.method.network import TwoBranchNetwork
 from equipoise.views.loader import Batch
 
@@ -206,3 +214,52 @@ def test_outputs_that_are_not_finite_are_not_scored(spoilt, linear):
         linear.classifier.bias[3] = spoilt
     with pytest.raises(UserError, match="the network's logits are not finite"):
         predict(linear, Images())
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_calibration_of_classes_against_slow_loops(ranks):
+    """Batches of several ranks give the same figures to the last bit. The fourth class has no images."""
+    generator = torch.Generator().manual_seed(4)
+    labels = torch.tensor([0, 1, 2, 4, 5])[torch.randint(0, 5, (200,), generator=generator)]
+    logits = 3 * torch.randn(200, CLASSES, generator=generator)
+    logits[:40] = torch.tensor([0.0, 0.0, 0.0, -200, -200, -200])  # probabilities of 1/3, on an edge, and of 0
+    found = calibration_of(labels, logits, ranks)
+    assert found == calibration_of(labels, logits, 1)
+    shares = logits.double().softmax(1).tolist()
+    ece, nll, brier = {}, {}, {}
+    for c in set(labels.tolist()):
+        bins = [[] for _ in range(15)]
+        for row, label in zip(shares, labels.tolist(), strict=True):
+            place = next(k for k in range(15) if row[c] <= (k + 1) / 15 + 1e-12)
+            bins[place].append((label == c) - row[c])
+        ece[c] = sum(abs(sum(gaps)) for gaps in bins) / 200
+        own = [row for row, label in zip(shares, labels.tolist(), strict=True) if label == c]
+        nll[c] = np.mean([-np.log(row[c]) for row in own])
+        brier[c] = np.mean([sum((share - (k == c)) ** 2 for k, share in enumerate(row)) for row in own])
+    groups = {"all": [0, 1, 2, 4, 5], "many": [0, 1], "medium": [2], "few": [4, 5]}
+    assert list(found) == list(groups)
+    for group, of_group in groups.items():
+        for key, per_class in (("classwise_ece", ece), ("nll", nll), ("brier", brier)):
+            assert found[group][key] == pytest.approx(np.mean([per_class[c] for c in of_group]), abs=1e-7), (group, key)
+
+
+def calibration_of(labels, logits, ranks: int):
+    of_ranks = [ClassCalibration(CLASSES) for _ in range(ranks)]
+    for number, rows in enumerate(torch.arange(len(labels)).split(30)):
+        of_ranks[number % ranks].add(labels[rows], torch.empty(0), logits[rows])
+    first, *others = of_ranks
+    for name in ("_gaps_KC", "_of_label_3C"):
+        for other in others:
+            getattr(first, name).add_(getattr(other, name))
+    return first.by_group(COUNTS, ALONE)
+
+
+def test_probabilities_that_are_frequencies_have_no_calibration_error():
+    """Labels as often as the probabilities say; without training counts there are no groups."""
+    calibration = ClassCalibration(2)
+    calibration.add(torch.tensor([0, 0, 0, 1]), torch.empty(0), torch.tensor([[3.0, 1.0]]).log().expand(4, -1))
+    found = calibration.by_group((), ALONE)
+    assert list(found) == ["all"]
+    assert found["all"]["classwise_ece"] == pytest.approx(0, abs=1e-7)
+    assert found["all"]["nll"] == pytest.approx((np.log(4 / 3) + np.log(4)) / 2)
+    assert found["all"]["brier"] == pytest.approx((2 / 16 + 2 * 9 / 16) / 2)

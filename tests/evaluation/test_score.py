@@ -63,6 +63,10 @@ def test_validation_fits_the_temperature_and_chooses_tau(checkpoint):
         confidence_N = (np.exp(scores_NC) / np.exp(scores_NC).sum(1, keepdims=True)).max(1)
         assert observed[f"{part}/calibrated_N"] == pytest.approx(confidence_N, abs=1e-5)
         assert metrics[part]["prior_sweep"] == sweep(predictions, COUNTS)
+        chances_NC = np.exp(predictions.logits_NC) / np.exp(predictions.logits_NC).sum(1, keepdims=True)
+        for group, label in zip(("many", "medium", "few"), range(3), strict=True):
+            nll = -np.log(chances_NC[predictions.labels_N == label, label]).mean()
+            assert metrics[part]["calibration"][group]["nll"] == pytest.approx(nll, rel=1e-5)
     rows = metrics["validation"]["prior_sweep"]
     post_hoc = metrics["post_hoc"]
     assert post_hoc["validation"]["mean_per_class"] == max(row["mean_per_class"] for row in rows)

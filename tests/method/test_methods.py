@@ -25,7 +25,8 @@ def outputs(method: str) -> Outputs:
     random = torch.Generator().manual_seed(0)
     features = F.normalize(torch.randn(6, 2, 4, generator=random, dtype=torch.float64), dim=-1)
     prototypes = F.normalize(torch.randn(3, 4, generator=random, dtype=torch.float64), dim=-1)
-    shape = (6, 2, 3) if METHODS[method].shares_views else (6, 3)
+    anchors = 1 if METHODS[method].momentum else 2
+    shape = (6, anchors, 3) if METHODS[method].shares_views else (6, 3)
     return Outputs(torch.randn(shape, generator=random, dtype=torch.float64), features, prototypes)
 
 
@@ -46,11 +47,40 @@ def gpaco(of: Outputs, smoothing: float) -> Tensor:
     return parametric_contrastive_loss(adjusted, LABELS, slice(0, 6), nothing, settings)
 
 
+def paco(of: Outputs, smoothing: float) -> Tensor:
+    """Before anything is in its queue, for each query in turn. A plan refuses the smoothing, the loss would take it."""
+    assert of.features_BVD is not None
+    columns, labels, total = of.features_BVD.flatten(0, 1), LABELS.repeat_interleave(2), torch.zeros(())
+    prior = log_prior(torch.tensor(COUNTS))
+    for image, label in enumerate(LABELS.tolist()):
+        others = [column for column in range(12) if column != 2 * image]
+        scores = torch.cat([of.logits_BC[image, 0] + prior, columns[others] @ columns[2 * image] / 0.2])
+        target = torch.full((3,), smoothing / 2, dtype=torch.float64)
+        target[label] = 1 - smoothing
+        weights = torch.cat([target, 0.7 * (labels[others] == label).double()])
+        total = total - (weights * scores.log_softmax(0)).sum() / weights.sum() / 6
+    return total
+
+
+def gml(features: Tensor, prior: Tensor) -> Tensor:
+    """Before anything else is in its queue: for each query all keys, then all but that of the same image. Class 2 has
+    no other one."""
+    total = torch.zeros(())
+    for image, label in enumerate(LABELS.tolist()):
+        for left_out in [None] if label == 2 else [None, image]:
+            scores = [
+                (features[keys, 1] @ features[image, 0] / 0.2).exp().mean().log()
+                for keys in ([i for i in range(6) if LABELS[i] == c and i != left_out] for c in range(3))
+            ]
+            total = total + F.cross_entropy(torch.stack(scores) + prior, LABELS[image]) / 6
+    return total
+
+
 def formula(method: str, of: Outputs, smoothing: float) -> Tensor:
     """Each in its plainest form, with torch's label smoothing where it goes with that."""
-    if method == "gpaco":
-        return gpaco(of, smoothing)
-    logits, features, prototypes, _ = of
+    if METHODS[method].shares_views:
+        return paco(of, smoothing) if method == "paco" else gpaco(of, smoothing)
+    logits, features, prototypes = of
     prior, counts = log_prior(torch.tensor(COUNTS)), torch.tensor(COUNTS, dtype=torch.float64)
     adjusted = F.cross_entropy(logits + 1.3 * prior, LABELS, label_smoothing=smoothing)
     weights = (1 - 0.99) / (1 - 0.99**counts)
@@ -70,6 +100,7 @@ def formula(method: str, of: Outputs, smoothing: float) -> Tensor:
         "ldam-drw": lambda: F.cross_entropy(logits - margins * F.one_hot(LABELS, 3), LABELS),
         "kcl": lambda: 1.5 * adjusted + 0.7 * k_positive_loss(features, LABELS, 0.2, 0),
         "tsc": lambda: 1.5 * adjusted + 0.7 * k_positive_loss(features, LABELS, 0.2, 0, targets_CD=spread_points(3, 4)),
+        "gml": lambda: 1.5 * adjusted + 0.7 * gml(features, prior),
         "proco": lambda: 1.5 * adjusted + 0.7 * proco(features, prior),
         "vs": lambda: F.cross_entropy((counts / 50) ** 0.4 * logits + 1.3 * prior, LABELS, label_smoothing=smoothing),
     }[method]()
@@ -106,7 +137,8 @@ def test_mixed_images_have_the_losses_of_both_labels_by_their_shares(method):
     def terms(mixed: tuple[Tensor, ...]) -> dict[str, float]:
         objective = objective_of(load_recipe("digits-lt", method=method, **SETTINGS), COUNTS).double()
         objective.begin_epoch(0, 2)
-        found = objective(outputs(method)._replace(mixed=mixed), LABELS, slice(0, 6))
+        objective.mixed = mixed
+        found = objective(outputs(method), LABELS, slice(0, 6))
         return {name: term.item() for name, term in found.items()}
 
     plain, mixed = terms(()), terms((OTHERS, SHARES))
@@ -137,17 +169,15 @@ def test_parts_of_a_batch_add_up(method):
     sums, gradients = list[float](), list[Tensor]()
     for parts in ([slice(0, 6)], [slice(0, 1), slice(1, 5), slice(5, 6), slice(6, 6)]):
         recipe = load_recipe("digits-lt", method=method, **SETTINGS)
-        logits_BC, features_BVD, prototypes_CD, _ = outputs(method)
-        mixed = (OTHERS, SHARES) if METHODS[method].mixes else ()
+        logits_BC, features_BVD, prototypes_CD = outputs(method)
         assert features_BVD is not None
         logits_BC.requires_grad_()
         features_BVD.requires_grad_()
-        of_parts = [  # each by an objective of its own, which sees the features of all
-            objective_of(recipe, COUNTS).double()(
-                Outputs(logits_BC[part], features_BVD, prototypes_CD, mixed), LABELS, part
-            )["loss"]
-            for part in parts
-        ]
+        of_parts = list[Tensor]()
+        for part in parts:  # each by an objective of its own, which sees the features of all
+            objective = objective_of(recipe, COUNTS).double()
+            objective.mixed = (OTHERS, SHARES) if objective.mixes else ()
+            of_parts.append(objective(Outputs(logits_BC[part], features_BVD, prototypes_CD), LABELS, part)["loss"])
         torch.stack(of_parts).sum().backward()
         sums.append(sum(term.item() for term in of_parts))
         gradients += [logits_BC.grad, features_BVD.grad] if METHODS[method].contrastive else [logits_BC.grad]
@@ -214,13 +244,23 @@ def test_ldam_golden(stage):
     ("method", "prior"),
     [
         ("ce", [9, 4, 1]), ("focal", [9, 4, 1]), ("class-weights", [1, 1, 1]), ("gpaco", [1, 1, 1]),
-        *((method, [3, 2, 1]) for method in ("logit-adjusted", "vs", "supcon+la", "bcl", "kcl", "tsc", "proco")),
+        ("paco", [1, 1, 1]),
+        *((method, [3, 2, 1]) for method in ("logit-adjusted", "vs", "supcon+la", "bcl", "kcl", "tsc", "proco", "gml")),
     ],
 )  # fmt: skip
 def test_logits_are_for_a_prior(method, prior):
     objective = objective_of(load_recipe("digits-lt", method=method, effective_beta=1, tau=0.5), (9, 4, 1))
     found = objective.log_prior_of_logits().exp()
     assert (found / found[2]).tolist() == pytest.approx(prior)
+
+
+def test_logits_of_smoothed_labels_are_for_the_prior_of_these():
+    """Cross-entropy is smallest where its softmax is the mean smoothed label of an image; their mean is the prior."""
+    images, seen = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([[0.8, 0.1, 0.1], [0.5, 0.4, 0.1], [0.2, 0.2, 0.6]])
+    shares_C = images @ seen
+    smoothed = 0.02 * seen + 0.98 / 3
+    objective = objective_of(load_recipe("digits-lt", method="ce", label_smoothing=0.98), (1000 * shares_C).tolist())
+    assert objective.log_prior_of_logits().exp().tolist() == pytest.approx((images @ smoothed).tolist())
 
 
 @pytest.mark.parametrize(("progress", "prior"), [(0.8, [9, 4, 1]), (0.81, [1, 1, 1])])

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from equipoise.config.recipe import Model, Views
-from equipoise.method.network import TwoBranchNetwork
+from equipoise.method.network import ScaledClassifier, TwoBranchNetwork
 
 IMAGES = torch.randint(0, 256, (12, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
@@ -25,6 +25,21 @@ def test_cosine_classifier_is_scale_thirty():
         weight *= torch.arange(1.0, 6.0)[:, None]
     cosine = F.normalize(hidden, dim=1) @ F.normalize(weight, dim=1).T
     assert torch.allclose(model(IMAGES), 30 * cosine, atol=1e-4)
+
+
+def test_a_scaled_classifier_trains_its_scales_alone():
+    """At first, and normalised with tau 0, it is the classifier that it scales; with tau 1 all norms are 1."""
+    for of in (network().classifier, network("linear").classifier):
+        scaled, hidden = ScaledClassifier(of), torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(scaled(hidden), of(hidden))
+        assert [name for name, value in scaled.named_parameters() if value.requires_grad] == ["scales_C"]
+        of.weight *= torch.arange(1.0, 6.0)[:, None]
+        before = of(hidden)
+        scaled.normalise(0)
+        assert torch.equal(scaled(hidden), before)
+        scaled.normalise(1)
+        assert scaled.weight.norm(dim=1).tolist() == pytest.approx([1] * 5)
+        assert torch.allclose(scaled(hidden), before / of.weight.norm(dim=1))
 
 
 def test_linear_classifier_has_a_bias_and_prototypes():

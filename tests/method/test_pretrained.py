@@ -17,6 +17,7 @@ from safetensors.torch import save
 
 from equipoise.config.reading import load_recipe
 from equipoise.config.recipe import Views
+from equipoise.config.writing import recipe_toml
 from equipoise.method.encoders import create_encoder
 from equipoise.method.pretrained import find_pretrained, viewed_as_pretrained
 
@@ -138,3 +139,10 @@ def test_views_are_those_of_the_weights(name, size, mean):
     assert (own.size, own.mean, own.std) == (96, (0.1, 0.2, 0.3), Views().std)
     nothing = viewed_as_pretrained(load_recipe("pictures", arch=name))
     assert nothing == load_recipe("pictures", arch=name)
+
+
+def test_views_are_those_of_the_run_whose_encoder_it_is(tmp_path):
+    """Even if the mean of that run is the one that means 'the pretrained encoder's' elsewhere."""
+    (tmp_path / "recipe.toml").write_text(recipe_toml(load_recipe("pictures", size=96, std="0.1 0.2 0.3")))
+    views = viewed_as_pretrained(load_recipe("frozen", arch=LITE, weights=str(tmp_path / "last.pt"))).views
+    assert (views.size, views.mean, views.std) == (96, Views().mean, (0.1, 0.2, 0.3))

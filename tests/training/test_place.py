@@ -239,6 +239,8 @@ def test_batches_that_cannot_be_shared_or_normalised():
     for size in (1, 2):
         with pytest.raises(UserError, match=rf"^micro_batch \({size}\) may leave BatchNorm a single image; "):
             check(5, micro_batch=size)
+        with pytest.raises(UserError, match="may leave BatchNorm a single image"):
+            check(5, method="gml", micro_batch=size)  # of the last view, which passes the momentum encoder alone
         check(5, method="bcl", micro_batch=size)  # of three views it is over three
         check(5, micro_batch=size, batch_norm="frozen")
     check(5, micro_batch=3)

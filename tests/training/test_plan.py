@@ -33,6 +33,8 @@ def test_convolutions_in_groups_are_trained_in_float32(arch, tune, given, precis
             {"method": "ldam-drw", "sampler": "square-root"},
             "ldam-drw goes by the class counts as they are: set --sampler instance",
         ),
+        ({"method": "paco", "label_smoothing": 0.1}, "paco has no label smoothing: set --label-smoothing 0"),
+        ({"method": "gml", "classifier": "linear"}, "gml needs a cosine classifier: set --classifier cosine"),
         ({"method": "focal", "label_smoothing": 0.1}, "focal has no label smoothing: set --label-smoothing 0"),
         (
             {"method": "gpaco", "mix": "cutmix"},

@@ -97,14 +97,14 @@ def test_a_signal_during_validation_stops_after_the_batch(tmp_path, monkeypatch)
     seen: list[int] = []
     honest = training.predict
 
-    def predict(*given, observe, **more):
+    def predict(*given, looks, **more):
         def observe_and_ask(*arguments) -> None:
             if len(seen) == 7 + 2:  # in the second epoch
                 os.kill(os.getpid(), signal.SIGTERM)
             seen.append(1)
-            observe(*arguments)
+            looks[0](*arguments)
 
-        return honest(*given, observe=observe_and_ask, **more)
+        return honest(*given, looks=[observe_and_ask], **more)
 
     monkeypatch.setattr(training, "predict", predict)
     run = tmp_path / "run"

@@ -1,4 +1,4 @@
-"""The step beyond what its gradients are over ranks (tests/base/test_world.py)."""
+"""A step with a momentum copy: it follows the network, is saved with the run, and is in nothing that comes of it."""
 
 import copy
 
@@ -6,103 +6,121 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import draw_folder
 
-from equipoise import load_recipe
+from equipoise import load, load_recipe, train
 from equipoise.base.world import ALONE
-from equipoise.method.methods import METHODS, objective_of
-from equipoise.runs.checkpoint import create_network
+from equipoise.deploy.hub import write_hub_folder
+from equipoise.method.network import batch_norms
+from equipoise.runs.checkpoint import create_network, load_checkpoint
+from equipoise.training.loop import set_training
+from equipoise.training.optim import create_sgd
 from equipoise.training.step import Step
-from equipoise.views.draws import sampled_counts
 from equipoise.views.loader import Batch
 from equipoise.views.views import view_settings
 
-COUNTS = (50, 10, 2)
-CPU = torch.device("cpu")
+COUNTS, CPU = (9, 5, 2), torch.device("cpu")
+TINY = {"policy": "cifar", "size": 8, "encoder": "resnet8", "hidden_dim": 8, "feature_dim": 8, "device": "cpu",
+        "holdout": 0, "epochs": 2, "batch_size": 5, "workers": 0, "precision": "fp32"}  # fmt: skip
+METHODS = ["paco", "gml"]
 
 
-def step_of(**fields) -> Step:
-    recipe = load_recipe("digits-lt", feature_dim=4, **fields)
-    return Step(recipe, create_network(recipe, len(COUNTS), start=True), COUNTS, CPU, "fp32", ALONE)
-
-
-@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.resamples])
-def test_losses_are_for_what_the_progressive_sampler_draws_now(method):
-    """As those of an objective that is made for these counts; its state stays."""
-    step = step_of(method=method, sampler="progressive", gamma=0.4)
-    state = {name: value.add_(0.25 if value.is_floating_point() else 1).clone()
-             for name, value in step.objective.state_dict().items()}  # fmt: skip
-    for progress in (0.0, 0.25, 0.75):
-        step.expect_draws(progress)
-        expected = objective_of(step._recipe, sampled_counts(COUNTS, "progressive", progress).tolist())
-        buffers = dict(step.objective.named_buffers())
-        for name, value in expected.named_buffers():
-            assert torch.allclose(buffers[name], state.get(name, value).to(buffers[name].dtype), rtol=1e-6), name
-    shares = np.array(COUNTS) / 62 / 4 + 0.75 / 3
-    assert step.objective.log_prior_C.exp().tolist() == pytest.approx(shares.tolist(), rel=1e-6)
-
-
-# ---- sharpness-aware minimisation
-
-
-def batch_of(step: Step, images: int = 6) -> Batch:
-    random, views = torch.Generator().manual_seed(1), len(view_settings(step._recipe).kinds)
-    pixels = torch.randint(0, 256, (views, images, 3, 16, 16), generator=random, dtype=torch.uint8)
-    return Batch(pixels, torch.arange(images) % 3, slice(0, images))
-
-
-def double_step(**fields) -> Step:
+def steps(count: int, **fields):
+    """A network and its step, after so many batches of noise, and the weights before each of them."""
+    recipe = load_recipe("pictures", **{**TINY, **fields})
     torch.manual_seed(0)
-    step = step_of(**fields)
-    step._network.double().train()
-    step.objective.double().begin_epoch(0, 2)
-    return step
+    network = create_network(recipe, 3, start=True)
+    for module in batch_norms(network):
+        module.running_mean.normal_(0, 0.1)
+        module.running_var.uniform_(0.5, 1.5)
+    step = Step(recipe, network, COUNTS, CPU, recipe.precision, ALONE)
+    set_training(network, recipe)
+    optimizer, before = create_sgd(network.parameters(), 0.1, 0.9, 5e-4), []
+    for number in range(count):
+        random = torch.Generator().manual_seed(number)
+        shape = (len(view_settings(recipe).kinds), 6, 3, 8, 8)
+        images = torch.randint(0, 256, shape, generator=random, dtype=torch.uint8)
+        labels = torch.tensor([0, 0, 1, 0, 1, number % 3])
+        before.append(copy.deepcopy(network))
+        optimizer.zero_grad()
+        assert np.isfinite(step(Batch(images, labels, slice(0, 6)))[0]["loss"])
+        optimizer.step()
+    return network, step, before, images
 
 
-def test_sam_by_hand():
-    """Two gradients of plain cross-entropy by autograd; nothing of the step is used for them."""
-    step = double_step(method="ce", sam=0.3)
-    network, batch = copy.deepcopy(step._network), batch_of(step)
-
-    def gradients() -> list[torch.Tensor]:
-        network.train()
-        loss = F.cross_entropy(network(batch.images_VB3SS[0]), batch.labels_G)
-        return list(torch.autograd.grad(loss, list(network.parameters())))
-
-    first = gradients()
-    length = sum(float(gradient.square().sum()) for gradient in first) ** 0.5
-    averages = {name: value.clone() for name, value in network.named_buffers()}
-    with torch.no_grad():
-        for parameter, gradient in zip(network.parameters(), first, strict=True):
-            parameter += 0.3 * gradient / length
-    expected, before = gradients(), [parameter.detach().clone() for parameter in step._network.parameters()]
-    step(batch)
-    for parameter, gradient, start in zip(step._network.parameters(), expected, before, strict=True):
-        assert parameter.grad is not None
-        assert torch.allclose(parameter.grad, gradient, rtol=1e-9, atol=1e-12)
-        assert torch.equal(parameter, start), "to the last bit"
-    for name, value in step._network.named_buffers():
-        assert torch.equal(value, averages[name]), f"{name} is of the first pass alone"
-
-
-@pytest.mark.parametrize("micro_batch", [0, 3])
 @pytest.mark.parametrize("method", METHODS)
-def test_sam_of_each_method_sees_the_batch_once(method, micro_batch):
-    """The second gradient and the loss are those of a plain step at the moved weights, from the state of before; what
-    the step leaves behind is what a plain step at the weights themselves leaves."""
-    fields = {"method": method, "micro_batch": micro_batch}
-    step, plain, uphill = (double_step(**fields, sam=sam) for sam in (0.3, 0.0, 0.0))
-    batch = batch_of(step)
-    plain(batch)
-    moved = [parameter for parameter in plain._network.parameters() if parameter.grad is not None]
-    length = torch.stack([parameter.grad.norm() for parameter in moved]).norm()
-    with torch.no_grad():
-        for parameter, of_plain in zip(uphill._network.parameters(), plain._network.parameters(), strict=True):
-            parameter += 0 if of_plain.grad is None else 0.3 * of_plain.grad / length
-    expected, (terms, _) = uphill(batch)[0], step(batch)
-    assert terms == pytest.approx(expected, rel=1e-9)
-    for parameter, other in zip(step._network.parameters(), uphill._network.parameters(), strict=True):
-        assert (parameter.grad is None) == (other.grad is None)
-        assert parameter.grad is None or torch.allclose(parameter.grad, other.grad, rtol=1e-7, atol=1e-10)
-    for ours, after in ((step._network, plain._network), (step.objective, plain.objective)):
-        for name, value in after.state_dict().items():
-            assert torch.equal(ours.state_dict()[name], value), name
+def test_the_copy_follows_the_network(method):
+    """0.999 * copy + 0.001 * weights, of each step in turn, in float64; with no gradient and in no optimizer."""
+    network, step, before, _ = steps(4, method=method)
+    follower = step.objective.momentum_copy
+    expected = {name: value.double() for name, value in before[0].named_parameters()}
+    for of_step in before:
+        expected = {n: 0.999 * expected[n] + 0.001 * value.double() for n, value in of_step.named_parameters()}
+    names = [
+        f"{branch}.{n}" for branch in ("encoder", "projection") for n, _ in getattr(network, branch).named_parameters()
+    ]
+    found = dict(zip(names, follower.parameters(), strict=True))
+    for name, value in found.items():
+        assert value.grad is None
+        assert torch.allclose(value.double(), expected[name].detach(), rtol=1e-6, atol=1e-7), name
+    moved = [name for name in names if not torch.equal(found[name], dict(network.named_parameters())[name])]
+    assert len(moved) == len(names), "the copy is another one"
+    assert {id(value) for value in found.values()}.isdisjoint(map(id, network.parameters()))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"micro_batch": 3},
+        {"batch_norm": "frozen"},
+        {"tune": "last-stage", "weights": "file"},
+        {"precision": "bf16"},
+    ],
+)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_last_view_passes_the_copy_alone(method, fields, tmp_path):
+    """In the modes of the network's own modules, in the same parts, and without a gradient."""
+    if "weights" in fields:
+        torch.save(create_network(load_recipe("pictures", **TINY), 3, start=True).encoder.state_dict(), tmp_path / "w")
+        fields = fields | {"weights": str(tmp_path / "w")}
+    network, step, _, images = steps(2, method=method, **fields)
+    follower, micro_batch = step.objective.momentum_copy, fields.get("micro_batch", 0)
+    with torch.autocast("cpu", torch.bfloat16, enabled="precision" in fields):
+        outputs = network.training_outputs(images, micro_batch, follower, 0.999)
+        own = network.training_outputs(images[:-1], micro_batch)
+        encoder, projection = follower
+        parts = images[-1].tensor_split(2 if micro_batch else 1)
+        hidden = torch.cat([encoder((part - network.mean) / network.std).float() for part in parts])
+        keys = F.normalize(projection(hidden).float(), dim=1)
+    assert outputs.features_BVD.shape == (6, 2, 8)
+    assert torch.allclose(outputs.features_BVD[:, 1], keys, atol=0.03 if "precision" in fields else 1e-6)
+    assert torch.allclose(outputs.features_BVD[:, :1], own.features_BVD, atol=1e-6)
+    assert torch.allclose(outputs.logits_BC, own.logits_BC, atol=1e-4)
+    for ours, theirs in zip(encoder.modules(), network.encoder.modules(), strict=True):
+        assert ours.training == theirs.training
+    network.zero_grad()
+    outputs.features_BVD[:, 1].sum().backward()
+    assert not any(bool(parameter.grad.any()) for parameter in network.projection.parameters())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_of_the_copy_is_in_what_comes_of_a_run(method, tmp_path):
+    """It is in the checkpoint's state of the method. The exported folder predicts what the run does."""
+    data = draw_folder(tmp_path / "data", {"ant": 14, "bee": 6})
+    run = train(load_recipe("pictures", data=str(data), method=method, **TINY), tmp_path / "run", progress=False)
+    checkpoint = load_checkpoint(run.path / "last.pt")
+    plain = create_network(load_recipe("pictures", method="supcon+la", **TINY), 2, start=False).state_dict()
+    assert checkpoint.weights.keys() == checkpoint.build().state_dict().keys() == plain.keys()
+    of_branches = [name for name in plain if name.startswith(("encoder.", "projection."))]
+    assert len([name for name in checkpoint.objective if name.startswith("momentum_copy.")]) == len(of_branches)
+    trained = len(list(checkpoint.build().parameters())) + (method == "gml")
+    assert len(checkpoint.optimizer["state"]) == trained
+    if method == "gml":
+        assert checkpoint.objective["log_temperature"] != torch.tensor(0.07).log(), "it is learned"
+        assert checkpoint.optimizer["param_groups"][-1]["weight_decay"] == 0
+    write_hub_folder(tmp_path / "shared", checkpoint, None, None)
+    assert not any(b"momentum_copy" in file.read_bytes() for file in (tmp_path / "shared").iterdir())
+    pictures = sorted(map(str, data.glob("*/*.png")))
+    ours, shared = (load(place).predict(pictures).probability_NK for place in (run.path, tmp_path / "shared"))
+    assert np.array_equal(ours, shared)

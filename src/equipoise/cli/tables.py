@@ -3,6 +3,7 @@
 In a narrow terminal names give way, figures never; what is no terminal (a pipe, a file) is as wide as it must be.
 """
 
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from itertools import islice
@@ -25,10 +26,12 @@ from equipoise.method.balance import remedies
 if TYPE_CHECKING:
     from equipoise.deploy.predict import Predicted
     from equipoise.evaluation.labels import Doubt
+    from equipoise.runs.records import ShiftRow
 
 _ROWS_SHOWN = 40
 _BAD_SHOWN = 5
 _DOUBTS_SHOWN = 20
+_CHANGES_SHOWN = 5
 _NAME_WIDTH = 6  # characters that are left of a name in the narrowest terminal
 _BALANCED = 1.5  # below this imbalance factor nothing has to be done
 
@@ -96,6 +99,28 @@ def print_post_hoc(metrics: Mapping[str, Any]) -> None:
                 f"{metrics['method']}, {checkpoint} checkpoint: subtracting {chosen['tau']:g} x log prior from the "
                 f"logits (chosen on validation) moves the mean over classes on {part} from {before} to {after}"
             )
+
+
+def print_calibration(part: str, metrics: Mapping[str, Any]) -> None:
+    """How well the probabilities fit, for all classes and for each shot group."""
+    headings = "mean over classes", "class-wise\nECE, percent", "negative\nlog-likelihood", "Brier\nscore"
+    rows = [
+        (group, f"{100 * of['classwise_ece']:.3g}", f"{of['nll']:.3f}", f"{of['brier']:.3f}")
+        for group, of in metrics["calibration"].items()
+    ]
+    _print_figures(f"calibration on {part}, by the softmax of the raw logits", headings, rows)
+
+
+def print_label_shift(rows: "Sequence[ShiftRow]") -> None:
+    """Accuracy under other class priors; the Dirichlet draws together."""
+    drawn = [row for row in rows if row["prior"].startswith("draw ")]
+    shown = [(row["prior"], row["unknown"], row["known"]) for row in rows if row not in drawn]
+    for name, of in ("mean", statistics.mean), ("lowest", min):
+        shown.append((f"{len(drawn)} draws, {name}", of(r["unknown"] for r in drawn), of(r["known"] for r in drawn)))
+    headings = "class prior", "prior\nunknown", "prior\nknown"
+    cells = [(name, percent(unknown), percent(known)) for name, unknown, known in shown]
+    _print_figures("accuracy under other class priors, percent", headings, cells)
+    print("(forward 50: the class with the most training images is 50 times as frequent as the one with the fewest)")
 
 
 def print_unreadable(metrics: Mapping[str, Any]) -> None:
@@ -180,6 +205,15 @@ def print_predictions(predicted: "Predicted") -> None:
         print(f"({_ROWS_SHOWN} of {len(predicted):,} images; --csv FILE or --json FILE writes all of them)")
 
 
+def largest_changes(estimated: Mapping[str, float], train_counts: Sequence[int]) -> str:
+    """A line about the classes whose estimated share differs most from that in training, else from an equal one."""
+    counts, before = (train_counts, "training") if train_counts else ([1] * len(estimated), "equal")
+    rows = [(name, share, count / sum(counts)) for (name, share), count in zip(estimated.items(), counts, strict=True)]
+    rows.sort(key=lambda row: -abs(row[1] - row[2]))
+    changes = [f"{name} {percent(share)} ({percent(was)})" for name, share, was in rows[:_CHANGES_SHOWN]]
+    return one_line(f"estimated class shares in percent, {before} in brackets: {', '.join(changes)}")
+
+
 def print_doubts(doubts: "Sequence[Doubt]") -> None:
     """The images whose labels are probably wrong, with the probabilities of their label and of the likeliest class."""
     heading = f"labels to look at ({len(doubts):,}), by a pretrained encoder and a classifier trained on other images"
@@ -193,6 +227,15 @@ def print_doubts(doubts: "Sequence[Doubt]") -> None:
         _print(table)
     if len(doubts) > _DOUBTS_SHOWN:
         print(f"… and {len(doubts) - _DOUBTS_SHOWN:,} more")
+
+
+def _print_figures(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    _console().print(Text(f"\n {title}", "bold"))
+    figures = (Column(heading, justify="right") for heading in headings[1:])
+    table = Table(headings[0], *figures, box=SIMPLE)
+    for row in rows:
+        table.add_row(*row)
+    _print(table)
 
 
 def _ends(labels: Sequence[int], counts: Sequence[int]) -> Sequence[int]:

@@ -18,6 +18,7 @@ from equipoise.cli import flags
 from equipoise.cli.use import score_checkpoint
 from equipoise.config.reading import load_recipe, shipped_recipes
 from equipoise.config.recipe import Method, Recipe, recipe_fields
+from equipoise.config.second_stages import SECOND_STAGES
 
 if TYPE_CHECKING:
     from equipoise.base.world import World
@@ -221,6 +222,25 @@ def _carry_out(plan: "Plan", remark: str, chosen: Mapping[str, str]) -> "Run":
         if chosen:
             print(f"took {time.monotonic() - begun:,.0f} s")
         return run
+
+
+def add_retune_options(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("target", metavar="RUN", help="a run folder (its best checkpoint, or else the last), or a checkpoint")
+    stages = (
+        "anew with classes drawn alike (crt), label smoothing 0.98 (los) or balanced softmax; a scale for each class, "
+        "learned (lws) or a power of its weights' norm, which validation chooses (tau-norm); nearest class mean (ncm)"
+    )
+    add("--with", dest="stage", choices=tuple(SECOND_STAGES), required=True, help=stages)
+    add("--out", metavar="FOLDER", help="the run folder [runs/RECIPE-STAGE-METHOD-TIME]")
+    flags.add_set(command)
+
+
+def retune(options: argparse.Namespace) -> None:
+    from equipoise.training.retune import second_stage
+
+    plan = second_stage(Path(options.target), options.stage, options.out, flags.overrides_of(options))
+    _show([_carry_out(plan, "", {"second stage": plan.recipe.summary})])
 
 
 def add_init_options(command: argparse.ArgumentParser, arguments: Sequence[str]) -> None:

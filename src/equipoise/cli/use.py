@@ -33,6 +33,8 @@ def add_evaluate_options(command: argparse.ArgumentParser) -> None:
     add("--split", choices=("train", "validation", "test"), help=split)
     add("--out", metavar="FILE", help="where to write the metrics (default: beside the checkpoint)")
     add("--logits", metavar="FILE", help="write the logits of every image too, as .npz")
+    shift = "show the accuracy where classes are as frequent as in training, the reverse, and between"
+    add("--label-shift", action="store_true", help=shift)
     flags.add_fields(command, "data.val_list", "data.test_list", "data.on_bad_image", "data.allow_outside", "device")
     flags.add_set(command)
 
@@ -40,8 +42,9 @@ def add_evaluate_options(command: argparse.ArgumentParser) -> None:
 def evaluate(options: argparse.Namespace) -> None:
     target, overrides = Path(options.target), flags.overrides_of(options)
     other_data = options.data or options.split or any(field.path[-1].endswith("_list") for field, _ in overrides)
-    if not target.is_dir() or other_data or options.out or options.logits or options.set:
-        score_checkpoint(target, options.data, options.split, overrides, options.out, options.logits)
+    if not target.is_dir() or other_data or options.out or options.logits or options.set or options.label_shift:
+        names = options.out, options.logits
+        score_checkpoint(target, options.data, options.split, overrides, *names, options.label_shift)
         return
 
     from equipoise.runs.folder import METRICS
@@ -49,7 +52,7 @@ def evaluate(options: argparse.Namespace) -> None:
     flags.refuse_unwritable("--out", target / METRICS, ".json")
 
     from equipoise.base.world import join
-    from equipoise.cli.tables import print_chosen, print_metrics, print_post_hoc, print_unreadable
+    from equipoise.cli.tables import print_calibration, print_chosen, print_metrics, print_post_hoc, print_unreadable
     from equipoise.evaluation.score import evaluate_run
 
     with join() as world:
@@ -63,6 +66,7 @@ def evaluate(options: argparse.Namespace) -> None:
         if (scored := metrics[checkpoint]) and (figures := scored[part])
     ]
     print_metrics(results, f"{metrics['method']}: accuracy, percent", metrics)
+    print_calibration(*results[-1])
     print_chosen(metrics)
     print_post_hoc(metrics)
     print_unreadable(metrics)
@@ -70,7 +74,13 @@ def evaluate(options: argparse.Namespace) -> None:
 
 
 def score_checkpoint(
-    target: Path, data: str | None, part: str | None, overrides: flags.Overrides, out: str | None, logits: str | None
+    target: Path,
+    data: str | None,
+    part: str | None,
+    overrides: flags.Overrides,
+    out: str | None,
+    logits: str | None,
+    shifted: bool = False,
 ) -> None:
     """Score one checkpoint (of a run: the chosen one); show and write its metrics. See `evaluate_checkpoint`."""
     from equipoise.runs.folder import METRICS, chosen_checkpoint, write_json
@@ -80,17 +90,22 @@ def score_checkpoint(
     flags.refuse_unwritable("--logits", logits, ".npz")
 
     from equipoise.base.world import join
-    from equipoise.cli.tables import print_metrics, print_unreadable
+    from equipoise.cli.tables import print_calibration, print_label_shift, print_metrics, print_unreadable
     from equipoise.evaluation.score import evaluate_checkpoint, write_logits
+    from equipoise.evaluation.shift import label_shift_of
 
     with join() as world:
-        metrics, predictions = evaluate_checkpoint(checkpoint, data, part, overrides, bool(logits), world)
+        metrics, predictions = evaluate_checkpoint(checkpoint, data, part, overrides, bool(logits) or shifted, world)
     if not world.is_first:
         return
     scored: str = metrics["split"]
     title = f"{metrics['method']}, {checkpoint.name}, {metrics['checkpoint']}: accuracy, percent"
     print_metrics([(scored, metrics[scored])], title, metrics)
+    print_calibration(scored, metrics[scored])
     print_unreadable(metrics)
+    if shifted:
+        metrics["label_shift"] = label_shift_of(checkpoint, metrics["train_counts"], predictions)
+        print_label_shift(metrics["label_shift"])
     if metrics["note"]:
         print(f"note: {metrics['note']}")
     if logits:
@@ -133,8 +148,10 @@ def add_predict_options(command: argparse.ArgumentParser) -> None:
     written.add_argument("--json", metavar="FILE", help="the same as JSON, with the files that were passed over")
     explain = "show the N training images nearest to each, by the encoder's features, which are kept in ~/.cache"
     add("--explain", type=int, metavar="N", help=explain)
-    prior = "class frequencies where the model is used: equal, as in training, or a CSV file of classes and weights"
-    add("--prior", default="uniform", metavar="uniform|train|FILE", help=f"{prior} [uniform]")
+    prior = (
+        "class frequencies where the model is used: equal, as in training, from these images, or a CSV file of weights"
+    )
+    add("--prior", default="uniform", metavar="uniform|train|estimate|FILE", help=f"{prior} [uniform]")
     recipe = "whose views a checkpoint of the BCL authors' was trained with [imagenet-lt]"
     add("--recipe", default="imagenet-lt", metavar="RECIPE", help=recipe)
     flags.add_fields(command, "device")
@@ -156,7 +173,7 @@ def predict(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    from equipoise.cli.tables import print_predictions
+    from equipoise.cli.tables import largest_changes, print_predictions
     from equipoise.deploy.predict import as_csv, as_json, load
 
     classifier = load(options.target, options.device or "auto", options.recipe)
@@ -179,6 +196,8 @@ def predict(options: argparse.Namespace) -> int:
     said = sys.stderr if written == "-" else sys.stdout
     print(f"{classifier.origin}, {classifier.described}", file=said)
     print(f"class prior: {options.prior}; {classifier.calibration}", file=said)
+    if predicted.estimated:
+        print(largest_changes(predicted.estimated, classifier.checkpoint.class_counts), file=said)
     passed_over = f", {len(predicted.errors):,} passed over" if predicted.errors else ""
     print(f"{several(len(predicted), 'image')} predicted{passed_over}", file=said)
     return 1 if predicted.errors else 0

@@ -15,14 +15,16 @@ from msgspec import Meta
 from equipoise.base.errors import UserError, shown
 
 Method = Literal[
-    "balanced-softmax", "bcl", "ce", "class-weights", "focal", "gpaco", "kcl", "ldam-drw", "logit-adjusted", "proco",
-    "supcon+la", "tsc", "vs",
+    "balanced-softmax", "bcl", "ce", "class-weights", "focal", "gml", "gpaco", "kcl", "ldam-drw", "logit-adjusted",
+    "paco", "proco", "supcon+la", "tsc", "vs",
 ]  # fmt: skip
 # What a method changes in the table `loss` of another one's recipe: as its authors published it, for ImageNet-LT.
 PUBLISHED: dict[Method, dict[str, float]] = {
     "balanced-softmax": {"tau": 1.0},
     "focal": {"gamma": 2.0},
+    "gml": {"alpha": 1.0, "beta": 1.0, "temperature": 0.07, "queue": 16384},
     "gpaco": {"beta": 0.045, "temperature": 0.2},
+    "paco": {"beta": 0.05, "temperature": 0.2},
     "proco": {"alpha": 1.0, "beta": 1.0, "temperature": 0.1},
     "vs": {"gamma": 0.3},
 }
@@ -106,12 +108,12 @@ class Model:
         "what is trained of the encoder: all of it, from random weights or (full) from pretrained ones; of those only "
         "the last stage, the normalisations, low-rank additions (of a ViT), or nothing: its features are computed once",
     )
-    weights: str = _field("", "pretrained weights of the encoder in this file, in timm's or torchvision's naming")
+    weights: str = _field("", "the encoder's weights: a file in timm's or torchvision's naming, or a run folder")
     classifier: Literal["cosine", "linear"] = _field("cosine", "cosine with scale 30, or linear with bias")
-    classifier_start: Literal["class-means", "text"] = _field(
+    classifier_start: Literal["class-means", "text", "scaled"] = _field(
         "class-means",
         "where a cosine classifier on a pretrained encoder starts: at its means of the classes, or (open_clip:...) at "
-        "what its text tower makes of their names",
+        "what its text tower makes of their names; scaled: one of the run `weights`, of which scales are trained alone",
     )
     anchor: float = _field(
         0.0,
@@ -128,18 +130,16 @@ class Model:
 @dataclass(frozen=True)
 class Loss:
     alpha: float = _field(1.0, "weight of the classification loss (two-branch methods only)", ge=0)
-    beta: float = _field(
-        0.35, "weight of the contrastive loss (two-branch methods), or of a feature of the same class (gpaco)", ge=0
-    )
-    temperature: float = _field(0.07, "temperature of the contrastive loss", "temp", gt=0)
-    tau: float = _field(1.0, "strength of the logit adjustment, where a method has one (gpaco: 1)", ge=0)
-    queue: int = _field(8192, "gpaco: features of earlier batches that are compared with", ge=1, le=1_000_000)
+    beta: float = _field(0.35, "weight of the contrastive loss, or of a feature of the same class (paco, gpaco)", ge=0)
+    temperature: float = _field(0.07, "temperature of the contrastive loss (gml: its start)", "temp", gt=0)
+    tau: float = _field(1.0, "strength of the logit adjustment, where a method has one (paco, gpaco: 1)", ge=0)
+    queue: int = _field(8192, "paco, gpaco, gml: earlier features that are compared with", ge=1, le=1_000_000)
     gamma: float = _field(0.0, "focal: exponent of 1 - probability; vs: of the class count", ge=0, le=10)
     effective_beta: float = _field(
         0.9999, "class-weights, ldam-drw: beta of the effective number of images (1: weights 1 / n)", ge=0, le=1
     )
     label_smoothing: float = _field(
-        0.0, "share of the label that goes to all classes alike; probabilities then favour rare classes", ge=0, le=0.9
+        0.0, "share of the label that goes to all classes alike; probabilities then favour rare classes", ge=0, le=0.99
     )
 
 

@@ -107,7 +107,8 @@ def _config(checkpoint: Checkpoint, temperature: float | None) -> dict[str, Any]
     size, photos = recipe.views.size, recipe.views.policy == "photos"
     name, arguments = timm_arguments(recipe.model.encoder, size) or (recipe.model.encoder, {})
     # The paths of the data and of the starting weights are private, and of no use elsewhere.
-    published = replace(recipe, data=Data(path=""), model=replace(recipe.model, weights=""))
+    data = Data(path="", sampler=recipe.data.sampler)  # on which the prior of the logits depends
+    published = replace(recipe, data=data, model=replace(recipe.model, weights=""))
     return {
         "architecture": name,
         "num_classes": 0,  # the classifier is not one of timm's: the encoder alone is

@@ -35,6 +35,7 @@ from equipoise.deploy.hub import CONFIG, read_hub_folder
 from equipoise.evaluation.features import open_encoded_batches
 from equipoise.evaluation.neighbours import nearest
 from equipoise.evaluation.score import unchanged_data
+from equipoise.evaluation.shift import estimate_prior
 from equipoise.method.losses import log_prior
 from equipoise.method.network import TwoBranchNetwork
 from equipoise.runs.checkpoint import Checkpoint, described, figures_of, load_checkpoint
@@ -67,7 +68,7 @@ class CalibratedNetwork(nn.Module):
 class Predicted:
     """The most probable classes of each image that could be read, and an error for each of the others. Iterates over
     (file, ((class, probability), ...)), the most probable class first. `neighbours`: of each image the nearest training
-    images, where they were asked for."""
+    images, where they were asked for. `estimated`: the class prior, where it was asked for."""
 
     files: tuple[str, ...]
     class_names: tuple[str, ...]
@@ -75,6 +76,7 @@ class Predicted:
     probability_NK: npt.NDArray[np.float64]
     errors: tuple[UserError, ...]
     neighbours: Sequence[Sequence[Neighbour]]
+    estimated: Mapping[str, float]
 
     def __len__(self) -> int:
         return len(self.files)
@@ -139,20 +141,20 @@ class Classifier:
     ) -> Predicted:
         """The `top` most probable classes of the images at `paths`, files or folders.
 
-        `prior` is how frequent the classes are where the model is used: 'uniform', 'train' (as in training), a weight
-        for each class, or a CSV file of weights. `progress` is called with the number of files done and of all
-        files. `explain`: how many of the nearest training images to find for each. A file that cannot be read is left
-        out and becomes one of the `errors`. Raises UserError for a prior that does not fit the classes, and where
-        training images are asked for that are gone.
+        `prior` is how frequent the classes are where the model is used: 'uniform', 'train' (as in training), 'estimate'
+        (`estimate_prior` of these images, whose scores are kept for it), a weight for each class, or a CSV file of
+        weights. `progress` is called with the number of files done and of all files. `explain`: how many of the nearest
+        training images to find for each. A file that cannot be read is left out and becomes one of the `errors`. Raises
+        UserError for a prior that does not fit the classes, and where training images are asked for that are gone.
         """
-        log_prior_C = self._log_prior(prior)
+        names = self.checkpoint.class_names
+        log_prior_C = None if prior == "estimate" else self._log_prior(prior)
         train = self.train if explain else None
-        top = min(top, len(log_prior_C))
+        top = min(top, len(names))
         files, errors = find_images([paths] if isinstance(paths, str | Path) else paths)
-        read: list[str] = []
-        ranked = [torch.empty(0, top, dtype=torch.int64)]
-        probability = [torch.empty(0, top, dtype=torch.float64)]
-        features: list[Tensor] = []
+        scores = [torch.empty(0, len(names))]  # without a prior yet
+        ranked = [(torch.empty(0, top, dtype=torch.float64), torch.empty(0, top, dtype=torch.int64))]
+        read, features = list[str](), list[Tensor]()
         for start, batch in self._batches(files):
             views = [view for view in batch if not isinstance(view, UserError)]
             read += [file for file, view in zip(files[start:], batch, strict=False) if not isinstance(view, UserError)]
@@ -161,17 +163,21 @@ class Classifier:
                 images_B3SS = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).to(self.device)
                 with torch.inference_mode(), exact_float32():
                     if train:
-                        images_B3SS = self.model.encode(images_B3SS)  # which the network passes on
-                        features.append(images_B3SS)
-                    scores_BC = self.calibrated(images_B3SS).cpu().double() + log_prior_C
-                sorted_BC = scores_BC.softmax(1).sort(dim=1, descending=True, stable=True)
-                ranked.append(sorted_BC.indices[:, :top])
-                probability.append(sorted_BC.values[:, :top])
+                        features.append(images_B3SS := self.model.encode(images_B3SS))  # which the network passes on
+                    scores_BC = self.calibrated(images_B3SS).cpu()
+                if log_prior_C is None:
+                    scores.append(scores_BC)
+                else:
+                    ranked.append(_most_probable(scores_BC, log_prior_C, top))
             progress(start + len(batch), len(files))
-        names = self.checkpoint.class_names
+        estimated: dict[str, float] = {}
+        if log_prior_C is None:
+            prior_C = estimate_prior(torch.cat(scores).numpy())
+            estimated |= zip(names, prior_C.tolist(), strict=True)
+            ranked += [_most_probable(scores_BC, torch.from_numpy(prior_C).log(), top) for scores_BC in scores]
         near = self._neighbours(*train, torch.cat(features), explain) if train and features else [()] * len(read)
-        found = torch.cat(ranked).numpy(), torch.cat(probability).numpy()
-        return Predicted(tuple(read), names, *found, tuple(errors), near)
+        probability_NK, ranked_NK = (torch.cat(column).numpy() for column in zip(*ranked, strict=True))
+        return Predicted(tuple(read), names, ranked_NK, probability_NK, tuple(errors), near, estimated)
 
     @cached_property
     def train(self) -> tuple[ImageList, Batches]:
@@ -223,6 +229,12 @@ class Classifier:
             return log_prior(torch.tensor(counts))
         weights = prior if isinstance(prior, Mapping) else read_weights(Path(os.path.expanduser(prior)))
         return torch.from_numpy(in_class_order(weights, names)).log()
+
+
+def _most_probable(scores_BC: Tensor, log_prior_C: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """The probabilities and the classes `[B, top]`, the most probable first."""
+    sorted_BC = (scores_BC.double() + log_prior_C).softmax(1).sort(dim=1, descending=True, stable=True)
+    return sorted_BC.values[:, :top], sorted_BC.indices[:, :top]
 
 
 def load(path: str | Path, device: str = "auto", recipe: str = "imagenet-lt") -> Classifier:
@@ -281,8 +293,8 @@ def read_weights(file: Path) -> dict[str, float]:
             del pairs[0]  # the heading
         weights = {str(name): float(weight) for name, weight in pairs}
     except (OSError, ValueError, csv.Error) as error:
-        why = f"{file} cannot be read so ({reason(error, library=True)})"
-        raise UserError(f"--prior is uniform, train, or a CSV file of classes and their weights; {why}") from None
+        known = "--prior is uniform, train, estimate, or a CSV file of classes and their weights"
+        raise UserError(f"{known}; {file} cannot be read so ({reason(error, library=True)})") from None
     if len(weights) < len(pairs):
         raise UserError(f"{file} names a class twice")
     return weights
@@ -323,6 +335,7 @@ def as_json(predicted: Predicted, classifier: Classifier, prior: str) -> bytes:
         "checkpoint": classifier.described,
         "epoch": classifier.checkpoint.epoch,
         "prior": prior,
+        "estimated_prior": predicted.estimated,
         "temperature": classifier.temperature,
         "predictions": [
             {

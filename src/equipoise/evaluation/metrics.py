@@ -31,7 +31,7 @@ FURTHER = {  # what is shown beside top-1 and the groups: its label, and its key
     "calibration error": "ece",
 }
 TAUS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)  # strengths of the post-hoc prior
-_BINS = 15
+BINS = 15
 
 Labels = npt.NDArray[np.int64]
 Fractions = npt.NDArray[np.float64]
@@ -114,8 +114,8 @@ def _means(
 def calibration_error(confidence_N: Fractions, right_N: npt.NDArray[np.bool_]) -> float:
     """Expected calibration error: |accuracy - mean confidence| of each bin (low, high], weighted by its images."""
     # A confidence on an edge belongs to the bin below it; the first bin takes 0 too.
-    bin_N = np.searchsorted(np.linspace(0, 1, _BINS + 1)[1:-1], confidence_N, side="left")
-    gaps = np.bincount(bin_N, weights=right_N - confidence_N, minlength=_BINS)
+    bin_N = np.searchsorted(np.linspace(0, 1, BINS + 1)[1:-1], confidence_N, side="left")
+    gaps = np.bincount(bin_N, weights=right_N - confidence_N, minlength=BINS)
     return float(np.abs(gaps).sum() / len(confidence_N))
 
 

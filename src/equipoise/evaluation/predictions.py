@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from equipoise.base.device import exact_float32, start_reading
 from equipoise.base.errors import SharedError, UserError
 from equipoise.base.world import ALONE, World
-from equipoise.evaluation.metrics import GROUPS, TAUS, Predictions, shot_group
+from equipoise.evaluation.metrics import BINS, GROUPS, TAUS, Predictions, shot_group
 from equipoise.method.network import TwoBranchNetwork
+from equipoise.runs.records import Calibration
 from equipoise.views.loader import Batches
 
 _BATCH = 64
@@ -33,7 +34,7 @@ def predict(
     batches: Batches,
     log_prior_C: Tensor | None = None,
     keep_logits: bool = False,
-    observe: Look | None = None,
+    looks: Sequence[Look] = (),
     world: World = ALONE,
 ) -> Predictions:
     """Predictions in the order of the list, from the raw logits of one view: no prior is added. With several ranks,
@@ -41,13 +42,13 @@ def predict(
 
     In float32 whatever the network was trained in, so that a metric depends on the weights and not on the device. With
     `log_prior_C`, what `logits - tau * log prior` would predict is kept too. The logits themselves are kept only if
-    asked for: those of a large test set fill gigabytes. `observe` is called with each batch. Raises UserError where no
+    asked for: those of a large test set fill gigabytes. `looks` are called with each batch. Raises UserError where no
     image can be read, or the logits are not finite.
     """
     network.eval()
     with exact_float32():
         # An error of one rank is raised on all: the others would else wait for its batches.
-        rows = world.each_makes(lambda: _predict_share(network, batches, log_prior_C, keep_logits, observe))
+        rows = world.each_makes(lambda: _predict_share(network, batches, log_prior_C, keep_logits, looks))
     in_order = world.gather_in_turn(rows)
     if not sum(len(row[0]) for row in in_order):
         raise SharedError("none of the images to score can be read; repair them")
@@ -58,7 +59,7 @@ def predict(
 
 
 def _predict_share(
-    network: TwoBranchNetwork, batches: Batches, log_prior_C: Tensor | None, keep_logits: bool, observe: Look | None
+    network: TwoBranchNetwork, batches: Batches, log_prior_C: Tensor | None, keep_logits: bool, looks: Sequence[Look]
 ) -> list[Arrays]:
     """Of each of this rank's batches: labels, ranked classes, confidence, and what else `predict` is asked for."""
     rows: list[Arrays] = []
@@ -66,8 +67,8 @@ def _predict_share(
     for batch in batches.evaluation(_BATCH):
         hidden_BF = network.encode(batch.images_VB3SS[0])
         logits_BC: Tensor = network.classifier(hidden_BF)
-        if observe is not None:
-            observe(batch.labels_G, hidden_BF, logits_BC)
+        for look in looks:
+            look(batch.labels_G, hidden_BF, logits_BC)
         # Of equal logits the first class comes first, here and in argmax.
         ranked_BC = logits_BC.sort(dim=1, descending=True, stable=True).indices
         found = [logits_BC.isfinite().all(), batch.labels_G, ranked_BC[:, :_RANKED], logits_BC.softmax(1).amax(1)]
@@ -88,6 +89,53 @@ def _arrays(read: tuple[Tensor, ...]) -> Arrays:
     if not finite:
         raise UserError("the network's logits are not finite, so nothing can be scored; use an earlier checkpoint")
     return tuple(tensor.numpy().copy() for tensor in found)  # pinned memory, which a GPU reads, is scarce
+
+
+class ClassCalibration:
+    """Sums batch by batch, for each class, how far the softmax of the raw logits is from the labels.
+
+    The sums are whole numbers of 2^-30: whatever the order in which ranks add, they are the same to the last bit.
+    """
+
+    def __init__(self, classes: int) -> None:
+        self._edges = torch.linspace(0, 1, BINS + 1, dtype=torch.float64)[1:-1]
+        self._gaps_KC = torch.zeros(BINS, classes, dtype=torch.int64)  # label (0 or 1) - probability, by its bin
+        self._of_label_3C = torch.zeros(3, classes, dtype=torch.int64)  # images, NLL and Brier score
+
+    def add(self, labels_B: Tensor, _: Tensor, logits_BC: Tensor) -> None:
+        """See `Look`."""
+        labels_B, logs_BC = labels_B.cpu(), logits_BC.cpu().double().log_softmax(1)
+        shares_BC = logs_BC.exp()
+        gaps_BC = F.one_hot(labels_B, len(logs_BC.T)) - shares_BC
+        # A probability on an edge belongs to the bin below it, as in `calibration_error`.
+        self._gaps_KC.scatter_add_(0, torch.bucketize(shares_BC, self._edges), _whole(gaps_BC))
+        nll_B = F.nll_loss(logs_BC, labels_B, reduction="none")
+        self._of_label_3C.index_add_(
+            1, labels_B, _whole(torch.stack([torch.ones_like(nll_B), nll_B, gaps_BC.square().sum(1)]))
+        )
+
+    def by_group(self, train_counts_C: Sequence[int], world: World) -> dict[str, Calibration]:
+        """Of 'all' classes and of each shot group that has images: see `Calibration`. All ranks call it."""
+        gaps_KC, (images_C, *sums) = (
+            world.sum(whole).double().numpy() / _WHOLE for whole in (self._gaps_KC, self._of_label_3C)
+        )
+        seen_C = images_C > 0
+        means = [np.abs(gaps_KC).sum(0) / images_C.sum(), *(sum_C / np.maximum(images_C, 1) for sum_C in sums)]
+        groups_C = np.array([shot_group(count) for count in train_counts_C] or [""] * len(images_C))
+        found: dict[str, Calibration] = {}
+        for group in ("all", *GROUPS):
+            chosen_C = seen_C & ((groups_C == group) | (group == "all"))
+            if chosen_C.any():
+                ece, nll, brier = (float(mean_C[chosen_C].mean()) for mean_C in means)
+                found[group] = {"classwise_ece": ece, "nll": nll, "brier": brier}
+        return found
+
+
+_WHOLE = 2**30
+
+
+def _whole(values: Tensor) -> Tensor:
+    return (values * _WHOLE).round().long()
 
 
 COSINE_BINS = 200  # of equal width, -1 to 1

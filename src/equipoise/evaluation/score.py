@@ -26,7 +26,7 @@ from equipoise.data.sources import LISTS, PARTS, find_parts, labelled_as, named_
 from equipoise.evaluation.features import open_encoded_batches
 from equipoise.evaluation.metrics import Predictions, choose_tau, fit_temperature, score
 from equipoise.evaluation.neighbours import explain_mistakes
-from equipoise.evaluation.predictions import Look, Observation, Table, confidence_at, predict
+from equipoise.evaluation.predictions import ClassCalibration, Look, Observation, Table, confidence_at, predict
 from equipoise.method.losses import log_prior
 from equipoise.method.network import TwoBranchNetwork
 from equipoise.runs.checkpoint import Checkpoint, changed_part, described, load_checkpoint
@@ -68,11 +68,14 @@ def evaluate_run(
 
     where = choose_device(device, world.local_rank)
 
-    def read(images: ImageList) -> Batches:
-        return open_encoded_batches(last.recipe, images, last.build().to(where), where, world)
+    def read() -> dict[str, Batches]:
+        network = last.build().to(where)
+        return {
+            part: open_encoded_batches(last.recipe, images, network, where, world) for part, images in read_from.items()
+        }
 
     with ExitStack() as stack:
-        batches = world.each_makes(lambda: {part: read(images) for part, images in read_from.items()})
+        batches = world.each_makes(read)
         for opened in batches.values():
             stack.enter_context(closing(opened))
             opened.prepare()
@@ -143,7 +146,7 @@ def score_checkpoint(
             continue
         chooses = part == "validation"
         observation = Observation(network, checkpoint.class_counts, temperature)
-        scored[part], predictions = _score(checkpoint, network, parts[part], world, chooses, observation.add)
+        scored[part], predictions = _score(checkpoint, network, parts[part], world, chooses, [observation.add])
         observation.gather(world)
         table = observation.table(predictions) if world.is_first else {}
         if chooses:
@@ -169,12 +172,14 @@ def _score(
     batches: Batches,
     world: World,
     keep_logits: bool,
-    look: Look | None = None,
+    looks: Sequence[Look] = (),
 ) -> tuple[PartMetrics, Predictions]:
     counts = checkpoint.class_counts
     prior_C = log_prior(torch.tensor(counts)).float() if counts and min(counts) > 0 else None
-    predictions = predict(network, batches, prior_C, keep_logits, look, world)
-    return score(predictions, counts or None, len(checkpoint.class_names)), predictions
+    calibration = ClassCalibration(len(checkpoint.class_names))
+    predictions = predict(network, batches, prior_C, keep_logits, [calibration.add, *looks], world)
+    scored = score(predictions, counts or None, len(checkpoint.class_names))
+    return {**scored, "calibration": calibration.by_group(counts, world)}, predictions
 
 
 def calibrating_temperature(checkpoint: Checkpoint, validation: Predictions) -> float | None:

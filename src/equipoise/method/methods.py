@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from equipoise.config.recipe import Loss, Method, Recipe
+from equipoise.method.gml import Gml
 from equipoise.method.kcl import Kcl, Tsc
 from equipoise.method.losses import at_least_float32, balanced_contrastive_loss, supervised_contrastive_loss
 from equipoise.method.network import COSINE_SCALE, Outputs
-from equipoise.method.objective import Objective, Terms, TwoBranch, of_labels
-from equipoise.method.paco import GPaCo
+from equipoise.method.objective import Objective, Terms, TwoBranch
+from equipoise.method.paco import GPaCo, PaCo
 from equipoise.method.proco import ProCo
 
 
@@ -23,6 +24,10 @@ class CrossEntropy(Objective):
 
     def forward(self, outputs: Outputs, labels_G: Tensor, rows: slice) -> Terms:
         return {"loss": self._adjusted(outputs, labels_G, rows, 0.0)}
+
+    def log_prior_of_logits(self, progress: float = 1.0) -> Tensor:
+        smoothing, prior_C = self.settings.label_smoothing, super().log_prior_of_logits().exp()
+        return ((1 - smoothing) * prior_C + smoothing / len(prior_C)).log()  # of the labels as they are smoothed
 
 
 class LogitAdjusted(Objective):
@@ -61,8 +66,7 @@ class ClassWeights(Objective):
         def losses(labels_B: Tensor) -> Tensor:
             return F.cross_entropy(logits_BC, labels_B, weights_C, reduction="none", label_smoothing=smoothing)
 
-        weights_G = of_labels(weights_C.__getitem__, labels_G, outputs)
-        return {"loss": of_labels(losses, labels_G, outputs, rows).sum() / weights_G.sum()}
+        return {"loss": self.mean(losses, labels_G, rows, weights_C)}
 
     def log_prior_of_logits(self, progress: float = 1.0) -> Tensor:
         return super().log_prior_of_logits() + self.weights_C.double().log()
@@ -81,10 +85,8 @@ class Focal(Objective):
     smooths = False
 
     def forward(self, outputs: Outputs, labels_G: Tensor, rows: slice) -> Terms:
-        def losses(labels_B: Tensor) -> Tensor:
-            return focal_loss(outputs.logits_BC, labels_B, self.settings.gamma)
-
-        return {"loss": of_labels(losses, labels_G, outputs, rows).sum() / len(labels_G)}
+        gamma = self.settings.gamma
+        return {"loss": self.mean(lambda labels_B: focal_loss(outputs.logits_BC, labels_B, gamma), labels_G, rows)}
 
 
 def ldam_margins(class_counts_C: Tensor, largest: float = 0.5) -> Tensor:
@@ -123,8 +125,7 @@ class LdamDrw(Objective):
             less_BC = logits_BC.scatter_add(1, labels_B[:, None], -margins_B1)
             return F.cross_entropy(less_BC, labels_B, weights_C, reduction="none")
 
-        weights_G = of_labels(weights_C.__getitem__, labels_G, outputs)
-        return {"loss": of_labels(losses, labels_G, outputs, rows).sum() / weights_G.sum()}
+        return {"loss": self.mean(losses, labels_G, rows, weights_C)}
 
     def log_prior_of_logits(self, progress: float = 1.0) -> Tensor:
         return super().log_prior_of_logits() + (progress > _DEFERRED) * self.deferred_C.double().log()
@@ -171,10 +172,12 @@ METHODS: dict[Method, type[Objective]] = {
     "ce": CrossEntropy,
     "class-weights": ClassWeights,
     "focal": Focal,
+    "gml": Gml,
     "gpaco": GPaCo,
     "kcl": Kcl,
     "ldam-drw": LdamDrw,
     "logit-adjusted": LogitAdjusted,
+    "paco": PaCo,
     "proco": ProCo,
     "supcon+la": SupCon,
     "tsc": Tsc,

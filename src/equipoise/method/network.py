@@ -6,6 +6,7 @@ N images that pass the encoder together.
 
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -25,13 +26,12 @@ COSINE_SCALE = 30.0
 
 
 class Outputs(NamedTuple):
-    """`features_BVD` is None without a contrastive branch, `prototypes_CD` where that has no prototypes. `mixed`, which
-    is the batch's: of images that are mixed, the second labels `[G]` and the shares `[G]` of the first ones."""
+    """`features_BVD` is None without a contrastive branch, `prototypes_CD` where that has no prototypes. Where there is
+    a momentum copy, the last view's features are the copy's."""
 
     logits_BC: Tensor
     features_BVD: Tensor | None
     prototypes_CD: Tensor | None
-    mixed: tuple[Tensor, ...] = ()
 
 
 class TwoBranchNetwork(nn.Module):
@@ -67,7 +67,8 @@ class TwoBranchNetwork(nn.Module):
         restrict(self.encoder, model.tune)
         width = self.width
         linear = model.classifier == "linear"
-        self.classifier = nn.Linear(width, classes) if linear else CosineClassifier(width, classes, model.anchor)
+        classifier = nn.Linear(width, classes) if linear else CosineClassifier(width, classes, model.anchor)
+        self.classifier = ScaledClassifier(classifier) if model.classifier_start == "scaled" else classifier
         self.projection = _projection(width, model) if contrastive else None
         self.prototype_projection = _projection(width, model) if contrastive and prototypes else None
         self.register_buffer("mean", 255 * torch.tensor(views.mean).view(1, 3, 1, 1), persistent=False)
@@ -83,15 +84,29 @@ class TwoBranchNetwork(nn.Module):
         if self.projection is not None:
             self.projection = cast("nn.Sequential", synchronise(self.projection, device))
 
-    def training_outputs(self, images_VB3HW: Tensor, micro_batch: int = 0) -> Outputs:
+    def momentum_copy(self) -> nn.Sequential:
+        """A copy of encoder and projection without gradients, for `training_outputs`."""
+        return deepcopy(self._contrastive_branch()).requires_grad_(False)
+
+    def training_outputs(
+        self, images_VB3HW: Tensor, micro_batch: int = 0, copy: nn.Sequential | None = None, momentum: float = 0.0
+    ) -> Outputs:
         """What the losses need of a training batch of uint8 images: view 0 is for the classifier, the others (V of the
         outputs) are for the contrastive branch. Or all are for both (`shares_views`).
+
+        With a momentum `copy`, the last view passes that, and not this network. Beforehand the copy is moved towards
+        the weights: momentum * copy + (1 - momentum) * weights (MoCo: He et al., CVPR 2020, eq. 2).
 
         All views pass the encoder and its BatchNorm together, as in the authors' code; with `micro_batch`, in parts of
         at most that many images. Then only the encoder's output is kept, and the backward pass computes each part anew,
         in the memory of one: the feature cache of GradCache (Gao et al., 2021, arXiv:2101.06983). Losses and gradients
         are still those of the whole batch; BatchNorm's statistics in the encoder are those of a part.
         """
+        if copy is not None:
+            outputs = self.training_outputs(images_VB3HW[:-1], micro_batch)
+            assert outputs.features_BVD is not None
+            keys_BD = self._keys(images_VB3HW[-1], micro_batch, copy, momentum)
+            return outputs._replace(features_BVD=torch.cat([outputs.features_BVD, keys_BD[:, None]], dim=1))
         views, batch = images_VB3HW.shape[:2]
         if micro_batch and micro_batch < batch:
             parts = [self._encode_twice(part) for part in images_VB3HW.tensor_split(-(-batch // micro_batch), dim=1)]
@@ -125,12 +140,31 @@ class TwoBranchNetwork(nn.Module):
         )
         return hidden.unflatten(0, images_VB3HW.shape[:2])
 
-    def encode(self, images_N3HW: Tensor) -> Tensor:
-        """The encoder's output `[N, F]`. Features, of that shape already, are passed on."""
+    def _contrastive_branch(self) -> nn.Sequential:
+        assert self.projection is not None
+        return nn.Sequential(self.encoder, self.projection)
+
+    @torch.no_grad()
+    def _keys(self, images_B3HW: Tensor, micro_batch: int, copy: nn.Sequential, momentum: float) -> Tensor:
+        """`[B, D]`, by the copy, after it was moved. Its BatchNorm's averages are its own: only where BatchNorm is
+        frozen are they used, and do not move."""
+        branch = self._contrastive_branch()
+        for follower, weights in zip(copy.parameters(), branch.parameters(), strict=True):
+            follower.lerp_(weights, 1 - momentum)
+        for follower, module in zip(copy.modules(), branch.modules(), strict=True):
+            follower.training = module.training
+        encoder, projection = copy
+        parts = -(-len(images_B3HW) // micro_batch) if micro_batch else 1
+        hidden_BF = torch.cat([self.encode(part, encoder) for part in images_B3HW.tensor_split(parts)])
+        return _direction(projection(hidden_BF))
+
+    def encode(self, images_N3HW: Tensor, encoder: nn.Module | None = None) -> Tensor:
+        """The output `[N, F]` of the encoder, or of another one. Features, of that shape already, are passed on."""
         if images_N3HW.ndim == 2:
             return images_N3HW
         images_N3HW = images_N3HW.contiguous(memory_format=torch.channels_last)
-        hidden_NF: Tensor = self.encoder((images_N3HW - self.mean) / self.std)
+        encoder = self.encoder if encoder is None else encoder
+        hidden_NF: Tensor = encoder((images_N3HW - self.mean) / self.std)
         return at_least_float32(hidden_NF)
 
     def _classify(self, hidden_NF: Tensor) -> Tensor:
@@ -169,6 +203,28 @@ class CosineClassifier(nn.Module):
 
     def forward(self, hidden_NF: Tensor) -> Tensor:
         return COSINE_SCALE * F.linear(F.normalize(hidden_NF, dim=1), F.normalize(self.weight, dim=1))
+
+
+class ScaledClassifier(nn.Module):
+    """A factor for each class times the logits of another classifier, which rests: trained are the factors alone, from
+    1 on (learnable weight scaling, LWS; Kang et al., ICLR 2020). A linear one has its biases scaled too."""
+
+    def __init__(self, of: nn.Linear | CosineClassifier) -> None:
+        super().__init__()
+        self.of: nn.Linear | CosineClassifier = of.requires_grad_(False)
+        self.scales_C = nn.Parameter(torch.ones(len(of.weight)))
+
+    @property
+    def weight(self) -> Tensor:
+        """`[C, F]`, scaled."""
+        return self.scales_C[:, None] * self.of.weight
+
+    def normalise(self, tau: float) -> None:
+        """Scale by `|w_y|^-tau` (tau-norm; Kang et al., eq. 5; the authors leave the biases out)."""
+        self.scales_C.data = self.of.weight.norm(dim=1) ** -tau
+
+    def forward(self, hidden_NF: Tensor) -> Tensor:
+        return self.scales_C * self.of(hidden_NF)
 
 
 def _projection(width: int, model: Model) -> nn.Sequential:

@@ -16,17 +16,10 @@ from equipoise.method.network import Outputs
 Terms = dict[str, Tensor]
 
 
-def of_labels(losses: Callable[[Tensor], Tensor], labels_G: Tensor, outputs: Outputs, rows: slice = ALL) -> Tensor:
-    """`[B]`: the losses of these rows for their labels `[B]`; of mixed images for both labels, each by its share."""
-    if not outputs.mixed:
-        return losses(labels_G[rows])
-    others_B, shares_B = (of_G[rows] for of_G in outputs.mixed)
-    return shares_B * losses(labels_G[rows]) + (1 - shares_B) * losses(others_B)
-
-
 class Objective(nn.Module, ABC):
     """Base of all methods. Persistent buffers are its state: a checkpoint keeps them. They follow from the whole batch,
-    so are the same on every rank, and are changed in place, as a recorded step reads the same memory every time."""
+    so are the same on every rank, and are changed in place, as a recorded step reads the same memory every time.
+    Parameters are trained like the network's, without weight decay."""
 
     contrastive: ClassVar[bool] = False  # it needs two further views of each image, and a projection
     shares_views: ClassVar[bool] = False  # those two views train the classifier too, which has none of its own
@@ -34,9 +27,11 @@ class Objective(nn.Module, ABC):
     cosine: ClassVar[bool] = False  # it needs a cosine classifier
     smooths: ClassVar[bool] = True  # it takes label smoothing
     resamples: ClassVar[bool] = True  # it takes other samplers than 'instance'
-    mixes: ClassVar[bool] = True  # its classification loss goes through `of_labels`, and so takes mixed images
+    mixes: ClassVar[bool] = True  # its classification loss is a `mean`, and so takes mixed images
     records: ClassVar[bool] = True  # its step can be recorded as a CUDA graph
+    momentum: ClassVar[float] = 0.0  # above 0: features of the last view are those of a copy that follows the network
     seed: int = 0  # of the next step: what it draws at random follows from this, on all ranks alike
+    mixed: tuple[Tensor, ...] = ()  # of its batch: second labels `[G]` of mixed images, shares `[G]` of the first ones
     log_prior_C: Tensor
     counts_C: Tensor
 
@@ -45,6 +40,7 @@ class Objective(nn.Module, ABC):
         `width`: of the contrastive features."""
         super().__init__()
         self.settings = loss
+        self.momentum_copy: nn.Sequential | None = None  # of the network; it is saved with the rest
         self.register_buffer("counts_C", class_counts_C.double(), persistent=False)
         self.register_buffer("log_prior_C", log_prior(class_counts_C), persistent=False)
 
@@ -69,11 +65,28 @@ class Objective(nn.Module, ABC):
     def _adjusted(self, outputs: Outputs, labels_G: Tensor, rows: slice, tau: float) -> Tensor:
         """The share that these rows have of the batch's logit-adjusted cross-entropy."""
         how = self.log_prior_C, tau, "none", self.settings.label_smoothing
+        return self.mean(
+            lambda labels_B: logit_adjusted_cross_entropy(outputs.logits_BC, labels_B, *how), labels_G, rows
+        )
 
-        def losses(labels_B: Tensor) -> Tensor:
-            return logit_adjusted_cross_entropy(outputs.logits_BC, labels_B, *how)
+    def mean(
+        self,
+        losses: Callable[[Tensor], Tensor],
+        labels_G: Tensor,
+        rows: slice,
+        weights_C: Tensor | None = None,
+    ) -> Tensor:
+        """The share that these rows have of the batch's mean of `losses`, which makes of labels `[B]` losses `[B]`;
+        with `weights_C`, divided by the sum of the labels' weights, as in torch. Mixed images have both labels, each by
+        its share."""
+        count = len(labels_G) if weights_C is None else self._by_shares(weights_C.__getitem__, labels_G, ALL)
+        return self._by_shares(losses, labels_G, rows) / count
 
-        return of_labels(losses, labels_G, outputs, rows).sum() / len(labels_G)
+    def _by_shares(self, made: Callable[[Tensor], Tensor], labels_G: Tensor, rows: slice) -> Tensor:
+        if not self.mixed:
+            return made(labels_G[rows]).sum()
+        others_B, shares_B = (of_G[rows] for of_G in self.mixed)
+        return (shares_B * made(labels_G[rows]) + (1 - shares_B) * made(others_B)).sum()
 
 
 class TwoBranch(Objective):

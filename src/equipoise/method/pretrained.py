@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from equipoise.base.errors import UserError
+from equipoise.config.reading import load_recipe
 from equipoise.config.recipe import Recipe, Views
 from equipoise.method import clip
 
@@ -87,8 +88,12 @@ def input_of(name: str) -> dict[str, Any] | None:
 
 
 def viewed_as_pretrained(recipe: Recipe) -> Recipe:
-    """The recipe with the mean, std and size of the encoder's pretrained weights, unless it has some of its own."""
-    views = recipe.views
+    """The recipe with the mean, std and size of the encoder's pretrained weights, unless it has some of its own; with
+    mean and std of the run that its weights are from."""
+    views, run = recipe.views, Path(recipe.model.weights).parent
+    if recipe.model.weights and (run / "recipe.toml").is_file():
+        of_run = load_recipe(run).views
+        return replace(recipe, views=replace(views, mean=of_run.mean, std=of_run.std, size=views.size or of_run.size))
     known = input_of(recipe.model.encoder) if recipe.model.tune != "scratch" else None
     known = known or {"mean": views.mean, "std": views.std, "size": Views().size}
     if (views.mean, views.std) != (Views().mean, Views().std):

@@ -20,7 +20,7 @@ from equipoise.config.recipe import Recipe
 from equipoise.data.images import Parts
 from equipoise.data.sources import PARTS
 from equipoise.method.methods import METHODS, objective_of
-from equipoise.method.network import TwoBranchNetwork
+from equipoise.method.network import ScaledClassifier, TwoBranchNetwork
 from equipoise.method.tuning import merge_low_rank
 from equipoise.runs.folder import BEST, LAST, METRICS, PREVIOUS, RECIPE, find_checkpoint
 from equipoise.runs.records import CheckpointMetrics, read_metrics
@@ -163,6 +163,12 @@ def create_network(recipe: Recipe, classes: int, start: bool) -> TwoBranchNetwor
     method = METHODS[recipe.method]
     network = TwoBranchNetwork(recipe.model, recipe.views, classes, method.contrastive, method.prototypes, start)
     network.shares_views = method.shares_views
+    if start and isinstance(network.classifier, ScaledClassifier):
+        scaled, first = network.classifier, load_checkpoint(recipe.model.weights).build().classifier
+        if type(first) is not type(scaled.of) or first.weight.shape != scaled.weight.shape:
+            kind = f"{recipe.model.classifier} classifier of {classes:,} classes"
+            raise UserError(f"{recipe.model.weights} has no {kind} to be scaled: name another run")
+        scaled.of.load_state_dict(first.state_dict(), strict=False)  # one with an anchor has its start too
     return network
 
 

@@ -34,6 +34,26 @@ class PriorRow(Means):
     tau: float
 
 
+class Calibration(TypedDict):
+    """How well the probabilities of a group of classes fit, each a mean over its classes that have images.
+
+    `classwise_ece`: over all images, the weighted gap between the probability of the class and its frequency, over 15
+    bins of equal width (Kull et al., NeurIPS 2019, section 2). `nll`, `brier`: the mean over the images of the class.
+    """
+
+    classwise_ece: float
+    nll: float
+    brier: float
+
+
+class ShiftRow(TypedDict):
+    """Accuracy under a class prior of the test images: with the prior unknown, and known to the classifier."""
+
+    prior: str
+    unknown: float
+    known: float
+
+
 class PartMetrics(Means):
     """The metrics of one checkpoint on one part; all are fractions.
 
@@ -41,7 +61,7 @@ class PartMetrics(Means):
     images. `worst_tenth`: the mean over the tenth of these classes (rounded up) with the lowest accuracy. `ece`:
     expected calibration error of the top class over 15 bins of equal width (Guo et al., ICML 2017). `per_class`: None
     for a class without images. `prior_sweep`: a row for each strength of the post-hoc prior; None where the training
-    prior is not known.
+    prior is not known. `calibration`: of 'all' classes and of each shot group, by the softmax of the raw logits.
     """
 
     images: int
@@ -52,6 +72,7 @@ class PartMetrics(Means):
     ece: float
     per_class: list[float | None]
     prior_sweep: list[PriorRow] | None
+    calibration: NotRequired[dict[str, Calibration]]
 
 
 class PostHocPrior(TypedDict):
@@ -100,6 +121,7 @@ class DataRecord(TypedDict):
 
 class RunRecord(TypedDict):
     """`run.json`: what a run was started with. `started`: UTC, ISO 8601. `launch`: torchrun's name of the launch.
+    `weights`: what the encoder's were read from; of a second stage the first one's checkpoint.
     `class_counts`: training images by class name, in the order of the classes."""
 
     command: str
@@ -109,6 +131,7 @@ class RunRecord(TypedDict):
     processes: NotRequired[int]
     launch: NotRequired[str]
     precision: str
+    weights: NotRequired[str]
     data: DataRecord
     class_counts: dict[str, int]
 

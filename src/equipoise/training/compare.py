@@ -17,14 +17,15 @@ import numpy as np
 
 from equipoise.base.errors import UserError, several
 from equipoise.base.files import atomic_file
+from equipoise.base.world import ALONE
 from equipoise.config.reading import load_recipe
 from equipoise.config.recipe import Recipe
 from equipoise.evaluation.score import Run, chosen
 from equipoise.runs.folder import METRICS, RECIPE, RECORD, write_json
 from equipoise.runs.records import read_record
-from equipoise.training.place import FREE, HOW, differing
+from equipoise.training.place import FREE, HOW, differing, find_place
 from equipoise.training.plan import Plan, prepare
-from equipoise.training.session import train
+from equipoise.training.session import start
 
 FIGURES = {"top1": "overall", "mean_per_class": "mean over classes", "many": "many", "medium": "medium", "few": "few"}
 
@@ -70,7 +71,9 @@ def compare(of_methods: Sequence[Recipe], seeds: int, out: Path) -> dict[str, An
         print(f"{number} of {len(recipes)}: {of_run.method}, seed {of_run.seed}, {found}", flush=True)
         if not finished:
             begun = folder.exists()
-            train(of_run, out=None if begun else folder, resume=folder if begun else None)
+            place = find_place(of_run, None if begun else folder, folder if begun else None, ALONE)
+            with start(replace(plan.of(of_run), place=place)) as session:
+                session.run()
     result = {
         "recipe": asdict(plan.recipe),
         "losses": {recipe.method: asdict(recipe.loss) for recipe in of_methods},

@@ -9,7 +9,7 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from types import FrameType, TracebackType
 from typing import Any
@@ -19,7 +19,7 @@ from torch import nn
 
 from equipoise.base.errors import SharedError, Stopped
 from equipoise.base.progress import ProgressLine
-from equipoise.config.recipe import Optim, Recipe
+from equipoise.config.recipe import Recipe
 from equipoise.evaluation.metrics import score
 from equipoise.evaluation.predictions import predict
 from equipoise.evaluation.score import record_bad_images
@@ -27,7 +27,7 @@ from equipoise.method.network import TwoBranchNetwork, batch_norms
 from equipoise.method.tuning import parameter_groups
 from equipoise.runs.checkpoint import Checkpoint, state_on_cpu
 from equipoise.runs.folder import BEST, RunLog
-from equipoise.training.averaging import average_in
+from equipoise.training.optim import average_in, create_sgd, learning_rate
 from equipoise.training.plan import Plan
 from equipoise.training.step import Step
 from equipoise.views.loader import Batch, Batches
@@ -143,7 +143,9 @@ class Trainer:
         self.requests = requests
         self._plan, self._network, self._batches, self._validation = plan, network, batches, validation
         self._gradients = Step(recipe, network, plan.parts.train.class_counts, plan.device, plan.precision, plan.world)
+        own = [parameter for parameter in self._gradients.objective.parameters() if parameter.requires_grad]
         groups = parameter_groups(network, network.encoder, optim.layer_decay)
+        groups = [*groups, {"params": own, "lr_scale": 1.0, "weight_decay": 0.0}]
         self._optimizer = create_sgd(groups, optim.lr, optim.momentum, optim.weight_decay)
         self._saved_at, self._saving_took, self._saved_step = time.monotonic(), 0.0, -1
         self._averaged: TwoBranchNetwork | None = None
@@ -181,6 +183,12 @@ class Trainer:
                 self._train_epoch(stream, log, line)
                 self._end_epoch(log)
 
+    def finish(self) -> None:
+        """Save the network as it is, as after the last step."""
+        self.epoch, self.step = self._plan.recipe.epochs, self._plan.steps
+        with RunLog(None, self.epoch, self.step) as log:
+            self._save(log)
+
     def _train_epoch(self, stream: Iterator[Batch], log: RunLog, line: ProgressLine) -> None:
         recipe, plan = self._plan.recipe, self._plan
         set_training(self._network, recipe)
@@ -194,7 +202,7 @@ class Trainer:
         images, since = 0, time.perf_counter()
         while self.step < (self.epoch + 1) * plan.steps_per_epoch:
             # What a network may draw in its forward pass (dropout, stochastic depth) follows from step and rank.
-            torch.manual_seed((recipe.seed * 1_000_003 + self.step + plan.world.rank * 7_368_787) % 2**63)
+            seed_network((recipe.seed * 1_000_003 + self.step + plan.world.rank * 7_368_787) % 2**63, plan.device)
             self._gradients.objective.seed = recipe.seed * 1_000_003 + self.step
             batch = next(stream)
             self._optimizer.zero_grad()
@@ -258,7 +266,8 @@ class Trainer:
             self.requests.leave_if_stopped(self._state(), self._plan.resume_command())
 
         train = self._plan.parts.train
-        predictions = predict(self._averaged or self._network, validation, observe=look, world=self._plan.world)
+        network = self._averaged or self._network
+        predictions = predict(network, validation, looks=[look], world=self._plan.world)
         scored = score(predictions, train.class_counts, len(train.class_names))
         names = ("top1", "mean_per_class", "many", "medium", "few")
         log.write("validation", self.step, self.epoch, {name: scored[name] for name in names})
@@ -310,34 +319,25 @@ class Trainer:
 def set_training(network: TwoBranchNetwork, recipe: Recipe) -> None:
     """Training mode, but for a BatchNorm that the recipe freezes, and for parts of which nothing is trained."""
     network.train()
-    resting: list[nn.Module] = [*batch_norms(network)] if recipe.model.batch_norm == "frozen" else []
-    for module in network.encoder.modules():
-        parameters = list(module.parameters())
-        if parameters and not any(parameter.requires_grad for parameter in parameters):
-            resting.append(module)
-    for module in resting:
+    for norm in batch_norms(network) if recipe.model.batch_norm == "frozen" else ():
+        norm.eval()
+    _rest(network.encoder)
+
+
+def _rest(module: nn.Module) -> None:
+    """Evaluation mode for the largest parts that have parameters, none of which is trained."""
+    parameters = list(module.parameters())
+    if parameters and not any(parameter.requires_grad for parameter in parameters):
         module.eval()
+    else:
+        for child in module.children():
+            _rest(child)
 
 
-def create_sgd(
-    parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]], lr: float, momentum: float, weight_decay: float
-) -> torch.optim.SGD:
-    """SGD as the authors run it: weight decay on every parameter, biases and BatchNorm too."""
-    return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
-
-
-def learning_rate(epoch: int, epochs: int, optim: Optim) -> float:
-    """The learning rate of `epoch` (from 0) of `epochs`, constant within it, as in the authors' code.
-
-    Linear warm-up reaches `optim.lr` in epoch `warmup_epochs - 1`. Then 'cosine' ends one step above 0, and 'step'
-    multiplies by 0.1 at each milestone passed; a milestone below 1 is a share of `epochs`.
-    """
-    warmup = optim.warmup_epochs
-    if epoch < warmup:
-        return optim.lr * (epoch + 1) / warmup
-    if optim.schedule == "cosine":
-        # The denominator is of the epochs that follow the warm-up, plus one, so that no epoch trains at 0.
-        progress = (epoch - warmup + 1) / (epochs - warmup + 1)
-        return optim.lr * 0.5 * (1 + math.cos(math.pi * progress))
-    starts = [round(milestone * epochs) if milestone < 1 else int(milestone) for milestone in optim.milestones]
-    return optim.lr * 0.1 ** sum(epoch >= start for start in starts)
+def seed_network(seed: int, device: torch.device) -> None:
+    """What `torch.manual_seed` does for this device: that also walks the stack, which takes a millisecond."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)

@@ -24,7 +24,7 @@ from equipoise.method.clip import PREFIX
 from equipoise.method.methods import METHODS
 from equipoise.method.pretrained import find_pretrained, viewed_as_pretrained
 from equipoise.runs.checkpoint import changed_part, create_network
-from equipoise.runs.folder import METRICS
+from equipoise.runs.folder import METRICS, chosen_checkpoint
 from equipoise.training.place import FILES, FREE, Place, Start, differing, find_place
 from equipoise.views.loader import steps_per_epoch
 from equipoise.views.views import view_settings
@@ -32,7 +32,7 @@ from equipoise.views.views import view_settings
 
 @dataclass(frozen=True)
 class Plan:
-    """What a training run is about to do. Nothing has been written yet."""
+    """What a run is about to do. Nothing has been written yet. With a `classifier`, it takes it and trains nothing."""
 
     recipe: Recipe
     parts: Parts
@@ -41,6 +41,7 @@ class Plan:
     steps_per_epoch: int
     place: Place
     world: World
+    classifier: nn.Module | None = None
 
     @property
     def folder(self) -> Path:
@@ -89,6 +90,7 @@ class Plan:
             "device": f"{self.device}, {self.precision}{ranks}",
             "steps": f"{several(recipe.epochs, 'epoch')} of {self.steps_per_epoch:,}: {several(self.steps, 'step')} "
             f"of {recipe.batch_size} images{at_a_time}",
+            "training": "none: the classifier is computed" if self.classifier else "",
             "goes on": self._goes_on(),
             "run folder": str(self.folder),
         }
@@ -176,6 +178,8 @@ def _refuse_idle_settings(recipe: Recipe) -> None:
         raise UserError("tune = scratch starts from random weights: set --tune full, or drop --weights")
     if model.classifier_start == "text" and not (started and model.encoder.startswith(PREFIX)):
         raise UserError(f"only a cosine classifier on a pretrained {PREFIX}... starts at text: drop --classifier-start")
+    if model.classifier_start == "scaled" and not (model.tune == "frozen" and model.weights):
+        raise UserError("scaled is for equipoise retune RUN --with lws: drop --classifier-start")
     if model.anchor and not started:
         raise UserError("only a cosine classifier on a pretrained encoder is held at its start: set --anchor 0")
 
@@ -202,7 +206,10 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
     for field in map(find_field, FILES):
         path = field_value(recipe, field)
         if path not in (DIGITS, ""):
-            recipe = override(recipe, field, str(real_path(Path(os.path.expanduser(path)))))
+            absolute = real_path(Path(os.path.expanduser(path)))
+            if field.key == "model.weights" and absolute.is_dir():  # a run folder
+                absolute = chosen_checkpoint(absolute)
+            recipe = override(recipe, field, str(absolute))
     return recipe
 
 
@@ -223,7 +230,8 @@ def refuse_batches(recipe: Recipe, images: int, world: World) -> None:
             f"BatchNorm can be synchronised neither over micro-batches nor, by {ranks} processes, over a last batch of "
             f"{last} images; set model.batch_norm to per-rank or frozen"
         )
-    if part in (1, 2) and batch_norm != "frozen" and len(view_settings(recipe).kinds) == 1:
+    alone = len(view_settings(recipe).kinds) == 1 or METHODS[recipe.method].momentum > 0  # an image's view in a pass
+    if part in (1, 2) and batch_norm != "frozen" and alone:
         raise UserError(
             f"micro_batch ({part}) may leave BatchNorm a single image; set --micro-batch 3 or more, or "
             "model.batch_norm to frozen"

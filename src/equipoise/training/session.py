@@ -54,11 +54,15 @@ class Session:
         def look() -> None:
             requests.leave_if_stopped("features are kept", plan.resume_command())
 
-        for batches in self.opened.values():
-            batches.prepare(look)
-        if plan.start is None:
-            self._start_classifier(look)
-        self.trainer.train(progress and plan.world.is_first)
+        if plan.classifier is not None:  # saved at once: a run folder without a checkpoint could be trained
+            self.network.classifier.load_state_dict(plan.classifier.state_dict())
+            self.trainer.finish()
+        else:
+            for batches in self.opened.values():
+                batches.prepare(look)
+            if plan.start is None:
+                self._start_classifier(look)
+            self.trainer.train(progress and plan.world.is_first)
         state = "training is done and saved, but not scored"  # nothing more has to be saved
         plan.world.each_makes(lambda: requests.stop_at_once(state, plan.resume_command()))
         try:
@@ -158,6 +162,8 @@ def _take(folder: RunFolder, plan: Plan) -> Path:
         },
         "class_counts": dict(zip(parts.train.class_names, parts.train.class_counts, strict=True)),
     }
+    if plan.recipe.model.weights:
+        about["weights"] = plan.recipe.model.weights
     if begin is not None:
         done = begin.checkpoint
         about["resumed"] = {"from": str(begin.path), "after_epoch": done.epoch, "after_step": done.step}

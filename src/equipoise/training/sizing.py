@@ -21,7 +21,8 @@ from equipoise.method.clip import PREFIX
 from equipoise.method.pretrained import find_pretrained
 from equipoise.method.tuning import parameter_groups
 from equipoise.runs.checkpoint import create_network
-from equipoise.training.loop import create_sgd, set_training
+from equipoise.training.loop import set_training
+from equipoise.training.optim import create_sgd
 from equipoise.training.plan import Plan, prepare
 from equipoise.training.session import starts_at_means
 from equipoise.training.step import Step

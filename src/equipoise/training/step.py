@@ -15,7 +15,7 @@ from equipoise.base.world import World
 from equipoise.config.recipe import Recipe
 from equipoise.method.methods import objective_of
 from equipoise.method.network import CosineClassifier, Outputs, TwoBranchNetwork, resting_averages
-from equipoise.method.objective import Terms
+from equipoise.method.objective import Objective, Terms
 from equipoise.views.draws import sampled_counts
 from equipoise.views.loader import Batch
 
@@ -41,9 +41,11 @@ class Step:
         self.objective.to(device, torch.float32)
         self._counts_C = torch.tensor(class_counts, device=device, dtype=torch.float32)
         self._network = network
+        if self.objective.momentum:
+            self.objective.momentum_copy = network.momentum_copy()
         if recipe.compile:
             network.encoder.compile()  # in its place: the names of its weights stay
-        self._forward: nn.Module = _Forward(network, recipe.micro_batch)
+        self._forward: nn.Module = _Forward(network, self.objective, recipe.micro_batch)
         # Recorded steps were not tried together with these.
         whole = all(parameter.requires_grad for parameter in network.parameters()) and world.size == 1
         untried = recipe.deterministic or recipe.micro_batch or recipe.compile or recipe.optim.sam
@@ -60,10 +62,10 @@ class Step:
         if self._recipe.data.sampler != "progressive":
             return
         drawn = sampled_counts(self._class_counts, "progressive", progress).tolist()
-        fresh, kept = dict(objective_of(self._recipe, drawn).named_buffers()), self.objective.state_dict()
-        for name, buffer in self.objective.named_buffers():
+        kept = self.objective.state_dict()
+        for name, buffer in objective_of(self._recipe, drawn).named_buffers():
             if name not in kept:
-                buffer.copy_(fresh[name])
+                self.objective.get_buffer(name).copy_(buffer)
 
     def __call__(self, batch: Batch, votes: Sequence[int] = ()) -> tuple[dict[str, float], list[float]]:
         """The loss terms of the whole batch, and the sum over ranks of the votes. The gradients are there, the weights
@@ -95,16 +97,16 @@ class Step:
         state_before = [value.clone() for value in state]
         self._differentiable(batch)[1]()
         state_after = [value.clone() for value in state]
-        moved = [parameter for parameter in self._network.parameters() if parameter.grad is not None]
+        moved = [parameter for parameter in self._forward.parameters() if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in moved if parameter.grad is not None]
         start = [parameter.detach().clone() for parameter in moved]
+        length = torch.stack([gradient.norm() for gradient in gradients]).norm()
         with torch.no_grad():
-            gradients = [parameter.grad for parameter in moved if parameter.grad is not None]
-            length = torch.stack([gradient.norm() for gradient in gradients]).norm()
+            for value, before in zip(state, state_before, strict=True):
+                value.copy_(before)
             for parameter, gradient in zip(moved, gradients, strict=True):
                 parameter.add_(gradient * (self._recipe.optim.sam / (length + 1e-12)))
                 parameter.grad = None
-            for value, before in zip(state, state_before, strict=True):
-                value.copy_(before)
         with resting_averages(self._network):
             yield
         with torch.no_grad():
@@ -126,7 +128,8 @@ class Step:
         features_BVD = outputs.features_BVD
         if features_BVD is not None:
             features_BVD = self._world.gather_rows(features_BVD[:count], images)
-        outputs = outputs._replace(logits_BC=outputs.logits_BC[:count], features_BVD=features_BVD, mixed=batch.mixed)
+        outputs = outputs._replace(logits_BC=outputs.logits_BC[:count], features_BVD=features_BVD)
+        self.objective.mixed = batch.mixed
         terms = self.objective(outputs, batch.labels_G, own)
         classifier = self._network.classifier
         if isinstance(classifier, CosineClassifier) and classifier.anchor:
@@ -136,15 +139,17 @@ class Step:
 
 
 class _Forward(nn.Module):
-    """What DistributedDataParallel wraps: it exchanges gradients only of calls of `forward`."""
+    """What DistributedDataParallel wraps: it exchanges gradients only of calls of `forward`. The objective is in it for
+    its parameters."""
 
-    def __init__(self, network: TwoBranchNetwork, micro_batch: int) -> None:
+    def __init__(self, network: TwoBranchNetwork, objective: Objective, micro_batch: int) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.objective = network, objective
         self.micro_batch = micro_batch
 
     def forward(self, images_VB3SS: Tensor) -> Outputs:
-        return self.network.training_outputs(images_VB3SS, self.micro_batch)
+        copy, momentum = self.objective.momentum_copy, self.objective.momentum
+        return self.network.training_outputs(images_VB3SS, self.micro_batch, copy, momentum)
 
 
 class StepGraph:

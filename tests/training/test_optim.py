@@ -1,4 +1,5 @@
-"""The moving average of the weights: by hand, and what a run does with it. That it goes on: test_numbers.py too."""
+"""The moving average of the weights, by hand, and what a run does with it (that it goes on: test_numbers.py too). SGD
+and its schedules are in test_loop.py."""
 
 import copy
 import os
@@ -13,7 +14,7 @@ from equipoise import load_recipe, train
 from equipoise.base.errors import Stopped
 from equipoise.runs.checkpoint import load_checkpoint, state_on_cpu
 from equipoise.training import loop
-from equipoise.training.averaging import average_in
+from equipoise.training.optim import average_in
 from equipoise.training.plan import prepare
 from equipoise.training.session import start
 
