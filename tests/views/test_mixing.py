@@ -17,7 +17,7 @@ def settings(mix: str, alpha: float = 1.0) -> ViewSettings:
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 4.0])
 def test_lambda_is_from_the_beta_distribution(alpha):
     """Mean 1/2, variance 1 / (4 (2 alpha + 1)), and the same from either end; bounds are five standard errors."""
-    shares = mixing(settings("mixup", alpha), 0, 0, np.arange(20_000)).shares_G
+    shares = mixing(settings("mixup", alpha), 0, 0, np.arange(20_000))[2]
     variance = 1 / (4 * (2 * alpha + 1))
     assert abs(shares.mean() - 0.5) < 5 * np.sqrt(variance / 20_000)
     assert abs(shares.var() - variance) < 5 * np.sqrt(((shares - 0.5) ** 4).mean() / 20_000)

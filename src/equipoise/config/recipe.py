@@ -74,8 +74,7 @@ class Data:
     )
     sampler: Literal["instance", "square-root", "class-balanced", "progressive"] = _field(
         "instance",
-        "a class's share of an epoch: as of the images, by the square root of its count, all alike, or over the epochs "
-        "from the first to the last of these",
+        "a class's share of an epoch: as of the images, by the root of its count, all alike, or from the first to this",
     )
     group_by: str = _field("", "hold out whole groups: a table's column, or a regular expression on the images' paths")
 
@@ -150,12 +149,8 @@ class Optim:
     weight_decay: float = _field(5e-4, "weight decay", "wd", ge=0)
     layer_decay: float = _field(1.0, "learning rate of an encoder's layer, as a share of the next one's", gt=0, le=1)
     schedule: Literal["cosine", "step"] = _field("cosine", "learning rate over the epochs")
-    sam: float = _field(
-        0.0, "sharpness-aware minimisation: the distance rho, 0.05 usual, in twice the time (0: off)", ge=0, le=10
-    )
-    ema: float = _field(
-        0.0, "decay of a moving average of the weights, which is then scored and used, 0.999 usual (0: off)", ge=0, lt=1
-    )
+    sam: float = _field(0.0, "sharpness-aware minimisation: rho (0: off; 0.05 usual; twice the time)", ge=0)
+    ema: float = _field(0.0, "score and use a moving average of the weights: its decay (0: off)", ge=0, le=0.99999)
     warmup_epochs: int = _field(0, "epochs of linear warm-up", ge=0)
     milestones: tuple[float, ...] = _field((), "step schedule: x0.1 from these epochs (below 1: share of all)", gt=0)
 
@@ -301,11 +296,6 @@ def _expected(field: Field) -> str:
         return f"one of {', '.join(filter(None, get_args(field.type)))}"
     kinds = {bool: "true or false", int: "a whole number", float: "a number", str: field.bounds.description or "text"}
     kind = kinds.get(field.type) or f"{field.length or 'a list of'} numbers"
-    limits = {
-        "above": field.bounds.gt,
-        "at least": field.bounds.ge,
-        "at most": field.bounds.le,
-        "below": field.bounds.lt,
-    }
+    limits = {"above": field.bounds.gt, "at least": field.bounds.ge, "at most": field.bounds.le}
     said = " and ".join(f"{words} {limit:.12g}" for words, limit in limits.items() if limit is not None)
     return f"{kind}, {said}" if said else kind

@@ -64,29 +64,23 @@ class Objective(nn.Module, ABC):
 
     def _adjusted(self, outputs: Outputs, labels_G: Tensor, rows: slice, tau: float) -> Tensor:
         """The share that these rows have of the batch's logit-adjusted cross-entropy."""
-        how = self.log_prior_C, tau, "none", self.settings.label_smoothing
-        return self.mean(
-            lambda labels_B: logit_adjusted_cross_entropy(outputs.logits_BC, labels_B, *how), labels_G, rows
-        )
+        logits_BC, how = outputs.logits_BC, (self.log_prior_C, tau, "none", self.settings.label_smoothing)
+        return self.mean(lambda labels_B: logit_adjusted_cross_entropy(logits_BC, labels_B, *how), labels_G, rows)
 
     def mean(
-        self,
-        losses: Callable[[Tensor], Tensor],
-        labels_G: Tensor,
-        rows: slice,
-        weights_C: Tensor | None = None,
+        self, losses: Callable[[Tensor], Tensor], labels_G: Tensor, rows: slice, weights_C: Tensor | None = None
     ) -> Tensor:
         """The share that these rows have of the batch's mean of `losses`, which makes of labels `[B]` losses `[B]`;
         with `weights_C`, divided by the sum of the labels' weights, as in torch. Mixed images have both labels, each by
         its share."""
-        count = len(labels_G) if weights_C is None else self._by_shares(weights_C.__getitem__, labels_G, ALL)
-        return self._by_shares(losses, labels_G, rows) / count
 
-    def _by_shares(self, made: Callable[[Tensor], Tensor], labels_G: Tensor, rows: slice) -> Tensor:
-        if not self.mixed:
-            return made(labels_G[rows]).sum()
-        others_B, shares_B = (of_G[rows] for of_G in self.mixed)
-        return (shares_B * made(labels_G[rows]) + (1 - shares_B) * made(others_B)).sum()
+        def summed(made: Callable[[Tensor], Tensor], rows: slice) -> Tensor:
+            if not self.mixed:
+                return made(labels_G[rows]).sum()
+            others_B, shares_B = (of_G[rows] for of_G in self.mixed)
+            return (shares_B * made(labels_G[rows]) + (1 - shares_B) * made(others_B)).sum()
+
+        return summed(losses, rows) / (len(labels_G) if weights_C is None else summed(weights_C.__getitem__, ALL))
 
 
 class TwoBranch(Objective):

@@ -266,8 +266,7 @@ class Trainer:
             self.requests.leave_if_stopped(self._state(), self._plan.resume_command())
 
         train = self._plan.parts.train
-        network = self._averaged or self._network
-        predictions = predict(network, validation, looks=[look], world=self._plan.world)
+        predictions = predict(self._averaged or self._network, validation, looks=[look], world=self._plan.world)
         scored = score(predictions, train.class_counts, len(train.class_names))
         names = ("top1", "mean_per_class", "many", "medium", "few")
         log.write("validation", self.step, self.epoch, {name: scored[name] for name in names})

@@ -4,7 +4,7 @@ Shapes: B images of this rank, G images of the whole batch, V contrastive views,
 """
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -70,21 +70,19 @@ class Step:
     def __call__(self, batch: Batch, votes: Sequence[int] = ()) -> tuple[dict[str, float], list[float]]:
         """The loss terms of the whole batch, and the sum over ranks of the votes. The gradients are there, the weights
         have not moved."""
-        if not self._recipe.optim.sam:
-            return self._compute(batch, votes)
-        with self._uphill(batch):
-            return self._compute(batch, votes)
-
-    def _compute(self, batch: Batch, votes: Sequence[int]) -> tuple[dict[str, float], list[float]]:
-        if self._graph is not None and self._graph.takes(batch):
-            terms, backward = self._graph.forward(batch), self._graph.backward
-        else:
-            terms, backward = self._differentiable(batch)
-        # Sent to the host before the backward pass is queued: a GPU goes on with that while the terms are looked at.
-        own = torch.stack([*terms.values()]).detach()
-        asked = torch.tensor(votes, dtype=own.dtype, pin_memory=own.device.type == "cuda")
-        read = start_reading(self._world.sum(torch.cat([own, asked.to(own.device, non_blocking=True)])))
-        backward()
+        with self._uphill(batch) if self._recipe.optim.sam else nullcontext():
+            if self._graph is not None and self._graph.takes(batch):
+                terms, backward = self._graph.forward(batch), self._graph.backward
+            else:
+                terms = self._losses(batch)
+                # The losses of all ranks add up to the batch's, but DistributedDataParallel takes the mean of their
+                # gradients.
+                backward = (terms["loss"] * self._world.size).backward
+            # Sent to the host before the backward pass is queued: a GPU goes on with that while they are looked at.
+            own = torch.stack([*terms.values()]).detach()
+            asked = torch.tensor(votes, dtype=own.dtype, pin_memory=own.device.type == "cuda")
+            read = start_reading(self._world.sum(torch.cat([own, asked.to(own.device, non_blocking=True)])))
+            backward()
         numbers: list[float] = read()[0].tolist()
         return dict(zip(terms, numbers, strict=False)), numbers[len(terms) :]
 
@@ -95,7 +93,7 @@ class Step:
         the method's state take the batch in as it is at the weights themselves, once."""
         state = [*self.objective.state_dict().values()]
         state_before = [value.clone() for value in state]
-        self._differentiable(batch)[1]()
+        (self._losses(batch)["loss"] * self._world.size).backward()
         state_after = [value.clone() for value in state]
         moved = [parameter for parameter in self._forward.parameters() if parameter.grad is not None]
         gradients = [parameter.grad for parameter in moved if parameter.grad is not None]
@@ -112,12 +110,6 @@ class Step:
         with torch.no_grad():
             for value, before in zip([*moved, *state], [*start, *state_after], strict=True):
                 value.copy_(before)
-
-    def _differentiable(self, batch: Batch) -> tuple[Terms, Callable[[], None]]:
-        """The loss terms of this rank's rows, and their backward pass."""
-        terms = self._losses(batch)
-        # The losses of all ranks add up to the batch's, but DistributedDataParallel takes the mean of their gradients.
-        return terms, (terms["loss"] * self._world.size).backward
 
     def _losses(self, batch: Batch) -> Terms:
         images, own = len(batch.labels_G), batch.rows

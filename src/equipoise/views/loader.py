@@ -270,10 +270,8 @@ class Maker(Dataset["Batch | UserError"]):
         if len(mixed_M):
             alone = replace(self.settings, kinds=("cls",))
             second_1M3SS = self._views(others_G[mixed_M], alone, seed, epoch, bad)
-            how = zip(
-                places_M.tolist(), second_1M3SS[0], boxes_G4[mixed_M].tolist(), kept_G[mixed_M].tolist(), strict=True
-            )
-            for place, other_3SS, box, kept in how:
+            how = boxes_G4[mixed_M].tolist(), kept_G[mixed_M].tolist()
+            for place, other_3SS, box, kept in zip(places_M.tolist(), second_1M3SS[0], *how, strict=True):
                 mix_in(views_VB3SS[0, place], other_3SS, box, kept)
         mixed = torch.from_numpy(self.labels_N[others_G % len(self)]), torch.from_numpy(shares_G).float()
         return Batch(views_VB3SS, labels_G, task.rows, bad, mixed)
