@@ -24,7 +24,7 @@ def step(encoder: str, size: int, micro_batch: int, file: str) -> None:
     import resource
 
     from equipoise.base.world import ALONE
-    from equipoise.config.recipe import load_recipe
+    from equipoise.config.reading import load_recipe
     from equipoise.method.network import batch_norms
     from equipoise.runs.checkpoint import create_network
     from equipoise.training.step import Step

@@ -165,7 +165,7 @@ def write_as_authors(checkpoint: "Checkpoint", file: Path) -> Path:
 
 def rehearse(place: Path, photos: Path | None, size: int, epochs: int, encoders: tuple[str, ...]) -> int:
     """Build both trees in `place`, run the commands, check what they leave; the number of checks passed."""
-    from equipoise.config.recipe import load_recipe
+    from equipoise.config.reading import load_recipe
     from equipoise.runs.checkpoint import load_checkpoint
 
     imagenet = build_imagenet(place / "imagenet_2012", photos)

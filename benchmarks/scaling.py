@@ -12,7 +12,7 @@ import time
 import torch
 
 from equipoise.base.world import join
-from equipoise.config.recipe import load_recipe
+from equipoise.config.reading import load_recipe
 from equipoise.method.losses import balanced_contrastive_loss
 from equipoise.runs.checkpoint import create_network
 from equipoise.training.step import Step

@@ -19,9 +19,10 @@ from benchmarks.loss import mask_form
 from benchmarks.timing import answer, apart, finish, say_times, say_where
 from equipoise.base.device import choose_precision, keep_freed_memory
 from equipoise.base.world import ALONE
-from equipoise.config.recipe import Recipe, load_recipe
+from equipoise.config.reading import load_recipe
+from equipoise.config.recipe import Recipe
 from equipoise.runs.checkpoint import create_network
-from equipoise.training.loop import create_sgd
+from equipoise.training.optim import create_sgd
 from equipoise.training.step import Step
 from equipoise.views.loader import Batch
 

@@ -16,7 +16,7 @@ import equipoise
 from benchmarks.timing import say_where
 from equipoise.method.network import TwoBranchNetwork
 from equipoise.runs.checkpoint import create_network
-from equipoise.training.loop import create_sgd
+from equipoise.training.optim import create_sgd
 from equipoise.training.plan import Plan, prepare
 from equipoise.training.step import Step
 from equipoise.views.loader import open_batches

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 
 from equipoise.base.world import World, join
-from equipoise.config.recipe import load_recipe
+from equipoise.config.reading import load_recipe
 from equipoise.data.images import ImageList, PixelArrays
 from equipoise.method.network import batch_norms
 from equipoise.runs.checkpoint import create_network
-from equipoise.training.loop import create_sgd, set_training
+from equipoise.training.loop import set_training
+from equipoise.training.optim import create_sgd
 from equipoise.training.step import Step
 from equipoise.views.loader import open_batches, steps_per_epoch
 from equipoise.views.views import view_settings
@@ -34,7 +35,7 @@ def pictures(count: int) -> ImageList:
 
 
 def train(world: World, case: dict[str, Any]) -> dict[str, Any]:
-    fields = {name: case[name] for name in ("method", "micro_batch", "anchor", "sampler") if name in case}
+    fields = {name: case[name] for name in ("method", "micro_batch", "anchor", "sampler", "mix", "sam") if name in case}
     recipe = load_recipe("digits-lt", batch_size=32, **fields)
     torch.manual_seed(0)
     network = create_network(recipe, CLASSES, start=True).double().train()
@@ -53,9 +54,12 @@ def train(world: World, case: dict[str, Any]) -> dict[str, Any]:
     saved: dict[str, Any] = {"terms": [], "rows": [], "classes": [], "gradients": {}, "own": {}}
     epochs = math.ceil(STEPS / steps_per_epoch(len(images), recipe.batch_size))
     steps = range(epochs * steps_per_epoch(len(images), recipe.batch_size))
-    for number, batch in zip(steps, batches.training(0, recipe.batch_size, steps, recipe.data.sampler), strict=True):
+    made = batches.training(0, recipe.batch_size, steps, recipe.data.sampler, epochs)
+    for number, batch in zip(steps, made, strict=True):
         if number % (len(steps) // epochs) == 0:
-            take_step.objective.begin_epoch(number * epochs // len(steps), epochs)
+            epoch = number * epochs // len(steps)
+            take_step.expect_draws(epoch / epochs)
+            take_step.objective.begin_epoch(epoch, epochs)
         take_step.objective.seed = number
         optimizer.zero_grad()
         values, votes = take_step(batch, (1, 2))

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from equipoise.config.recipe import load_recipe
+from equipoise.config.reading import load_recipe
 from equipoise.config.writing import recipe_toml
 from equipoise.evaluation.score import score_checkpoint
 from equipoise.method.losses import log_prior

@@ -32,7 +32,8 @@ from equipoise.method.losses import (
 from equipoise.method.methods import METHODS as ALL_METHODS
 from equipoise.method.network import TwoBranchNetwork, batch_norms
 from equipoise.runs.checkpoint import create_network
-from equipoise.training.loop import create_sgd, set_training
+from equipoise.training.loop import set_training
+from equipoise.training.optim import create_sgd
 from equipoise.training.step import Step
 from equipoise.views.loader import Batch, open_batches
 from equipoise.views.views import ViewSettings, view_settings

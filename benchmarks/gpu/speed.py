@@ -15,7 +15,7 @@ from benchmarks.loss import step as loss_step
 from benchmarks.step import CLASSES, our_step, plain_step
 from benchmarks.waiting import training
 from equipoise.base.device import choose_precision
-from equipoise.config.recipe import load_recipe
+from equipoise.config.reading import load_recipe
 from equipoise.data.sources import find_parts
 from equipoise.training.plan import Plan, prepare
 from equipoise.views.loader import Batch, open_batches, worker_count

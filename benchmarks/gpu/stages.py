@@ -18,7 +18,7 @@ from benchmarks import crash
 from benchmarks.gpu.figures import Task
 from benchmarks.gpu.speed import seconds_of
 from equipoise.base.device import describe_machine
-from equipoise.config.recipe import load_recipe
+from equipoise.config.reading import load_recipe
 from equipoise.data.decode import usable_cores
 from equipoise.runs.checkpoint import load_checkpoint
 

@@ -10,8 +10,8 @@ __version__ = "0.1.0"  # pyproject.toml takes it from here
 
 if TYPE_CHECKING:  # the same names, for editors and type checkers
     from equipoise.base.errors import UserError as UserError
+    from equipoise.config.reading import load_recipe as load_recipe
     from equipoise.config.recipe import Recipe as Recipe
-    from equipoise.config.recipe import load_recipe as load_recipe
     from equipoise.deploy.predict import Classifier as Classifier
     from equipoise.deploy.predict import load as load
     from equipoise.evaluation.score import Run as Run
@@ -29,7 +29,7 @@ _HOME = {
     "UserError": "base.errors",
     "load": "deploy.predict",
     "load_checkpoint": "runs.checkpoint",
-    "load_recipe": "config.recipe",
+    "load_recipe": "config.reading",
     "train": "training.session",
 }
 __all__ = ["__version__", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]

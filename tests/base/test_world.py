@@ -36,6 +36,10 @@ CASES = {
     "micro": BCL | {"micro_batch": 3},
     "synchronised": BCL | {"batch_norm": "synchronised"},
     "held": BCL | {"anchor": 6.0, "sampler": "square-root"},
+    "progressive": BCL | {"sampler": "progressive"},
+    "mixed": BCL | {"mix": "cmo"},
+    "sharp": BCL | {"method": "proco", "micro_batch": 3, "sam": 0.05},
+    "mixed-weights": BCL | {"method": "ldam-drw", "mix": "mixup"},
     "per-rank": BCL | {"batch_norm": "per-rank"},
 }
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
@@ -153,7 +157,7 @@ def test_figures_of_three_processes_are_those_of_one(tmp_path):
     """Three ranks divide neither the 500 test images nor the last batch. The run is scored by three, then by one, then
     by three once more, from the file."""
     run = tmp_path / "run"
-    done = torchrun(3, *train_command(run, "-b", "63", "--set", "data.holdout=0.2"))
+    done = torchrun(3, *train_command(run, "-b", "63", "--set", "data.holdout=0.2", "--ema", "0.9"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("accuracy on the test part") == 1, "one rank speaks"
     assert "3 processes, BatchNorm per-rank" in done.stdout

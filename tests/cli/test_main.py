@@ -18,7 +18,8 @@ from benchmarks.rehearsal import build_imagenet, build_inaturalist, rehearse, wr
 from equipoise import load_recipe
 from equipoise.cli import main as cli
 from equipoise.cli.main import main
-from equipoise.config.recipe import recipe_fields, shipped_recipes
+from equipoise.config.reading import shipped_recipes
+from equipoise.config.recipe import recipe_fields
 from equipoise.runs.checkpoint import load_checkpoint
 
 

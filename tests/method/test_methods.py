@@ -106,6 +106,48 @@ def formula(method: str, of: Outputs, smoothing: float) -> Tensor:
     }[method]()
 
 
+OTHERS, SHARES = torch.tensor([1, 2, 0, 2, 1, 0]), torch.tensor([1.0, 0.5, 0.25, 0.875, 0.0, 0.75])  # exact in binary
+
+
+def classification(method: str, logits: Tensor) -> Tensor:
+    """The classification loss of mixed images, image by image and label by label."""
+    prior, counts = log_prior(torch.tensor(COUNTS)), torch.tensor(COUNTS, dtype=torch.float64)
+    weights = (1 - 0.99) / (1 - 0.99**counts) if method == "class-weights" else torch.ones(3)
+    total = weighed = torch.zeros((), dtype=torch.float64)
+    for place in range(6):
+        own, other, share = LABELS[place], OTHERS[place], SHARES[place].double()
+        for label, part in ((own, share), (other, 1 - share)):
+            row = logits[place]
+            if method == "ldam-drw":
+                row = row - 30 * 0.5 * (2 / counts[label]) ** 0.25 * F.one_hot(label, 3)
+            elif method == "vs":
+                row = (counts / 50) ** 0.4 * row + 1.3 * prior
+            elif method not in ("ce", "focal", "class-weights"):
+                row = row + 1.3 * prior
+            right = row.softmax(0)[label]
+            loss = -((1 - right) ** 0.4) * right.log() if method == "focal" else -right.log()
+            total, weighed = total + part * weights[label] * loss, weighed + part * weights[label]
+    return total / weighed
+
+
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.mixes])
+def test_mixed_images_have_the_losses_of_both_labels_by_their_shares(method):
+    """The contrastive loss is of the first labels alone. Where every share is 1, nothing is mixed."""
+
+    def terms(mixed: tuple[Tensor, ...]) -> dict[str, float]:
+        objective = objective_of(load_recipe("digits-lt", method=method, **SETTINGS), COUNTS).double()
+        objective.begin_epoch(0, 2)
+        objective.mixed = mixed
+        found = objective(outputs(method), LABELS, slice(0, 6))
+        return {name: term.item() for name, term in found.items()}
+
+    plain, mixed = terms(()), terms((OTHERS, SHARES))
+    expected = classification(method, outputs(method).logits_BC).item()
+    assert mixed.get("classification", mixed["loss"]) == pytest.approx(expected, rel=1e-9)
+    assert mixed.get("contrastive") == plain.get("contrastive")
+    assert terms((OTHERS, torch.ones(6))) == pytest.approx(plain, rel=1e-12)
+
+
 def test_every_method_is_declared():
     assert set(get_args(Method)) == set(METHODS)
 
@@ -131,12 +173,11 @@ def test_parts_of_a_batch_add_up(method):
         assert features_BVD is not None
         logits_BC.requires_grad_()
         features_BVD.requires_grad_()
-        of_parts = [  # each by an objective of its own, which sees the features of all
-            objective_of(recipe, COUNTS).double()(Outputs(logits_BC[part], features_BVD, prototypes_CD), LABELS, part)[
-                "loss"
-            ]
-            for part in parts
-        ]
+        of_parts = list[Tensor]()
+        for part in parts:  # each by an objective of its own, which sees the features of all
+            objective = objective_of(recipe, COUNTS).double()
+            objective.mixed = (OTHERS, SHARES) if objective.mixes else ()
+            of_parts.append(objective(Outputs(logits_BC[part], features_BVD, prototypes_CD), LABELS, part)["loss"])
         torch.stack(of_parts).sum().backward()
         sums.append(sum(term.item() for term in of_parts))
         gradients += [logits_BC.grad, features_BVD.grad] if METHODS[method].contrastive else [logits_BC.grad]

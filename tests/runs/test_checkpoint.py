@@ -116,9 +116,17 @@ def test_weights_of_another_network_are_refused_before_it_is_built(fields, check
 
 
 @pytest.mark.parametrize(
-    ("sampler", "expected"), [("instance", [9, 4, 1]), ("square-root", [3, 2, 1]), ("class-balanced", [1, 1, 1])]
+    ("sampler", "expected"),
+    [
+        ("instance", [9, 4, 1]),
+        ("square-root", [3, 2, 1]),
+        ("class-balanced", [1, 1, 1]),
+        # In the fourth of four epochs, the last that it has seen: 1/4 of 9/14, 4/14, 1/14 and 3/4 of 1/3.
+        ("progressive", [(9 + 14) / (1 + 14), (4 + 14) / (1 + 14), 1]),
+    ],
 )
 def test_plain_logits_have_the_prior_of_what_was_drawn(sampler, expected, checkpoint):
-    recipe = replace(checkpoint.recipe, method="ce", data=replace(checkpoint.recipe.data, sampler=sampler))
-    prior = replace(checkpoint, recipe=recipe, class_counts=(9, 4, 1)).log_prior_of_logits().exp()
+    recipe = replace(checkpoint.recipe, method="ce", epochs=4, data=replace(checkpoint.recipe.data, sampler=sampler))
+    done = replace(checkpoint, recipe=recipe, epoch=4, class_counts=(9, 4, 1))
+    prior = done.log_prior_of_logits().exp()
     assert torch.allclose(prior / prior[2], torch.tensor(expected, dtype=torch.float64))

@@ -20,7 +20,8 @@ from equipoise import UserError, load_recipe, train
 from equipoise.config.recipe import Optim
 from equipoise.method import methods, objective
 from equipoise.runs.checkpoint import load_checkpoint
-from equipoise.training.loop import NonFiniteLossError, create_sgd, learning_rate
+from equipoise.training.loop import NonFiniteLossError
+from equipoise.training.optim import create_sgd, learning_rate
 
 QUICK = {"epochs": 2, "warmup_epochs": 0, "log_every": 4, "device": "cpu"}
 

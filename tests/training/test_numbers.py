@@ -4,6 +4,7 @@ import io
 import json
 import os
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -62,12 +63,17 @@ def test_a_last_batch_of_one_image(policy, method, tmp_path):
         assert np.isfinite(losses).all()
 
 
+MORE = {"sampler": "progressive", "mix": "cmo", "sam": 0.05, "ema": 0.9}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [*WITH_STATE, "kcl"])
-def test_what_a_method_keeps_goes_on(method, tmp_path, monkeypatch):
-    """A run that is stopped within an epoch ends, to the last bit, as an undisturbed one."""
+@pytest.mark.parametrize(
+    ("method", "fields"), [*((method, {}) for method in [*WITH_STATE, "kcl"]), ("proco", MORE | {"policy": "photos"})]
+)
+def test_what_a_method_keeps_goes_on(method, fields, tmp_path, monkeypatch):
+    """A run that is stopped within an epoch ends, to the last bit, as an undisturbed one; with other workers too."""
     data = draw_folder(tmp_path / "data", {"ant": 14, "bee": 6})
-    recipe = tiny(data, method=method, batch_size=5, epochs=5, workers=0, precision="fp32")
+    recipe = tiny(data, method=method, batch_size=5, epochs=5, workers=0, precision="fp32", **fields)
     whole = load_checkpoint(train(recipe, tmp_path / "whole", progress=False).path / "last.pt")
     steps, honest = list[int](), Step.__call__
 
@@ -80,9 +86,12 @@ def test_what_a_method_keeps_goes_on(method, tmp_path, monkeypatch):
     monkeypatch.setattr(Step, "__call__", stop)
     with pytest.raises(Stopped):
         train(recipe, tmp_path / "run", progress=False)
+    recipe = replace(recipe, workers=2)
     again = load_checkpoint(train(recipe, resume=tmp_path / "run", progress=False).path / "last.pt")
     assert again.step == whole.step == 20
-    for ours, expected in ((again.weights, whole.weights), (again.objective, whole.objective)):
+    assert bool(whole.raw) == ("ema" in fields)
+    for name in ("weights", "raw", "objective"):
+        ours, expected = getattr(again, name), getattr(whole, name)
         assert ours.keys() == expected.keys()
         assert all(torch.equal(ours[name], value) for name, value in expected.items())
 

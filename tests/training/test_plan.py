@@ -36,6 +36,11 @@ def test_convolutions_in_groups_are_trained_in_float32(arch, tune, given, precis
         ({"method": "paco", "label_smoothing": 0.1}, "paco has no label smoothing: set --label-smoothing 0"),
         ({"method": "gml", "classifier": "linear"}, "gml needs a cosine classifier: set --classifier cosine"),
         ({"method": "focal", "label_smoothing": 0.1}, "focal has no label smoothing: set --label-smoothing 0"),
+        (
+            {"method": "gpaco", "mix": "cutmix"},
+            "gpaco, whose views train both branches, cannot take mixed images: set --mix none",
+        ),
+        ({"tune": "frozen", "mix": "cmo"}, "a frozen encoder's features cannot take mixed images: set --mix none"),
         ({"weights": "a.pth"}, "tune = scratch starts from random weights: set --tune full, or drop --weights"),
         ({"anchor": 6.0}, "only a cosine classifier on a pretrained encoder is held at its start: set --anchor 0"),
     ],

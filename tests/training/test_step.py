@@ -13,7 +13,8 @@ from equipoise.base.world import ALONE
 from equipoise.deploy.hub import write_hub_folder
 from equipoise.method.network import batch_norms
 from equipoise.runs.checkpoint import create_network, load_checkpoint
-from equipoise.training.loop import create_sgd, set_training
+from equipoise.training.loop import set_training
+from equipoise.training.optim import create_sgd
 from equipoise.training.step import Step
 from equipoise.views.loader import Batch
 from equipoise.views.views import view_settings

@@ -48,6 +48,18 @@ def test_permutation():
     assert (permutation(0, 1, 100) != permutation(0, 0, 100)).any()
 
 
+def test_the_progressive_sampler_goes_from_the_images_to_the_classes():
+    """The shares of Kang et al. (eq. 3) in each of ten epochs, and what is drawn, within five standard errors."""
+    counts, epochs = np.array([400, 80, 16, 4]), 10
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(4), counts))
+    for epoch in range(epochs):
+        expected = (1 - epoch / epochs) * counts / 500 + epoch / epochs / 4
+        assert np.allclose(sampled_counts(counts.tolist(), "progressive", epoch / epochs) / 500, expected)
+        drawn = [draws(seed, epoch, labels, "progressive", epochs) for seed in range(20)]
+        shares = np.bincount(labels[np.concatenate(drawn) % 500]) / 10_000
+        assert (abs(shares - expected) < 5 * np.sqrt(expected * (1 - expected) / 10_000)).all()
+
+
 def test_samplers_draw_classes_as_often_as_they_say():
     """The shares of the classes, within five standard errors of what the paper's formula gives; every draw its own."""
     counts = np.array([400, 80, 16, 4])

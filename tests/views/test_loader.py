@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,10 +14,12 @@ import torch
 from conftest import draw_folder
 
 from equipoise import UserError
+from equipoise.base.world import World
 from equipoise.data.decode import decode
 from equipoise.data.sources import find_parts
 from equipoise.views.loader import open_batches, steps_per_epoch, worker_count
-from equipoise.views.views import ViewSettings, evaluation_view
+from equipoise.views.mixing import mixing, second_draws
+from equipoise.views.views import ViewSettings, evaluation_view, photo_views, small_views
 
 CPU = torch.device("cpu")
 PHOTOS = ViewSettings("photos", size=24, kinds=("cls", "sim", "rand"))
@@ -64,18 +67,71 @@ def test_an_epoch_holds_every_image_once_and_in_another_order(images, settings):
 def test_workers_change_no_number(images):
     none, two = (
         [*epoch(batches, 0), *epoch(batches, 1), *batches.evaluation(8)]
-        for batches in (open_batches(images, PHOTOS, CPU, workers) for workers in (0, 2))
+        for batches in (open_batches(images, replace(PHOTOS, mix="cmo"), CPU, workers) for workers in (0, 2))
     )
     for ours, theirs in zip(none, two, strict=True):
-        assert torch.equal(ours.images_VB3SS, theirs.images_VB3SS)
-        assert torch.equal(ours.labels_G, theirs.labels_G)
+        assert len(ours.tensors) == len(theirs.tensors)
+        assert all(torch.equal(one, other) for one, other in zip(ours.tensors, theirs.tensors, strict=True))
 
 
-def test_batch_size_changes_no_view(images):
+@pytest.mark.parametrize("mix", ["none", "cutmix"])
+def test_batch_size_changes_no_view(mix, images):
     """Image by image, the same pixels whatever the batches: matched by their order in the epoch."""
-    batches = open_batches(images, SMALL, CPU)
+    batches = open_batches(images, replace(SMALL, mix=mix), CPU)
     large, small = (torch.cat([batch.images_VB3SS for batch in epoch(batches, 0, size)], dim=1) for size in (7, 3))
     assert torch.equal(large, small)
+
+
+@both_kinds
+@pytest.mark.parametrize("mix", ["mixup", "cutmix", "cmo"])
+def test_the_classifiers_view_is_mixed_with_a_view_of_the_second_image(mix, images, settings):
+    """Pixel by pixel, from the views of both. The contrastive views are as without."""
+    settings = replace(settings, mix=mix)
+    first, labels = [], images.labels_N
+    others = second_draws(mix, 7, 2, labels, "instance", 1)
+    boxes, kept, shares = mixing(settings, 7, 2, others)
+    plain = epoch(open_batches(images, replace(settings, mix="none"), CPU), 2, 21)[0].images_VB3SS
+    (batch,) = epoch(open_batches(images, settings, CPU), 2, 21)
+    assert torch.equal(batch.images_VB3SS[1:], plain[1:])
+    first = plain[0].permute(0, 2, 3, 1).numpy()
+    for place, other in enumerate(others.tolist()):
+        picture = [decode(images, other % 21)]
+        if settings.policy == "cifar":
+            pixels = open_batches(images, settings, CPU)._maker._pixels_NSS3[other % 21][None]
+            view = small_views(pixels, replace(settings, kinds=("cls",)), 7, 2, np.array([other]))
+        else:
+            view = photo_views(picture, replace(settings, kinds=("cls",)), 7, 2, np.array([other]))
+        second = view[0, 0].permute(1, 2, 0).numpy()
+        top, left, bottom, right = boxes[place]
+        inside = np.zeros((settings.size, settings.size, 1), bool)
+        inside[top:bottom, left:right] = True
+        blended = kept[place] * first[place].astype(float) + (1 - kept[place]) * second
+        expected = np.where(inside, blended, first[place])
+        found = batch.images_VB3SS[0, place].permute(1, 2, 0).numpy()
+        assert abs(found - expected).max() <= 0.5 + 1e-4
+        assert 1 - shares[place] == pytest.approx((1 - kept[place]) * inside.mean())
+    assert 0 < (shares < 1).mean() <= 1
+    second_labels, given_shares = batch.mixed
+    assert second_labels.tolist() == labels[others % 21].tolist()
+    assert given_shares.tolist() == pytest.approx(shares.tolist())
+
+
+@pytest.mark.parametrize("mix", ["mixup", "cmo"])
+def test_ranks_make_the_rows_of_one_batch(mix, images):
+    """Of three, the last has none of the last batch of 3: it computes two others."""
+    settings, steps = replace(SMALL, mix=mix), steps_per_epoch(21, 9)
+    whole, *ranks = (
+        list(open_batches(images, settings, CPU, 0, World(rank, size)).training(7, 9, range(steps)))
+        for rank, size in ((0, 1), (0, 3), (1, 3), (2, 3))
+    )
+    assert [batches[2].rows.stop - batches[2].rows.start for batches in ranks] == [3, 0, 0]
+    for number, batch in enumerate(whole):
+        for batches in ranks:
+            own, rows = batches[number], batches[number].rows
+            assert torch.equal(own.labels_G, batch.labels_G)
+            assert all(torch.equal(one, other) for one, other in zip(own.mixed, batch.mixed, strict=True))
+            if rows.stop > rows.start:
+                assert torch.equal(own.images_VB3SS, batch.images_VB3SS[:, rows])
 
 
 def test_evaluation_is_in_order_and_whole(images):

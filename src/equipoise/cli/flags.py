@@ -10,17 +10,8 @@ from typing import Any, Literal, get_args, get_origin
 
 from equipoise.authors.flags import DATASETS, Schedule
 from equipoise.base.errors import UserError
-from equipoise.config.recipe import (
-    Field,
-    Recipe,
-    field_value,
-    find_field,
-    load_recipe,
-    override,
-    override_all,
-    recipe_fields,
-    shipped_recipes,
-)
+from equipoise.config.reading import load_recipe, shipped_recipes
+from equipoise.config.recipe import Field, Recipe, field_value, find_field, override, override_all, recipe_fields
 
 Overrides = list[tuple[Field, Any]]  # fields of a recipe, and their values as text
 

@@ -16,7 +16,8 @@ from typing import Any, NoReturn
 from equipoise import __version__
 from equipoise.base.errors import SharedError, Stopped, UserError, in_words, one_line, out_of_memory
 from equipoise.cli import train, use
-from equipoise.config.recipe import PUBLISHED, Method, load_recipe, nearest, shipped_recipes
+from equipoise.config.reading import load_recipe, shipped_recipes
+from equipoise.config.recipe import PUBLISHED, Method, nearest
 
 _DESCRIPTION = """\
 Train image classifiers on long-tailed data with Balanced Contrastive Learning (BCL, CVPR 2022).

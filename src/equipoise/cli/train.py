@@ -16,7 +16,8 @@ from equipoise.authors.flags import LOG, add_authors_flags, authors_folder
 from equipoise.base.errors import UserError, one_line, own_command, several
 from equipoise.cli import flags
 from equipoise.cli.use import score_checkpoint
-from equipoise.config.recipe import Method, Recipe, load_recipe, recipe_fields, shipped_recipes
+from equipoise.config.reading import load_recipe, shipped_recipes
+from equipoise.config.recipe import Method, Recipe, recipe_fields
 from equipoise.config.second_stages import SECOND_STAGES
 
 if TYPE_CHECKING:

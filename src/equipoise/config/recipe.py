@@ -1,20 +1,18 @@
-"""A name or TOML file, plus overrides, becomes one frozen, validated `Recipe`. Every field is declared once, here: its
-type, what it means, what it may be. All values pass through the same check, whichever way they came."""
+"""The fields of a recipe, each declared once, here: its type, what it means, what it may be. All values pass the same
+check, whichever way they came."""
 
 import dataclasses
 import difflib
 import math
-import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache, reduce
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import msgspec
 from msgspec import Meta
 
-from equipoise.base.errors import UserError, reason, shown
+from equipoise.base.errors import UserError, shown
 
 Method = Literal[
     "balanced-softmax", "bcl", "ce", "class-weights", "focal", "gml", "gpaco", "kcl", "ldam-drw", "logit-adjusted",
@@ -74,8 +72,9 @@ class Data:
         pattern=r"\A(\d{1,4}/\d{1,4})?\Z",
         description="the number of a part and of all parts, as 2/5",
     )
-    sampler: Literal["instance", "square-root", "class-balanced"] = _field(
-        "instance", "a class's share of an epoch: as of the images, by the square root of its count, or all alike"
+    sampler: Literal["instance", "square-root", "class-balanced", "progressive"] = _field(
+        "instance",
+        "a class's share of an epoch: as of the images, by the root of its count, all alike, or from the first to this",
     )
     group_by: str = _field("", "hold out whole groups: a table's column, or a regular expression on the images' paths")
 
@@ -91,6 +90,10 @@ class Views:
     randaug: bool = _field(True, "RandAugment in the classifier's view of photographs")
     randaug_n: int = _field(2, "RandAugment: operations a view", ge=1, le=4)
     randaug_m: float = _field(10.0, "RandAugment: magnitude", ge=0, le=10)
+    mix: Literal["none", "mixup", "cutmix", "cmo"] = _field(
+        "none", "mix the classifier's view with that of a second image: blended, pasted, or pasted from a rare class"
+    )
+    mix_alpha: float = _field(1.0, "mix: lambda is drawn from Beta(alpha, alpha)", gt=0, le=100)
     blur: bool = _field(False, "Gaussian blur in sim views, p=.5, as in MoCo v2 (the authors: no)")
     mean: tuple[float, ...] = _field((0.485, 0.456, 0.406), "subtracted from each channel, of 1", length=3, ge=0, le=1)
     std: tuple[float, ...] = _field((0.229, 0.224, 0.225), "divides each channel, of 1", length=3, gt=0, le=1)
@@ -146,14 +149,16 @@ class Optim:
     weight_decay: float = _field(5e-4, "weight decay", "wd", ge=0)
     layer_decay: float = _field(1.0, "learning rate of an encoder's layer, as a share of the next one's", gt=0, le=1)
     schedule: Literal["cosine", "step"] = _field("cosine", "learning rate over the epochs")
+    sam: float = _field(0.0, "sharpness-aware minimisation: rho (0: off; 0.05 usual; twice the time)", ge=0)
+    ema: float = _field(0.0, "score and use a moving average of the weights: its decay (0: off)", ge=0, le=0.99999)
     warmup_epochs: int = _field(0, "epochs of linear warm-up", ge=0)
     milestones: tuple[float, ...] = _field((), "step schedule: x0.1 from these epochs (below 1: share of all)", gt=0)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that determines a training run. Make and change one with `load_recipe(name, **overrides)`, which
-    checks every value."""
+    """Everything that determines a training run. Make and change one with `load_recipe(name, **overrides)` of
+    `reading.py`, which checks every value."""
 
     name: str = _field(
         "custom",
@@ -294,56 +299,3 @@ def _expected(field: Field) -> str:
     limits = {"above": field.bounds.gt, "at least": field.bounds.ge, "at most": field.bounds.le}
     said = " and ".join(f"{words} {limit:.12g}" for words, limit in limits.items() if limit is not None)
     return f"{kind}, {said}" if said else kind
-
-
-def recipe_from_table(table: Mapping[str, Any], where: str) -> Recipe:
-    """A recipe from nested tables, as TOML gives them; `where` names the source in messages. Raises UserError for
-    unknown sections, fields and refused values."""
-    if not isinstance(table, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance] a file may hold anything
-        raise UserError(f"{where}: its recipe is no table of fields")
-    settings: list[tuple[Field, Any]] = []
-    try:
-        for name, value in table.items():
-            leaves = (
-                {f"{name}.{leaf}": one for leaf, one in value.items()} if isinstance(value, Mapping) else {name: value}
-            )
-            for key, one in leaves.items():
-                field = find_field(str(key))
-                if field.key != key:
-                    raise UserError(f"no recipe field is called '{key}'; write {field.key}")
-                settings.append((field, one))
-        return override_all(Recipe(), settings)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-
-
-def shipped_recipes() -> dict[str, Path]:
-    """Name -> file of every recipe that comes with the package, in alphabetical order."""
-    return {path.stem: path for path in sorted((Path(__file__).parent / "recipes").glob("*.toml"))}
-
-
-def load_recipe(name: str | Path, /, **overrides: Any) -> Recipe:
-    """The recipe called `name`: a shipped one, or a path to a TOML file, or to a run folder that holds one.
-
-    `overrides` are fields by their own name (`epochs=3`, `lr=0.05`, `imbalance_factor=50`) or flag name
-    (`data="pictures"`); `**{"optim.lr": 0.05}` works too. Raises UserError for what is unknown or refused.
-    """
-    path = _recipe_file(name)
-    try:
-        table = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
-    except (OSError, ValueError) as error:  # no UTF-8, no TOML, a date that does not exist
-        raise UserError(f"{path} is no recipe that can be read ({reason(error, library=True)})") from None
-    return override_all(recipe_from_table(table, str(path)), [(find_field(key), overrides[key]) for key in overrides])
-
-
-def _recipe_file(name: str | Path) -> Path:
-    """The file of the recipe that a user calls `name`. Raises UserError where there is none."""
-    shipped = shipped_recipes()
-    path = shipped.get(str(name), Path(name))
-    if (path / "recipe.toml").is_file():
-        return path / "recipe.toml"  # a run folder: train the same again
-    if path.is_dir():
-        raise UserError(f"{path} is a folder, not a recipe; to train on the pictures in it: --data {path}")
-    if path.is_file() or path.suffix == ".toml":
-        return path
-    raise UserError(f"no recipe is called '{name}'{nearest(str(name), list(shipped))}")

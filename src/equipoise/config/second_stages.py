@@ -6,7 +6,8 @@ from typing import Any
 UNTRAINED = ("tau-norm", "ncm")  # computed; the prior of their logits is taken for that of balanced draws
 ALL_STAGES: dict[str, Any] = {
     "method": "ce", "data.sampler": "instance", "loss.label_smoothing": 0.0, "optim.schedule": "cosine",
-    "optim.warmup_epochs": 0, "model.tune": "frozen", "model.classifier_start": "class-means", "model.anchor": 0.0,
+    "optim.warmup_epochs": 0, "optim.sam": 0.0, "optim.ema": 0.0, "views.mix": "none",
+    "model.tune": "frozen", "model.classifier_start": "class-means", "model.anchor": 0.0,
 }  # fmt: skip
 _BALANCED: dict[str, Any] = {"data.sampler": "class-balanced"}
 SECOND_STAGES: dict[str, dict[str, Any]] = {

@@ -18,7 +18,8 @@ import jinja2
 import msgspec
 
 from equipoise.base.errors import UserError, in_words, reason, several
-from equipoise.config.recipe import Data, recipe_from_table
+from equipoise.config.reading import recipe_from_table
+from equipoise.config.recipe import Data
 from equipoise.data.decode import DECODING
 from equipoise.data.images import imbalance_factor
 from equipoise.evaluation.metrics import FURTHER, GROUP_LIMITS, GROUPS, percent, shot_group

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from equipoise.base.device import choose_device, exact_float32
 from equipoise.base.errors import UserError, reason, shown
 from equipoise.base.world import ALONE
-from equipoise.config.recipe import load_recipe
+from equipoise.config.reading import load_recipe
 from equipoise.data.decode import BadImageError, Pixels, decode, in_order, resized
 from equipoise.data.folders import images_below
 from equipoise.data.images import ImageFiles, ImageList

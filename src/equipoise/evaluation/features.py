@@ -50,7 +50,7 @@ class _FeatureMaker(Maker):
         self.bad: dict[int, BadImageError] = {}
         self.labels_N = images.labels_N
         self._recipe, self._images, self._network, self._batches = recipe, images, network, batches
-        self._views = len(view_settings(recipe).kinds)
+        self.settings = view_settings(recipe)
         self._features_NF: npt.NDArray[np.float32] = np.empty((0, 0), np.float32)
 
     def prepare(self, world: World, look: Callable[[], None]) -> None:
@@ -62,13 +62,13 @@ class _FeatureMaker(Maker):
         self._features_NF = np.load(file, mmap_mode="r")
 
     def _training(self, task: Task) -> Batch:
-        rows_B: list[int] = task.indices_B.tolist()
+        rows_B: list[int] = task.indices_G[task.here].tolist()
         for place, row in enumerate(rows_B):
             if row in self.bad:
                 rows_B[place] = stand_in(self._images, row, lambda other: None if other in self.bad else other)
         features_BF = torch.from_numpy(self._features_NF[rows_B])
         labels_G = torch.from_numpy(self._images.labels_N[task.indices_G])
-        return Batch(features_BF.expand(self._views, -1, -1), labels_G, task.rows)
+        return Batch(features_BF.expand(len(self.settings.kinds), -1, -1), labels_G, task.rows)
 
     def _evaluation(self, indices_B: Indices) -> Batch:
         good = [index for index in indices_B.tolist() if index not in self.bad]

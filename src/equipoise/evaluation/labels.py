@@ -15,7 +15,7 @@ from torch import Tensor
 
 from equipoise.base.device import choose_device
 from equipoise.base.world import ALONE
-from equipoise.config.recipe import load_recipe
+from equipoise.config.reading import load_recipe
 from equipoise.data.images import ImageList, Indices
 from equipoise.data.inspection import Place
 from equipoise.evaluation.features import open_encoded_batches

@@ -17,7 +17,8 @@ import torch
 from equipoise.base.device import choose_device
 from equipoise.base.errors import UserError
 from equipoise.base.world import ALONE, World
-from equipoise.config.recipe import Field, Recipe, field_value, find_field, load_recipe, override
+from equipoise.config.reading import load_recipe
+from equipoise.config.recipe import Field, Recipe, field_value, find_field, override
 from equipoise.data.images import Found, ImageList, Parts
 from equipoise.data.lists import BENCHMARKS
 from equipoise.data.sources import LISTS, PARTS, find_parts, labelled_as, named_lists, open_data, part_of, recognise

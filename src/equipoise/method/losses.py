@@ -42,7 +42,7 @@ def logit_adjusted_cross_entropy(
 
     `label_smoothing` is torch's: that share of the label is spread over all classes (Szegedy et al., CVPR 2016).
 
-    Computed in float32 at least, also under autocast. Returns the mean over the batch, or its sum (`reduction`).
+    Computed in float32 at least, also under autocast. Returns the mean over the batch, or what `reduction` says.
     Raises ValueError where the prior is not of as many classes as the logits and, on a CPU, for a label that is none of
     them.
     """

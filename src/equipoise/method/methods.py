@@ -62,8 +62,11 @@ class ClassWeights(Objective):
     def forward(self, outputs: Outputs, labels_G: Tensor, rows: slice) -> Terms:
         logits_BC, smoothing = at_least_float32(outputs.logits_BC), self.settings.label_smoothing
         weights_C = self.weights_C.to(logits_BC)
-        summed = F.cross_entropy(logits_BC, labels_G[rows], weights_C, reduction="sum", label_smoothing=smoothing)
-        return {"loss": summed / weights_C[labels_G].sum()}
+
+        def losses(labels_B: Tensor) -> Tensor:
+            return F.cross_entropy(logits_BC, labels_B, weights_C, reduction="none", label_smoothing=smoothing)
+
+        return {"loss": self.mean(losses, labels_G, rows, weights_C)}
 
     def log_prior_of_logits(self, progress: float = 1.0) -> Tensor:
         return super().log_prior_of_logits() + self.weights_C.double().log()
@@ -82,8 +85,8 @@ class Focal(Objective):
     smooths = False
 
     def forward(self, outputs: Outputs, labels_G: Tensor, rows: slice) -> Terms:
-        loss_B = focal_loss(outputs.logits_BC, labels_G[rows], self.settings.gamma)
-        return {"loss": loss_B.sum() / len(labels_G)}
+        gamma = self.settings.gamma
+        return {"loss": self.mean(lambda labels_B: focal_loss(outputs.logits_BC, labels_B, gamma), labels_G, rows)}
 
 
 def ldam_margins(class_counts_C: Tensor, largest: float = 0.5) -> Tensor:
@@ -114,11 +117,15 @@ class LdamDrw(Objective):
         self.weights_C.copy_(self.deferred_C if deferred else torch.ones_like(self.weights_C))
 
     def forward(self, outputs: Outputs, labels_G: Tensor, rows: slice) -> Terms:
-        labels_B, logits_BC = labels_G[rows], at_least_float32(outputs.logits_BC)
-        margins_B1 = COSINE_SCALE * self.margins_C.to(logits_BC)[labels_B][:, None]
+        logits_BC = at_least_float32(outputs.logits_BC)
         weights_C = self.weights_C.to(logits_BC)
-        less_BC = logits_BC.scatter_add(1, labels_B[:, None], -margins_B1)
-        return {"loss": F.cross_entropy(less_BC, labels_B, weights_C, reduction="sum") / weights_C[labels_G].sum()}
+
+        def losses(labels_B: Tensor) -> Tensor:
+            margins_B1 = COSINE_SCALE * self.margins_C.to(logits_BC)[labels_B][:, None]
+            less_BC = logits_BC.scatter_add(1, labels_B[:, None], -margins_B1)
+            return F.cross_entropy(less_BC, labels_B, weights_C, reduction="none")
+
+        return {"loss": self.mean(losses, labels_G, rows, weights_C)}
 
     def log_prior_of_logits(self, progress: float = 1.0) -> Tensor:
         return super().log_prior_of_logits() + (progress > _DEFERRED) * self.deferred_C.double().log()

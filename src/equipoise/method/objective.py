@@ -4,12 +4,13 @@ Shapes: B images of this rank, G images of the whole batch, V contrastive views,
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import ClassVar
 
 from torch import Tensor, nn
 
 from equipoise.config.recipe import Loss
-from equipoise.method.losses import log_prior, logit_adjusted_cross_entropy
+from equipoise.method.losses import ALL, log_prior, logit_adjusted_cross_entropy
 from equipoise.method.network import Outputs
 
 Terms = dict[str, Tensor]
@@ -26,9 +27,11 @@ class Objective(nn.Module, ABC):
     cosine: ClassVar[bool] = False  # it needs a cosine classifier
     smooths: ClassVar[bool] = True  # it takes label smoothing
     resamples: ClassVar[bool] = True  # it takes other samplers than 'instance'
+    mixes: ClassVar[bool] = True  # its classification loss is a `mean`, and so takes mixed images
     records: ClassVar[bool] = True  # its step can be recorded as a CUDA graph
     momentum: ClassVar[float] = 0.0  # above 0: features of the last view are those of a copy that follows the network
     seed: int = 0  # of the next step: what it draws at random follows from this, on all ranks alike
+    mixed: tuple[Tensor, ...] = ()  # of its batch: second labels `[G]` of mixed images, shares `[G]` of the first ones
     log_prior_C: Tensor
     counts_C: Tensor
 
@@ -61,9 +64,23 @@ class Objective(nn.Module, ABC):
 
     def _adjusted(self, outputs: Outputs, labels_G: Tensor, rows: slice, tau: float) -> Tensor:
         """The share that these rows have of the batch's logit-adjusted cross-entropy."""
-        labels_B, smoothing = labels_G[rows], self.settings.label_smoothing
-        summed = logit_adjusted_cross_entropy(outputs.logits_BC, labels_B, self.log_prior_C, tau, "sum", smoothing)
-        return summed / len(labels_G)
+        logits_BC, how = outputs.logits_BC, (self.log_prior_C, tau, "none", self.settings.label_smoothing)
+        return self.mean(lambda labels_B: logit_adjusted_cross_entropy(logits_BC, labels_B, *how), labels_G, rows)
+
+    def mean(
+        self, losses: Callable[[Tensor], Tensor], labels_G: Tensor, rows: slice, weights_C: Tensor | None = None
+    ) -> Tensor:
+        """The share that these rows have of the batch's mean of `losses`, which makes of labels `[B]` losses `[B]`;
+        with `weights_C`, divided by the sum of the labels' weights, as in torch. Mixed images have both labels, each by
+        its share."""
+
+        def summed(made: Callable[[Tensor], Tensor], rows: slice) -> Tensor:
+            if not self.mixed:
+                return made(labels_G[rows]).sum()
+            others_B, shares_B = (of_G[rows] for of_G in self.mixed)
+            return (shares_B * made(labels_G[rows]) + (1 - shares_B) * made(others_B)).sum()
+
+        return summed(losses, rows) / (len(labels_G) if weights_C is None else summed(weights_C.__getitem__, ALL))
 
 
 class TwoBranch(Objective):

@@ -56,7 +56,7 @@ class GPaCo(Objective):
     """One softmax over the logits with the log prior and over the features of the batch and of a queue (Cui et al.,
     TPAMI 2023); there is no view for the classifier alone."""
 
-    contrastive, shares_views = True, True
+    contrastive, shares_views, mixes = True, True, False
     queue_QD: Tensor
     queue_labels_Q: Tensor
     queued: Tensor

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from equipoise.base.errors import UserError
-from equipoise.config.recipe import Recipe, Views, load_recipe
+from equipoise.config.reading import load_recipe
+from equipoise.config.recipe import Recipe, Views
 from equipoise.method import clip
 
 _TIMM_NAMES = {"resnext50": "resnext50_32x4d"}  # the authors' spelling

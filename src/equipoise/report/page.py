@@ -16,7 +16,8 @@ from markupsafe import Markup
 
 from equipoise.base.errors import UserError
 from equipoise.base.files import atomic_file
-from equipoise.config.recipe import Recipe, field_value, load_recipe, recipe_fields
+from equipoise.config.reading import load_recipe
+from equipoise.config.recipe import Recipe, field_value, recipe_fields
 from equipoise.data.images import ImageList, imbalance_factor
 from equipoise.data.sources import open_data
 from equipoise.evaluation.metrics import FURTHER, GROUP_LIMITS, GROUPS, calibration_error, percent, shot_group

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from equipoise.authors.checkpoints import from_authors, is_authors_table
 from equipoise.base.errors import UserError
 from equipoise.base.files import atomic_file, load_tensors
-from equipoise.config.recipe import Recipe, load_recipe, recipe_from_table
+from equipoise.config.reading import load_recipe, recipe_from_table
+from equipoise.config.recipe import Recipe
 from equipoise.data.images import Parts
 from equipoise.data.sources import PARTS
 from equipoise.method.methods import METHODS, objective_of
@@ -34,9 +35,9 @@ class Checkpoint:
 
     `best`: the highest mean per-class accuracy on the validation part so far, and the epoch that reached it; None
     without a validation part. `optimizer`: SGD's state. `fingerprints`: the data's, by part. `objective`: what the
-    method keeps from step to step. A file of the BCL authors
-    does not say what it was trained on: its `class_counts` are empty, its class names are numbers, and of its recipe
-    only the model is known.
+    method keeps from step to step. `raw`: those that training goes on with, where `weights` are averaged over the steps
+    (`optim.ema`). A file of the BCL authors does not say what it was trained on: its `class_counts` are empty, its
+    class names are numbers, and of its recipe only the model is known.
     """
 
     recipe: Recipe
@@ -49,6 +50,7 @@ class Checkpoint:
     optimizer: dict[str, Any]
     fingerprints: dict[str, str]
     objective: dict[str, Tensor] = field(default_factory=dict)
+    raw: dict[str, Tensor] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Write to `path`, which holds the old file or the whole new one at any moment. Raises OSError."""
@@ -105,9 +107,9 @@ class Checkpoint:
         """`[C]`, float64: log of the class prior, up to a constant, under which the softmax of the raw logits is the
         posterior. Where the counts are not known, as in the BCL authors' files, they do not matter: tau is 1.
         """
-        counts = self.class_counts or [1] * len(self.class_names)
-        drawn_C = sampled_counts(counts, self.recipe.data.sampler)
-        return objective_of(self.recipe, drawn_C.tolist()).log_prior_of_logits(self.epoch / self.recipe.epochs)
+        counts, epochs = self.class_counts or [1] * len(self.class_names), self.recipe.epochs
+        drawn_C = sampled_counts(counts, self.recipe.data.sampler, max(self.epoch - 1, 0) / epochs)  # of the last one
+        return objective_of(self.recipe, drawn_C.tolist()).log_prior_of_logits(self.epoch / epochs)
 
 
 def described(file: Path, checkpoint: Checkpoint) -> str:

@@ -18,7 +18,8 @@ import numpy as np
 from equipoise.base.errors import UserError, several
 from equipoise.base.files import atomic_file
 from equipoise.base.world import ALONE
-from equipoise.config.recipe import Recipe, load_recipe
+from equipoise.config.reading import load_recipe
+from equipoise.config.recipe import Recipe
 from equipoise.evaluation.intervals import bootstrap
 from equipoise.evaluation.metrics import figure_weights
 from equipoise.evaluation.predictions import read_observed

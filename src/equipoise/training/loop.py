@@ -1,6 +1,7 @@
 """Epochs of steps, each looked at before the weights move, saved and validated. Here is the only `optimizer.step()`."""
 
 import contextlib
+import copy
 import math
 import os
 import signal
@@ -8,7 +9,7 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from types import FrameType, TracebackType
 from typing import Any
@@ -18,7 +19,7 @@ from torch import nn
 
 from equipoise.base.errors import SharedError, Stopped
 from equipoise.base.progress import ProgressLine
-from equipoise.config.recipe import Optim, Recipe
+from equipoise.config.recipe import Recipe
 from equipoise.evaluation.metrics import score
 from equipoise.evaluation.predictions import predict
 from equipoise.evaluation.score import record_bad_images
@@ -26,6 +27,7 @@ from equipoise.method.network import TwoBranchNetwork, batch_norms
 from equipoise.method.tuning import parameter_groups
 from equipoise.runs.checkpoint import Checkpoint, state_on_cpu
 from equipoise.runs.folder import BEST, RunLog
+from equipoise.training.optim import average_in, create_sgd, learning_rate
 from equipoise.training.plan import Plan
 from equipoise.training.step import Step
 from equipoise.views.loader import Batch, Batches
@@ -146,6 +148,7 @@ class Trainer:
         groups = [*groups, {"params": own, "lr_scale": 1.0, "weight_decay": 0.0}]
         self._optimizer = create_sgd(groups, optim.lr, optim.momentum, optim.weight_decay)
         self._saved_at, self._saving_took, self._saved_step = time.monotonic(), 0.0, -1
+        self._averaged: TwoBranchNetwork | None = None
         self.epoch, self.step, self.best = 0, 0, None
         if plan.start is None:
             return
@@ -162,6 +165,10 @@ class Trainer:
         """All steps that are left. Raises Stopped where a signal asked for it, NonFiniteLossError, and OSError where
         there is no room to write."""
         recipe, plan = self._plan.recipe, self._plan
+        if recipe.optim.ema:
+            self._averaged = copy.deepcopy(self._network)
+            if plan.start is not None and plan.place.resumes:
+                self._averaged.load_state_dict(plan.start.checkpoint.weights)
         with (
             closing(self._batches),
             closing(self._validation or self._batches),
@@ -170,7 +177,8 @@ class Trainer:
         ):
             # One stream over all epochs: its workers make the next epoch's first batches while this one is validated.
             steps = range(self.step, plan.steps)
-            stream = self._batches.training(recipe.seed, recipe.batch_size, steps, recipe.data.sampler)
+            how = recipe.data.sampler, recipe.epochs
+            stream = self._batches.training(recipe.seed, recipe.batch_size, steps, *how)
             while self.epoch < recipe.epochs:
                 self._train_epoch(stream, log, line)
                 self._end_epoch(log)
@@ -187,6 +195,7 @@ class Trainer:
         rate = learning_rate(self.epoch, recipe.epochs, recipe.optim)
         for group in self._optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
+        self._gradients.expect_draws(self.epoch / recipe.epochs)
         if self.step == self.epoch * plan.steps_per_epoch:
             self._gradients.objective.begin_epoch(self.epoch, recipe.epochs)
             plan.world.first_buffers(self._gradients.objective)  # on GPUs, sums differ in their last bits
@@ -202,6 +211,8 @@ class Trainer:
             self._refuse_non_finite(terms, rate)
             self._optimizer.step()
             self.step += 1
+            if self._averaged is not None:
+                average_in(self._averaged, self._network, recipe.optim.ema, self.step)
             images += len(batch.labels_G)
             speed = images / (time.perf_counter() - since)
             said = "  ".join(f"{name} {value:.3f}" for name, value in terms.items())
@@ -226,7 +237,8 @@ class Trainer:
         """Validate, and save. Epochs may be so short that saving takes much of the time: then it is left out, but for
         the best and the last one. A signal is answered after the next step."""
         world = self._plan.world
-        world.first_buffers(self._network)
+        for network in filter(None, (self._network, self._averaged)):
+            world.first_buffers(network)
         # Ranks must agree, and their clocks do not.
         is_cheap = world.size > 1 or time.monotonic() - self._saved_at > 20 * self._saving_took
         is_best = False
@@ -254,7 +266,7 @@ class Trainer:
             self.requests.leave_if_stopped(self._state(), self._plan.resume_command())
 
         train = self._plan.parts.train
-        predictions = predict(self._network, validation, looks=[look], world=self._plan.world)
+        predictions = predict(self._averaged or self._network, validation, looks=[look], world=self._plan.world)
         scored = score(predictions, train.class_counts, len(train.class_names))
         names = ("top1", "mean_per_class", "many", "medium", "few")
         log.write("validation", self.step, self.epoch, {name: scored[name] for name in names})
@@ -278,10 +290,11 @@ class Trainer:
             epoch=self.epoch,
             step=self.step,
             best=self.best,
-            weights=state_on_cpu(self._network),
+            weights=state_on_cpu(self._averaged or self._network),
             optimizer=self._optimizer.state_dict(),
             fingerprints=plan.fingerprints,
             objective=state_on_cpu(self._gradients.objective),
+            raw=state_on_cpu(self._network) if self._averaged is not None else {},
         )
         log.sync()  # a run that goes on from here does not write its lines again
         # The best first: a last checkpoint never speaks of a best one that is not there.
@@ -327,27 +340,3 @@ def seed_network(seed: int, device: torch.device) -> None:
         torch.cuda.manual_seed(seed)
     elif device.type == "mps":
         torch.mps.manual_seed(seed)
-
-
-def create_sgd(
-    parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]], lr: float, momentum: float, weight_decay: float
-) -> torch.optim.SGD:
-    """SGD as the authors run it: weight decay on every parameter, biases and BatchNorm too."""
-    return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
-
-
-def learning_rate(epoch: int, epochs: int, optim: Optim) -> float:
-    """The learning rate of `epoch` (from 0) of `epochs`, constant within it, as in the authors' code.
-
-    Linear warm-up reaches `optim.lr` in epoch `warmup_epochs - 1`. Then 'cosine' ends one step above 0, and 'step'
-    multiplies by 0.1 at each milestone passed; a milestone below 1 is a share of `epochs`.
-    """
-    warmup = optim.warmup_epochs
-    if epoch < warmup:
-        return optim.lr * (epoch + 1) / warmup
-    if optim.schedule == "cosine":
-        # The denominator is of the epochs that follow the warm-up, plus one, so that no epoch trains at 0.
-        progress = (epoch - warmup + 1) / (epochs - warmup + 1)
-        return optim.lr * 0.5 * (1 + math.cos(math.pi * progress))
-    starts = [round(milestone * epochs) if milestone < 1 else int(milestone) for milestone in optim.milestones]
-    return optim.lr * 0.1 ** sum(epoch >= start for start in starts)

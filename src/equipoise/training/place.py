@@ -12,7 +12,8 @@ from typing import Any
 from equipoise.base.errors import UserError
 from equipoise.base.files import real_path
 from equipoise.base.world import World
-from equipoise.config.recipe import Recipe, field_value, load_recipe, recipe_fields
+from equipoise.config.reading import load_recipe
+from equipoise.config.recipe import Recipe, field_value, recipe_fields
 from equipoise.runs.checkpoint import Checkpoint, load_checkpoint
 from equipoise.runs.folder import LAST, METRICS, PREVIOUS, RECIPE, RECORD, find_checkpoint, is_used
 from equipoise.runs.records import read_record

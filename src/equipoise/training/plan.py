@@ -169,6 +169,10 @@ def _refuse_idle_settings(recipe: Recipe) -> None:
         raise UserError(f"{recipe.method} goes by the class counts as they are: set --sampler instance")
     if recipe.loss.label_smoothing and not method.smooths:
         raise UserError(f"{recipe.method} has no label smoothing: set --label-smoothing 0")
+    mix = recipe.views.mix
+    if mix != "none" and (not method.mixes or model.tune == "frozen"):
+        why = "a frozen encoder's features" if method.mixes else f"{recipe.method}, whose views train both branches,"
+        raise UserError(f"{why} cannot take mixed images: set --mix none")
     started = model.tune != "scratch" and model.classifier == "cosine"
     if model.tune == "scratch" and model.weights:
         raise UserError("tune = scratch starts from random weights: set --tune full, or drop --weights")

@@ -124,7 +124,7 @@ def _open(plan: Plan) -> tuple[TwoBranchNetwork, dict[str, Batches]]:
     # The pretrained weights that another run began with are not needed: they may be gone.
     network = create_network(recipe, classes, start=begin is None)
     if begin is not None:
-        network.load_state_dict(begin.checkpoint.weights)
+        network.load_state_dict((plan.place.resumes and begin.checkpoint.raw) or begin.checkpoint.weights)
     network = network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] torch's stub lacks it
     if recipe.model.batch_norm == "synchronised" and world.size > 1:
         network.synchronise_batch_norm(plan.device)

@@ -14,13 +14,15 @@ import torch
 
 from equipoise.base.device import exact_float32, keep_freed_memory
 from equipoise.base.errors import UserError, several
-from equipoise.config.recipe import Field, Recipe, load_recipe, override_all
+from equipoise.config.reading import load_recipe
+from equipoise.config.recipe import Field, Recipe, override_all
 from equipoise.evaluation.features import missing_features
 from equipoise.method.clip import PREFIX
 from equipoise.method.pretrained import find_pretrained
 from equipoise.method.tuning import parameter_groups
 from equipoise.runs.checkpoint import create_network
-from equipoise.training.loop import create_sgd, set_training
+from equipoise.training.loop import set_training
+from equipoise.training.optim import create_sgd
 from equipoise.training.plan import Plan, prepare
 from equipoise.training.session import starts_at_means
 from equipoise.training.step import Step

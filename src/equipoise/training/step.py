@@ -3,8 +3,8 @@
 Shapes: B images of this rank, G images of the whole batch, V contrastive views, C classes, D width of the features.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from equipoise.base.errors import UserError, out_of_memory, reason
 from equipoise.base.world import World
 from equipoise.config.recipe import Recipe
 from equipoise.method.methods import objective_of
-from equipoise.method.network import CosineClassifier, Outputs, TwoBranchNetwork
+from equipoise.method.network import CosineClassifier, Outputs, TwoBranchNetwork, resting_averages
 from equipoise.method.objective import Objective, Terms
 from equipoise.views.draws import sampled_counts
 from equipoise.views.loader import Batch
@@ -36,10 +36,11 @@ class Step:
         world: World,
     ) -> None:
         self._device, self._precision, self._world = device, precision, world
+        self._recipe, self._class_counts = recipe, class_counts
         self.objective = objective_of(recipe, sampled_counts(class_counts, recipe.data.sampler).tolist())
         self.objective.to(device, torch.float32)
         self._counts_C = torch.tensor(class_counts, device=device, dtype=torch.float32)
-        self._classifier = network.classifier
+        self._network = network
         if self.objective.momentum:
             self.objective.momentum_copy = network.momentum_copy()
         if recipe.compile:
@@ -47,7 +48,7 @@ class Step:
         self._forward: nn.Module = _Forward(network, self.objective, recipe.micro_batch)
         # Recorded steps were not tried together with these.
         whole = all(parameter.requires_grad for parameter in network.parameters()) and world.size == 1
-        untried = recipe.deterministic or recipe.micro_batch or recipe.compile
+        untried = recipe.deterministic or recipe.micro_batch or recipe.compile or recipe.optim.sam
         recorded = recipe.cuda_graph and device.type == "cuda" and whole and self.objective.records and not untried
         self._graph = StepGraph(self._losses, network, recipe.batch_size) if recorded else None
         if world.size > 1:
@@ -55,37 +56,77 @@ class Step:
             parallel.broadcast_buffers = False  # each rank's are its own while training: see World.first_buffers
             self._forward = parallel
 
+    def expect_draws(self, progress: float) -> None:
+        """From now on, the losses are for what the sampler draws after this share of the epochs: what they hold of the
+        class counts, which is in buffers that are not saved, is computed anew."""
+        if self._recipe.data.sampler != "progressive":
+            return
+        drawn = sampled_counts(self._class_counts, "progressive", progress).tolist()
+        kept = self.objective.state_dict()
+        for name, buffer in objective_of(self._recipe, drawn).named_buffers():
+            if name not in kept:
+                self.objective.get_buffer(name).copy_(buffer)
+
     def __call__(self, batch: Batch, votes: Sequence[int] = ()) -> tuple[dict[str, float], list[float]]:
         """The loss terms of the whole batch, and the sum over ranks of the votes. The gradients are there, the weights
         have not moved."""
-        if self._graph is not None and self._graph.takes(batch):
-            terms, backward = self._graph.forward(batch), self._graph.backward
-        else:
-            terms = self._losses(batch)
-            # The losses of all ranks add up to the batch's, but DistributedDataParallel takes the mean of their
-            # gradients.
-            backward = (terms["loss"] * self._world.size).backward
-        # Sent to the host before the backward pass is queued: a GPU goes on with that while the terms are looked at.
-        own = torch.stack([*terms.values()]).detach()
-        asked = torch.tensor(votes, dtype=own.dtype, pin_memory=own.device.type == "cuda")
-        read = start_reading(self._world.sum(torch.cat([own, asked.to(own.device, non_blocking=True)])))
-        backward()
+        with self._uphill(batch) if self._recipe.optim.sam else nullcontext():
+            if self._graph is not None and self._graph.takes(batch):
+                terms, backward = self._graph.forward(batch), self._graph.backward
+            else:
+                terms = self._losses(batch)
+                # The losses of all ranks add up to the batch's, but DistributedDataParallel takes the mean of their
+                # gradients.
+                backward = (terms["loss"] * self._world.size).backward
+            # Sent to the host before the backward pass is queued: a GPU goes on with that while they are looked at.
+            own = torch.stack([*terms.values()]).detach()
+            asked = torch.tensor(votes, dtype=own.dtype, pin_memory=own.device.type == "cuda")
+            read = start_reading(self._world.sum(torch.cat([own, asked.to(own.device, non_blocking=True)])))
+            backward()
         numbers: list[float] = read()[0].tolist()
         return dict(zip(terms, numbers, strict=False)), numbers[len(terms) :]
+
+    @contextmanager
+    def _uphill(self, batch: Batch) -> Generator[None]:
+        """In this context the weights are the distance rho away, where the gradient leads up: what is computed there is
+        what sharpness-aware minimisation descends (Foret et al., ICLR 2021, eqs. 2 and 3). BatchNorm's averages and
+        the method's state take the batch in as it is at the weights themselves, once."""
+        state = [*self.objective.state_dict().values()]
+        state_before = [value.clone() for value in state]
+        (self._losses(batch)["loss"] * self._world.size).backward()
+        state_after = [value.clone() for value in state]
+        moved = [parameter for parameter in self._forward.parameters() if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in moved if parameter.grad is not None]
+        start = [parameter.detach().clone() for parameter in moved]
+        length = torch.stack([gradient.norm() for gradient in gradients]).norm()
+        with torch.no_grad():
+            for value, before in zip(state, state_before, strict=True):
+                value.copy_(before)
+            for parameter, gradient in zip(moved, gradients, strict=True):
+                parameter.add_(gradient * (self._recipe.optim.sam / (length + 1e-12)))
+                parameter.grad = None
+        with resting_averages(self._network):
+            yield
+        with torch.no_grad():
+            for value, before in zip([*moved, *state], [*start, *state_after], strict=True):
+                value.copy_(before)
 
     def _losses(self, batch: Batch) -> Terms:
         images, own = len(batch.labels_G), batch.rows
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._precision == "bf16"):
-            logits_BC, features_BVD, prototypes_CD = self._forward(batch.images_VB3SS)
+            outputs: Outputs = self._forward(batch.images_VB3SS)
         # A rank without images of its own has computed others, so that every rank does the same: they do not count.
         count = own.stop - own.start
+        features_BVD = outputs.features_BVD
         if features_BVD is not None:
             features_BVD = self._world.gather_rows(features_BVD[:count], images)
-        outputs = Outputs(logits_BC[:count], features_BVD, prototypes_CD)
+        outputs = outputs._replace(logits_BC=outputs.logits_BC[:count], features_BVD=features_BVD)
+        self.objective.mixed = batch.mixed
         terms = self.objective(outputs, batch.labels_G, own)
-        if isinstance(self._classifier, CosineClassifier) and self._classifier.anchor:
+        classifier = self._network.classifier
+        if isinstance(classifier, CosineClassifier) and classifier.anchor:
             # Each rank has its share of it.
-            terms["loss"] = terms["loss"] + count / images * self._classifier.penalty(self._counts_C)
+            terms["loss"] = terms["loss"] + count / images * classifier.penalty(self._counts_C)
         return terms
 
 
@@ -129,7 +170,7 @@ class StepGraph:
 
     def _capture(self, batch: Batch) -> None:
         """Record the kernels of a step. None of them runs."""
-        self._batch = replace(batch, images_VB3SS=batch.images_VB3SS.clone(), labels_G=batch.labels_G.clone())
+        self._batch = batch.each(Tensor.clone)
         for parameter in self._parameters:
             parameter.grad = None
         try:
@@ -149,8 +190,8 @@ class StepGraph:
         self._gradients = [parameter.grad for parameter in self._parameters]
 
     def forward(self, batch: Batch) -> Terms:
-        self._batch.images_VB3SS.copy_(batch.images_VB3SS, non_blocking=True)
-        self._batch.labels_G.copy_(batch.labels_G, non_blocking=True)
+        for own, given in zip(self._batch.tensors, batch.tensors, strict=True):
+            own.copy_(given, non_blocking=True)
         self._forward.replay()
         return self._terms
 

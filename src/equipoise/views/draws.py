@@ -64,23 +64,27 @@ def permutation(seed: int, epoch: int, count: int) -> Whole:
     return np.random.default_rng((seed, epoch)).permutation(count)
 
 
-def sampled_counts(class_counts: Sequence[int], sampler: str) -> Array:
+def sampled_counts(class_counts: Sequence[int], sampler: str, progress: float = 0.0) -> Array:
     """`[C]`: how often a sampler draws an image of each class in an epoch, in the mean ('instance', 'square-root' or
-    'class-balanced'; Kang et al., ICLR 2020, eq. 1, with q = 1, 1/2 and 0)."""
+    'class-balanced'; Kang et al., ICLR 2020, eq. 1, with q = 1, 1/2 and 0). 'progressive' goes from the first to the
+    last with `progress`, the share of the epochs that lie before this one (eq. 3)."""
+    if sampler == "progressive":
+        first_C, last_C = (sampled_counts(class_counts, of) for of in ("instance", "class-balanced"))
+        return (1 - progress) * first_C + progress * last_C
     drawn_C = (
         np.array(class_counts, np.float64) ** {"instance": 1.0, "square-root": 0.5, "class-balanced": 0.0}[sampler]
     )
     return drawn_C * (sum(class_counts) / drawn_C.sum())
 
 
-def draws(seed: int, epoch: int, labels_N: Whole, sampler: str) -> Whole:
-    """The N draws of `epoch`, in their order: image + N * how often it was drawn before. 'instance' draws every image
-    once, the others with replacement: an image that comes again then has other views."""
+def draws(seed: int, epoch: int, labels_N: Whole, sampler: str, epochs: int = 1) -> Whole:
+    """The N draws of `epoch` of so many, in their order: image + N * how often it was drawn before. 'instance' draws
+    every image once, the others with replacement: an image that comes again then has other views."""
     count = len(labels_N)
     if sampler == "instance":
         return permutation(seed, epoch, count)
     counts_C = np.bincount(labels_N)
-    shares_C = sampled_counts(counts_C.tolist(), sampler) / counts_C
+    shares_C = sampled_counts(counts_C.tolist(), sampler, epoch / epochs) / counts_C
     shares_N = shares_C[labels_N]
     images_N = np.random.default_rng((seed, epoch)).choice(count, count, p=shares_N / shares_N.sum())
     order = np.argsort(images_N, kind="stable")

@@ -28,6 +28,7 @@ from equipoise.data.decode import (
 )
 from equipoise.data.images import ImageList, Indices
 from equipoise.views.draws import draws
+from equipoise.views.mixing import mix_in, mixing, second_draws
 from equipoise.views.views import ViewSettings, evaluation_view, photo_views, small_views, view_settings
 
 
@@ -35,16 +36,27 @@ from equipoise.views.views import ViewSettings, evaluation_view, photo_views, sm
 class Batch:
     """`images_VB3SS`: uint8, of this rank; evaluation batches have one view. `labels_G`: of the whole batch, of which
     `rows` are this rank's. A rank without rows has images all the same, which do not count. All on the device. `bad`:
-    by index, those of these images that could not be read."""
+    by index, those of these images that could not be read. `mixed`, where the classifier's views are mixed: the second
+    labels `[G]` and the shares `[G]` of the first ones."""
 
     images_VB3SS: Tensor
     labels_G: Tensor
     rows: slice
     bad: Mapping[int, BadImageError] = field(default_factory=dict[int, BadImageError])
+    mixed: tuple[Tensor, ...] = ()
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.images_VB3SS, self.labels_G, *self.mixed
+
+    def each(self, made: Callable[[Tensor], Tensor]) -> "Batch":
+        """The batch of what is made of each tensor."""
+        images_VB3SS, labels_G, *mixed = map(made, self.tensors)
+        return replace(self, images_VB3SS=images_VB3SS, labels_G=labels_G, mixed=tuple(mixed))
 
     def pin_memory(self) -> "Batch":
         """In memory from which a GPU can copy while other work goes on: torch's DataLoader calls this."""
-        return replace(self, images_VB3SS=self.images_VB3SS.pin_memory(), labels_G=self.labels_G.pin_memory())
+        return self.each(Tensor.pin_memory)
 
 
 def steps_per_epoch(images: int, batch_size: int) -> int:
@@ -61,13 +73,14 @@ def worker_count(workers: int, local_ranks: int = 1) -> int:
 
 @dataclass(frozen=True)
 class Task:
-    """A batch to be made of the images `indices_G`, of which `rows` are this rank's and `indices_B` are computed here.
-    `training`: seed, epoch and draws (draws.py) that the views depend on; None for evaluation."""
+    """A batch to be made of the images `indices_G`, of which `rows` are this rank's and those `here` are computed here.
+    `training`: seed, epoch and draws (draws.py) that the views depend on, and of mixed ones the second draws (else
+    none); None for evaluation."""
 
     indices_G: Indices
     rows: slice
-    indices_B: Indices
-    training: tuple[int, int, Indices] | None = None
+    here: slice
+    training: tuple[int, int, Indices, Indices] | None = None
 
 
 class _Tasks:
@@ -128,10 +141,12 @@ class Batches:
         """Images of the list."""
         return len(self._maker)
 
-    def training(self, seed: int, batch_size: int, steps: range, sampler: str = "instance") -> Iterator[Batch]:
-        """This rank's share of the batches of these steps, which are counted from the run's first. The workers go on
-        into the next epoch without a pause."""
-        return map(self._arrived, self._received(self._training_tasks(seed, batch_size, steps, sampler)))
+    def training(
+        self, seed: int, batch_size: int, steps: range, sampler: str = "instance", epochs: int = 1
+    ) -> Iterator[Batch]:
+        """This rank's share of the batches of these steps, which are counted from the first of the run's `epochs`. The
+        workers go on into the next epoch without a pause."""
+        return map(self._arrived, self._received(self._training_tasks(seed, batch_size, steps, sampler, epochs)))
 
     def evaluation(self, batch_size: int) -> Iterator[Batch]:
         """All images in order, in batches; of several ranks, rank r has the batches r, r + size, ..., so that each is
@@ -146,7 +161,7 @@ class Batches:
             yield batch, np.setdiff1d(indices_B, list(batch.bad))
 
     def _evaluated(self, batches: Sequence[Indices]) -> Iterator[Batch]:
-        tasks = [Task(indices_B, slice(0, len(indices_B)), indices_B) for indices_B in batches]
+        tasks = [Task(indices_B, slice(0, len(indices_B)), slice(None)) for indices_B in batches]
         # What is in memory only has to be copied: a worker would cost more.
         made = map(self._maker.__getitem__, tasks) if self._maker.in_memory else self._received(tasks)
         return map(self._arrived, made)
@@ -164,16 +179,19 @@ class Batches:
         else:
             getattr(self._receiving, "_shutdown_workers", lambda: None)()  # torch has no public way
 
-    def _training_tasks(self, seed: int, batch_size: int, steps: range, sampler: str) -> Iterator[Task]:
-        order = np.empty(0, np.int64)
+    def _training_tasks(self, seed: int, batch_size: int, steps: range, sampler: str, epochs: int) -> Iterator[Task]:
+        order = second = np.empty(0, np.int64)
+        mix = self._maker.settings.mix
         for step in steps:
             epoch, place = divmod(step, steps_per_epoch(len(self), batch_size))
             if place == 0 or step == steps.start:
-                order = draws(seed, epoch, self._maker.labels_N, sampler)
-            draws_G = order[place * batch_size : (place + 1) * batch_size]
+                order = draws(seed, epoch, self._maker.labels_N, sampler, epochs)
+                if mix != "none":
+                    second = second_draws(mix, seed, epoch, self._maker.labels_N, sampler, epochs)
+            draws_G, others_G = (of[place * batch_size : (place + 1) * batch_size] for of in (order, second))
             rows = self._world.share(len(draws_G))
-            draws_B = draws_G[rows] if rows.stop > rows.start else draws_G[:2]
-            yield Task(draws_G % len(self), rows, draws_B % len(self), (seed, epoch, draws_B))
+            here = rows if rows.stop > rows.start else slice(0, 2)
+            yield Task(draws_G % len(self), rows, here, (seed, epoch, draws_G, others_G))
 
     def _received(self, tasks: Iterable[Task]) -> Iterator[Batch | UserError]:
         if needs_processes(self._device):
@@ -210,8 +228,7 @@ class Batches:
         if isinstance(batch, UserError):
             raise batch
         self.bad.update(batch.bad)
-        images_VB3SS = batch.images_VB3SS.to(self._device, non_blocking=True)
-        return replace(batch, images_VB3SS=images_VB3SS, labels_G=batch.labels_G.to(self._device, non_blocking=True))
+        return batch.each(lambda tensor: tensor.to(self._device, non_blocking=True))
 
 
 class Maker(Dataset["Batch | UserError"]):
@@ -221,7 +238,8 @@ class Maker(Dataset["Batch | UserError"]):
     def __init__(self, images: ImageList, settings: ViewSettings, skip: bool) -> None:
         self.in_memory = settings.policy != "photos"
         self.bad: dict[int, BadImageError] = {}
-        self._images, self._settings, self._skip = images, settings, skip
+        self.settings = settings
+        self._images, self._skip = images, skip
         self.labels_N = images.labels_N
         if self.in_memory:
             self._pixels_NSS3, self.bad = decode_all(images, settings.size, skip)
@@ -234,26 +252,46 @@ class Maker(Dataset["Batch | UserError"]):
 
     def __getitem__(self, task: Task) -> Batch | UserError:  # pyright: ignore[reportIncompatibleMethodOverride]
         try:
-            return self._evaluation(task.indices_B) if task.training is None else self._training(task)
+            return self._evaluation(task.indices_G) if task.training is None else self._training(task)
         except UserError as error:
             return error  # raised, it would arrive wrapped in a traceback
 
     def _training(self, task: Task) -> Batch:
         assert task.training is not None
+        seed, epoch, draws_G, others_G = task.training
         bad: dict[int, BadImageError] = {}
+        views_VB3SS = self._views(draws_G[task.here], self.settings, seed, epoch, bad)
+        labels_G = torch.from_numpy(self.labels_N[task.indices_G])
+        if not len(others_G):
+            return Batch(views_VB3SS, labels_G, task.rows, bad)
+        boxes_G4, kept_G, shares_G = mixing(self.settings, seed, epoch, others_G)
+        places_M = np.flatnonzero(shares_G[task.here] < 1)  # the second images of the others are not needed
+        mixed_M = places_M + task.here.start
+        if len(mixed_M):
+            alone = replace(self.settings, kinds=("cls",))
+            second_1M3SS = self._views(others_G[mixed_M], alone, seed, epoch, bad)
+            how = boxes_G4[mixed_M].tolist(), kept_G[mixed_M].tolist()
+            for place, other_3SS, box, kept in zip(places_M.tolist(), second_1M3SS[0], *how, strict=True):
+                mix_in(views_VB3SS[0, place], other_3SS, box, kept)
+        mixed = torch.from_numpy(self.labels_N[others_G % len(self)]), torch.from_numpy(shares_G).float()
+        return Batch(views_VB3SS, labels_G, task.rows, bad, mixed)
+
+    def _views(
+        self, draws_B: Indices, settings: ViewSettings, seed: int, epoch: int, bad: dict[int, BadImageError]
+    ) -> Tensor:
+        """The views `[V, B, 3, S, S]` of these draws."""
         images: list[Pixels] = []
-        for index in task.indices_B.tolist():
+        for index in (draws_B % len(self)).tolist():
             image = self._image(index, bad)
             if image is None:
                 image = stand_in(self._images, index, lambda other: self._image(other, {}))
             images.append(image)
-        how = self._settings, *task.training
-        views_VB3SS = small_views(np.stack(images), *how) if self.in_memory else photo_views(images, *how)
-        return Batch(views_VB3SS, torch.from_numpy(self._images.labels_N[task.indices_G]), task.rows, bad)
+        how = settings, seed, epoch, draws_B
+        return small_views(np.stack(images), *how) if self.in_memory else photo_views(images, *how)
 
     def _evaluation(self, indices_B: Indices) -> Batch:
         bad: dict[int, BadImageError] = {}
-        size = self._settings.size
+        size = self.settings.size
         views_BSS3, good = np.empty((len(indices_B), size, size, 3), np.uint8), list[int]()
         for index in indices_B.tolist():
             image = self._image(index, bad)
