@@ -1,5 +1,6 @@
 """Each method against its formula, its authors' numbers, and what holds for all."""
 
+import math
 from typing import get_args
 
 import pytest
@@ -27,7 +28,8 @@ def outputs(method: str) -> Outputs:
     prototypes = F.normalize(torch.randn(3, 4, generator=random, dtype=torch.float64), dim=-1)
     anchors = 1 if METHODS[method].momentum else 2
     shape = (6, anchors, 3) if METHODS[method].shares_views else (6, 3)
-    return Outputs(torch.randn(shape, generator=random, dtype=torch.float64), features, prototypes)
+    logits, *projected = (torch.randn(of, generator=random, dtype=torch.float64) for of in (shape, (6, 4), (3, 4)))
+    return Outputs(logits, features, prototypes, tuple(projected))
 
 
 def proco(features: Tensor, prior: Tensor) -> Tensor:
@@ -80,7 +82,7 @@ def formula(method: str, of: Outputs, smoothing: float) -> Tensor:
     """Each in its plainest form, with torch's label smoothing where it goes with that."""
     if METHODS[method].shares_views:
         return paco(of, smoothing) if method == "paco" else gpaco(of, smoothing)
-    logits, features, prototypes = of
+    logits, features, prototypes, _ = of
     prior, counts = log_prior(torch.tensor(COUNTS)), torch.tensor(COUNTS, dtype=torch.float64)
     adjusted = F.cross_entropy(logits + 1.3 * prior, LABELS, label_smoothing=smoothing)
     weights = (1 - 0.99) / (1 - 0.99**counts)
@@ -91,6 +93,7 @@ def formula(method: str, of: Outputs, smoothing: float) -> Tensor:
     assert prototypes is not None
     return {
         "bcl": lambda: 1.5 * adjusted + 0.7 * BalancedContrastiveLoss(0.2)(features, LABELS, prototypes),
+        "concutmix": lambda: formula("bcl", of, smoothing),  # of images that are not mixed
         "supcon+la": lambda: 1.5 * adjusted + 0.7 * supervised_contrastive_loss(features, LABELS, 0.2),
         "logit-adjusted": lambda: adjusted,
         "balanced-softmax": lambda: adjusted,
@@ -148,6 +151,28 @@ def test_mixed_images_have_the_losses_of_both_labels_by_their_shares(method):
     assert terms((OTHERS, torch.ones(6))) == pytest.approx(plain, rel=1e-12)
 
 
+def test_contrastive_cutmix_leans_in_the_second_half_of_the_epochs():
+    recipe = load_recipe("digits-lt", method="concutmix", tau=1.3, temperature=0.2, feature_dim=4)
+    of = outputs("concutmix")
+    objective = objective_of(recipe, COUNTS).double()
+    objective.mixed = OTHERS, SHARES
+    plain = classification("concutmix", of.logits_BC).item()
+    objective.begin_epoch(1, 2)
+    assert objective(of, LABELS, slice(0, 6))["classification"].item() == pytest.approx(plain, rel=1e-12)
+    counts = torch.tensor(COUNTS, dtype=torch.float64)
+    logs = (of.logits_BC + 1.3 * (counts / counts.sum()).log()).log_softmax(1)
+    total = 0.0
+    for image, (own, other, share) in enumerate(zip(LABELS, OTHERS, SHARES.double(), strict=True)):
+        label = share * F.one_hot(own, 3) + (1 - share) * F.one_hot(other, 3)
+        distances = [float((of.projected[0][image] - centre).norm()) for centre in of.projected[1]]
+        near = F.one_hot(torch.tensor(distances.index(min(distances))), 3)  # three in ten of three classes: one
+        weight = 2 / 255 * (3 / 10) * math.log(float(label @ counts)) / float(counts.log().sum()) if share < 1 else 0
+        total -= float((((1 - weight) * label + weight * near) * logs[image]).sum()) / 6
+    objective.begin_epoch(2, 3)
+    assert objective(of, LABELS, slice(0, 6))["classification"].item() == pytest.approx(total, rel=1e-9)
+    assert abs(total - plain) > 1e-6
+
+
 def test_every_method_is_declared():
     assert set(get_args(Method)) == set(METHODS)
 
@@ -169,7 +194,7 @@ def test_parts_of_a_batch_add_up(method):
     sums, gradients = list[float](), list[Tensor]()
     for parts in ([slice(0, 6)], [slice(0, 1), slice(1, 5), slice(5, 6), slice(6, 6)]):
         recipe = load_recipe("digits-lt", method=method, **SETTINGS)
-        logits_BC, features_BVD, prototypes_CD = outputs(method)
+        logits_BC, features_BVD, prototypes_CD, (view_BD, centres_CD) = outputs(method)
         assert features_BVD is not None
         logits_BC.requires_grad_()
         features_BVD.requires_grad_()
@@ -177,7 +202,9 @@ def test_parts_of_a_batch_add_up(method):
         for part in parts:  # each by an objective of its own, which sees the features of all
             objective = objective_of(recipe, COUNTS).double()
             objective.mixed = (OTHERS, SHARES) if objective.mixes else ()
-            of_parts.append(objective(Outputs(logits_BC[part], features_BVD, prototypes_CD), LABELS, part)["loss"])
+            objective.begin_epoch(2, 3)
+            of_part = Outputs(logits_BC[part], features_BVD, prototypes_CD, (view_BD[part], centres_CD))
+            of_parts.append(objective(of_part, LABELS, part)["loss"])
         torch.stack(of_parts).sum().backward()
         sums.append(sum(term.item() for term in of_parts))
         gradients += [logits_BC.grad, features_BVD.grad] if METHODS[method].contrastive else [logits_BC.grad]

@@ -133,5 +133,5 @@ def _recipes(options: argparse.Namespace) -> None:
 
 def _published(method: Method) -> str:
     """What it brings along into a recipe of another method."""
-    fields = ", ".join(f"{name} = {value:g}" for name, value in PUBLISHED.get(method, {}).items())
+    fields = ", ".join(f"{name} = {value}" for name, value in PUBLISHED.get(method, {}).items())
     return f"[{fields}]" if fields else ""

@@ -203,8 +203,9 @@ def _plans(world: "World", options: argparse.Namespace, recipe: Recipe, out: str
         print("no unfinished run of this recipe was found: a new one begins")
     if beside and beside != recipe.method:
         folder = Path(f"{plans[0].folder.resolve()}-{beside}") if out else None
-        loss = flags.recipe_of_method(options, beside).loss
-        plans.append(prepare(replace(recipe, method=beside, loss=loss), folder, None, world))
+        of = flags.recipe_of_method(options, beside)
+        other = replace(recipe, method=beside, loss=of.loss, views=replace(recipe.views, mix=of.views.mix))
+        plans.append(prepare(other, folder, None, world))
     return plans
 
 

@@ -15,12 +15,13 @@ from msgspec import Meta
 from equipoise.base.errors import UserError, shown
 
 Method = Literal[
-    "balanced-softmax", "bcl", "ce", "class-weights", "focal", "gml", "gpaco", "kcl", "ldam-drw", "logit-adjusted",
-    "paco", "proco", "supcon+la", "tsc", "vs",
+    "balanced-softmax", "bcl", "ce", "class-weights", "concutmix", "focal", "gml", "gpaco", "kcl", "ldam-drw",
+    "logit-adjusted", "paco", "proco", "supcon+la", "tsc", "vs",
 ]  # fmt: skip
-# What a method changes in the table `loss` of another one's recipe: as its authors published it, for ImageNet-LT.
-PUBLISHED: dict[Method, dict[str, float]] = {
+# What a method changes in the recipe of another one: as its authors published it, for ImageNet-LT.
+PUBLISHED: dict[Method, dict[str, Any]] = {
     "balanced-softmax": {"tau": 1.0},
+    "concutmix": {"mix": "cmo"},
     "focal": {"gamma": 2.0},
     "gml": {"alpha": 1.0, "beta": 1.0, "temperature": 0.07, "queue": 16384},
     "gpaco": {"beta": 0.045, "temperature": 0.2},
@@ -259,7 +260,8 @@ def override(recipe: Recipe, field: Field, value: Any) -> Recipe:
     *section, name = field.path
     changed: dict[str, Any] = {name: _checked(field, value)}
     if name == "method" and changed[name] != recipe.method:
-        recipe = replace(recipe, loss=replace(recipe.loss, **PUBLISHED.get(changed[name], {})))
+        for key, published in PUBLISHED.get(changed[name], {}).items():
+            recipe = override(recipe, find_field(key), published)
     return replace(recipe, **{section[0]: replace(getattr(recipe, section[0]), **changed)} if section else changed)
 
 

@@ -10,11 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from equipoise.config.recipe import Loss, Method, Recipe
+from equipoise.method.bcl import Bcl, SupCon
+from equipoise.method.concutmix import ConCutMix
 from equipoise.method.gml import Gml
 from equipoise.method.kcl import Kcl, Tsc
-from equipoise.method.losses import at_least_float32, balanced_contrastive_loss, supervised_contrastive_loss
+from equipoise.method.losses import at_least_float32
 from equipoise.method.network import COSINE_SCALE, Outputs
-from equipoise.method.objective import Objective, Terms, TwoBranch
+from equipoise.method.objective import Objective, Terms
 from equipoise.method.paco import GPaCo, PaCo
 from equipoise.method.proco import ProCo
 
@@ -145,32 +147,12 @@ class VectorScaling(LogitAdjusted):
         return super().forward(outputs._replace(logits_BC=scaled_BC), labels_G, rows)
 
 
-class SupCon(TwoBranch):
-    """Logit-adjusted cross-entropy and, beside it, the supervised contrastive loss (Khosla et al., NeurIPS 2020): BCL
-    without averaging and complement."""
-
-    def contrast(self, outputs: Outputs, labels_G: Tensor, rows: slice) -> Tensor:
-        assert outputs.features_BVD is not None
-        return supervised_contrastive_loss(outputs.features_BVD, labels_G, self.settings.temperature, rows)
-
-
-class Bcl(TwoBranch):
-    """Balanced Contrastive Learning (Zhu et al., CVPR 2022)."""
-
-    prototypes = True
-
-    def contrast(self, outputs: Outputs, labels_G: Tensor, rows: slice) -> Tensor:
-        features_GVD, prototypes_CD = outputs.features_BVD, outputs.prototypes_CD
-        assert features_GVD is not None
-        assert prototypes_CD is not None
-        return balanced_contrastive_loss(features_GVD, labels_G, prototypes_CD, self.settings.temperature, rows)
-
-
 METHODS: dict[Method, type[Objective]] = {
     "balanced-softmax": LogitAdjusted,
     "bcl": Bcl,
     "ce": CrossEntropy,
     "class-weights": ClassWeights,
+    "concutmix": ConCutMix,
     "focal": Focal,
     "gml": Gml,
     "gpaco": GPaCo,

@@ -27,11 +27,13 @@ COSINE_SCALE = 30.0
 
 class Outputs(NamedTuple):
     """`features_BVD` is None without a contrastive branch, `prototypes_CD` where that has no prototypes. Where there is
-    a momentum copy, the last view's features are the copy's."""
+    a momentum copy, the last view's features are the copy's. `projected`, where there are prototypes: view 0's features
+    `[B, D]` and the prototypes before they are normalised, without gradient."""
 
     logits_BC: Tensor
     features_BVD: Tensor | None
     prototypes_CD: Tensor | None
+    projected: tuple[Tensor, ...] = ()
 
 
 class TwoBranchNetwork(nn.Module):
@@ -123,11 +125,14 @@ class TwoBranchNetwork(nn.Module):
         if self.projection is None:
             return Outputs(logits_BC, None, None)
         # View 0 is projected too, and dropped: the authors' BatchNorm statistics are over all views.
-        features_ND = _direction(self.projection(hidden_NF))
+        projected_ND: Tensor = self.projection(hidden_NF)
+        features_ND = _direction(projected_ND)
         features_BVD = features_ND.unflatten(0, (views, batch))[1:].transpose(0, 1)
         if self.prototype_projection is None:
             return Outputs(logits_BC, features_BVD, None)
-        return Outputs(logits_BC, features_BVD, _direction(self.prototype_projection(self.classifier.weight)))
+        centres_CD: Tensor = self.prototype_projection(self.classifier.weight)
+        projected = projected_ND[:batch].detach(), centres_CD.detach()
+        return Outputs(logits_BC, features_BVD, _direction(centres_CD), projected)
 
     def _encode_twice(self, images_VB3HW: Tensor) -> Tensor:
         """`[V, B, F]`. Nothing is kept for the backward pass, which encodes again: with the same random numbers, and

@@ -56,8 +56,8 @@ def correct(differences: Sequence[dict[str, Any]]) -> None:
 
 
 def compare(of_methods: Sequence[Recipe], seeds: int, out: Path) -> dict[str, Any]:
-    """Train each of the recipes, which differ in method and loss, with `seeds` seeds, from its own on, into
-    `out`/METHOD-seed-N, and write `compare.json` and `compare.md` there.
+    """Train each of the recipes, which differ in the method and what it brings along, with `seeds` seeds, from its own
+    on, into `out`/METHOD-seed-N, and write `compare.json` and `compare.md` there.
 
     What is there already, of the same recipe and data, is kept; an unfinished run goes on. Returns what `compare.json`
     holds. Raises UserError for an unknown method, and for a run folder of another recipe or other data.
@@ -68,11 +68,9 @@ def compare(of_methods: Sequence[Recipe], seeds: int, out: Path) -> dict[str, An
     if seeds < 1:
         raise UserError(f"--seeds must be 1 or more, not {seeds}")
     # Every refusal comes before the first hour of training.
-    plan, *_ = [prepare(recipe) for recipe in of_methods]
-    all_seeds = [of_methods[0].seed + number for number in range(seeds)]
-    of_runs = [
-        replace(plan.recipe, method=one.method, loss=one.loss, seed=seed) for seed in all_seeds for one in of_methods
-    ]
+    plans = [prepare(recipe) for recipe in of_methods]
+    plan, all_seeds = plans[0], [of_methods[0].seed + number for number in range(seeds)]
+    of_runs = [replace(one.recipe, seed=seed) for seed in all_seeds for one in plans]
     recipes = {out / f"{of_run.method.replace('+', '-')}-seed-{of_run.seed}": of_run for of_run in of_runs}
     for folder, of_run in recipes.items():
         if folder.exists():

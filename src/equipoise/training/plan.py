@@ -78,7 +78,9 @@ class Plan:
         at_a_time = f", {recipe.micro_batch} at a time" if recipe.micro_batch else ""
         said = {
             "recipe": f"{recipe.name}, method {recipe.method}, seed {recipe.seed}",
-            "loss": ", ".join(f"{name} {getattr(recipe.loss, name):g}" for name in PUBLISHED.get(recipe.method, {})),
+            "settings": ", ".join(
+                f"{key} {field_value(recipe, find_field(key))}" for key in PUBLISHED.get(recipe.method, {})
+            ),
             "data": f"{recipe.data.path} ({parts.kind})",
             "lists": "; ".join(parts.described),
             "note": "; ".join(parts.notes),
