@@ -67,11 +67,18 @@ def test_images_that_were_seen(images, batch, step, tmp_path):
 
 
 def test_seconds_are_summed_over_the_parts_of_a_run(tmp_path):
-    """After step 15 it was interrupted, without a line; the first line of the next part holds for steps 11 to 20."""
-    checkpoint = untrained(batch_size=8)
+    """Of epochs of 8, 8 and 4 images. After step 15 it was interrupted, without a line; the first line of the next part
+    holds for steps 11 to 20."""
+    checkpoint = untrained(counts=(14, 5, 1), batch_size=8)
     assert training_cost(tmp_path, checkpoint)["seconds"] is None
     speeds = [(5, 40.0), (10, 20.0), (20, 80.0), (24, 16.0)]
     lines = [{"kind": "train", "step": step, "epoch": 0, "images_per_second": speed} for step, speed in speeds]
     lines.insert(2, {"kind": "validation", "step": 10, "epoch": 0, "few": 0.5})
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert training_cost(tmp_path, checkpoint)["seconds"] == 8 * (5 / 40 + 5 / 20 + 10 / 80 + 4 / 16)
+    seen = [
+        sum(4 if step % 3 == 0 else 8 for step in part)
+        for part in (range(1, 6), range(6, 11), range(11, 21), range(21, 25))
+    ]
+    assert training_cost(tmp_path, checkpoint)["seconds"] == pytest.approx(
+        seen[0] / 40 + seen[1] / 20 + seen[2] / 80 + seen[3] / 16, abs=1e-3
+    )

@@ -107,20 +107,42 @@ def test_every_accuracy_lies_in_its_interval():
     assert found["top1"] == pytest.approx([exact.low, exact.high], abs=1e-4)
 
 
-def test_what_resampling_cannot_show_is_wilsons():
-    """Of one class in its group, of classes that are all right, and of one mixed class among them; a class without
-    images has none."""
+def test_a_mean_of_classes_has_the_images_by_which_it_varies():
+    """By hand: classes of 40 and 60 images count alike, as 48 of one kind do twice; a class without images has none."""
     labels = np.repeat([0, 2, 3, 4, 6], (50, 40, 60, 20, 10))
     said = labels.copy()
     said[:5] = 1  # of class 0
     said[150:155] = 1  # of class 4; 6 is all right
     found, of_classes = intervals(Predictions(labels, said[:, None], np.ones(len(labels))), COUNTS, 7)
     assert found["many"] == of_classes[0] == pytest.approx(wilson(0.9, 50), abs=1e-4)
-    assert found["medium"] == pytest.approx(wilson(1.0, 100), abs=1e-4)
-    assert found["few"] == pytest.approx(wilson(0.875, 30), abs=1e-4)
+    assert found["medium"] == pytest.approx(wilson(1.0, 96), abs=1e-4)  # 1 / (1/4/40 + 1/4/60)
+    assert found["few"] == pytest.approx(wilson(0.875, 80 / 3), abs=1e-4)  # 1 / (1/4/20 + 1/4/10)
+    assert found["top1"] == pytest.approx(wilson(17 / 18, 180), abs=1e-4)
     assert [label for label, of in enumerate(of_classes) if of is None] == [1, 5]
     unknown, _ = intervals(Predictions(labels, said[:, None], np.ones(len(labels))), (), 7)
     assert list(unknown) == ["top1", "mean_per_class"]
+
+
+@pytest.mark.parametrize(
+    ("images", "shares"),
+    [
+        ((1000, 5), (1.0, 0.8)),
+        ((12, 8, 3, 2, 1), (0.9, 0.8, 0.7, 0.6, 0.5)),
+        ((3, 3, 3, 3, 3), (0.9, 0.8, 0.7, 0.6, 0.5)),
+        ((50, 50, 50, 50, 50), (0.98,) * 5),
+        ((50, 50, 50, 50, 50), (1.0, 0.9, 0.7, 0.4, 0.2)),
+        ((60, 5, 5), (0.9, 0.7, 0.5)),
+    ],
+)
+def test_intervals_cover_what_they_say(images, shares):
+    """How often the interval of the mean over classes holds the true one: in 500 draws, 90 to 99.9 percent."""
+    generator, labels, covered = np.random.default_rng(6), np.repeat(np.arange(len(images)), images), 0
+    for _ in range(500):
+        right = generator.random(len(labels)) < np.array(shares)[labels]
+        said = np.where(right, labels, (labels + 1) % len(images))[:, None]
+        low, high = intervals(Predictions(labels, said, np.ones(len(labels))), (), len(images))[0]["mean_per_class"]
+        covered += low - 1e-4 <= np.mean(shares) <= high + 1e-4
+    assert 450 <= covered < 500
 
 
 def test_neither_the_order_of_images_nor_the_time_changes_them():

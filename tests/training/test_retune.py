@@ -248,5 +248,5 @@ def test_tau_needs_a_validation_part(root, tmp_path, capsys):
     recipe = load_recipe("digits-lt", method="ce", classifier="linear", epochs=1, precision="fp32")
     run = train(recipe, tmp_path / "run", progress=False).path
     said = refusal(capsys, "retune", str(run), "--with", "tau-norm", "--out", str(tmp_path / "out"))
-    assert said == f"{run / 'last.pt'} has no validation part, which chooses tau: set --holdout 0.1"
+    assert said == f"{run / 'last.pt'} has no validation part, which chooses tau: train it with --holdout 0.1"
     assert not (tmp_path / "out").exists()

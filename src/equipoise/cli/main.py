@@ -106,7 +106,7 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
         return command
 
     train.add_train_options(add("train", "train a classifier from a recipe", train.train), arguments)
-    train.add_retune_options(add("retune", "another classifier on the encoder of a run, in seconds", train.retune))
+    train.add_retune_options(add("retune", "another classifier on the encoder of a run", train.retune))
     train.add_init_options(add("init", "write the recipe for own pictures, explained", train.init), arguments)
     train.add_compare_options(add("compare", "train several methods with several seeds", train.compare), arguments)
     use.add_evaluate_options(add("evaluate", "score a run or a checkpoint", use.evaluate))

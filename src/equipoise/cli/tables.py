@@ -96,10 +96,10 @@ def print_run(metrics: Mapping[str, Any]) -> None:
     else:
         print(f"{method}: the last checkpoint (epoch {last['epoch']}) speaks for the run: validation chose none")
     if cost := metrics.get("cost"):
-        took = "" if cost["seconds"] is None else f"{cost['seconds']:,.0f} s in its steps, "
+        took = "" if cost["seconds"] is None else f" in {cost['seconds']:,.0f} s of steps"
         sizes = (f"{cost[key] / 1e6:,.2f}" for key in ("parameters", "trained_parameters", "multiply_adds"))
         of_network = "{} million parameters ({} trained), {} million multiply-adds an image".format(*sizes)
-        print(f"{method}: training took {took}{cost['images_seen']:,.0f} images; {of_network}")
+        print(f"{method}, training: {cost['images_seen']:,} images{took}; {of_network}")
 
 
 def print_post_hoc(metrics: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ from equipoise.base.errors import UserError, one_line, own_command, several
 from equipoise.cli import flags
 from equipoise.cli.use import score_checkpoint
 from equipoise.config.reading import load_recipe, shipped_recipes
-from equipoise.config.recipe import Method, Recipe, recipe_fields
+from equipoise.config.recipe import PUBLISHED, Method, Recipe, field_value, find_field, override_all, recipe_fields
 from equipoise.config.second_stages import SECOND_STAGES
 
 if TYPE_CHECKING:
@@ -204,7 +204,8 @@ def _plans(world: "World", options: argparse.Namespace, recipe: Recipe, out: str
     if beside and beside != recipe.method:
         folder = Path(f"{plans[0].folder.resolve()}-{beside}") if out else None
         of = flags.recipe_of_method(options, beside)
-        other = replace(recipe, method=beside, loss=of.loss, views=replace(recipe.views, mix=of.views.mix))
+        brought = [(find_field(key), field_value(of, find_field(key))) for key in PUBLISHED.get(beside, {})]
+        other = override_all(replace(recipe, method=beside, loss=of.loss), brought)
         plans.append(prepare(other, folder, None, world))
     return plans
 
@@ -238,10 +239,16 @@ def add_retune_options(command: argparse.ArgumentParser) -> None:
 
 
 def retune(options: argparse.Namespace) -> None:
+    _refuse_torchrun("retune")
     from equipoise.training.retune import second_stage
 
     plan = second_stage(Path(options.target), options.stage, options.out, flags.overrides_of(options))
-    _show([_carry_out(plan, "", {"second stage": plan.recipe.summary})])
+    _show([_carry_out(plan, plan.recipe.summary, {})])
+
+
+def _refuse_torchrun(command: str) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(f"{command} trains in one process: start it without torchrun")
 
 
 def add_init_options(command: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
@@ -305,8 +312,7 @@ def add_compare_options(command: argparse.ArgumentParser, arguments: Sequence[st
 
 
 def compare(options: argparse.Namespace) -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("compare trains one run after the other in one process: start it without torchrun")
+    _refuse_torchrun("compare")
     if options.method is not None:
         raise UserError("compare trains the methods of --methods; drop --method")
     of_methods = [flags.recipe_of_method(options, method) for method in options.methods.split(",")]

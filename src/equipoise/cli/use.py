@@ -65,8 +65,9 @@ def evaluate(options: argparse.Namespace) -> None:
         for checkpoint in ("last", "best")
         if (scored := metrics[checkpoint]) and (figures := scored[part])
     ]
-    print_metrics(results, f"{metrics['method']}: accuracy, percent", metrics)
-    print_calibration(*results[-1])
+    if results:
+        print_metrics(results, f"{metrics['method']}: accuracy, percent", metrics)
+        print_calibration(*results[-1])
     print_run(metrics)
     print_post_hoc(metrics)
     print_unreadable(metrics)

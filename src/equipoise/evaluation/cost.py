@@ -13,7 +13,7 @@ from equipoise.runs.records import read_log
 from equipoise.views.loader import steps_per_epoch
 
 
-def training_cost(folder: Path, last: Checkpoint) -> dict[str, float | None]:
+def training_cost(folder: Path, last: Checkpoint) -> dict[str, float | int | None]:
     """`seconds`: of the steps that led to the weights (those without a line, as before a run was interrupted, at the
     speed of the next line), without validation; None without a log. `images_seen`: as often as drawn, not as views.
     `multiply_adds`: of one image through encoder and classifier; a multiplication and its addition are one.
@@ -25,12 +25,16 @@ def training_cost(folder: Path, last: Checkpoint) -> dict[str, float | None]:
         merge_low_rank(network)  # as where it is used
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             network.classifier(network.encode(torch.empty(1, 3, size, size, dtype=torch.uint8)))
+
+    def seen(step: int) -> int:
+        epochs, steps = divmod(step, steps_per_epoch(images, batch))
+        return epochs * (images - (images % batch == 1)) + steps * batch
+
     speeds = [(line.step, line.images_per_second) for line in read_log(folder / LOG) if line.images_per_second]
-    seconds = sum(batch * (step - done) / speed for (done, _), (step, speed) in pairwise([(0, 0.0), *speeds]))
-    epochs, steps = divmod(last.step, steps_per_epoch(images, batch))
+    seconds = sum((seen(step) - seen(done)) / speed for (done, _), (step, speed) in pairwise([(0, 0.0), *speeds]))
     return {
         "seconds": round(seconds, 3) if speeds else None,
-        "images_seen": epochs * (images - (images % batch == 1)) + steps * batch,
+        "images_seen": seen(last.step),
         "multiply_adds": counter.get_total_flops() // 2,  # torch counts the addition as another
         "parameters": sum(number for number, _ in sizes),
         "trained_parameters": sum(number for number, trained in sizes if trained),

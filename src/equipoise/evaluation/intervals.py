@@ -14,7 +14,7 @@ _Z, _REPLICATES = NormalDist().inv_cdf(0.975), 2000
 _CLASSES = 64  # resampled at a time, so that thousands of classes take little memory
 
 
-def wilson(shares: Fractions | float, images: Labels | int) -> Fractions:
+def wilson(shares: Fractions | float, images: Labels | float) -> Fractions:
     """Wilson's score interval (JASA 1927) of `shares` of so many `images`, both `[...]`: `[..., 2]`, low and high."""
     scale = 1 + _Z**2 / images
     centres = (shares + _Z**2 / (2 * images)) / scale
@@ -44,17 +44,17 @@ def bootstrap(counts_CV: Labels, values_V: Fractions, weights: Mapping[str, Labe
 def intervals(
     predictions: Predictions, train_counts_C: Sequence[int], classes: int
 ) -> tuple[dict[str, list[float]], list[list[float] | None]]:
-    """`intervals` and `per_class_intervals` of `PartMetrics`. Top-1 and each class have Wilson's, means over classes
-    the bootstrap's; but where fewer than two classes have both right and wrong images, resampling shows next to
-    nothing, and the mean has Wilson's for as many images as its classes have together."""
+    """`intervals` and `per_class_intervals` of `PartMetrics`, all Wilson's: of a class for its images; of a mean with
+    weights q for 1 / sum(q^2 / n) images, as it varies like the share of so many where all classes are alike. For top-1
+    these are all images. How often the truth is covered: `test_intervals.py`."""
     labels_N = predictions.labels_N
     images_C = np.bincount(labels_N, minlength=classes)
     hits_C = np.bincount(labels_N[predictions.ranked_NK[:, 0] == labels_N], minlength=classes)
-    shares_C, mixed_C = hits_C / np.maximum(images_C, 1), (hits_C > 0) & (hits_C < images_C)
-    weights = figure_weights(images_C, train_counts_C)
-    bounds = bootstrap(np.stack([images_C - hits_C, hits_C], 1), np.array([0.0, 1.0]), weights)
-    for figure, of_C in weights.items():
-        if figure == "top1" or mixed_C[of_C > 0].sum() < 2:
-            bounds[figure] = wilson(float(np.average(shares_C, weights=of_C)), int(images_C[of_C > 0].sum()))
-    of_classes = zip(wilson(shares_C, np.maximum(images_C, 1)).round(4).tolist(), images_C, strict=True)
-    return {figure: of.round(4).tolist() for figure, of in bounds.items()}, [of if n else None for of, n in of_classes]
+    shares_C, divisors_C = hits_C / np.maximum(images_C, 1), np.maximum(images_C, 1)
+    bounds: dict[str, list[float]] = {}
+    for figure, of_C in figure_weights(images_C, train_counts_C).items():
+        weights_C = of_C / of_C.sum()
+        alike = 1 / float((weights_C**2 / divisors_C).sum())
+        bounds[figure] = wilson(float(weights_C @ shares_C), alike).round(4).tolist()
+    of_classes = zip(wilson(shares_C, divisors_C).round(4).tolist(), images_C, strict=True)
+    return bounds, [of if images else None for of, images in of_classes]

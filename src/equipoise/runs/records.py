@@ -109,7 +109,7 @@ class RunMetrics(TypedDict):
     test: PartMetrics | None
     last: CheckpointMetrics
     best: CheckpointMetrics | None
-    cost: NotRequired[dict[str, float | None]]
+    cost: NotRequired[dict[str, float | int | None]]
     bad_images: NotRequired[BadImages]
     class_names: list[str]
     train_counts: list[int]

@@ -35,17 +35,17 @@ FIGURES = {"top1": "overall", "mean_per_class": "mean over classes", "many": "ma
 
 def paired_difference(first: Sequence[float], other: Sequence[float]) -> dict[str, float | None]:
     """The `mean` of `other` - `first`, seed by seed, the bounds `low` and `high` of its 95 % confidence interval
-    (Student's t, see the module) and `p` of its t test, 1 where all seeds differ alike; None with one seed."""
+    (Student's t, see the module) and `p` of its t test. None with one seed; where all differ alike there are no bounds,
+    and p is 1: so few seeds may agree by chance."""
     from scipy.stats import t
 
     differences = np.subtract(other, first)
     mean, seeds = float(differences.mean()), len(differences)
-    if seeds < 2:
-        return {"mean": mean, "low": None, "high": None, "p": None}
-    error = float(differences.std(ddof=1)) / math.sqrt(seeds)
+    error = float(differences.std(ddof=1)) / math.sqrt(seeds) if seeds > 1 else 0.0
+    if error < 1e-12:
+        return {"mean": mean, "low": None, "high": None, "p": 1.0 if seeds > 1 else None}
     half = float(t.ppf(0.975, seeds - 1)) * error
-    p = 2 * float(t.sf(abs(mean) / error, seeds - 1)) if error > 1e-12 else 1.0
-    return {"mean": mean, "low": mean - half, "high": mean + half, "p": p}
+    return {"mean": mean, "low": mean - half, "high": mean + half, "p": 2 * float(t.sf(abs(mean) / error, seeds - 1))}
 
 
 def correct(differences: Sequence[dict[str, Any]]) -> None:
@@ -91,7 +91,10 @@ def compare(of_methods: Sequence[Recipe], seeds: int, out: Path) -> dict[str, An
         correct([summary["methods"][method][figure]["difference"] for method in methods[1:]])
     result = {
         "recipe": asdict(plan.recipe),
-        "losses": {recipe.method: asdict(recipe.loss) for recipe in of_methods},
+        "settings": {  # of each method those that are not the recipe's
+            one.recipe.method: {key: now for key, _, now in differing(plan.recipe, one.recipe, frozenset())}
+            for one in plans
+        },
         "data": plan.fingerprints,
         "seeds": all_seeds,
         "runs": {f"{of_run.method}, seed {of_run.seed}": folder.name for folder, of_run in recipes.items()},
@@ -141,7 +144,7 @@ def _summary(methods: Sequence[str], seeds: int, metrics: Sequence[Mapping[str, 
 
 
 def _over_images(summary: Mapping[str, Any], folders: Sequence[Path], train_counts: Sequence[int]) -> str:
-    """Add to each difference `images`, its interval over test images (None where no image is judged otherwise), and of
+    """Add to each difference `images`, its interval over test images (None where resampling changes nothing), and of
     one seed `p` of McNemar's exact test (Psychometrika 1947) of top-1. Returns why they are not known, or ''."""
     from scipy.stats import binomtest
 
@@ -184,11 +187,13 @@ def markdown(result: dict[str, Any]) -> str:
     heading = (
         f"{result['recipe']['name']}: {several(len(seeds), 'seed')} ({', '.join(map(str, seeds))}), {result['part']} "
         f"part, {result['checkpoint']} checkpoint; accuracy in percent, mean ± sd of a sample over seeds; seconds of "
-        "training steps. 95 % intervals of paired differences: over seeds (Student's t; what other seeds would change, "
-        "on these images), over images (bootstrap within classes; what other test images would, for these networks"
-        f"{result['unknown'] and '; not known: ' + result['unknown']}). p (Holm-corrected): {_TESTS[len(seeds) > 1]}."
+        "training steps. 95 % intervals of paired differences, not corrected for their number: over seeds (Student's "
+        "t: what other seeds would change on these images), over images (bootstrap within classes: what other test images "
+        f"would change for these networks). p: {_TESTS[len(seeds) > 1]}, Holm-corrected over the methods, each column "
+        "by itself."
     )
-    return "\n".join([heading, "", *(f"| {' | '.join(row)} |" for row in rows), ""])
+    unknown = ["", f"Intervals over images are not known: {result['unknown']}"] if result["unknown"] else []
+    return "\n".join([heading, *unknown, "", *(f"| {' | '.join(row)} |" for row in rows), ""])
 
 
 def _percents(form: str, *shares: float | None) -> str:

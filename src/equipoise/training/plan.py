@@ -54,8 +54,8 @@ class Plan:
 
     @property
     def steps(self) -> int:
-        """Of all epochs."""
-        return self.recipe.epochs * self.steps_per_epoch
+        """Of all epochs; none where the classifier is computed."""
+        return 0 if self.classifier is not None else self.recipe.epochs * self.steps_per_epoch
 
     def of(self, recipe: Recipe) -> "Plan":
         """The plan of another recipe for the same data."""
@@ -90,9 +90,10 @@ class Plan:
             "weights": self._weights(),
             "network": f"{recipe.model.encoder} at {recipe.views.size} pixels, {recipe.model.classifier} classifier",
             "device": f"{self.device}, {self.precision}{ranks}",
-            "steps": f"{several(recipe.epochs, 'epoch')} of {self.steps_per_epoch:,}: {several(self.steps, 'step')} "
-            f"of {recipe.batch_size} images{at_a_time}",
-            "training": "none: the classifier is computed" if self.classifier else "",
+            "steps": "none: the classifier is computed"
+            if self.classifier
+            else f"{several(recipe.epochs, 'epoch')} of {self.steps_per_epoch:,}: {several(self.steps, 'step')} of "
+            f"{recipe.batch_size} images{at_a_time}",
             "goes on": self._goes_on(),
             "run folder": str(self.folder),
         }

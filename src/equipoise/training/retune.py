@@ -40,7 +40,9 @@ def second_stage(
     recipe = override_all(first.recipe, [(find_field(key), value) for key, value in fields.items()])
     plan = prepare(override_all(recipe, overrides), out)
     if changed := changed_part(plan.parts, first):
-        raise UserError(f"the {changed} part of {recipe.data.path} is not what {file} was trained with; restore it")
+        raise UserError(
+            f"the {changed} part of {recipe.data.path} is not what {file} was trained with: restore it, or drop --set"
+        )
     if stage not in UNTRAINED:
         return plan
     network = create_network(plan.recipe, len(first.class_names), start=True).to(plan.device)
@@ -56,7 +58,9 @@ def _choose_tau(plan: Plan, network: TwoBranchNetwork, classifier: ScaledClassif
     """Scale the classifier by the tau of the highest mean per-class accuracy on validation, of equal ones the least."""
     validation, counts, scores = plan.parts.validation, plan.parts.train.class_counts, dict[float, float]()
     if validation is None:
-        raise UserError(f"{plan.recipe.model.weights} has no validation part, which chooses tau: set --holdout 0.1")
+        raise UserError(
+            f"{plan.recipe.model.weights} has no validation part, which chooses tau: train it with --holdout 0.1"
+        )
     with closing(open_encoded_batches(plan.recipe, validation, network, plan.device, plan.world)) as batches:
         batches.prepare()
         for tau in _TAUS:
