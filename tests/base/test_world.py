@@ -37,7 +37,7 @@ CASES = {
     "synchronised": BCL | {"batch_norm": "synchronised"},
     "held": BCL | {"anchor": 6.0, "sampler": "square-root"},
     "progressive": BCL | {"sampler": "progressive"},
-    "mixed": BCL | {"method": "concutmix", "mix": "cmo"},
+    "mixed": BCL | {"method": "concutmix", "mix": "cmo", "images": 67},
     "sharp": BCL | {"method": "proco", "micro_batch": 3, "sam": 0.05},
     "mixed-weights": BCL | {"method": "ldam-drw", "mix": "mixup"},
     "per-rank": BCL | {"batch_norm": "per-rank"},

@@ -286,8 +286,24 @@ def test_logits_of_smoothed_labels_are_for_the_prior_of_these():
     images, seen = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([[0.8, 0.1, 0.1], [0.5, 0.4, 0.1], [0.2, 0.2, 0.6]])
     shares_C = images @ seen
     smoothed = 0.02 * seen + 0.98 / 3
-    objective = objective_of(load_recipe("digits-lt", method="ce", label_smoothing=0.98), (1000 * shares_C).tolist())
+    counts = (1000 * shares_C).tolist()
+    objective = objective_of(load_recipe("digits-lt", method="ce", label_smoothing=0.98), counts)
     assert objective.log_prior_of_logits().exp().tolist() == pytest.approx((images @ smoothed).tolist())
+    recipe = load_recipe("digits-lt", method="class-weights", label_smoothing=0.98, effective_beta=1)
+    weighted = (images @ smoothed) / shares_C  # a class counts by 1 / n, also where the label is another
+    found = objective_of(recipe, counts).log_prior_of_logits().softmax(0)
+    assert found.tolist() == pytest.approx((weighted / weighted.sum()).tolist())
+
+
+@pytest.mark.parametrize("epochs", [*range(1, 13), 200])
+def test_the_weights_of_ldam_come_with_their_prior(epochs):
+    """After each epoch the prior is that of the stage which the epoch was trained in."""
+    objective = objective_of(load_recipe("digits-lt", method="ldam-drw", effective_beta=1), (9, 4, 1))
+    for epoch in range(epochs):
+        objective.begin_epoch(epoch, epochs)
+        weights = dict(objective.named_buffers())["weights_C"]
+        expected = (weights * torch.tensor([9, 4, 1]) / 14).log()
+        assert torch.allclose(objective.log_prior_of_logits((epoch + 1) / epochs), expected)
 
 
 @pytest.mark.parametrize(("progress", "prior"), [(0.8, [9, 4, 1]), (0.81, [1, 1, 1])])

@@ -75,7 +75,7 @@ class Data:
     )
     sampler: Literal["instance", "square-root", "class-balanced", "progressive"] = _field(
         "instance",
-        "a class's share of an epoch: as of the images, by the root of its count, all alike, or from the first to this",
+        "how often a class is drawn: as its images, by their number's root, as all others, or from the first to this",
     )
     group_by: str = _field("", "hold out whole groups: a table's column, or a regular expression on the images' paths")
 
@@ -113,7 +113,7 @@ class Model:
     classifier_start: Literal["class-means", "text", "scaled"] = _field(
         "class-means",
         "where a cosine classifier on a pretrained encoder starts: at its means of the classes, or (open_clip:...) at "
-        "what its text tower makes of their names; scaled: one of the run `weights`, of which scales are trained alone",
+        "what its text tower makes of their names; scaled: that of the run `weights`, with a trained factor a class",
     )
     anchor: float = _field(
         0.0,

@@ -61,8 +61,8 @@ class Gml(TwoBranch):
 
     @torch.no_grad()
     def enqueue(self, keys_GD: Tensor, labels_G: Tensor) -> Tensor:
-        """Each key takes the place of the oldest of its class. `[Q]`: whose the places are, as an image of this batch,
-        or -1."""
+        """Each key takes the place of the oldest of its class. `[Q]`: for each place the image of this batch that
+        filled it, or -1."""
         earlier_G = (labels_G[:, None] == labels_G).tril(-1).sum(1)
         places_G = self.firsts_C[labels_G] + (self.queued_C[labels_G] + earlier_G) % self.sizes_C[labels_G]
         images_G = torch.arange(len(labels_G), device=labels_G.device)

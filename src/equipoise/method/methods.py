@@ -51,7 +51,7 @@ def class_weights(class_counts_C: Tensor, beta: float) -> Tensor:
     return weights_C * (len(counts_C) / weights_C.sum())
 
 
-class ClassWeights(Objective):
+class ClassWeights(CrossEntropy):
     """Cross-entropy in which a class counts by its weight: 1 / its effective number of images (Cui et al., CVPR 2019).
     The mean is torch's, which divides by the weights of the batch's images, not by their number."""
 
@@ -115,7 +115,7 @@ class LdamDrw(Objective):
         self.register_buffer("weights_C", torch.ones(len(class_counts_C), dtype=torch.float64))
 
     def begin_epoch(self, epoch: int, epochs: int) -> None:
-        deferred = epoch >= round(_DEFERRED * epochs)
+        deferred = (epoch + 1) / epochs > _DEFERRED
         self.weights_C.copy_(self.deferred_C if deferred else torch.ones_like(self.weights_C))
 
     def forward(self, outputs: Outputs, labels_G: Tensor, rows: slice) -> Terms:

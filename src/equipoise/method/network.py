@@ -151,11 +151,12 @@ class TwoBranchNetwork(nn.Module):
 
     @torch.no_grad()
     def _keys(self, images_B3HW: Tensor, micro_batch: int, copy: nn.Sequential, momentum: float) -> Tensor:
-        """`[B, D]`, by the copy, after it was moved. Its BatchNorm's averages are its own: only where BatchNorm is
-        frozen are they used, and do not move."""
+        """`[B, D]`, by the copy, after it was moved. Its BatchNorm's averages are its own: they are used only where
+        BatchNorm is frozen, and then do not move."""
         branch = self._contrastive_branch()
-        for follower, weights in zip(copy.parameters(), branch.parameters(), strict=True):
-            follower.lerp_(weights, 1 - momentum)
+        pairs = [pair for pair in zip(copy.parameters(), branch.parameters(), strict=True) if pair[1].requires_grad]
+        if pairs:
+            torch._foreach_lerp_([follower for follower, _ in pairs], [weights for _, weights in pairs], 1 - momentum)  # pyright: ignore[reportPrivateUsage] one launch for all
         for follower, module in zip(copy.modules(), branch.modules(), strict=True):
             follower.training = module.training
         encoder, projection = copy

@@ -28,10 +28,11 @@ class Objective(nn.Module, ABC):
     smooths: ClassVar[bool] = True  # it takes label smoothing
     resamples: ClassVar[bool] = True  # it takes other samplers than 'instance'
     mixes: ClassVar[bool] = True  # its classification loss is a `mean`, and so takes mixed images
+    must_mix: ClassVar[bool] = False  # it is another method without them
     records: ClassVar[bool] = True  # its step can be recorded as a CUDA graph
     momentum: ClassVar[float] = 0.0  # above 0: features of the last view are those of a copy that follows the network
     seed: int = 0  # of the next step: what it draws at random follows from this, on all ranks alike
-    mixed: tuple[Tensor, ...] = ()  # of its batch: second labels `[G]` of mixed images, shares `[G]` of the first ones
+    mixed: tuple[Tensor, ...] = ()  # of the batch: of each image the second label, and the share of the first, `[G]`
     log_prior_C: Tensor
     counts_C: Tensor
 

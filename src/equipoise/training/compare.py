@@ -188,7 +188,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"{result['recipe']['name']}: {several(len(seeds), 'seed')} ({', '.join(map(str, seeds))}), {result['part']} "
         f"part, {result['checkpoint']} checkpoint; accuracy in percent, mean ± sd of a sample over seeds; seconds of "
         "training steps. 95 % intervals of paired differences, not corrected for their number: over seeds (Student's "
-        "t: what other seeds would change on these images), over images (bootstrap within classes: what other test images "
+        "t: what other seeds would change on these images), over images (bootstrap within classes: what other images "
         f"would change for these networks). p: {_TESTS[len(seeds) > 1]}, Holm-corrected over the methods, each column "
         "by itself."
     )

@@ -40,6 +40,7 @@ def average_in(averaged: nn.Module, network: nn.Module, decay: float, step: int)
     averages too. In the first steps by more, 1 - (1 + step) / (10 + step), as TensorFlow's
     `ExponentialMovingAverage` does with `num_updates`: the random start would stay in it for long."""
     weight = 1 - min(decay, (1 + step) / (10 + step))
-    pairs = zip(averaged.state_dict().values(), network.state_dict().values(), strict=True)
-    floats = [(own, value) for own, value in pairs if own.is_floating_point()]  # no counters, which nothing reads
-    torch._foreach_lerp_([own for own, _ in floats], [value for _, value in floats], weight)  # pyright: ignore[reportPrivateUsage] one launch for all
+    pairs = [pair for pair in zip(averaged.parameters(), network.parameters(), strict=True) if pair[1].requires_grad]
+    buffers = zip(averaged.buffers(), network.buffers(), strict=True)
+    pairs += [pair for pair in buffers if pair[0].is_floating_point()]  # no counters, which nothing reads
+    torch._foreach_lerp_([own for own, _ in pairs], [value for _, value in pairs], weight)  # pyright: ignore[reportPrivateUsage] one launch for all

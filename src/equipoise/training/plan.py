@@ -173,6 +173,8 @@ def _refuse_idle_settings(recipe: Recipe) -> None:
     if recipe.loss.label_smoothing and not method.smooths:
         raise UserError(f"{recipe.method} has no label smoothing: set --label-smoothing 0")
     mix = recipe.views.mix
+    if mix == "none" and method.must_mix:
+        raise UserError(f"{recipe.method} without mixed images is another method: set --mix cmo")
     if mix != "none" and (not method.mixes or model.tune == "frozen"):
         why = "a frozen encoder's features" if method.mixes else f"{recipe.method}, whose views train both branches,"
         raise UserError(f"{why} cannot take mixed images: set --mix none")

@@ -49,6 +49,7 @@ class Step:
         # Recorded steps were not tried together with these.
         whole = all(parameter.requires_grad for parameter in network.parameters()) and world.size == 1
         untried = recipe.deterministic or recipe.micro_batch or recipe.compile or recipe.optim.sam
+        untried = untried or recipe.views.mix != "none"
         recorded = recipe.cuda_graph and device.type == "cuda" and whole and self.objective.records and not untried
         self._graph = StepGraph(self._losses, network, recipe.batch_size) if recorded else None
         if world.size > 1:

@@ -14,9 +14,9 @@ _PROBABILITY = 0.5  # that a box is pasted at all, as in the authors' code of Cu
 
 
 def second_draws(mix: str, seed: int, epoch: int, labels_N: Whole, sampler: str, epochs: int) -> Whole:
-    """Of each place of the epoch the second image, as a draw (`draws`) that no first image is, so that it has a view of
-    its own. It is drawn as the first ones are; for CMO class-balanced, as there each image has the weight 1 / n of its
-    class of n (Park et al., CVPR 2022)."""
+    """Of each place of the epoch the second image, with a draw number (`draws`) that no first image has, so that its
+    view is another. It is drawn as the first ones are; for CMO class-balanced, as there each image has the weight 1 / n
+    of its class of n (Park et al., CVPR 2022)."""
     count = len(labels_N)
     sampler = "class-balanced" if mix == "cmo" else sampler
     # A recipe's seed is below 2^31.
@@ -24,8 +24,8 @@ def second_draws(mix: str, seed: int, epoch: int, labels_N: Whole, sampler: str,
 
 
 def mixing(settings: Views, seed: int, epoch: int, others_G: Whole) -> tuple[Whole, Array, Array]:
-    """Of the images of these second draws `[G, 4]` top, left, bottom and right of the pixels that are mixed, `[G]` what
-    the first image keeps of these, and `[G]` its share in all, and so in the label: 1 where it stays as it is.
+    """For these second images: the box that is mixed, `[G, 4]` (top, left, bottom, right), how much of the first image
+    stays inside it, `[G]`, and the first one's share of the whole, `[G]`, which is its label's too: 1 without a box.
 
     With lambda from Beta(alpha, alpha), 'mixup' is lambda of the first and 1 - lambda of the second image (Zhang et
     al., ICLR 2018). 'cutmix' and 'cmo' paste a box of the second one, with p = .5: its centre is uniform, its sides
