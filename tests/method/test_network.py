@@ -70,7 +70,7 @@ def test_every_branch_that_is_there_gets_a_gradient(contrastive, prototypes):
     model = network(contrastive=contrastive, prototypes=prototypes)
     outputs = model.training_outputs(IMAGES.unflatten(0, (3, 4)))
     assert (outputs.features_BVD is not None, outputs.prototypes_CD is not None) == (contrastive, prototypes)
-    sum(output.sum() for output in outputs if output is not None).backward()
+    sum(output.sum() for output in outputs[:3] if output is not None).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
@@ -78,7 +78,7 @@ def test_heads_are_float32_under_autocast():
     model = network()
     with torch.autocast("cpu", torch.bfloat16):
         outputs = model.training_outputs(IMAGES.unflatten(0, (3, 4)))
-    assert {value.dtype for value in outputs} == {torch.float32}
+    assert {value.dtype for value in outputs[:3]} == {torch.float32}
 
 
 def test_micro_batches_with_live_batchnorm():

@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import equipoise
 from equipoise import UserError, load_recipe, train
 from equipoise.config.recipe import Optim
-from equipoise.method import methods, objective
+from equipoise.method import bcl, objective
 from equipoise.runs.checkpoint import load_checkpoint
 from equipoise.training.loop import NonFiniteLossError
 from equipoise.training.optim import create_sgd, learning_rate
@@ -130,7 +130,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer_moves(spoilt, tmp_
     monkeypatch.setattr(torch.optim.SGD, "step", lambda self, *_: steps.append(1))
     room, function = {
         "classification": (objective, "logit_adjusted_cross_entropy"),
-        "contrastive": (methods, "balanced_contrastive_loss"),
+        "contrastive": (bcl, "balanced_contrastive_loss"),
     }[spoilt]
     honest, calls = getattr(room, function), []
 
