@@ -64,7 +64,9 @@ def test_a_place_is_new_or_that_of_a_run_that_goes_on(finished, tmp_path):
 
 def test_a_folder_in_use_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"is a file, or not empty; go on by --resume .*, or name another"):
+    with pytest.raises(
+        UserError, match=r"is there, and not empty: name another with --out, or go on by equipoise train --resume "
+    ):
         prepare(RECIPE, tmp_path)
 
 

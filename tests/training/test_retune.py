@@ -225,7 +225,7 @@ def test_refusals(first, cosine, tmp_path, capsys):
         return refusal(capsys, "retune", str(run), "--with", stage, "--out", str(tmp_path / "out"))
 
     assert said(cosine, "tau-norm").endswith(
-        "a cosine classifier, which takes no notice of norms; take another than tau-norm"
+        "a cosine classifier, which takes no notice of norms: train it with --classifier linear"
     )
     linear = shutil.copytree(first, tmp_path / "linear")
     table = torch.load(linear / "last.pt", weights_only=True)

@@ -94,9 +94,10 @@ def print_run(metrics: Mapping[str, Any]) -> None:
         which = f"last is the checkpoint after epoch {last['epoch']}, best the one after epoch {best['epoch']}"
         print(f"{method}: {which}, which validation chose: it speaks for the run, in predict, export and report too")
     else:
-        print(f"{method}: the last checkpoint (epoch {last['epoch']}) speaks for the run: validation chose none")
+        print(f"{method}: the last checkpoint (epoch {last['epoch']}) speaks for the run: no other was chosen")
     if cost := metrics.get("cost"):
-        took = "" if cost["seconds"] is None else f" in {cost['seconds']:,.0f} s of steps"
+        seconds = cost["seconds"]
+        took = "" if seconds is None else f" in {seconds:,.{0 if seconds >= 10 else 1}f} s of steps"
         sizes = (f"{cost[key] / 1e6:,.2f}" for key in ("parameters", "trained_parameters", "multiply_adds"))
         of_network = "{} million parameters ({} trained), {} million multiply-adds an image".format(*sizes)
         print(f"{method}, training: {cost['images_seen']:,} images{took}; {of_network}")

@@ -33,7 +33,7 @@ def add_evaluate_options(command: argparse.ArgumentParser) -> None:
     add("--split", choices=("train", "validation", "test"), help=split)
     add("--out", metavar="FILE", help="where to write the metrics (default: beside the checkpoint)")
     add("--logits", metavar="FILE", help="write the logits of every image too, as .npz")
-    shift = "show the accuracy where classes are as frequent as in training, the reverse, and between"
+    shift = "show the accuracy where the frequent classes are up to 50 times as frequent as the rare, and the reverse"
     add("--label-shift", action="store_true", help=shift)
     flags.add_fields(command, "data.val_list", "data.test_list", "data.on_bad_image", "data.allow_outside", "device")
     flags.add_set(command)

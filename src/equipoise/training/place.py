@@ -72,7 +72,9 @@ def find_place(recipe: Recipe, out: str | Path | None, resume: str | Path | None
         if start is None:
             raise UserError(f"{run} has no checkpoint to go on from")
     if folder is not None and (folder.is_file() or (folder.is_dir() and is_used(folder))):
-        raise UserError(f"{folder} is a file, or not empty; go on by --resume {folder}, or name another with --out")
+        raise UserError(
+            f"{folder} is there, and not empty: name another with --out, or go on by equipoise train --resume {folder}"
+        )
     return Place(folder or default_folder(recipe), start, resumes=False, named=folder is not None)
 
 

@@ -5,6 +5,7 @@ import shlex
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,9 +79,7 @@ class Plan:
         at_a_time = f", {recipe.micro_batch} at a time" if recipe.micro_batch else ""
         said = {
             "recipe": f"{recipe.name}, method {recipe.method}, seed {recipe.seed}",
-            "settings": ", ".join(
-                f"{key} {field_value(recipe, find_field(key))}" for key in PUBLISHED.get(recipe.method, {})
-            ),
+            "settings": ", ".join(f"{key} {value}" for key, value in self._settings().items()),
             "data": f"{recipe.data.path} ({parts.kind})",
             "lists": "; ".join(parts.described),
             "note": "; ".join(parts.notes),
@@ -98,6 +97,14 @@ class Plan:
             "run folder": str(self.folder),
         }
         return {name: value for name, value in said.items() if value}
+
+    def _settings(self) -> dict[str, Any]:
+        """What the method may have brought along, and what is not usual."""
+        keys = [*PUBLISHED.get(self.recipe.method, {}), "sampler", "label_smoothing", "mix", "sam", "ema"]
+        values = {
+            key: (field_value(self.recipe, find_field(key)), field_value(Recipe(), find_field(key))) for key in keys
+        }
+        return {key: now for key, (now, usual) in values.items() if now != usual or key in keys[:-5]}
 
     def _weights(self) -> str:
         """Where the encoder's first weights are from; empty for random ones."""
@@ -173,8 +180,12 @@ def _refuse_idle_settings(recipe: Recipe) -> None:
     if recipe.loss.label_smoothing and not method.smooths:
         raise UserError(f"{recipe.method} has no label smoothing: set --label-smoothing 0")
     mix = recipe.views.mix
-    if mix == "none" and method.must_mix:
-        raise UserError(f"{recipe.method} without mixed images is another method: set --mix cmo")
+    if method.must_mix and model.tune == "frozen":
+        raise UserError(
+            f"{recipe.method} mixes images, and a frozen encoder's features cannot be: set --tune last-stage"
+        )
+    if method.must_mix and mix not in ("cutmix", "cmo"):
+        raise UserError(f"{recipe.method} pastes boxes of other images: set --mix cmo")
     if mix != "none" and (not method.mixes or model.tune == "frozen"):
         why = "a frozen encoder's features" if method.mixes else f"{recipe.method}, whose views train both branches,"
         raise UserError(f"{why} cannot take mixed images: set --mix none")
@@ -247,7 +258,7 @@ def _refuse_other_run(plan: Plan, start: Start) -> None:
     """Raise UserError where the recipe or the data cannot go on from the checkpoint."""
     recipe, path, done, resumes = plan.recipe, start.path, start.checkpoint, plan.place.resumes
     scored = (plan.folder / METRICS).exists() and not plan.world.restarted
-    if done.epoch >= recipe.epochs and (scored or not resumes):
+    if done.epoch > recipe.epochs or (done.epoch == recipe.epochs and (scored or not resumes)):
         epochs = several(done.epoch, "epoch")
         raise UserError(f"{path} has trained {epochs} already, of {recipe.epochs}; set --epochs higher")
     if not done.class_counts:  # of the BCL authors' code, which does not keep what it was trained on

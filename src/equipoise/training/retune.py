@@ -33,11 +33,15 @@ def second_stage(
     if not first.class_counts:
         raise UserError(f"{file} does not say what it was trained on; name a run of equipoise")
     if stage == "tau-norm" and first.recipe.model.classifier == "cosine":
-        raise UserError(f"{file} has a cosine classifier, which takes no notice of norms; take another than tau-norm")
+        raise UserError(
+            f"{file} has a cosine classifier, which takes no notice of norms: train it with --classifier linear"
+        )
     about = f"{stage} on {file}, after epoch {first.epoch}"
     named = {"name": f"{first.recipe.name}-{stage}", "summary": about, "model.weights": str(file)}
     fields = {**ALL_STAGES, **SECOND_STAGES[stage], **named}
     recipe = override_all(first.recipe, [(find_field(key), value) for key, value in fields.items()])
+    if fixed := [field.key for field, _ in overrides if field.key in ("method", "model.tune", *named)]:
+        raise UserError(f"{fixed[0]} is what --with {stage} sets: drop it")
     plan = prepare(override_all(recipe, overrides), out)
     if changed := changed_part(plan.parts, first):
         raise UserError(
