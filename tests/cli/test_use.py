@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ODD_NAMES, draw_picture, refusal
+from conftest import ODD_NAMES, draw_folder, draw_picture, refusal
 from synthetic import untrained
 
 from benchmarks.rehearsal import write_as_authors
+from equipoise import load_recipe, train
 from equipoise.base.errors import one_line
 from equipoise.cli.main import main
 from equipoise.runs.checkpoint import load_checkpoint
@@ -129,6 +130,16 @@ def test_what_cannot_be_explained(run, part_folder, tmp_path, capsys):
     said = refusal(capsys, *words)
     assert said.endswith(f"nothing explains {run}/best.pt: there is no file or folder at {data}")
     assert main(list(words[:-2])) == 0
+
+
+def test_evaluate_where_there_is_nothing_to_score(tmp_path, capsys):
+    data = draw_folder(tmp_path / "data", {"ant": 6, "bee": 4})
+    recipe = load_recipe("digits-lt", data=str(data), epochs=1, batch_size=4, holdout=0, imbalance_factor=1)
+    run = train(recipe, tmp_path / "run", progress=False).path
+    assert main(["evaluate", str(run)]) == 0
+    assert "training: " in capsys.readouterr().out
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert (metrics["validation"], metrics["test"]) == (None, None)
 
 
 def test_evaluate_under_other_class_priors(run, part_folder, tmp_path, capsys):
