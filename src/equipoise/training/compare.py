@@ -3,7 +3,7 @@ first method with their confidence intervals and tests.
 
 Of seed s, method m reaches x_ms; its difference to the first method is d_s = x_ms - x_1s. Over the n seeds the interval
 is mean(d) ± t * sd(d) / sqrt(n), t the 97.5 % quantile of Student's distribution of n - 1 degrees of freedom. A second
-interval, from resampling the test images, tells what others would change for these networks.
+interval, from resampling the test images, tells what other images would change for these networks.
 """
 
 import math

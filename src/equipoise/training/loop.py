@@ -334,9 +334,9 @@ def _rest(module: nn.Module) -> None:
 
 
 def seed_network(seed: int, device: torch.device) -> None:
-    """What `torch.manual_seed` does for this device: that also walks the stack, which takes a millisecond."""
+    """What `torch.manual_seed` does for this device: that also walks the stack, which may take a millisecond."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
-        torch.cuda.manual_seed(seed)
+        torch.cuda.manual_seed_all(seed)  # of all: `cuda:1` need not be the current one
     elif device.type == "mps":
         torch.mps.manual_seed(seed)
