@@ -98,9 +98,9 @@ def print_run(metrics: Mapping[str, Any]) -> None:
     if cost := metrics.get("cost"):
         seconds = cost["seconds"]
         took = "" if seconds is None else f" in {seconds:,.{0 if seconds >= 10 else 1}f} s of steps"
-        sizes = (f"{cost[key] / 1e6:,.2f}" for key in ("parameters", "trained_parameters", "multiply_adds"))
-        of_network = "{} million parameters ({} trained), {} million multiply-adds an image".format(*sizes)
-        print(f"{method}, training: {cost['images_seen']:,} images{took}; {of_network}")
+        network = f"{cost['parameters']:,} parameters ({cost['trained_parameters']:,} trained)"
+        cost_of_use = f"{cost['multiply_adds']:,} multiply-adds an image"
+        print(f"{method}, training: {cost['images_seen']:,} images{took}; {network}, {cost_of_use}")
 
 
 def print_post_hoc(metrics: Mapping[str, Any]) -> None:
