@@ -13,7 +13,6 @@ from equipoise.method.objective import Outputs, TwoBranch
 # What the authors of ConCutMix set. They mix half of the batches, here it is half of the images.
 _NEAREST = 30  # classes, and of fewer than a hundred three in ten: so for each of their data sets
 _SCALE = 0.2 / 255  # for each class: they set 2/255 for 10 classes, 20/255 for 100, 200/255 for 1,000
-_PLAIN = 0.5  # of the epochs have plain labels: so for CIFAR, for larger sets they take 0.6 to 0.8
 
 
 class SupCon(TwoBranch):
@@ -52,12 +51,13 @@ class ConCutMix(Bcl):
     labels lean, by a thousandth, to the classes that are near (Pan et al., IEEE TIP 2024, arXiv:2407.04911)."""
 
     smooths, must_mix = False, True
+    plain = 0.5  # of the epochs have plain labels: so for CIFAR, for larger sets they take 0.6 to 0.8
 
     def build(self, width: int) -> None:
         self.leans = nn.Buffer(torch.zeros(()))  # 1 in the second half of the epochs
 
     def begin_epoch(self, epoch: int, epochs: int) -> None:
-        self.leans.fill_(epoch > _PLAIN * epochs)
+        self.leans.fill_(epoch > self.plain * epochs)
 
     def classification(self, outputs: Outputs, labels_G: Tensor, rows: slice) -> Tensor:
         if not self.mixed:

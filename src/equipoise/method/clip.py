@@ -14,7 +14,6 @@ from torch import Tensor
 from equipoise.base.errors import UserError, reason
 
 PREFIX = "open_clip:"
-_PROMPT = "a photo of a {}."
 
 
 def look_up(name: str) -> tuple[Any, str, str, dict[str, Any]]:
@@ -46,7 +45,7 @@ def towers(name: str, weights: str, start: bool) -> Any:
 
 def text_directions(name: str, weights: str, class_names: Sequence[str]) -> Tensor:
     """`[C, D]` of length 1: what the text tower makes of each class's name."""
-    prompts = [_PROMPT.format(label.replace("_", " ")) for label in class_names]
+    prompts = [f"a photo of a {label.replace('_', ' ')}." for label in class_names]
     library, architecture, *_ = look_up(name)
     try:
         tokens = library.get_tokenizer(architecture)

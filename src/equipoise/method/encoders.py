@@ -18,7 +18,7 @@ from equipoise.base.errors import UserError, reason
 from equipoise.base.files import load_tensors
 from equipoise.config.recipe import nearest
 from equipoise.method import clip
-from equipoise.method.pretrained import find_pretrained, timm_name
+from equipoise.method.pretrained import find_pretrained, of_timm, timm_name
 
 _BLOCKS_PER_STAGE = {"resnet8": 1, "resnet20": 3, "resnet32": 5}
 _WIDTHS: dict[tuple[str, int], int] = {}  # of the encoders, by name and size, that were tried
@@ -63,11 +63,8 @@ def timm_arguments(name: str, size: int) -> tuple[str, dict[str, Any]] | None:
     or of open_clip."""
     if name in _BLOCKS_PER_STAGE or name.startswith(clip.PREFIX):
         return None
-    import timm
-
-    name = timm_name(name)
-    fixed = getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False)
-    return name.split(".")[0], {"img_size": size} if fixed else {}
+    known = of_timm(name)
+    return timm_name(name).split(".")[0], {"img_size": size} if known and known.fixed_input_size else {}
 
 
 def _timm_encoder(name: str, size: int, fetch: bool) -> nn.Module:

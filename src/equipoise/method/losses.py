@@ -13,12 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 ALL = slice(None)
-
-# Entries of the matrix that is there at a time, 18 MB in float32: a batch of 256 with 8,142 classes is one chunk. Below
-# these many anchors the matrix products become slower. A GPU needs larger pieces to be busy: 128 MB.
-_CHUNK_ENTRIES = 4_500_000
-_CHUNK_ENTRIES_GPU = 32_000_000
-_CHUNK_ROWS = 128
+_CHUNK_ENTRIES = 4_500_000  # of the matrix that is there at a time, 18 MB: a batch of 256 with 8,142 classes is one
+_CHUNK_ENTRIES_GPU = 32_000_000  # a GPU needs larger pieces to be busy
+_CHUNK_ROWS = 128  # below these many anchors the matrix products become slower
 
 
 class KnownGradients(torch.autograd.Function):
@@ -46,8 +43,8 @@ def log_prior(class_counts_C: Tensor) -> Tensor:
     """`[C]` log of each class's share of the training images. Raises ValueError if a class has none."""
     if bool((class_counts_C <= 0).any()):
         raise ValueError("class counts must be one positive number a class")
-    counts = class_counts_C.double()
-    return (counts / counts.sum()).log()
+    counts_C = class_counts_C.double()
+    return (counts_C / counts_C.sum()).log()
 
 
 def logit_adjusted_cross_entropy(

@@ -64,14 +64,12 @@ class Focal(Objective):
         return share_B.clamp(min=1e-12) ** self.settings.gamma * loss_B  # below 1, no finite slope at 0
 
 
-_DEFERRED = 0.8  # of the epochs have no weights
-
-
 class LdamDrw(Objective):
     """Label-distribution-aware margins: the cosine of the label's class less its margin; cross-entropy of 30 times the
     cosines, in the last fifth of the epochs weighted by effective numbers (Cao et al., NeurIPS 2019, algorithm 1)."""
 
     cosine, smooths, resamples = True, False, False
+    plain = 0.8  # of the epochs have no weights
 
     def build(self, width: int) -> None:
         self.margins_C = nn.Buffer(0.5 * (self.counts_C.min() / self.counts_C) ** 0.25, persistent=False)  # eq. 13
@@ -79,7 +77,7 @@ class LdamDrw(Objective):
         self.weights_C = nn.Buffer(torch.ones_like(self.deferred_C))
 
     def begin_epoch(self, epoch: int, epochs: int) -> None:
-        deferred = (epoch + 1) / epochs > _DEFERRED
+        deferred = (epoch + 1) / epochs > self.plain
         self.get_buffer("weights_C").copy_(self.deferred_C if deferred else torch.ones_like(self.deferred_C))
 
     def losses(self, logits_BC: Tensor, labels_B: Tensor, weights_C: Tensor | None) -> Tensor:
@@ -87,7 +85,7 @@ class LdamDrw(Objective):
         return super().losses(logits_BC.scatter_add(1, labels_B[:, None], -margins_B1), labels_B, weights_C)
 
     def log_prior_of_logits(self, progress: float = 1.0) -> Tensor:
-        return super().log_prior_of_logits() + (progress > _DEFERRED) * self.deferred_C.double().log()
+        return super().log_prior_of_logits() + (progress > self.plain) * self.deferred_C.double().log()
 
 
 class VectorScaling(LogitAdjusted):
@@ -140,6 +138,5 @@ METHODS: dict[Method, type[Objective]] = {
 
 def objective_of(recipe: Recipe, class_counts: Sequence[float]) -> Objective:
     """The recipe's method, for classes of which so many images are drawn in an epoch."""
-    return METHODS[recipe.method](
-        recipe.loss, torch.as_tensor(class_counts, dtype=torch.float64), recipe.model.feature_dim
-    )
+    counts_C = torch.as_tensor(class_counts, dtype=torch.float64)
+    return METHODS[recipe.method](recipe.loss, counts_C, recipe.model.feature_dim)

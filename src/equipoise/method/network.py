@@ -72,10 +72,9 @@ class TwoBranchNetwork(nn.Module):
         self, images_VB3HW: Tensor, micro_batch: int = 0, copy: nn.Sequential | None = None, momentum: float = 0.0
     ) -> Outputs:
         """What the losses need of a training batch of uint8 images: view 0 is for the classifier, the others (V of the
-        outputs) are for the contrastive branch. Or all are for both (`shares_views`).
-
-        With a `copy` of the `contrastive_branch`, the last view passes that, and not this network. Beforehand the copy
-        is moved towards the weights: momentum * copy + (1 - momentum) * weights (MoCo: He et al., CVPR 2020, eq. 2).
+        outputs) are for the contrastive branch. Or all are for both (`shares_views`). With a `copy` of the contrastive
+        branch, the last view passes that. Beforehand it is moved towards the weights: momentum * copy + (1 - momentum)
+        * weights (MoCo: He et al., CVPR 2020, eq. 2).
 
         All views pass the encoder and its BatchNorm together, as in the authors' code; with `micro_batch`, in parts of
         at most that many images. Then only the encoder's output is kept, and the backward pass computes each part anew,
@@ -232,8 +231,7 @@ class _OverRanks(_BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
-            average = self.running_mean, self.running_var
-            return F.batch_norm(input, *average, self.weight, self.bias, eps=self.eps)
+            return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         axes, shape = [0, *range(2, input.ndim)], [1, -1, *[1] * (input.ndim - 2)]
         x = at_least_float32(input)  # under autocast, sums in bfloat16 would be wrong
         total = sum_over_ranks(torch.tensor([x.numel() / x.shape[1]], dtype=x.dtype))

