@@ -4,7 +4,7 @@ What is hidden is passed over, as `ls` does: thumbnails and notebook checkpoints
 """
 
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from equipoise.base.errors import UserError, reason, several
-from equipoise.data.decode import is_like_an_image, why_no_image
+from equipoise.base.files import real_path
+from equipoise.data.decode import NO_IMAGE, why_no_image
 from equipoise.data.images import PART_NAMES, Found, ImageFiles, ImageList
 from equipoise.data.names import look_alikes, normal, numbered
 
@@ -39,7 +40,7 @@ def images_below(root: Path, name: str = "") -> Listing:
     a folder that it is in.
     """
     found = Listing()
-    for path in sorted(_walk(root, name, (os.path.realpath(root / name),)), key=lambda path: path.split("/")):
+    for path in sorted(_walk(root, name), key=lambda path: path.split("/")):
         if why := why_no_image(root / path):
             found.others.append((path, why))
         else:
@@ -47,21 +48,20 @@ def images_below(root: Path, name: str = "") -> Listing:
     return found
 
 
-def _walk(root: Path, folder: str, within: tuple[str, ...]) -> Iterator[str]:
-    """The files below `folder`; `within`: the real paths of it and of the folders that it is in."""
+def _walk(root: Path, folder: str) -> Iterator[str]:
     for entry in _entries(root / folder):
-        path = f"{folder}/{entry.name}" if folder else entry.name
+        path = f"{folder}/{entry.name}".lstrip("/")
         if not entry.is_dir():
             if (entry.is_file() or entry.is_symlink()) and entry.name.lower() not in _SYSTEM_FILES:  # no pipe
                 yield path
-        elif not entry.is_symlink():
-            yield from _walk(root, path, within)
-        elif (real := os.path.realpath(root / path)) in within or any(one.startswith(real + os.sep) for one in within):
-            raise UserError(
-                f"{root / path} is a link to {real}, which it lies in: it has no end; name a folder without it"
-            )
-        else:
-            yield from _walk(root, path, (*within, real))
+            continue
+        if entry.is_symlink():
+            link, real = root / path, real_path(root / path)
+            if any(real_path(outer).is_relative_to(real) for outer in link.parents):
+                raise UserError(
+                    f"{link} is a link to {real}, which it lies in: it has no end; name a folder without it"
+                )
+        yield from _walk(root, path)
 
 
 def open_class_folders(root: Path, level: int = 1) -> Found:
@@ -74,25 +74,26 @@ def open_class_folders(root: Path, level: int = 1) -> Found:
         )
     folders = _subfolders(root)
     _refuse_structure(root, folders)
-    notes = [
-        f"{root}: {name}/ is left by a program and is no class"
-        for name in sorted(_LEFTOVERS.intersection(os.listdir(root)))
-    ]
-    part_folders = _part_folders(root, folders, notes)
-    leading = "train" if "train" in part_folders else next(iter(part_folders), "train")
-    lists: dict[str, ImageList] = {}
-    classes: tuple[str, ...] = ()
-    for part, folder in sorted((part_folders or {"train": root}).items(), key=lambda item: item[0] != leading):
-        opened = _open_part(folder, level, notes)
-        if not classes:
-            classes = tuple(dict.fromkeys(normal(name) for name in opened))
-            notes += look_alikes(classes)
-            others = [name for name in classes if name.lower() in _NO_CLASSES]
-            notes += [f"'{name}' is taken for a class: keep it elsewhere if it is none" for name in others]
-            if part_folders and part == "train" and len(classes) == 1:
-                raise UserError(f"{folder} has one class only ('{classes[0]}'); a classifier needs two or more")
-        lists[part] = _as_list(folder, opened, classes, f"{leading} part")
-    return Found("class folders", lists, divided=bool(part_folders), notes=notes)
+    left = sorted(_LEFTOVERS.intersection(os.listdir(root)))
+    notes = [f"{root}: {name}/ is left by a program and is no class" for name in left]
+    divided = _part_folders(root, folders, notes)
+    places = divided or {"train": root}
+    leading = "train" if "train" in places else next(iter(places))
+    opened = {part: _open_part(places[part], level, notes) for part in sorted(places, key=lambda part: part != leading)}
+    classes = tuple(dict.fromkeys(map(normal, opened[leading])))
+    notes += look_alikes(classes)
+    others = [name for name in classes if name.lower() in _NO_CLASSES]
+    notes += [f"'{name}' is taken for a class: keep it elsewhere if it is none" for name in others]
+    if "train" in divided and len(classes) == 1:
+        raise UserError(f"{divided['train']} has one class only ('{classes[0]}'); a classifier needs two or more")
+    parts: dict[str, ImageList] = {}
+    for part, of_classes in opened.items():
+        place, listings = places[part], of_classes.values()
+        labels_C = numbered(list(of_classes), classes, str(place), f"{leading} part")
+        labels_N = np.repeat(labels_C, [len(listing.images) for listing in listings])
+        files = ImageFiles.of(place, (path for listing in listings for path in listing.images))
+        parts[part] = ImageList(str(place), files, labels_N, classes).take(np.argsort(labels_N, kind="stable"))
+    return Found("class folders", parts, divided=bool(divided), notes=notes)
 
 
 def _refuse_structure(root: Path, folders: list[str]) -> None:
@@ -114,21 +115,18 @@ def _refuse_structure(root: Path, folders: list[str]) -> None:
 def _part_folders(root: Path, folders: list[str], notes: list[str]) -> dict[str, Path]:
     """The folders that are parts; none where all are classes. `train` may be a class: then it holds pictures, not
     folders."""
-    candidates = [name for name in folders if name.lower() in PART_NAMES and _subfolders(root / name)]
-    others = [name for name in folders if name not in candidates]
     parts: dict[str, Path] = {}
-    for name in candidates:
+    for name in [name for name in folders if name.lower() in PART_NAMES and _subfolders(root / name)]:
         part = PART_NAMES[name.lower()]
         if part in parts:
             raise UserError(f"{root} has two {part} parts, {parts[part].name}/ and {name}/; keep one of them here")
         parts[part] = root / name
+    others = ", ".join(name for name in folders if root / name not in parts.values())
     if others and "train" not in parts:
         return {}
     if others:
-        what = "train, val and test hold class folders"
-        notes.append(
-            f"{root}: beside train/, these folders are no part ({what}) and were passed over: {', '.join(others)}"
-        )
+        what = "no part (train, val and test hold class folders)"
+        notes.append(f"{root}: beside train/, these folders are {what} and were passed over: {others}")
     return parts
 
 
@@ -145,7 +143,7 @@ def _open_part(root: Path, level: int, notes: list[str]) -> dict[str, Listing]:
         del opened[name]
     files = [Path(entry.path) for name in above for entry in _entries(root / name) if not entry.is_dir()]
     whys = {file: why_no_image(file) for file in sorted(files)}
-    if strays := [file for file, why in whys.items() if not why or is_like_an_image(why)]:
+    if strays := [file for file, why in whys.items() if not why.endswith(NO_IMAGE)]:
         what = f"{strays[0]}{f', {whys[strays[0]]}' if whys[strays[0]] else ''}"
         notes.append(f"{several(len(strays), 'image')} in no class folder passed over (first: {what})")
     notes += _others_noted(root, opened)
@@ -172,23 +170,14 @@ def _nested(root: Path, names: list[str], level: int) -> str:
 
 def _others_noted(root: Path, opened: dict[str, Listing]) -> Iterator[str]:
     """A line for each kind of files that are no images: how many of them which class loses."""
-    kinds: dict[str, Counter[str]] = {}
+    kinds: dict[str, Counter[str]] = defaultdict(Counter)
     for name, listing in opened.items():
         for _, why in listing.others:
-            kinds.setdefault(why, Counter())[name] += 1
+            kinds[why][name] += 1
     for why, counts in kinds.items():
         named = [f"'{name}' {count:,}" for name, count in counts.most_common(_CLASSES_NAMED)]
         more = [f"{len(counts) - len(named):,} more classes"] if len(counts) > len(named) else []
         yield f"{root}: {several(counts.total(), 'file')} passed over: {why} (of {', '.join([*named, *more])})"
-
-
-def _as_list(root: Path, opened: dict[str, Listing], classes: tuple[str, ...], leading: str) -> ImageList:
-    """The images of a part, in the order of their classes. Raises UserError for a folder that is none of `classes`."""
-    numbers = numbered(list(opened), classes, str(root), leading).tolist()
-    labelled = [(number, path) for number, name in zip(numbers, opened, strict=True) for path in opened[name].images]
-    labelled.sort(key=lambda item: item[0])
-    labels_N = np.array([label for label, _ in labelled], np.int64)
-    return ImageList(str(root), ImageFiles.of(root, (path for _, path in labelled)), labels_N, classes)
 
 
 def _subfolders(folder: Path) -> list[str]:

@@ -89,6 +89,10 @@ def read_list(file: Path, allow_outside: bool = False) -> ListFile:
         raise UserError(f"the list {file} cannot be read ({reason(error)}); name another, or mend that") from None
     if file.suffix == ".json":
         content = _from_annotations(content, file)
+
+    def wrong(number: int, text: bytes, what: str) -> UserError:
+        return UserError(f"{file}, line {number}: '{os.fsdecode(text[:200]).strip()}' {what}")
+
     paths: list[bytes] = []
     labels: list[int] = []
     for number, line in enumerate(text_lines(content), 1):
@@ -96,17 +100,11 @@ def read_list(file: Path, allow_outside: bool = False) -> ListFile:
         if not words:
             continue
         if len(words) != 2 or not words[1].isdigit() or len(words[1]) > _MOST_DIGITS or b"\0" in line:
-            shown = line[:60].decode("utf-8", "replace").strip()
-            raise UserError(
-                f"{file}, line {number}: '{shown}' is not 'path label' with a label of at most {_MOST_DIGITS} digits"
-            )
+            raise wrong(number, line, f"is not 'path label' with a label of at most {_MOST_DIGITS} digits")
         path = words[0] if b"/" in words[0] else words[0].replace(b"\\", b"/")  # as Windows writes it
         path = posixpath.normpath(path)
         if not allow_outside and (path.startswith(b"/") or path.partition(b"/")[0] == b".."):
-            raise UserError(
-                f"{file}, line {number}: the path '{os.fsdecode(words[0][:200])}' leaves the data folder; write it "
-                "relative to it, or allow it with --allow-outside"
-            )
+            raise wrong(number, words[0], "leaves the data folder; write it relative to it, or add --allow-outside")
         paths.append(path)
         labels.append(int(words[1]))
     if not paths:
@@ -127,15 +125,14 @@ def _from_annotations(content: bytes, file: Path) -> bytes:
         ) from None
 
 
-def open_lists(root: Path, named: Mapping[str, str], benchmark: str, allow_outside: bool) -> Found:
+def open_lists(root: Path, named: Mapping[str, Path], benchmark: str, allow_outside: bool) -> Found:
     """The images below `root` of the lists `named` by part, or else of a benchmark's lists, wherever these are found.
 
     The classes are 0 to the largest label of the training list (of all, where there is none). Raises UserError for a
     label that training does not know, and where no list is found.
     """
-    benchmark = "" if named else benchmark
+    benchmark, files = "" if named else benchmark, dict(named)
     published = BENCHMARKS.get(benchmark, {})
-    files = {part: Path(os.path.expanduser(file)) for part, file in named.items()}
     faults: dict[str, str] = {}
     for part, known in published.items():
         if file := find_list(root, known):
@@ -187,17 +184,16 @@ def find_list(root: Path, known: Published) -> Path | None:
 
 def _class_names(files: Iterable[ListFile], classes: int) -> tuple[str, ...]:
     """Names of the classes by the folders of their images, or their numbers where these do not tell them apart."""
-    names: dict[int, set[bytes]] = {}
+    pairs: set[tuple[int, bytes]] = set()
     for read in files:
         folders = [path.rpartition(b"/")[0] for path in read.paths_N.tolist()]
         if len({folder.partition(b"/")[0] for folder in folders}) == 1:  # train/, val/, train_val2018/
             folders = [folder.partition(b"/")[2] for folder in folders]
-        for label, folder in set(zip(read.labels_N.tolist(), folders, strict=True)):
-            names.setdefault(label, set()).add(folder)
-    distinct = set().union(*names.values())
-    if b"" in distinct or not len(distinct) == len(names) == sum(map(len, names.values())):
+        pairs.update(zip(read.labels_N.tolist(), folders, strict=True))
+    names, distinct = dict(pairs), {folder for _, folder in pairs}
+    if b"" in distinct or not len(distinct) == len(names) == len(pairs):
         return tuple(map(str, range(classes)))
-    return tuple(os.fsdecode(min(names.get(label, {str(label).encode()}))) for label in range(classes))
+    return tuple(os.fsdecode(names.get(label, str(label).encode())) for label in range(classes))
 
 
 def identify(read: ListFile, expected: Published | None = None) -> tuple[str, str]:

@@ -3,8 +3,8 @@ workers ahead of the step: threads, or for an NVIDIA GPU processes. With `skip`,
 error: in training another of its class stands in for it (`decode.stand_in`), in evaluation it is left out, and `bad`
 says which they were."""
 
+import contextlib
 import signal
-import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -17,15 +17,7 @@ from equipoise.base.errors import UserError
 from equipoise.base.script import refuse_unguarded_script
 from equipoise.base.world import ALONE, World
 from equipoise.config.recipe import Recipe
-from equipoise.data.decode import (
-    BadImageError,
-    Pixels,
-    decode,
-    decode_all,
-    in_order,
-    stand_in,
-    usable_cores,
-)
+from equipoise.data.decode import BadImageError, Pixels, decode, in_order, resized, stand_in, usable_cores
 from equipoise.data.images import ImageList, Indices
 from equipoise.views.draws import draws
 from equipoise.views.mixing import mix_in, mixing, second_draws
@@ -73,23 +65,24 @@ def worker_count(workers: int, local_ranks: int = 1) -> int:
 
 @dataclass(frozen=True)
 class Task:
-    """A batch to be made of the images `indices_G`, of which `rows` are this rank's and those `here` are computed here.
-    `training`: seed, epoch and draws (draws.py) that the views depend on, and of mixed ones the second draws (else
-    none); None for evaluation."""
+    """A batch to train on, of the images `indices_G`, of which `rows` are this rank's and those `here` are computed
+    here. Its views depend on seed, epoch and draws (draws.py); `others_G`: the second draws where views are mixed."""
 
     indices_G: Indices
     rows: slice
     here: slice
-    training: tuple[int, int, Indices, Indices] | None = None
+    seed: int
+    epoch: int
+    draws_G: Indices
+    others_G: Indices
 
 
 class _Tasks:
     """The loader's sampler. It is filled anew for each pass, so that the same processes serve all of them."""
 
-    def __init__(self) -> None:
-        self.next: Iterable[Task] = ()
+    next: Iterable[Task | Indices] = ()
 
-    def __iter__(self) -> Iterator[Task]:
+    def __iter__(self) -> Iterator[Task | Indices]:
         return iter(self.next)
 
 
@@ -134,7 +127,16 @@ class Batches:
         self._world = world
         self._workers = workers
         self._tasks = _Tasks()
-        self._loader: DataLoader[Batch | UserError] | None = None
+        self._processes: DataLoader[Batch | UserError] = DataLoader(
+            maker,
+            batch_size=None,
+            sampler=self._tasks,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=device.type == "cuda",
+            generator=torch.Generator(),  # else every pass would draw from torch's own random state
+            worker_init_fn=_start_worker,
+        )
         self._receiving: Iterator[Batch | UserError] | None = None
 
     def __len__(self) -> int:
@@ -161,9 +163,8 @@ class Batches:
             yield batch, np.setdiff1d(indices_B, list(batch.bad))
 
     def _evaluated(self, batches: Sequence[Indices]) -> Iterator[Batch]:
-        tasks = [Task(indices_B, slice(0, len(indices_B)), slice(None)) for indices_B in batches]
         # What is in memory only has to be copied: a worker would cost more.
-        made = map(self._maker.__getitem__, tasks) if self._maker.in_memory else self._received(tasks)
+        made = map(self._maker.__getitem__, batches) if self._maker.in_memory else self._received(batches)
         return map(self._arrived, made)
 
     def prepare(self, look: Callable[[], None] = lambda: None) -> None:
@@ -191,28 +192,21 @@ class Batches:
             draws_G, others_G = (of[place * batch_size : (place + 1) * batch_size] for of in (order, second))
             rows = self._world.share(len(draws_G))
             here = rows if rows.stop > rows.start else slice(0, 2)
-            yield Task(draws_G % len(self), rows, here, (seed, epoch, draws_G, others_G))
+            yield Task(draws_G % len(self), rows, here, seed, epoch, draws_G, others_G)
 
-    def _received(self, tasks: Iterable[Task]) -> Iterator[Batch | UserError]:
+    def _received(self, tasks: Iterable[Task | Indices]) -> Iterator[Batch | UserError]:
         if needs_processes(self._device):
             return self._by_processes(tasks)
         self._receiving = in_order(self._maker.__getitem__, tasks, self._workers)
         return self._receiving
 
-    def _by_processes(self, tasks: Iterable[Task]) -> Iterator[Batch | UserError]:
+    def _by_processes(self, tasks: Iterable[Task | Indices]) -> Iterator[Batch | UserError]:
         self._tasks.next = tasks
-        if self._loader is None:
-            self._loader = DataLoader(
-                self._maker,
-                batch_size=None,
-                sampler=self._tasks,
-                num_workers=self._workers,
-                persistent_workers=self._workers > 0,
-                pin_memory=self._device.type == "cuda",
-                generator=torch.Generator(),  # else every pass would draw from torch's own random state
-                worker_init_fn=_start_worker,
-            )
-        self._receiving = _started(self._loader)
+        self._receiving = iter(self._processes)
+        # torch's handler would raise the death of a process in whatever line this one is at; without it, torch raises
+        # where the batch is waited for. There is none on Windows and in other threads.
+        with contextlib.suppress(AttributeError, ValueError):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         try:
             yield from self._receiving
         except (RuntimeError, OSError, EOFError) as error:
@@ -242,7 +236,10 @@ class Maker(Dataset["Batch | UserError"]):
         self._images, self._skip = images, skip
         self.labels_N = images.labels_N
         if self.in_memory:
-            self._pixels_NSS3, self.bad = decode_all(images, settings.size, skip)
+            self._pixels_NSS3 = np.zeros((len(images), settings.size, settings.size, 3), np.uint8)
+            for index in range(len(images)):
+                if (image := self._decoded(index, self.bad)) is not None:
+                    self._pixels_NSS3[index] = resized(image, settings.size)
 
     def __len__(self) -> int:
         return len(self._images)
@@ -250,17 +247,16 @@ class Maker(Dataset["Batch | UserError"]):
     def prepare(self, world: World, look: Callable[[], None]) -> None:
         """Images need no preparation."""
 
-    def __getitem__(self, task: Task) -> Batch | UserError:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __getitem__(self, task: Task | Indices) -> Batch | UserError:  # pyright: ignore[reportIncompatibleMethodOverride]
         try:
-            return self._evaluation(task.indices_G) if task.training is None else self._training(task)
+            return self._training(task) if isinstance(task, Task) else self._evaluation(task)
         except UserError as error:
             return error  # raised, it would arrive wrapped in a traceback
 
     def _training(self, task: Task) -> Batch:
-        assert task.training is not None
-        seed, epoch, draws_G, others_G = task.training
+        seed, epoch, others_G = task.seed, task.epoch, task.others_G
         bad: dict[int, BadImageError] = {}
-        views_VB3SS = self._views(draws_G[task.here], self.settings, seed, epoch, bad)
+        views_VB3SS = self._views(task.draws_G[task.here], self.settings, seed, epoch, bad)
         labels_G = torch.from_numpy(self.labels_N[task.indices_G])
         if not len(others_G):
             return Batch(views_VB3SS, labels_G, task.rows, bad)
@@ -306,6 +302,9 @@ class Maker(Dataset["Batch | UserError"]):
         """The image; or, with `skip`, None for one that cannot be read, which is added to `bad`."""
         if self.in_memory:
             return None if index in self.bad else self._pixels_NSS3[index]
+        return self._decoded(index, bad)
+
+    def _decoded(self, index: int, bad: dict[int, BadImageError]) -> Pixels | None:
         try:
             return decode(self._images, index)
         except BadImageError as error:
@@ -315,18 +314,6 @@ class Maker(Dataset["Batch | UserError"]):
             return None
 
 
-def _started(loader: DataLoader[Batch | UserError]) -> Iterator[Batch | UserError]:
-    """The loader's batches. torch sets a handler of SIGCHLD, which would raise the death of a process in whatever
-    line this one executes; without it, torch raises where the batch is waited for, seconds later."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
-        return iter(loader)  # then torch sets no handler either
-    before = signal.getsignal(signal.SIGCHLD)
-    try:
-        return iter(loader)
-    finally:
-        signal.signal(signal.SIGCHLD, before)
-
-
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
     # A signal to the whole process group is for the main process: it finishes its step, for which it needs its
@@ -334,5 +321,5 @@ def _start_worker(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "alarm"):
         signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(60))
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        for other in (signal.SIGUSR1, signal.SIGHUP):
+            signal.signal(other, signal.SIG_IGN)

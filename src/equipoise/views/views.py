@@ -7,8 +7,9 @@ process computes it. Shapes: B images of a batch, S the side of a view, V views.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -63,8 +64,9 @@ def small_views(images_BSS3: Pixels, settings: ViewSettings, seed: int, epoch: i
         view_BSS3 = _move_digits(images_BSS3, kind, numbers) if digits else _crop(images_BSS3, kind, numbers)
         # Operation by operation: for one small image, a call costs more than its work.
         for chosen in _pixel_operations(kind, settings, numbers):
-            for rows, operation in _groups(chosen):
-                view_BSS3[rows] = operation(view_BSS3[rows], chosen.argument_B[rows])
+            for group in set(chosen.groups.tolist()) - {-1}:
+                rows_B = chosen.groups == group
+                view_BSS3[rows_B] = chosen.operation(group)(view_BSS3[rows_B], chosen.argument_B[rows_B])
         views_VBSS3[stream] = view_BSS3 if digits or kind != "cls" else _cut_out(view_BSS3, numbers)
     return torch.from_numpy(views_VBSS3).permute(0, 1, 4, 2, 3)
 
@@ -77,14 +79,15 @@ def photo_views(photos: Sequence[Pixels], settings: ViewSettings, seed: int, epo
         numbers = Numbers(seed, epoch, indices_B, stream)
         boxes_B4 = random_boxes(numbers, heights_B, widths_B, smallest_share=settings.smallest_crop).tolist()
         flips_B = numbers.next() < 0.5
-        steps = _steps(len(photos), _pixel_operations(kind, settings, numbers))
+        steps = _pixel_operations(kind, settings, numbers)
         # Image by image: its bytes stay in the processor's cache.
         for row, photo in enumerate(photos):
             view_1SS3 = np.ascontiguousarray(operations.resized_crop(photo, boxes_B4[row], settings.size))[None]
             if flips_B[row]:
                 view_1SS3 = operations.flip_horizontal(view_1SS3)
-            for operation, argument_1 in steps[row]:
-                view_1SS3 = operation(view_1SS3, argument_1)
+            for chosen in steps:
+                if (group := int(chosen.groups[row])) >= 0:
+                    view_1SS3 = chosen.operation(group)(view_1SS3, chosen.argument_B[row : row + 1])
             views_VBSS3[stream, row] = view_1SS3[0]
     return torch.from_numpy(views_VBSS3).permute(0, 1, 4, 2, 3)
 
@@ -99,9 +102,7 @@ def evaluation_view(photo: Pixels, size: int) -> Pixels:
     height, width = photo.shape[:2]
     short = short_side(size)
     # The long side is truncated, as torchvision does it.
-    new_height, new_width = (
-        (short, int(short * width / height)) if height <= width else (int(short * height / width), short)
-    )
+    new_width, new_height = (int(short * side / min(height, width)) for side in (width, height))
     top, left = round((new_height - size) / 2), round((new_width - size) / 2)
     image = Image.fromarray(photo)
     if max(height, width) > _LONG_STRIP * min(height, width):
@@ -188,6 +189,15 @@ class BatchOperation:
     resampling_B: Whole | int = 0
     fill: tuple[float, ...] = (0, 0, 0)
 
+    @cached_property
+    def groups(self) -> Whole:
+        """Equal numbers where operation and resampling are equal; -1 where there is none."""
+        return np.where(self.operation_B < 0, -1, len(RESAMPLINGS) * self.operation_B + self.resampling_B)
+
+    def operation(self, group: int) -> Operation:
+        place, resampling = divmod(group, len(RESAMPLINGS))
+        return operations.operation(OPERATIONS[place], RESAMPLINGS[resampling], self.fill)
+
 
 def _pixel_operations(kind: str, settings: ViewSettings, numbers: Numbers) -> list[BatchOperation]:
     """The operations between a view's geometry and Cutout."""
@@ -203,26 +213,6 @@ def _pixel_operations(kind: str, settings: ViewSettings, numbers: Numbers) -> li
     if settings.blur:
         chosen.append(some(numbers, "Blur", 0.5, numbers.between(0.1, 2.0)))  # as in MoCo v2
     return chosen + rand_augment(numbers, settings) if kind == "rand" else chosen
-
-
-def _groups(chosen: BatchOperation) -> Iterator[tuple[Whole, Operation]]:
-    """Rows of the batch that get the same operation, and the operation."""
-    # One number for an operation and its resampling; below 0 where there is none.
-    groups_B = len(RESAMPLINGS) * chosen.operation_B + chosen.resampling_B
-    for group in np.unique(groups_B[groups_B >= 0]).tolist():
-        place, resampling = divmod(group, len(RESAMPLINGS))
-        operation = operations.operation(OPERATIONS[place], RESAMPLINGS[resampling], chosen.fill)
-        yield np.flatnonzero(groups_B == group), operation
-
-
-def _steps(images: int, chosen: Sequence[BatchOperation]) -> list[list[tuple[Operation, Array]]]:
-    """The operations on each image of a batch, one after the other, and their arguments `[1]`."""
-    steps: list[list[tuple[Operation, Array]]] = [[] for _ in range(images)]
-    for of_batch in chosen:
-        for rows, operation in _groups(of_batch):
-            for row in rows.tolist():
-                steps[row].append((operation, of_batch.argument_B[row : row + 1]))
-    return steps
 
 
 def jitter(numbers: Numbers, amounts: Sequence[float], probability: float) -> list[BatchOperation]:
