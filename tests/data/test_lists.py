@@ -61,7 +61,6 @@ IMAGES = '{"images": [{"id": 1, "file_name": "%s"}], "annotations": [%s]}'
         ("x/../../a.jpg 0\n", "line 1: 'x/../../a.jpg' leaves the data folder"),
         ("/etc/a.jpg 0\n", "line 1: '/etc/a.jpg' leaves the data folder"),
         ("\n \n", "names no images"),
-        (None, "cannot be read (no such file or directory)"),
         ("{", "is not iNaturalist's JSON"),
         (IMAGES.replace(', "annotations": [%s]', "") % "a", "that of the test part has no labels"),
         (IMAGES % ("a", ""), "with images and an annotation of each"),
@@ -69,9 +68,8 @@ IMAGES = '{"images": [{"id": 1, "file_name": "%s"}], "annotations": [%s]}'
     ],
 )
 def test_refused_lists(text, sentence, tmp_path):
-    file = tmp_path / ("train2018.json" if text and text[0] in "{[" else "list.txt")
-    if text is not None:
-        write(file, text)
+    file = tmp_path / ("train2018.json" if text[0] in "{[" else "list.txt")
+    write(file, text)
     with pytest.raises(UserError) as error:
         read_list(file)
     assert sentence in str(error.value)

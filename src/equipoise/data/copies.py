@@ -6,7 +6,6 @@ from which a blurred one was subtracted. Measured in docs/log.md. Shapes: N imag
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import cv2
@@ -37,15 +36,6 @@ class Pair(NamedTuple):
     exact: bool
 
 
-@dataclass(frozen=True)
-class Copies:
-    """`pairs`: of each kind (`KINDS`) at most one pair an image, in the order of the images; a pair may be of two
-    kinds. `too_alike`: different images resemble each other so much that only exact copies were looked for."""
-
-    pairs: dict[str, list[Pair]]
-    too_alike: bool
-
-
 def detail(pixels: npt.NDArray[np.uint8]) -> Details:
     """The fine shapes of an image `[H, W, 3]` as `[S, S]`."""
     small = cv2.resize(pixels, (2 * _SIDE, 2 * _SIDE), interpolation=cv2.INTER_AREA)
@@ -53,9 +43,13 @@ def detail(pixels: npt.NDArray[np.uint8]) -> Details:
     return (gray_SS - cv2.GaussianBlur(gray_SS, (0, 0), 1, borderType=cv2.BORDER_REFLECT)).astype(np.float32)
 
 
-def find_copies(digests: Sequence[bytes], details: Sequence[Details], parts_N: Indices, labels_N: Indices) -> Copies:
-    """The copies among images with these digests of their pixels and these details. `parts_N` must ascend: an image of
-    the test part is then a copy of one of the training part, not the other way round."""
+def find_copies(
+    digests: Sequence[bytes], details: Sequence[Details], parts_N: Indices, labels_N: Indices
+) -> tuple[dict[str, list[Pair]], bool]:
+    """The copies among images with these digests of their pixels and these details: of each kind (`KINDS`) at most one
+    pair an image, in the order of the images; a pair may be of two kinds. And whether different images resemble each
+    other so much that only exact copies were looked for. `parts_N` must ascend: an image of the test part is then a
+    copy of one of the training part, not the other way round."""
     numbers: dict[bytes, int] = {}
     pixels_N = np.array([numbers.setdefault(digest, len(numbers)) for digest in digests], np.int64)
     details_NSS = np.array(details, np.float32).reshape(-1, _SIDE, _SIDE)
@@ -82,7 +76,7 @@ def find_copies(digests: Sequence[bytes], details: Sequence[Details], parts_N: I
     for kind, other_N, most_N in zip(KINDS, other_KN, most_KN, strict=True):
         found = np.flatnonzero(most_N >= (_EXACT if too_alike else COPY)).tolist()
         pairs[kind] = [Pair(image, int(other_N[image]), bool(most_N[image] == _EXACT)) for image in found]
-    return Copies(pairs, too_alike)
+    return pairs, too_alike
 
 
 def _unit(details_NSS: Details) -> Details:

@@ -5,13 +5,12 @@ What is hidden is passed over, as `ls` does: thumbnails and notebook checkpoints
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from equipoise.base.errors import UserError, reason, several
+from equipoise.base.errors import UserError, several
 from equipoise.base.files import real_path
 from equipoise.data.decode import NO_IMAGE, why_no_image
 from equipoise.data.images import PART_NAMES, Found, ImageFiles, ImageList
@@ -25,27 +24,11 @@ _CLASSES_NAMED = 5  # in a note
 _NO_CLASSES = frozenset({"images", "labels", "annotations", "mask", "masks", "ground_truth", "segmentation"})
 
 
-@dataclass
-class Listing:
-    """The images below a folder, by their paths relative to it; and every other file, with what it is."""
-
-    images: list[str] = field(default_factory=list[str])
-    others: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
-
-
-def images_below(root: Path, name: str = "") -> Listing:
-    """What is in the folder `name` of `root` and in its sub-folders, in the order of the paths' parts.
-
-    Links to folders are followed. Raises UserError for a folder that cannot be read, and for a link that leads back to
-    a folder that it is in.
-    """
-    found = Listing()
-    for path in sorted(_walk(root, name), key=lambda path: path.split("/")):
-        if why := why_no_image(root / path):
-            found.others.append((path, why))
-        else:
-            found.images.append(path)
-    return found
+def images_below(root: Path, name: str = "") -> dict[str, str]:
+    """The files in the folder `name` of `root` and in its sub-folders, by their paths relative to `root`, in the order
+    of the paths' parts: '' for an image, for others what they are. Links to folders are followed. Raises UserError for
+    a link that leads back to a folder that it is in, OSError for a folder that cannot be read."""
+    return {path: why_no_image(root / path) for path in sorted(_walk(root, name), key=lambda path: path.split("/"))}
 
 
 def _walk(root: Path, folder: str) -> Iterator[str]:
@@ -58,9 +41,7 @@ def _walk(root: Path, folder: str) -> Iterator[str]:
         if entry.is_symlink():
             link, real = root / path, real_path(root / path)
             if any(real_path(outer).is_relative_to(real) for outer in link.parents):
-                raise UserError(
-                    f"{link} is a link to {real}, which it lies in: it has no end; name a folder without it"
-                )
+                raise UserError(f"{link} is a link to {real}, which it lies in: name a folder without it")
         yield from _walk(root, path)
 
 
@@ -87,12 +68,12 @@ def open_class_folders(root: Path, level: int = 1) -> Found:
     if "train" in divided and len(classes) == 1:
         raise UserError(f"{divided['train']} has one class only ('{classes[0]}'); a classifier needs two or more")
     parts: dict[str, ImageList] = {}
-    for part, of_classes in opened.items():
-        place, listings = places[part], of_classes.values()
-        labels_C = numbered(list(of_classes), classes, str(place), f"{leading} part")
-        labels_N = np.repeat(labels_C, [len(listing.images) for listing in listings])
-        files = ImageFiles.of(place, (path for listing in listings for path in listing.images))
-        parts[part] = ImageList(str(place), files, labels_N, classes).take(np.argsort(labels_N, kind="stable"))
+    for part, images in opened.items():
+        place, paths = places[part], [path for of_class in images.values() for path in of_class]
+        labels_C = numbered(list(images), classes, str(place), f"{leading} part")
+        labels_N = np.repeat(labels_C, [len(of_class) for of_class in images.values()])
+        unsorted = ImageList(str(place), ImageFiles.of(place, paths), labels_N, classes)
+        parts[part] = unsorted.take(np.argsort(labels_N, kind="stable"))
     return Found("class folders", parts, divided=bool(divided), notes=notes)
 
 
@@ -130,28 +111,34 @@ def _part_folders(root: Path, folders: list[str], notes: list[str]) -> dict[str,
     return parts
 
 
-def _open_part(root: Path, level: int, notes: list[str]) -> dict[str, Listing]:
-    """What is in each class folder of a part. A note for all that is passed over."""
+def _open_part(root: Path, level: int, notes: list[str]) -> dict[str, list[str]]:
+    """The images in each class folder of a part. A note for all that is passed over."""
     _refuse_structure(root, _subfolders(root))
     names, above = [""], list[str]()
     for _ in range(level):
         above += names
         names = [f"{name}/{within}".lstrip("/") for name in names for within in _subfolders(root / name)]
-    opened = {name: images_below(root, name) for name in names}
-    for name in [name for name, listing in opened.items() if not listing.images and not listing.others]:
-        notes.append(f"{root / name} is empty and was passed over")
-        del opened[name]
+    below = {name: images_below(root, name) for name in names}
+    notes += [f"{root / name} is empty and was passed over" for name in names if not below[name]]
     files = [Path(entry.path) for name in above for entry in _entries(root / name) if not entry.is_dir()]
     whys = {file: why_no_image(file) for file in sorted(files)}
     if strays := [file for file, why in whys.items() if not why.endswith(NO_IMAGE)]:
         what = f"{strays[0]}{f', {whys[strays[0]]}' if whys[strays[0]] else ''}"
         notes.append(f"{several(len(strays), 'image')} in no class folder passed over (first: {what})")
-    notes += _others_noted(root, opened)
-    if not any(listing.images for listing in opened.values()):
+    others: dict[str, Counter[str]] = defaultdict(Counter)
+    for name in names:
+        for why in filter(None, below[name].values()):
+            others[why][name] += 1
+    for why, counts in others.items():
+        named = [f"'{name}' {count:,}" for name, count in counts.most_common(_CLASSES_NAMED)]
+        named += [f"{len(counts) - len(named):,} more classes"] if len(counts) > len(named) else []
+        notes.append(f"{root}: {several(counts.total(), 'file')} passed over: {why} (of {', '.join(named)})")
+    images = {name: [path for path, why in below[name].items() if not why] for name in names if below[name]}
+    if not any(images.values()):
         raise UserError("; ".join([f"{root} holds no images in its class folders", *notes]))
-    if all(path.count("/") > level for listing in opened.values() for path in listing.images):
-        notes.append(_nested(root, list(opened), level))
-    return opened
+    if all(path.count("/") > level for of_class in images.values() for path in of_class):
+        notes.append(_nested(root, list(images), level))
+    return images
 
 
 def _nested(root: Path, names: list[str], level: int) -> str:
@@ -168,26 +155,11 @@ def _nested(root: Path, names: list[str], level: int) -> str:
     )
 
 
-def _others_noted(root: Path, opened: dict[str, Listing]) -> Iterator[str]:
-    """A line for each kind of files that are no images: how many of them which class loses."""
-    kinds: dict[str, Counter[str]] = defaultdict(Counter)
-    for name, listing in opened.items():
-        for _, why in listing.others:
-            kinds[why][name] += 1
-    for why, counts in kinds.items():
-        named = [f"'{name}' {count:,}" for name, count in counts.most_common(_CLASSES_NAMED)]
-        more = [f"{len(counts) - len(named):,} more classes"] if len(counts) > len(named) else []
-        yield f"{root}: {several(counts.total(), 'file')} passed over: {why} (of {', '.join([*named, *more])})"
-
-
 def _subfolders(folder: Path) -> list[str]:
     return sorted(entry.name for entry in _entries(folder) if entry.is_dir())
 
 
-def _entries(folder: Path) -> Iterable[os.DirEntry[str]]:
-    """What is in a folder but hidden things and leftovers. Raises UserError where that cannot be read."""
-    try:
-        with os.scandir(folder) as entries:
-            return [entry for entry in entries if entry.name[0] != "." and entry.name not in _LEFTOVERS]
-    except OSError as error:
-        raise UserError(f"the folder {folder} cannot be read ({reason(error)})") from None
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """What is in a folder but hidden things and leftovers."""
+    with os.scandir(folder) as entries:
+        return [entry for entry in entries if entry.name[0] != "." and entry.name not in _LEFTOVERS]

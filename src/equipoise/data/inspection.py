@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from equipoise.base.progress import counted
-from equipoise.data.copies import Copies, Details, Pair, detail, find_copies
+from equipoise.data.copies import Details, Pair, detail, find_copies
 from equipoise.data.decode import BadImageError, decode, in_order, usable_cores
 from equipoise.data.images import PART_NAMES, ImageList, Indices
 
@@ -50,18 +50,19 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Inspection:
-    """What decoding every image has shown. `places`: those of the images that can be read; `copies` and `odd` are by
-    their positions there, `odd` by what is odd about them."""
+    """What decoding every image has shown. `places`: those of the images that can be read; `copies` (with `too_alike`:
+    `find_copies`) and `odd` are by their positions there, `odd` by what is odd about them."""
 
     places: Sequence[Place]
     sizes_N2: Indices  # width, height
-    copies: Copies
+    copies: Mapping[str, Sequence[Pair]]
+    too_alike: bool
     odd: Mapping[str, Sequence[int]]
     bad: list[BadImageError]
 
     def problems(self) -> list[str]:
         """A line for each kind of copies, with their number and the first of them."""
-        pairs, lines = self.copies.pairs, list[str]()
+        pairs, lines = self.copies, list[str]()
 
         def parts(pair: Pair) -> tuple[str, str]:
             return self.places[pair.image].part, self.places[pair.other].part
@@ -102,7 +103,7 @@ def inspect(parts: Mapping[str, ImageList]) -> Inspection:
     # By name, since the parts may number their classes differently.
     _, labels_N = np.unique([place.class_name for place in places], return_inverse=True)
     copies = find_copies([look.digest for look in looks], [look.detail for look in looks], parts_N, labels_N)
-    return Inspection(places, sizes_N2, copies, _odd(looks, sizes_N2), bad)
+    return Inspection(places, sizes_N2, *copies, _odd(looks, sizes_N2), bad)
 
 
 def _look(images: ImageList, index: int) -> _Look | BadImageError:

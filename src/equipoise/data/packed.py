@@ -73,10 +73,8 @@ def pack(found: Found, out: Path, short_side: int, threads: int) -> list[str]:
     """Write the parts of what was found into the folder `out`; one line about each.
 
     An image whose short side is longer than `short_side` pixels is resized (Pillow's antialiased bilinear filter) and
-    becomes JPEG; others stay as they are, byte for byte. A part that is there already, of the same images, is kept:
-    what was interrupted goes on with the next part.
-
-    Raises UserError for images that cannot be read or need no packing, or where others are packed there; OSError for a
+    becomes JPEG; others stay as they are, byte for byte. A part that is there already, of the same images, is kept.
+    Raises UserError for images that cannot be read or need no packing, or where other files are there; OSError for a
     full disk. A file appears only when it is complete.
     """
     import_pyarrow(out)

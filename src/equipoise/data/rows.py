@@ -24,48 +24,47 @@ _UNNAMED = ("", "animal", "unknown", "unclassified")  # of what nobody said what
 Columns = Mapping[str, Sequence[str]]
 
 
+class NoTableError(UserError):
+    """A file that does not say which image has which label."""
+
+
 def part_named(name: str) -> str:
     """The part that the first word of a name says (train_images, test-2); '' for none."""
     return PART_NAMES.get(re.split("[^a-z]", name.lower())[0], "")
 
 
 def named_column(columns: Iterable[str], names: Sequence[str]) -> str:
-    """The first column that has one of these names, but for what people write differently; '' for none."""
-
-    def plain(name: str) -> str:
-        return re.sub(r"[\s_-]", "", name.lower())
-
-    known = {plain(name): name for name in columns}
-    return next((known[name] for name in map(plain, names) if name in known), "")
-
-
-class NoTableError(UserError):
-    """A file that does not say which image has which label."""
+    """The first column that has one of these names; '' for none."""
+    known = {re.sub(r"[\s_-]", "", name.lower()): name for name in columns}
+    return next((known[name] for name in names if name in known), "")
 
 
 def read_table(file: Path) -> Columns:
     """The columns that have a name, their cells as text, '' where there is nothing. Raises UserError for a file that
     cannot be read, or without rows."""
     try:
-        columns = _read_parquet(file) if file.suffix.lower() == ".parquet" else _read_text(file)
+        if file.suffix.lower() == ".parquet":
+            table = import_pyarrow(file).parquet.read_table(file).to_pydict()
+            columns = {name: ["" if cell is None else str(cell).strip() for cell in table[name]] for name in table}
+        else:
+            columns = _read_text(file)
     except UserError:
         raise
     except UnicodeDecodeError:
         raise NoTableError(f"{file} is not in UTF-8: save it as 'CSV UTF-8'") from None
     except Exception as error:  # pyarrow has many
         raise NoTableError(f"the table {file} cannot be read ({reason(error, library=True)})") from None
-    if not any(map(len, columns.values())):
+    if not any(columns.values()):
         raise NoTableError(f"{file} has no rows below its heading")
     return columns
 
 
-def _read_text(file: Path) -> Columns:
-    """CSV as programs write it: divided by commas, semicolons or tabs, in UTF-8 or Excel's UTF-16. What a Darwin Core
-    archive holds (.txt) is not quoted."""
+def _read_text(file: Path) -> dict[str, list[str]]:
+    """CSV as programs write it: divided by commas, semicolons or tabs, in UTF-8 or Excel's UTF-16."""
     content = file.read_bytes()
     text = content.decode("utf-16" if content[:2] in (BOM_UTF16_LE, BOM_UTF16_BE) else "utf-8-sig")
     delimiter = max(",;\t", key=text.partition("\n")[0].count)
-    quoting = csv.QUOTE_NONE if file.suffix == ".txt" else csv.QUOTE_MINIMAL
+    quoting = csv.QUOTE_NONE if file.suffix == ".txt" else csv.QUOTE_MINIMAL  # Darwin Core archives quote nothing
     rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting))
     names = [name.strip() for name in rows[0]] if rows else []
     for number, row in enumerate(rows, 1):
@@ -76,15 +75,6 @@ def _read_text(file: Path) -> Columns:
         raise NoTableError(f"{file} has two columns called '{again[0]}': give one another name")
     cells = [row for row in rows[1:] if any(row)]
     return {name: [row[place].strip() for row in cells] for place, name in enumerate(names) if name}
-
-
-def _read_parquet(file: Path) -> Columns:
-    pa = import_pyarrow(file)
-    table = pa.parquet.read_table(file)
-    columns = {
-        field.name: table[field.name].to_pylist() for field in table.schema if not pa.types.is_nested(field.type)
-    }
-    return {name: ["" if cell is None else str(cell).strip() for cell in cells] for name, cells in columns.items()}
 
 
 def read_joined(root: Path) -> tuple[Path, Columns] | None:
@@ -106,17 +96,15 @@ def _of_observations(media: Columns, told: Columns) -> list[set[str]]:
     same deployment in whose time it was taken. Where there is no species it is the type, as 'blank' or 'human'."""
     of_media: dict[str, set[str]] = defaultdict(set)
     of_deployment: dict[str, list[tuple[datetime, datetime, str]]] = defaultdict(list)
+    found: list[set[str]] = []
     try:
         for row in _as_rows(told):
             name = row.get(_NAME) or row.get("observationType", "")
-            if name in _UNNAMED:
-                continue
-            if row.get("mediaID"):
+            if name not in _UNNAMED and row.get("mediaID"):
                 of_media[row["mediaID"]].add(name)
-            else:
+            elif name not in _UNNAMED:
                 start, end = (datetime.fromisoformat(row[side]) for side in ("eventStart", "eventEnd"))
                 of_deployment[row["deploymentID"]].append((start, end, name))
-        found: list[set[str]] = []
         for row in _as_rows(media):
             names = of_media.get(row["mediaID"], set())
             if not names and (events := of_deployment.get(row["deploymentID"])):

@@ -183,12 +183,9 @@ def _existing(path: str) -> Path:
 
 
 def open_data(data: Data) -> Parts:
-    """The data set (see `find_parts`) to train on.
-
-    An `imbalance_factor` above 1 cuts a long tail of that shape out of the training part; then, where there is no
-    validation part, the share `holdout` of the training images becomes one. Raises UserError for what cannot be a
-    training set: nothing there, an empty class, one class only, images that are missing, parts that overlap.
-    """
+    """The data set (see `find_parts`) to train on: an `imbalance_factor` above 1 cuts a long tail out of the training
+    part; then, where there is no validation part, the share `holdout` of it becomes one. Raises UserError for what
+    cannot be a training set: an empty class, one class only, images that are missing, parts that overlap."""
     return divide(with_groups(find_parts(data), data), data)
 
 

@@ -25,10 +25,8 @@ def of_classes(full: ImageList) -> list[Indices]:
 
 
 def long_tail_counts(largest: int, classes: int, imbalance_factor: float, shape: str) -> list[int]:
-    """Images kept of each class (Cao et al., NeurIPS 2019, section 4).
-
-    'exponential' and 'by-size': class c keeps `int(largest * (1 / imbalance_factor) ** (c / (classes - 1)))`.
-    'step': the second half of the classes keeps `int(largest * (1 / imbalance_factor))`.
+    """Images kept of each class (Cao et al., NeurIPS 2019, section 4): of class c `int(largest * (1 / imbalance_factor)
+    ** (c / (classes - 1)))`; with the shape 'step', of the second half of them `int(largest * (1 / imbalance_factor))`.
     """
     if shape == "step":
         head = classes // 2
@@ -38,8 +36,7 @@ def long_tail_counts(largest: int, classes: int, imbalance_factor: float, shape:
 
 def long_tailed(full: ImageList, imbalance_factor: float, shape: str) -> ImageList:
     """The benchmark's long-tail subset: numpy's legacy generator with seed 0 shuffles each class's indices in label
-    order, and the first n of it are kept. Which images these are depends on the order of `full`: of CIFAR as Parquet,
-    whose rows are in another order than the archive's, they are not the images of the literature's subset.
+    order, and the first n are kept. Which these are depends on the order of `full`: CIFAR has another one as Parquet.
 
     The largest class keeps as many images as the smallest class of `full` has, so that the shape is exact; but with
     the shape 'by-size' the classes come in the order of their size, and each keeps at most its place's share of the
@@ -51,11 +48,9 @@ def long_tailed(full: ImageList, imbalance_factor: float, shape: str) -> ImageLi
     if by_size:
         limit_of = dict(zip(np.argsort(np.negative(full.class_counts), kind="stable").tolist(), counts, strict=True))
         counts = [limit_of[label] for label in range(len(counts))]
-    if min(counts) < 1:
-        what = (
-            f"imbalance factor {imbalance_factor:g} leaves class '{full.class_names[counts.index(0)]}' without images"
-        )
-        raise UserError(f"{what}; the subset's largest class has {max(counts)}, so it can be {max(counts)} at most")
+    if 0 in counts:
+        what = f"{imbalance_factor:g} leaves class '{full.class_names[counts.index(0)]}' without images"
+        raise UserError(f"imbalance factor {what}; the largest class keeps {max(counts)}, so it can be {max(counts)} at most")
     generator = np.random.RandomState(0)
     kept: list[Indices] = []
     for indices, count in zip(of_classes(full), counts, strict=True):
@@ -67,10 +62,8 @@ def long_tailed(full: ImageList, imbalance_factor: float, shape: str) -> ImageLi
 def hold_out(full: ImageList, share: float, fold: str = "") -> tuple[ImageList, ImageList | None]:
     """(training, validation): `share` of each class, rounded: of a tenth, a class of five images keeps all. None where
     all classes are so small. With `fold`, as '2/5', the second of five equal parts instead, of classes with two or more
-    images: the five together hold out each image once.
-
-    Images of one group stay together (`ImageList.groups_N`). Raises UserError where no groups or folds can be made.
-    """
+    images: the five together hold out each image once. Images of one group (`ImageList.groups_N`) stay together. Raises
+    UserError where no groups or folds can be made."""
     number, folds = map(int, fold.split("/")) if fold else (0, 0)
     if fold and not 1 <= number <= folds > 1:
         raise UserError(f"data.fold must be the number of a part and of all parts, as 2/5, not '{fold}'")
@@ -85,18 +78,17 @@ def hold_out(full: ImageList, share: float, fold: str = "") -> tuple[ImageList, 
         else:
             counts = [round(share * count) for count in full.class_counts]
             chosen = np.concatenate([indices[:count] for indices, count in zip(shuffled, counts, strict=True)])
+    if len(chosen) == 0 and (fold or full.groups_N is not None):
+        what = "images of two groups" if full.groups_N is not None else "two images"
+        raise UserError(f"{full.origin}: no class has {what}, so none can be held out; set --holdout 0")
     if len(chosen) == 0:
-        if fold or full.groups_N is not None:
-            what = "images of two groups" if full.groups_N is not None else "two images"
-            raise UserError(f"{full.origin}: no class has {what}, so none can be held out; set --holdout 0")
         return full, None
     return full.take(np.setdiff1d(np.arange(len(full)), chosen)), full.take(np.sort(chosen))
 
 
 def _of_groups(full: ImageList, groups_N: npt.NDArray[np.str_], share: float, number: int, folds: int) -> Indices:
-    """Of the folds into which scikit-learn divides groups so that classes are spread evenly, that of this number, or
-    without one as many of twenty as are nearest to `share`. A class whose last training images would go keeps its
-    groups."""
+    """That fold of those into which scikit-learn divides groups, with classes spread evenly; without a number, as many
+    of twenty as are nearest to `share`. A class whose last training images would go keeps its groups."""
     from sklearn.model_selection import StratifiedGroupKFold  # over a second of import
 
     names, numbers_N = np.unique(groups_N, return_inverse=True)
@@ -114,9 +106,8 @@ def _of_groups(full: ImageList, groups_N: npt.NDArray[np.str_], share: float, nu
 
 
 def grouped(images: ImageList, by: str) -> ImageList:
-    """The list with groups: what the regular expression `by` finds in each image's path below the data folder, its
-    first group where it has one. A list of a table that has groups already stays as it is. Raises UserError for an
-    expression that finds nothing in one of the paths."""
+    """The list with groups, unless a table gave it some: what the regular expression `by` finds in each image's path
+    below the data folder, its first group where it has one. Raises UserError where it finds nothing in a path."""
     if images.groups_N is not None:
         return images
     source = images.images

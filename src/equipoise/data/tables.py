@@ -6,9 +6,10 @@ Columns are found by their names, images by their paths or file names anywhere b
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
@@ -16,7 +17,7 @@ import numpy as np
 from equipoise.base.errors import UserError, several, shown
 from equipoise.config.recipe import Data
 from equipoise.data.decode import NO_IMAGE
-from equipoise.data.folders import Listing, images_below
+from equipoise.data.folders import images_below
 from equipoise.data.images import PART_NAMES, Found, ImageFiles, ImageList
 from equipoise.data.names import in_order, look_alikes, normal, numbered
 from equipoise.data.rows import LABELS, TABLES, Columns, NoTableError, named_column, part_named, read_joined, read_table
@@ -27,8 +28,7 @@ _ONE_HOT = frozenset({"0", "1", "0.0", "1.0"})
 _SAMPLE = 200  # rows by which the column of images is found
 
 
-@dataclass
-class _Table:
+class _Table(NamedTuple):
     """A table of labels. `part`: the one that its name says, or ''. A row: image, label ('' where it has none or
     several), part, group. `label`: the column of labels, '' for one-hot ones. `said`: which columns these are."""
 
@@ -53,9 +53,8 @@ def find_tables(root: Path) -> list[tuple[str, Path, Columns | None]]:
 
 
 def open_tables(root: Path, named: Mapping[str, Path], data: Data, guess: bool = True) -> Found:
-    """The images below `root`, as the tables `named` by part say, or '' by none; or else the tables in `root`. With
-    `guess`, a column of labels may be called anything. Raises UserError where these have no such columns, or do not fit
-    the images."""
+    """The images below `root`, as the tables `named` by part (or '') say, or else those in `root`. With `guess`, a
+    column of labels may be called anything. Raises UserError for tables without such columns, or of other images."""
     tables = [(part, file, None) for part, file in named.items()] or find_tables(root)
     tables.sort(key=lambda table: table[0] != "train")
     index = _Index(images_below(root))
@@ -84,14 +83,13 @@ def open_tables(root: Path, named: Mapping[str, Path], data: Data, guess: bool =
 class _Index:
     """Finds the images below a folder by what a table calls them."""
 
-    def __init__(self, below: Listing) -> None:
-        self.paths = below.images
-        self.others = {_key(path.rpartition("/")[2]): why for path, why in below.others if not why.endswith(NO_IMAGE)}
+    def __init__(self, below: Mapping[str, str]) -> None:
+        self.paths = [path for path, why in below.items() if not why]
+        self.others = {_key(path): why for path, why in below.items() if why and not why.endswith(NO_IMAGE)}
         self._named: dict[str, list[str]] = defaultdict(list)  # by the file's name, also without its ending
-        for path in below.images:
-            name = _key(path.rpartition("/")[2])
-            for one in {name, name.rpartition(".")[0]} - {""}:
-                self._named[one].append(path)
+        for path in self.paths:
+            for name in {_key(path), _key(path).rpartition(".")[0]} - {""}:
+                self._named[name].append(path)
 
     def find(self, cell: str, *folders: str) -> list[str]:
         """The images that a cell may mean: a path below any folder, a URL, a file's name, with or without its ending.
@@ -118,8 +116,9 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(f"'{name}'" for name in names)
 
 
-def _key(name: str) -> str:
-    return normal(name).casefold()
+def _key(path: str) -> str:
+    """The name of a file or folder, in small letters."""
+    return normal(path.rpartition("/")[2]).casefold()
 
 
 def _read(part: str, file: Path, columns: Columns, index: _Index, data: Data, guess: bool) -> _Table:
@@ -133,7 +132,8 @@ def _read(part: str, file: Path, columns: Columns, index: _Index, data: Data, gu
     split = named_column(columns, _SPLITS)
     if not any(cell.lower() in PART_NAMES for cell in columns.get(split, ())):
         split = ""  # it divides something else
-    group = named_column(columns, [data.group_by] if data.group_by else _GROUPS)
+    group = data.group_by or named_column(columns, _GROUPS)
+    group = group if group in columns else ""  # it is a regular expression
     image = data.image_column or _column_of_images(file, columns, index, {label, split, group})
     left = [name for name in columns if name not in (image, split, group)]
     others = [name for name in left if guess and len(set(columns[name])) < max(5, len(columns[name]))]  # no ids
@@ -164,17 +164,18 @@ def _column_of_images(file: Path, columns: Columns, index: _Index, others: set[s
     """The column most of whose cells are images below the folder; of several, one with endings or unlike cells."""
     samples = {name: cells[:: max(1, len(cells) // _SAMPLE)] for name, cells in columns.items() if name not in others}
     found = {name: [index.find(cell) for cell in cells] for name, cells in samples.items()}
-    rank = {
-        name: (sum(map(bool, found[name])), sum("." in cell for cell in cells), len(set(cells)))
-        for name, cells in samples.items()
-    }
-    most = max(rank.values(), default=(0, 0, 0))
+
+    def rank(name: str) -> tuple[int, int, int]:
+        cells = samples[name]
+        return sum(map(bool, found[name])), sum("." in cell for cell in cells), len(set(cells))
+
+    most = max(map(rank, samples), default=(0, 0, 0))
     if most[0] == 0:
         cell, image = next(iter(columns.values()))[0], next(iter(index.paths), "not there")
         what = f"columns: {_listed(columns)}; the first row begins with '{cell}', an image is {image}"
         how = "put the images there, or name their folder with --data and this table with --train-list"
         raise NoTableError(f"{file}: no column names images below its folder ({what}); {how}")
-    best = [name for name in rank if rank[name] == most]
+    best = [name for name in samples if rank(name) == most]
     if any(found[name] != found[best[0]] for name in best[1:]):
         what, how = " or ".join(best), "say it with --set data.image_column=NAME"
         raise NoTableError(f"{file}: which column names the images, {what}? {how}")
@@ -200,7 +201,11 @@ def _assemble(root: Path, opened: Sequence[_Table], index: _Index, data: Data, n
         groups_N = np.array([group or path for path, (_, group) in found.items()]) if grouped else None
         lists[name] = ImageList(origin, ImageFiles.of(root, found), labels_N, classes, groups_N)
         if missing:
-            absent = f"{origin}: {_not_found(found, missing, root, index)}"
+            cell, lost = missing[0][0], sorted({label for _, label in missing} - {label for label, _ in found.values()})
+            why = index.others.get(_key(cell.replace("\\", "/")), "")
+            absent = f"{origin}: {several(len(missing), 'image')} not found below {root} (first: {shown(cell)}"
+            absent += f"{f', {why}' if why else ''})"
+            absent += f", and with them all of {several(len(lost), 'class')}, as '{lost[0]}'" if lost else ""
             if data.on_bad_image == "skip":
                 notes.append(f"{absent}, left out")
             else:
@@ -215,16 +220,6 @@ def _assemble(root: Path, opened: Sequence[_Table], index: _Index, data: Data, n
     described = [table.said for table in opened]
     divided = [*parts] != ["train"] or bool(opened[0].part)
     return Found("a table of labels", lists, divided, notes=notes, faults=faults, described=described)
-
-
-def _not_found(found: _Found, missing: _Missing, root: Path, index: _Index) -> str:
-    """Which images of a part's rows are not there, why, and which classes have no other."""
-    cell = missing[0][0]
-    why = index.others.get(_key(cell.replace("\\", "/").rpartition("/")[2]), "")
-    first = f"{shown(cell)}{f', {why}' if why else ''}"
-    lost = sorted({label for _, label in missing} - {label for label, _ in found.values()})
-    with_them = f", and with them all of {several(len(lost), 'class')}, as '{lost[0]}'" if lost else ""
-    return f"{several(len(missing), 'image')} not found below {root} (first: {first}){with_them}"
 
 
 def _sort_into_parts(table: _Table, index: _Index, parts: dict[str, tuple[_Found, _Missing]]) -> list[str]:

@@ -1,7 +1,6 @@
 """A list of images and its views become batches, in an order that depends on (seed, epoch) alone, made by any number of
-workers ahead of the step: threads, or for an NVIDIA GPU processes. With `skip`, an image that cannot be read is no
-error: in training another of its class stands in for it (`decode.stand_in`), in evaluation it is left out, and `bad`
-says which they were."""
+workers ahead of the step. With `skip`, an image that cannot be read is no error: in training another of its class
+stands in for it (`decode.stand_in`), in evaluation it is left out, and `bad` says which they were."""
 
 import contextlib
 import signal
@@ -19,8 +18,7 @@ from equipoise.base.world import ALONE, World
 from equipoise.config.recipe import Recipe
 from equipoise.data.decode import BadImageError, Pixels, decode, in_order, resized, stand_in, usable_cores
 from equipoise.data.images import ImageList, Indices
-from equipoise.views.draws import draws
-from equipoise.views.mixing import mix_in, mixing, second_draws
+from equipoise.views.draws import draws, mixing, second_draws
 from equipoise.views.views import ViewSettings, evaluation_view, photo_views, small_views, view_settings
 
 
@@ -95,12 +93,11 @@ def open_batches(
     skip: bool = False,
 ) -> "Batches":
     """Batches of `images`, made by `workers` threads or, for an NVIDIA GPU, processes (0: between two steps). Raises
-    UserError naming a small image that cannot be read; of photographs, and with `skip` of a class of which none can,
-    when their turn comes; and where processes would run the main script again."""
-    if settings.policy == "cifar":  # a step of ResNet-32 takes 11 ms on a GPU; on a CPU, far longer than its views
-        workers = min(workers, 6 if device.type == "cuda" else 1)
-    if settings.policy == "digits":
-        workers = 0  # their views are made in less time than a process takes to start
+    UserError naming a small image that cannot be read (photographs, when their turn comes), and where processes would
+    run the main script again."""
+    # The views of digits are made in less time than a process takes to start. A step of ResNet-32 takes 11 ms on a GPU;
+    # on a CPU, far longer than its views.
+    workers = min(workers, {"digits": 0, "cifar": 6 if device.type == "cuda" else 1}.get(settings.policy, workers))
     if workers and needs_processes(device):
         refuse_unguarded_script()
     return Batches(Maker(images, settings, skip), device, workers, world)
@@ -168,8 +165,7 @@ class Batches:
         return map(self._arrived, made)
 
     def prepare(self, look: Callable[[], None] = lambda: None) -> None:
-        """Compute what has to be there before the first batch. `look` is called meanwhile, and may raise. All ranks
-        call it."""
+        """Compute what the first batch needs; all ranks call it. `look` is called meanwhile, and may raise."""
         self._maker.prepare(self._world, look)
         self.bad.update(self._maker.bad)
 
@@ -226,8 +222,8 @@ class Batches:
 
 
 class Maker(Dataset["Batch | UserError"]):
-    """Makes the batches, in the workers. Photographs are decoded for each batch; other images, which have the
-    size of a view, are in memory: to decode them each time would take three times as long as their views."""
+    """Makes the batches, in the workers. Photographs are decoded for each batch; images of the size of a view are in
+    memory: to decode them each time would take three times as long as their views."""
 
     def __init__(self, images: ImageList, settings: ViewSettings, skip: bool) -> None:
         self.in_memory = settings.policy != "photos"
@@ -235,11 +231,13 @@ class Maker(Dataset["Batch | UserError"]):
         self.settings = settings
         self._images, self._skip = images, skip
         self.labels_N = images.labels_N
+        self._pixels_NSS3: Pixels | None = None
         if self.in_memory:
-            self._pixels_NSS3 = np.zeros((len(images), settings.size, settings.size, 3), np.uint8)
+            pixels_NSS3 = np.zeros((len(images), settings.size, settings.size, 3), np.uint8)
             for index in range(len(images)):
-                if (image := self._decoded(index, self.bad)) is not None:
-                    self._pixels_NSS3[index] = resized(image, settings.size)
+                if (image := self._image(index, self.bad)) is not None:
+                    pixels_NSS3[index] = resized(image, settings.size)
+            self._pixels_NSS3 = pixels_NSS3
 
     def __len__(self) -> int:
         return len(self._images)
@@ -267,8 +265,9 @@ class Maker(Dataset["Batch | UserError"]):
             alone = replace(self.settings, kinds=("cls",))
             second_1M3SS = self._views(others_G[mixed_M], alone, seed, epoch, bad)
             how = boxes_G4[mixed_M].tolist(), kept_G[mixed_M].tolist()
-            for place, other_3SS, box, kept in zip(places_M.tolist(), second_1M3SS[0], *how, strict=True):
-                mix_in(views_VB3SS[0, place], other_3SS, box, kept)
+            for place, other_3SS, (top, left, bottom, right), kept in zip(places_M, second_1M3SS[0], *how, strict=True):
+                first, second = (of[:, top:bottom, left:right] for of in (views_VB3SS[0, int(place)], other_3SS))
+                first.copy_((kept * first + (1 - kept) * second).round_())  # to whole levels, in its place
         mixed = torch.from_numpy(self.labels_N[others_G % len(self)]), torch.from_numpy(shares_G).float()
         return Batch(views_VB3SS, labels_G, task.rows, bad, mixed)
 
@@ -300,11 +299,8 @@ class Maker(Dataset["Batch | UserError"]):
 
     def _image(self, index: int, bad: dict[int, BadImageError]) -> Pixels | None:
         """The image; or, with `skip`, None for one that cannot be read, which is added to `bad`."""
-        if self.in_memory:
+        if self._pixels_NSS3 is not None:
             return None if index in self.bad else self._pixels_NSS3[index]
-        return self._decoded(index, bad)
-
-    def _decoded(self, index: int, bad: dict[int, BadImageError]) -> Pixels | None:
         try:
             return decode(self._images, index)
         except BadImageError as error:
