@@ -57,14 +57,14 @@ IMAGES = '{"images": [{"id": 1, "file_name": "%s"}], "annotations": [%s]}'
         ("7\n", "line 1: '7' is not 'path label'"),
         ("a.jpg 1000000\n", "line 1: 'a.jpg 1000000' is not 'path label' with a label of at most 6 digits"),
         ("a\0b.jpg 0\n", "is not 'path label'"),
-        ("../a.jpg 0\n", "line 1: '../a.jpg' leaves the data folder"),
-        ("x/../../a.jpg 0\n", "line 1: 'x/../../a.jpg' leaves the data folder"),
-        ("/etc/a.jpg 0\n", "line 1: '/etc/a.jpg' leaves the data folder"),
+        ("../a.jpg 0\n", "line 1: '../a.jpg 0' leaves the data folder"),
+        ("x/../../a.jpg 0\n", "line 1: 'x/../../a.jpg 0' leaves the data folder"),
+        ("/etc/a.jpg 0\n", "line 1: '/etc/a.jpg 0' leaves the data folder"),
         ("\n \n", "names no images"),
         ("{", "is not iNaturalist's JSON"),
         (IMAGES.replace(', "annotations": [%s]', "") % "a", "that of the test part has no labels"),
         (IMAGES % ("a", ""), "with images and an annotation of each"),
-        (IMAGES % ("../a", '{"image_id": 1, "category_id": 2}'), "line 1: '../a' leaves the data folder"),
+        (IMAGES % ("../a", '{"image_id": 1, "category_id": 2}'), "line 1: '../a 2' leaves the data folder"),
     ],
 )
 def test_refused_lists(text, sentence, tmp_path):

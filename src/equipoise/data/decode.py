@@ -1,7 +1,5 @@
-"""One entry of a list becomes a decoded image, uint8 `[H, W, 3]`, RGB; or is named as a bad one.
-
-Pillow judges what is broken and decodes everything but whole JPEGs, which OpenCV decodes, because it is the fastest.
-"""
+"""One entry of a list becomes a decoded image, uint8 `[H, W, 3]`, RGB; or is named as a bad one. Pillow judges what is
+broken and decodes everything but whole JPEGs, which OpenCV decodes, because it is the fastest."""
 
 import io
 import os
@@ -82,11 +80,9 @@ def decode(images: ImageList, index: int) -> Pixels:
 
 
 def decode_bytes(content: bytes) -> Pixels:
-    """An image file's bytes as pixels, as `DECODING` says. Raises whatever a decoder raises for a broken file.
-
-    JPEG that ends as JPEG should is read by OpenCV; all else by Pillow, which refuses what is broken where OpenCV would
-    fill the missing half with gray.
-    """
+    """An image file's bytes as pixels, as `DECODING` says. Raises whatever a decoder raises for a broken file. JPEG
+    that ends as JPEG should is read by OpenCV; all else by Pillow, which refuses what is broken where OpenCV would fill
+    the missing half with gray."""
     with _opened(io.BytesIO(content)) as image:
         if image.mode in ("RGB", "L") and content[:3] == b"\xff\xd8\xff" and content[-2:] == b"\xff\xd9":
             pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB)

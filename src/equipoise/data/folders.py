@@ -1,7 +1,5 @@
-"""Which files below a folder are images, and class folders as image lists.
-
-What is hidden is passed over, as `ls` does: thumbnails and notebook checkpoints are copies of images that are there.
-"""
+"""Which files below a folder are images, and class folders as image lists. What is hidden is passed over, as `ls` does:
+thumbnails and notebook checkpoints are copies of images that are there."""
 
 import os
 from collections import Counter, defaultdict
@@ -24,14 +22,14 @@ _CLASSES_NAMED = 5  # in a note
 _NO_CLASSES = frozenset({"images", "labels", "annotations", "mask", "masks", "ground_truth", "segmentation"})
 
 
-def images_below(root: Path, name: str = "") -> dict[str, str]:
-    """The files in the folder `name` of `root` and in its sub-folders, by their paths relative to `root`, in the order
-    of the paths' parts: '' for an image, for others what they are. Links to folders are followed. Raises UserError for
-    a link that leads back to a folder that it is in, OSError for a folder that cannot be read."""
-    return {path: why_no_image(root / path) for path in sorted(_walk(root, name), key=lambda path: path.split("/"))}
+def images_below(root: Path) -> dict[str, str]:
+    """The files in a folder and its sub-folders, by their relative paths, in the order of the paths' parts: '' for
+    an image, for others what they are. Links to folders are followed. Raises UserError for a link that leads back to a
+    folder that it is in, OSError for a folder that cannot be read."""
+    return {path: why_no_image(root / path) for path in sorted(_walk(root), key=lambda path: path.split("/"))}
 
 
-def _walk(root: Path, folder: str) -> Iterator[str]:
+def _walk(root: Path, folder: str = "") -> Iterator[str]:
     for entry in _entries(root / folder):
         path = f"{folder}/{entry.name}".lstrip("/")
         if not entry.is_dir():
@@ -49,15 +47,11 @@ def open_class_folders(root: Path, level: int = 1) -> Found:
     """The images of `root`, by part where it has parts. The classes are its folders, or with `level` 2 the folders in
     these. Raises UserError where it holds no class folders with images."""
     if not root.is_dir():
-        raise UserError(
-            f"{root} is a file ({why_no_image(root) or 'an image'}); name a folder of class folders, a table (.csv, "
-            ".tsv, .parquet), or the folder of the images together with --train-list FILE"
-        )
-    folders = _subfolders(root)
-    _refuse_structure(root, folders)
+        how = "a table (.csv, .tsv, .parquet), or the folder of the images together with --train-list FILE"
+        raise UserError(f"{root} is a file ({why_no_image(root) or 'an image'}); name a folder of class folders, {how}")
     left = sorted(_LEFTOVERS.intersection(os.listdir(root)))
     notes = [f"{root}: {name}/ is left by a program and is no class" for name in left]
-    divided = _part_folders(root, folders, notes)
+    divided = _part_folders(root, notes)
     places = divided or {"train": root}
     leading = "train" if "train" in places else next(iter(places))
     opened = {part: _open_part(places[part], level, notes) for part in sorted(places, key=lambda part: part != leading)}
@@ -78,7 +72,7 @@ def open_class_folders(root: Path, level: int = 1) -> Found:
 
 
 def _refuse_structure(root: Path, folders: list[str]) -> None:
-    """Raise UserError for a folder that holds no class folders."""
+    """Raise UserError for a folder whose sub-folders are no classes."""
     flat = [name for name in folders if name.lower() in PART_NAMES and not _subfolders(root / name)]
     if not folders:
         kinds = {why_no_image(Path(entry.path)) for entry in _entries(root)} - {""}
@@ -93,9 +87,9 @@ def _refuse_structure(root: Path, folders: list[str]) -> None:
     raise UserError(f"{root} {what}; {how}")
 
 
-def _part_folders(root: Path, folders: list[str], notes: list[str]) -> dict[str, Path]:
-    """The folders that are parts; none where all are classes. `train` may be a class: then it holds pictures, not
-    folders."""
+def _part_folders(root: Path, notes: list[str]) -> dict[str, Path]:
+    """The folders that are parts; none where all are classes, as one named train with pictures in it, not folders."""
+    folders = _subfolders(root)
     parts: dict[str, Path] = {}
     for name in [name for name in folders if name.lower() in PART_NAMES and _subfolders(root / name)]:
         part = PART_NAMES[name.lower()]
@@ -114,31 +108,33 @@ def _part_folders(root: Path, folders: list[str], notes: list[str]) -> dict[str,
 def _open_part(root: Path, level: int, notes: list[str]) -> dict[str, list[str]]:
     """The images in each class folder of a part. A note for all that is passed over."""
     _refuse_structure(root, _subfolders(root))
-    names, above = [""], list[str]()
+    names = [""]
     for _ in range(level):
-        above += names
         names = [f"{name}/{within}".lstrip("/") for name in names for within in _subfolders(root / name)]
-    below = {name: images_below(root, name) for name in names}
-    notes += [f"{root / name} is empty and was passed over" for name in names if not below[name]]
-    files = [Path(entry.path) for name in above for entry in _entries(root / name) if not entry.is_dir()]
-    whys = {file: why_no_image(file) for file in sorted(files)}
-    if strays := [file for file, why in whys.items() if not why.endswith(NO_IMAGE)]:
-        what = f"{strays[0]}{f', {whys[strays[0]]}' if whys[strays[0]] else ''}"
-        notes.append(f"{several(len(strays), 'image')} in no class folder passed over (first: {what})")
-    others: dict[str, Counter[str]] = defaultdict(Counter)
-    for name in names:
-        for why in filter(None, below[name].values()):
+    images = {name: list[str]() for name in names}
+    others: dict[str, Counter[str]] = defaultdict(Counter)  # by what they are: how many of each class
+    strays: list[str] = []
+    for path, why in images_below(root).items():
+        name = "/".join(path.split("/")[:-1][:level])
+        if name in images and why:
             others[why][name] += 1
+        elif name in images:
+            images[name].append(path)
+        elif not why.endswith(NO_IMAGE):
+            strays.append(f"{root / path}, {why}".removesuffix(", "))
+    filled = {name for name in names if images[name]}.union(*others.values())
+    notes += [f"{root / name} is empty and was passed over" for name in names if name not in filled]
+    if strays:
+        notes.append(f"{several(len(strays), 'image')} in no class folder passed over (first: {strays[0]})")
     for why, counts in others.items():
         named = [f"'{name}' {count:,}" for name, count in counts.most_common(_CLASSES_NAMED)]
         named += [f"{len(counts) - len(named):,} more classes"] if len(counts) > len(named) else []
         notes.append(f"{root}: {several(counts.total(), 'file')} passed over: {why} (of {', '.join(named)})")
-    images = {name: [path for path, why in below[name].items() if not why] for name in names if below[name]}
     if not any(images.values()):
         raise UserError("; ".join([f"{root} holds no images in its class folders", *notes]))
     if all(path.count("/") > level for of_class in images.values() for path in of_class):
-        notes.append(_nested(root, list(images), level))
-    return images
+        notes.append(_nested(root, [name for name in names if name in filled], level))
+    return {name: images[name] for name in names if name in filled}
 
 
 def _nested(root: Path, names: list[str], level: int) -> str:
@@ -149,10 +145,8 @@ def _nested(root: Path, names: list[str], level: int) -> str:
         while len(within := _subfolders(place)) == 1 and within[0].lower() not in PART_NAMES:
             place /= within[0]
         way = f"name {place} as data"
-    return (
-        f"{root}: {several(len(names), 'class')} with images in sub-folders alone, as {names[0]}/ with "
-        f"{', '.join(inner[0][:3])}; if those are the classes: {way}"
-    )
+    what = f"{several(len(names), 'class')} with images in sub-folders alone, as {names[0]}/ with"
+    return f"{root}: {what} {', '.join(inner[0][:3])}; if those are the classes: {way}"
 
 
 def _subfolders(folder: Path) -> list[str]:

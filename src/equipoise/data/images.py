@@ -1,8 +1,6 @@
-"""What is trained on and scored: an `ImageList`, which says where each image is and what its label is.
-
-A list reads no pixels: `decode.py` does. `sources.py` makes lists of files; here is what they are, and
-`subsets.py` cuts smaller ones out of them. Shape suffix: N images.
-"""
+"""What is trained on and scored: an `ImageList`, which says where each image is and what its label is. A list reads no
+pixels: `decode.py` does. `sources.py` makes lists of files; here is what they are, and `subsets.py` cuts smaller ones
+out of them. Shape suffix: N images."""
 
 import contextlib
 import hashlib
@@ -242,10 +240,8 @@ def refuse_outside(root: Path, path: Path) -> None:
     if not real.is_relative_to(os.path.realpath(root)):
         if not real.exists():
             raise UserError(f"{path} is a link to {real}, which is not there: a disk that is not mounted?")
-        raise UserError(
-            f"{path} leads over a link out of the data folder {root}, to {real}; if that is meant, allow it with "
-            "--allow-outside"
-        )
+        what = f"{path} leads over a link out of the data folder {root}, to {real}"
+        raise UserError(f"{what}; if that is meant, allow it with --allow-outside")
 
 
 def imbalance_factor(class_counts: Sequence[int]) -> float:

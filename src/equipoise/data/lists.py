@@ -1,8 +1,5 @@
-"""List files (a line `path label` an image) become image lists.
-
-The published ones are no part of this package: only their names and git's blob ids (`git hash-object FILE`) are, the
-same in every repository that carries them.
-"""
+"""List files (a line `path label` an image) become image lists. The published ones are no part of this package: only
+their names and git's blob ids (`git hash-object FILE`) are, the same in every repository that carries them."""
 
 import codecs
 import hashlib
@@ -82,22 +79,21 @@ def read_list(file: Path, allow_outside: bool = False) -> ListFile:
     spaces, white space and a whole number. Raises UserError naming the file and the line, for a path that leaves the
     data folder too, unless `allow_outside`."""
     content = file.read_bytes() if file.suffix != ".json" else _from_annotations(file)
-
-    def wrong(number: int, text: bytes, what: str) -> UserError:
-        return UserError(f"{file}, line {number}: '{os.fsdecode(text[:200]).strip()}' {what}")
-
     paths: list[bytes] = []
     labels: list[int] = []
     for number, line in enumerate(text_lines(content), 1):
         words = line.strip().rsplit(None, 1)
         if not words:
             continue
+        # Backslashes are Windows' way to write it.
+        path = posixpath.normpath(words[0] if b"/" in words[0] else words[0].replace(b"\\", b"/"))
+        fault = ""
         if len(words) != 2 or not words[1].isdigit() or len(words[1]) > _MOST_DIGITS or b"\0" in line:
-            raise wrong(number, line, f"is not 'path label' with a label of at most {_MOST_DIGITS} digits")
-        path = words[0] if b"/" in words[0] else words[0].replace(b"\\", b"/")  # as Windows writes it
-        path = posixpath.normpath(path)
-        if not allow_outside and (path.startswith(b"/") or path.partition(b"/")[0] == b".."):
-            raise wrong(number, words[0], "leaves the data folder; write it relative to it, or add --allow-outside")
+            fault = f"is not 'path label' with a label of at most {_MOST_DIGITS} digits"
+        elif not allow_outside and path.partition(b"/")[0] in (b"", b".."):
+            fault = "leaves the data folder; write its path relative to that, or allow it with --allow-outside"
+        if fault:
+            raise UserError(f"{file}, line {number}: '{os.fsdecode(line[:200]).strip()}' {fault}")
         paths.append(path)
         labels.append(int(words[1]))
     if not paths:

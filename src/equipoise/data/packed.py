@@ -1,7 +1,5 @@
-"""Packed images: an Arrow IPC file for each part, mapped into memory, in which large images were made smaller once.
-
-A row is an image: `name` and `image` (bytes), `crc32` of the image, `label`. The schema's metadata say what it all is.
-"""
+"""Packed images: an Arrow IPC file for each part, mapped into memory, in which large images were made smaller once. A
+row is an image: `name` and `image` (bytes), `crc32` of the image, `label`. The schema's metadata say what it all is."""
 
 import json
 import zlib
@@ -70,13 +68,11 @@ def open_packed(files: list[Path]) -> Found:
 
 
 def pack(found: Found, out: Path, short_side: int, threads: int) -> list[str]:
-    """Write the parts of what was found into the folder `out`; one line about each.
-
-    An image whose short side is longer than `short_side` pixels is resized (Pillow's antialiased bilinear filter) and
-    becomes JPEG; others stay as they are, byte for byte. A part that is there already, of the same images, is kept.
-    Raises UserError for images that cannot be read or need no packing, or where other files are there; OSError for a
-    full disk. A file appears only when it is complete.
-    """
+    """Write the parts of what was found into the folder `out`; one line about each. An image whose short side is longer
+    than `short_side` pixels is resized (Pillow's antialiased bilinear filter) and becomes JPEG; others stay as they
+    are, byte for byte. A part that is there already, of the same images, is kept. Raises UserError for images that
+    cannot be read or need no packing, or where other files are there; OSError for a full disk. A file appears only when
+    it is complete."""
     import_pyarrow(out)
     if found.faults:
         raise UserError(next(iter(found.faults.values())))

@@ -1,9 +1,8 @@
-"""The data at a path is recognised and becomes image lists, divided into the parts that a run needs.
+"""The data at a path is recognised and becomes image lists, divided into the parts that a run needs. Which data is
+meant, and how it is read, a recipe says in its table `data`. CIFAR's files are pickles, and a pickle is a program:
+torchvision loads one only if its MD5 is that of the published file."""
 
-Which data is meant, and how it is read, a recipe says in its table `data`. CIFAR's files are pickles, and a pickle is a
-program: torchvision loads one only if its MD5 is that of the published file.
-"""
-
+import contextlib
 import os
 import warnings
 from collections.abc import Sequence
@@ -130,12 +129,10 @@ def _find(data: Data) -> Found:
 def _tables_or_folders(root: Path, data: Data) -> Found:
     """The tables in a folder or, where they do not say which image has which label, its class folders; these too where
     a table names none of the images in them, or does not divide what they divide into parts."""
-    try:
-        folders = open_class_folders(root, data.class_level)
-    except UserError:
-        folders = None
-    if folders and next(iter(folders.parts.values())).training_problem:
-        folders = None
+    folders = None
+    with contextlib.suppress(UserError):
+        opened = open_class_folders(root, data.class_level)
+        folders = None if next(iter(opened.parts.values())).training_problem else opened
     if folders is None or data.image_column or data.label_column:
         return open_tables(root, {}, data, guess=folders is None)
     try:
@@ -258,9 +255,10 @@ def _open_digits() -> Found:
     labels = bunch.target.astype(np.int64)
     pixels = PixelArrays("scikit-learn's digits", np.repeat(gray[..., None], 3, axis=3))
     everything = ImageList(DIGITS, pixels, labels, tuple(map(str, range(10))))
-    test = np.concatenate([np.flatnonzero(labels == digit)[-_DIGITS_TEST_PER_CLASS:] for digit in range(10)])
-    rest = np.setdiff1d(np.arange(len(labels)), test)
-    parts = {"train": everything.take(rest), "test": everything.take(np.sort(test))}
+    test_N = np.zeros(len(labels), bool)
+    for digit in range(10):
+        test_N[np.flatnonzero(labels == digit)[-_DIGITS_TEST_PER_CLASS:]] = True
+    parts = {"train": everything.take(np.flatnonzero(~test_N)), "test": everything.take(np.flatnonzero(test_N))}
     return Found("embedded digits", parts, divided=True)
 
 

@@ -1,8 +1,6 @@
 """Smaller image lists cut out of a list: the long-tail subsets of the literature, and what is held out of training.
-
 None depends on the training seed, so that runs with different seeds are trained and scored on the same images. Shape
-suffixes: N images, C classes.
-"""
+suffixes: N images, C classes."""
 
 import os
 import re
@@ -37,20 +35,19 @@ def long_tail_counts(largest: int, classes: int, imbalance_factor: float, shape:
 def long_tailed(full: ImageList, imbalance_factor: float, shape: str) -> ImageList:
     """The benchmark's long-tail subset: numpy's legacy generator with seed 0 shuffles each class's indices in label
     order, and the first n are kept. Which these are depends on the order of `full`: CIFAR has another one as Parquet.
-
-    The largest class keeps as many images as the smallest class of `full` has, so that the shape is exact; but with
-    the shape 'by-size' the classes come in the order of their size, and each keeps at most its place's share of the
-    largest one. Raises UserError where the smallest class would be left empty.
-    """
+    The largest class keeps as many images as the smallest class of `full` has, so that the shape is exact; but with the
+    shape 'by-size' the classes come in the order of their size, and each keeps at most its place's share of the largest
+    one. Raises UserError where the smallest class would be left empty."""
     by_size = shape == "by-size"
     largest = max(full.class_counts) if by_size else min(full.class_counts)
-    counts = long_tail_counts(largest, len(full.class_names), imbalance_factor, shape)
+    counts_C = np.array(long_tail_counts(largest, len(full.class_names), imbalance_factor, shape))
     if by_size:
-        limit_of = dict(zip(np.argsort(np.negative(full.class_counts), kind="stable").tolist(), counts, strict=True))
-        counts = [limit_of[label] for label in range(len(counts))]
+        counts_C[np.argsort(np.negative(full.class_counts), kind="stable")] = counts_C.copy()
+    counts: list[int] = counts_C.tolist()
     if 0 in counts:
-        what = f"{imbalance_factor:g} leaves class '{full.class_names[counts.index(0)]}' without images"
-        raise UserError(f"imbalance factor {what}; the largest class keeps {max(counts)}, so it can be {max(counts)} at most")
+        empty, most = full.class_names[counts.index(0)], max(counts)
+        what = f"imbalance factor {imbalance_factor:g} leaves class '{empty}' without images"
+        raise UserError(f"{what}; the largest class keeps {most}, so it can be {most} at most")
     generator = np.random.RandomState(0)
     kept: list[Indices] = []
     for indices, count in zip(of_classes(full), counts, strict=True):

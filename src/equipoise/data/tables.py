@@ -1,7 +1,5 @@
-"""Tables of labels beside a folder of images (a row an image) become image lists.
-
-Columns are found by their names, images by their paths or file names anywhere below the folder.
-"""
+"""Tables of labels beside a folder of images (a row an image) become image lists. Columns are found by their names,
+images by their paths or file names anywhere below the folder."""
 
 import re
 from collections import defaultdict

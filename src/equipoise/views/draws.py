@@ -28,10 +28,8 @@ def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 
 class Numbers:
-    """The random numbers of one view of a batch, in the order in which they are asked for.
-
-    `indices_B`: places of the images in the training list. `stream`: one for each use of an image in an epoch.
-    """
+    """The random numbers of one view of a batch, in the order in which they are asked for. `indices_B`: places of the
+    images in the training list. `stream`: one for each use of an image in an epoch."""
 
     def __init__(self, seed: int, epoch: int, indices_B: Whole, stream: int) -> None:
         self._key_B = _mix(indices_B.astype(np.uint64) + np.uint64(_GOLDEN))
@@ -108,11 +106,9 @@ def second_draws(mix: str, seed: int, epoch: int, labels_N: Whole, sampler: str,
 def mixing(settings: Views, seed: int, epoch: int, others_G: Whole) -> tuple[Whole, Array, Array]:
     """For these second images: the box that is mixed, `[G, 4]` (top, left, bottom, right), how much of the first image
     stays inside it, `[G]`, and the first one's share of the whole, `[G]`, which is its label's too: 1 without a box.
-
     With lambda from Beta(alpha, alpha), 'mixup' is lambda of the first and 1 - lambda of the second image (Zhang et
-    al., ICLR 2018). 'cutmix' and 'cmo' paste a box of the second one, with p = .5: its centre is uniform, its sides
-    are sqrt(1 - lambda) of the image's, and what lies outside is cut off (Yun et al., ICCV 2019).
-    """
+    al., ICLR 2018). 'cutmix' and 'cmo' paste a box of the second one, with p = .5: its centre is uniform, its sides are
+    sqrt(1 - lambda) of the image's, and what lies outside is cut off (Yun et al., ICCV 2019)."""
     from scipy.special import betaincinv
 
     side, numbers = settings.size, Numbers(seed, epoch, others_G, 1)  # 0 is the stream of the second image's view

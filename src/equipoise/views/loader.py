@@ -119,10 +119,7 @@ class Batches:
 
     def __init__(self, maker: "Maker", device: torch.device, workers: int, world: World) -> None:
         self.bad = dict(maker.bad)
-        self._maker = maker
-        self._device = device
-        self._world = world
-        self._workers = workers
+        self._maker, self._device, self._world, self._workers = maker, device, world, workers
         self._tasks = _Tasks()
         self._processes: DataLoader[Batch | UserError] = DataLoader(
             maker,
@@ -228,9 +225,8 @@ class Maker(Dataset["Batch | UserError"]):
     def __init__(self, images: ImageList, settings: ViewSettings, skip: bool) -> None:
         self.in_memory = settings.policy != "photos"
         self.bad: dict[int, BadImageError] = {}
-        self.settings = settings
+        self.settings, self.labels_N = settings, images.labels_N
         self._images, self._skip = images, skip
-        self.labels_N = images.labels_N
         self._pixels_NSS3: Pixels | None = None
         if self.in_memory:
             pixels_NSS3 = np.zeros((len(images), settings.size, settings.size, 3), np.uint8)
