@@ -89,9 +89,11 @@ def _of_groups(full: ImageList, groups_N: npt.NDArray[np.str_], share: float, nu
     from sklearn.model_selection import StratifiedGroupKFold  # over a second of import
 
     names, numbers_N = np.unique(groups_N, return_inverse=True)
-    folds = folds or min(_FOLDS_OF_SHARE, max(2, len(names)))
-    if folds > len(names):
-        raise UserError(f"{full.origin}: its images are of {several(len(names), 'group')}, too few for {folds} parts")
+    largest = max(full.class_counts)
+    folds = folds or max(2, min(_FOLDS_OF_SHARE, len(names), largest))
+    if folds > min(len(names), largest):
+        what = f"its images are of {several(len(names), 'group')}, those of a class {largest} at most"
+        raise UserError(f"{full.origin}: {what}: too few for {folds} parts")
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=0)
     with warnings.catch_warnings(action="ignore"):  # of classes with fewer images than there are folds
         held_of_folds = [held for _, held in splitter.split(full.labels_N, full.labels_N, numbers_N)]
