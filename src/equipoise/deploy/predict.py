@@ -269,12 +269,13 @@ def find_images(paths: Sequence[str | Path]) -> tuple[list[str], list[UserError]
             continue
         try:
             found = images_below(path)
-        except UserError as error:  # a folder that may not be read, a link without an end
+        except UserError as error:  # a link without an end
             errors.append(error)
             continue
-        files += [str(path / name) for name in found.images]
-        errors += [UserError(f"{path / name} is no image that can be read ({why})") for name, why in found.others]
-        if not found.images:
+        files += [str(path / name) for name, why in found.items() if not why]
+        others = [(path / name, why) for name, why in found.items() if why]
+        errors += [UserError(f"{file} is no image that can be read ({why})") for file, why in others]
+        if all(found.values()):
             errors.append(UserError(f"{path} holds no images"))
     return files, errors
 

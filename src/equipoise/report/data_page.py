@@ -29,7 +29,7 @@ def write_data_page(
     path: str, found: Found, inspection: Inspection, out: Path, doubts: Sequence[Doubt] | None = None
 ) -> Path:
     """Write the page about the data at `path` to `out` and return it. `doubts`: None where labels were not checked."""
-    copies = [(_HEADINGS[kind], *_shown(pairs, inspection)) for kind, pairs in inspection.copies.pairs.items() if pairs]
+    copies = [(_HEADINGS[kind], *_shown(pairs, inspection)) for kind, pairs in inspection.copies.items() if pairs]
     odd = [
         (what, len(rows), [(place, _picture(place)) for place in (inspection.places[row] for row in rows[:_MOST_ODD])])
         for what, rows in inspection.odd.items()
@@ -39,7 +39,7 @@ def write_data_page(
         "kind": found.kind,
         "parts": [(part, images, imbalance_factor(images.class_counts)) for part, images in found.parts.items()],
         "copies": copies,
-        "too_alike": inspection.copies.too_alike,
+        "too_alike": inspection.too_alike,
         "doubts": doubts,
         "doubted": [(*doubt, _picture(doubt.place)) for doubt in doubts[:_MOST_PAIRS]] if doubts else [],
         "odd": odd,
