@@ -92,11 +92,11 @@ def score_checkpoint(
 
     from equipoise.base.world import join
     from equipoise.cli.tables import print_calibration, print_label_shift, print_metrics, print_unreadable
-    from equipoise.evaluation.score import evaluate_checkpoint, write_logits
-    from equipoise.evaluation.shift import label_shift_of
+    from equipoise.evaluation.predictions import to_npz
+    from equipoise.evaluation.score import evaluate_checkpoint
 
     with join() as world:
-        metrics, predictions = evaluate_checkpoint(checkpoint, data, part, overrides, bool(logits) or shifted, world)
+        metrics, predictions = evaluate_checkpoint(checkpoint, data, part, overrides, bool(logits), shifted, world)
     if not world.is_first:
         return
     scored: str = metrics["split"]
@@ -105,12 +105,12 @@ def score_checkpoint(
     print_calibration(scored, metrics[scored])
     print_unreadable(metrics)
     if shifted:
-        metrics["label_shift"] = label_shift_of(checkpoint, metrics["train_counts"], predictions)
         print_label_shift(metrics["label_shift"])
     if metrics["note"]:
         print(f"note: {metrics['note']}")
     if logits:
-        write_logits(Path(logits), predictions, metrics["class_names"])
+        arrays = {"logits": predictions.logits_NC, "labels": predictions.labels_N}
+        to_npz(Path(logits), {**arrays, "class_names": metrics["class_names"]})
         print(f"written: {logits}")
     of_data = f"-{Path(data).resolve().name}" if data else ""
     stem = checkpoint.name.partition(".pt")[0]
@@ -176,6 +176,7 @@ def predict(options: argparse.Namespace) -> int:
 
     from equipoise.cli.tables import largest_changes, print_predictions
     from equipoise.deploy.predict import as_csv, as_json, load
+    from equipoise.runs.checkpoint import described
 
     classifier = load(options.target, options.device or "auto", options.recipe)
     if options.explain:
@@ -195,7 +196,7 @@ def predict(options: argparse.Namespace) -> int:
     else:
         _write(written, as_csv(predicted) if options.csv else as_json(predicted, classifier, options.prior))
     said = sys.stderr if written == "-" else sys.stdout
-    print(f"{classifier.origin}, {classifier.described}", file=said)
+    print(f"{classifier.origin}, {described(classifier.origin, classifier.checkpoint)}", file=said)
     print(f"class prior: {options.prior}; {classifier.calibration}", file=said)
     if predicted.estimated:
         print(largest_changes(predicted.estimated, classifier.checkpoint.class_counts), file=said)
@@ -253,10 +254,11 @@ def export(options: argparse.Namespace) -> None:
     from equipoise.deploy.export import export_file
     from equipoise.deploy.hub import write_hub_folder
     from equipoise.deploy.predict import load
+    from equipoise.runs.checkpoint import described
 
     form = options.to
     classifier = load(options.target, "cpu")
-    print(f"{classifier.origin}, {classifier.described}")
+    print(f"{classifier.origin}, {described(classifier.origin, classifier.checkpoint)}")
     origin = classifier.origin.resolve()
     out = Path(options.out or origin.with_name(origin.name.partition(".pt")[0] + _ENDINGS[form]))
     if form == "safetensors":
