@@ -48,6 +48,9 @@ class PerfectNetwork(nn.Module):
         super().__init__()
         self.tau, self.heat = tau, heat
 
+    def encode(self, images_B3SS):
+        return images_B3SS
+
     def forward(self, images_B3SS):
         x_B3 = images_B3SS.double().mean((2, 3))
         return (self.heat * (log_densities(x_B3) + (1 - self.tau) * PRIOR.log() + x_B3.sum(1, keepdim=True))).float()

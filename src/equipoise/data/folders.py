@@ -3,7 +3,7 @@ thumbnails and notebook checkpoints are copies of images that are there."""
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,28 @@ def images_below(root: Path) -> dict[str, str]:
     an image, for others what they are. Links to folders are followed. Raises UserError for a link that leads back to a
     folder that it is in, OSError for a folder that cannot be read."""
     return {path: why_no_image(root / path) for path in sorted(_walk(root), key=lambda path: path.split("/"))}
+
+
+def find_images(paths: Sequence[str | Path]) -> tuple[list[str], list[UserError]]:
+    """Each file of `paths`, and in folders and their sub-folders those that are images. An error for each other file
+    there but hidden ones, and for each folder without images. Raises UserError for a folder that cannot be read."""
+    files, errors = list[str](), list[UserError]()
+    for path in map(Path, paths):
+        if not path.is_dir():
+            files.append(str(path))
+            continue
+        found = images_below(path)
+        files += [str(path / name) for name, why in found.items() if not why]
+        others = [(path / name, why) for name, why in found.items() if why]
+        errors += [UserError(f"{file} is no image that can be read ({why})") for file, why in others]
+        if all(found.values()):
+            errors.append(UserError(f"{path} holds no images"))
+    return files, errors
+
+
+def unlabelled(files: Sequence[str]) -> ImageList:
+    """Files without labels, as one class."""
+    return ImageList("", ImageFiles.of(Path(), files), np.zeros(len(files), np.int64), ("",))
 
 
 def _walk(root: Path, folder: str = "") -> Iterator[str]:

@@ -1,7 +1,8 @@
 """A classifier becomes one file that runs without this package. It is checked against the model before it is written.
 
 Both forms take any number of uint8 RGB images `[batch, 3, S, S]` and give scores `[batch, C]`, whose softmax is the
-probability under a uniform class prior (see `predict.py`). The file also says how a picture becomes such an image.
+probability under a uniform class prior (see `predict.py`), and, where the model tells images of none of the classes,
+likenesses `[batch]`. The file also says how a picture becomes such an image.
 
 Shapes: N images, C classes, S side of the view.
 """
@@ -16,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from equipoise import __version__
 from equipoise.base.errors import UserError, reason
@@ -27,7 +29,20 @@ from equipoise.views.views import short_side
 NOTES = "equipoise.json"  # the file in a .pt2 that holds what an ONNX file has in its metadata
 _ANY_NUMBER = ({0: torch.export.Dim("batch")},)
 
-Scorer = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]  # uint8 images [N, 3, S, S] to scores [N, C]
+Outputs = tuple[npt.NDArray[np.float32], ...]  # scores [N, C] and, where there are some, likenesses [N]
+Scorer = Callable[[npt.NDArray[np.uint8]], Outputs]  # of uint8 images [N, 3, S, S]
+
+
+class Exported(nn.Module):
+    """What a file computes: see above."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        self.encode, self.calibrated, self.known = classifier.model.encode, classifier.calibrated, classifier.known
+
+    def forward(self, images_B3SS: Tensor) -> tuple[Tensor, ...]:
+        hidden_BF = self.encode(images_B3SS)
+        return self.calibrated(hidden_BF), *([self.known(hidden_BF)] if self.known else [])
 
 
 def export_file(classifier: Classifier, form: Literal["onnx", "torch-export"], out: Path) -> str:
@@ -53,8 +68,9 @@ def _onnx(classifier: Classifier, example_N3SS: torch.Tensor) -> tuple[bytes, Sc
     if weights > 2**31 - 2**20:  # the rest of the file
         raise UserError("the network has more than 2 GB, which is all that an ONNX file holds; take --to torch-export")
     try:
-        names: dict[str, Any] = {"input_names": ["images"], "output_names": ["scores"], "dynamic_shapes": _ANY_NUMBER}
-        program = torch.onnx.export(classifier.calibrated, (example_N3SS,), dynamo=True, verbose=False, **names)
+        outputs = ["scores", "likenesses"][: 2 if classifier.known else 1]
+        names: dict[str, Any] = {"input_names": ["images"], "output_names": outputs, "dynamic_shapes": _ANY_NUMBER}
+        program = torch.onnx.export(Exported(classifier), (example_N3SS,), dynamo=True, verbose=False, **names)
     except torch.onnx.OnnxExporterError as error:
         why = reason(error, library=True, otherwise="its exporter does not say why")
         raise UserError(f"torch cannot write this encoder as ONNX ({why}); take --to torch-export") from None
@@ -67,12 +83,12 @@ def _onnx(classifier: Classifier, example_N3SS: torch.Tensor) -> tuple[bytes, Sc
     onnx.helper.set_model_props(model, texts)
     content = model.SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    return content, lambda images: np.asarray(session.run(["scores"], {"images": images})[0])
+    return content, lambda images: tuple(map(np.asarray, session.run(outputs, {"images": images})))
 
 
 def _torch_export(classifier: Classifier, example_N3SS: torch.Tensor) -> tuple[bytes, Scorer]:
     """The content of a file of `torch.export.save`, and what it computes."""
-    program = torch.export.export(classifier.calibrated, (example_N3SS,), dynamic_shapes=_ANY_NUMBER)
+    program = torch.export.export(Exported(classifier), (example_N3SS,), dynamic_shapes=_ANY_NUMBER)
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
             node.meta.pop("stack_trace", None)  # it has the paths of this machine
@@ -80,7 +96,7 @@ def _torch_export(classifier: Classifier, example_N3SS: torch.Tensor) -> tuple[b
     torch.export.save(program, file, extra_files={NOTES: json.dumps(_notes(classifier))})
     content = file.getvalue()
     read = torch.export.load(io.BytesIO(content)).module()
-    return content, lambda images: read(torch.from_numpy(images)).numpy()
+    return content, lambda images: tuple(of.numpy() for of in read(torch.from_numpy(images)))
 
 
 def made_up_images(size: int) -> torch.Tensor:
@@ -94,8 +110,13 @@ def check(classifier: Classifier, views_N3SS: torch.Tensor, run: Scorer) -> str:
     score differs by more than is allowed: scores are logits divided by the temperature, and so are float32's errors."""
     images = views_N3SS.numpy()
     with torch.inference_mode():
-        expected_NC = classifier.calibrated(views_N3SS).numpy()
-        difference = np.max([np.abs(run(images[:size]) - expected_NC[:size]).max() for size in (1, len(images))])
+        expected = [of.numpy() for of in Exported(classifier)(views_N3SS)]
+    differences = [
+        np.abs(found - right[:size]).max()
+        for size in (1, len(images))
+        for found, right in zip(run(images[:size]), expected, strict=True)
+    ]
+    difference = np.max(differences)
     allowed = 1e-4 / min(1.0, classifier.temperature or 1.0)
     if not difference <= allowed:  # NaN is no agreement
         raise UserError(f"scores differ from the model's by {difference:.2g}, more than {allowed:g}; take another --to")
@@ -104,7 +125,7 @@ def check(classifier: Classifier, views_N3SS: torch.Tensor, run: Scorer) -> str:
 
 def _notes(classifier: Classifier) -> dict[str, Any]:
     """What is needed to use a file without this package."""
-    checkpoint, views = classifier.checkpoint, classifier.checkpoint.recipe.views
+    checkpoint, views, known = classifier.checkpoint, classifier.checkpoint.recipe.views, classifier.known
     return {
         "class_names": list(checkpoint.class_names),
         "train_counts": list(checkpoint.class_counts),
@@ -119,6 +140,8 @@ def _notes(classifier: Classifier) -> dict[str, Any]:
             "std": list(views.std),
         },
         "output": "scores: softmax(scores) is the probability under a uniform class prior; add the log of another one",
+        "none_of_these": known and f"a picture whose likeness is below {known.threshold:.6g} shows none of the classes",
+        "likeness_threshold": known and known.threshold,
         "temperature": classifier.temperature,
         "method": checkpoint.recipe.method,
         "encoder": checkpoint.recipe.model.encoder,

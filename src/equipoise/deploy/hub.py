@@ -15,6 +15,7 @@ from typing import Any
 
 import jinja2
 import msgspec
+import torch
 
 from equipoise.base.errors import UserError, in_words, reason
 from equipoise.config.reading import recipe_from_table
@@ -22,16 +23,22 @@ from equipoise.config.recipe import Data
 from equipoise.data.decode import DECODING
 from equipoise.data.images import imbalance_factor
 from equipoise.evaluation.metrics import ALL_FIGURES, GROUP_LIMITS, GROUPS, percent, shot_group
+from equipoise.evaluation.none_of_these import KnownClasses
 from equipoise.method.encoders import timm_arguments
 from equipoise.runs.checkpoint import Checkpoint
 from equipoise.views.views import short_side
 
 CONFIG, WEIGHTS, HEAD, CARD = "config.json", "model.safetensors", "head.safetensors", "README.md"
 _ENCODER = "encoder."
+_MEANS, _THRESHOLD = "known.means", "known.threshold"  # of the classes' features (`KnownClasses`), beside the head
 
 
 def write_hub_folder(
-    folder: Path, checkpoint: Checkpoint, temperature: float | None, metrics: Mapping[str, Any] | None
+    folder: Path,
+    checkpoint: Checkpoint,
+    temperature: float | None,
+    metrics: Mapping[str, Any] | None,
+    known: KnownClasses | None = None,
 ) -> None:
     """Write `checkpoint` to `folder`, which appears complete or not at all. `metrics`: those of the checkpoint in
     `metrics.json`, for the model card. Raises UserError where the folder is not empty, or cannot be written."""
@@ -41,6 +48,8 @@ def write_hub_folder(
     weights = {name: value.clone() for name, value in checkpoint.weights.items()}  # no two may share memory
     encoder = {name.removeprefix(_ENCODER): value for name, value in weights.items() if name.startswith(_ENCODER)}
     head = {name: value for name, value in weights.items() if not name.startswith(_ENCODER)}
+    if known:
+        head |= {_MEANS: known.means_CF.cpu(), _THRESHOLD: torch.tensor(known.threshold)}
     files = {
         WEIGHTS: save(encoder, {"format": "pt"}),
         HEAD: save(head, {"format": "pt"}),
@@ -58,8 +67,9 @@ def write_hub_folder(
         raise UserError(f"{folder} could not be written ({reason(error)}); name another folder with --out") from None
 
 
-def read_hub_folder(folder: Path) -> tuple[Checkpoint, float | None]:
-    """The checkpoint of a folder that `write_hub_folder` wrote, and its temperature. Raises UserError for others."""
+def read_hub_folder(folder: Path) -> tuple[Checkpoint, float | None, KnownClasses | None]:
+    """The checkpoint of a folder that `write_hub_folder` wrote, its temperature, and what tells images of no class.
+    Raises UserError for others."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -68,10 +78,13 @@ def read_hub_folder(folder: Path) -> tuple[Checkpoint, float | None]:
         about = json.loads((folder / CONFIG).read_bytes())["equipoise"]
         recipe = recipe_from_table(about["recipe"], str(folder / CONFIG))
         weights = {_ENCODER + name: value for name, value in load_file(folder / WEIGHTS).items()}
-        weights |= load_file(folder / HEAD)
+        head = load_file(folder / HEAD)
+        means_CF, threshold = head.pop(_MEANS, None), head.pop(_THRESHOLD, None)
+        known = None if means_CF is None or threshold is None else KnownClasses(means_CF, float(threshold))
+        weights |= head
         absent = {"step": 0, "best": None, "optimizer": {}, "fingerprints": {}}
         checkpoint = msgspec.convert({**about, **absent, "recipe": recipe, "weights": weights}, Checkpoint)
-        return checkpoint, msgspec.convert(about["temperature"], float | None)
+        return checkpoint, msgspec.convert(about["temperature"], float | None), known
     except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
         fault = f"is not a folder that equipoise export --to safetensors wrote, or damaged ({in_words(error)})"
         raise UserError(f"{folder} {fault}; export the model anew") from None

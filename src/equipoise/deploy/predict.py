@@ -28,10 +28,11 @@ from equipoise.base.device import choose_device, exact_float32
 from equipoise.base.errors import UserError
 from equipoise.base.world import ALONE
 from equipoise.config.reading import load_recipe
-from equipoise.data.folders import images_below
-from equipoise.data.images import ImageFiles, ImageList
+from equipoise.data.folders import find_images, unlabelled
+from equipoise.data.images import ImageList
 from equipoise.deploy.hub import CONFIG, read_hub_folder
 from equipoise.evaluation.features import nearest, open_encoded_batches
+from equipoise.evaluation.none_of_these import KnownClasses, read_known
 from equipoise.evaluation.score import unchanged_data
 from equipoise.evaluation.shift import estimate_prior, in_class_order, read_weights
 from equipoise.method.losses import log_prior
@@ -66,7 +67,8 @@ class CalibratedNetwork(nn.Module):
 class Predicted:
     """The most probable classes of each image that could be read, and an error for each of the others. Iterates over
     (file, ((class, probability), ...)), the most probable class first. `neighbours`: of each image the nearest training
-    images, where they were asked for. `estimated`: the class prior, where it was asked for."""
+    images, where they were asked for. `estimated`: the class prior, where it was asked for. `strange`: of each image
+    whether it shows none of the classes, None where that cannot be said."""
 
     files: tuple[str, ...]
     class_names: tuple[str, ...]
@@ -75,6 +77,7 @@ class Predicted:
     errors: tuple[UserError, ...]
     neighbours: Sequence[Sequence[Neighbour]]
     estimated: Mapping[str, float]
+    strange: Sequence[bool | None]
 
     def __len__(self) -> int:
         return len(self.files)
@@ -87,7 +90,8 @@ class Predicted:
 @dataclass(frozen=True)
 class Classifier:
     """A trained network, ready for use. `model` is on the device, in evaluation mode: uint8 images `[N, 3, S, S]` to
-    raw logits `[N, C]`. `temperature`: None where validation fitted none. `metrics`: the checkpoint's, if any."""
+    raw logits `[N, C]`. `temperature`: None where validation fitted none. `metrics`: the checkpoint's, if any. `known`:
+    what tells images of none of the classes, if it was found out."""
 
     origin: Path
     checkpoint: Checkpoint
@@ -95,6 +99,7 @@ class Classifier:
     temperature: float | None
     metrics: Mapping[str, Any] | None
     device: torch.device
+    known: KnownClasses | None = None
 
     @cached_property
     def calibrated(self) -> CalibratedNetwork:
@@ -137,18 +142,21 @@ class Classifier:
         log_prior_C = None if prior == "estimate" else self._log_prior(prior)
         train = self.train if explain else None
         files, errors = find_images([paths] if isinstance(paths, str | Path) else paths)
-        images = ImageList("", ImageFiles.of(Path(), files), np.zeros(len(files), np.int64), ("",))
         settings, cpu = view_settings(self.checkpoint.recipe), torch.device("cpu")  # for a GPU too, threads read them
         scores, features, ranked = [torch.empty(0, len(names))], list[Tensor](), list[tuple[Tensor, Tensor]]()
-        with closing(open_batches(images, settings, cpu, worker_count(-1), skip=True)) as batches:
+        likenesses = [torch.empty(0)]
+        with closing(open_batches(unlabelled(files), settings, cpu, worker_count(-1), skip=True)) as batches:
             for number, (batch, _) in enumerate(batches.evaluation_of(np.arange(len(files)), _BATCH), 1):
                 if not len(batch.labels_G):
                     continue  # none of them can be read
                 images_B3SS = batch.images_VB3SS[0].to(self.device)
                 with torch.inference_mode(), exact_float32():
+                    hidden_BF = self.model.encode(images_B3SS)
+                    scores.append(self.calibrated(hidden_BF).cpu())  # the network passes features on
                     if train:
-                        features.append(images_B3SS := self.model.encode(images_B3SS))  # which the network passes on
-                    scores.append(self.calibrated(images_B3SS).cpu())
+                        features.append(hidden_BF)
+                    if self.known:
+                        likenesses.append(self.known(hidden_BF).cpu())
                 if log_prior_C is not None:  # else the scores of all images are needed first
                     ranked += [_most_probable(scores_BC, log_prior_C, top) for scores_BC in scores]
                     scores.clear()
@@ -162,7 +170,8 @@ class Classifier:
         ranked += [_most_probable(scores_BC, log_prior_C, top) for scores_BC in scores]
         near = self._neighbours(*train, torch.cat(features), explain) if train and read else [()] * len(read)
         probability_NK, ranked_NK = (torch.cat(column).numpy() for column in zip(*ranked, strict=True))
-        return Predicted(tuple(read), names, ranked_NK, probability_NK, tuple(errors), near, estimated)
+        strange = (torch.cat(likenesses) < self.known.threshold).tolist() if self.known else [None] * len(read)
+        return Predicted(tuple(read), names, ranked_NK, probability_NK, tuple(errors), near, estimated, strange)
 
     @cached_property
     def train(self) -> tuple[ImageList, Batches]:
@@ -183,7 +192,7 @@ class Classifier:
         return images, batches
 
     def _neighbours(self, images: ImageList, batches: Batches, asked_MF: Tensor, k: int) -> list[list[Neighbour]]:
-        cosines_MK, rows_MK = (found.tolist() for found in nearest(self.model, batches, asked_MF, k))
+        cosines_MK, rows_MK = (found.tolist() for found in nearest(self.model, batches, asked_MF, k)[0])
         about_N = [(images.images.name(row), images.class_names[c]) for row, c in enumerate(images.labels_N)]
         both = zip(rows_MK, cosines_MK, strict=True)
         return [[(*about_N[row], cosine) for row, cosine in zip(*of_one, strict=True)] for of_one in both]
@@ -215,47 +224,32 @@ def load(path: str | Path, device: str = "auto", recipe: str = "imagenet-lt") ->
     path = Path(os.path.expanduser(path))
     where = choose_device(device)
     if (path / CONFIG).is_file():
-        checkpoint, temperature = read_hub_folder(path)
-        return Classifier(path, checkpoint, checkpoint.build().to(where), temperature, None, where)
+        checkpoint, temperature, known = read_hub_folder(path)
+        model = checkpoint.build().to(where)
+        return Classifier(path, checkpoint, model, temperature, None, where, known and known.to(where))
     file = chosen_checkpoint(path)
     checkpoint = load_checkpoint(file)
     if not checkpoint.class_counts:
         checkpoint = replace(checkpoint, recipe=replace(checkpoint.recipe, views=load_recipe(recipe).views))
     metrics = figures_of(file, checkpoint)
     temperature = metrics and metrics["temperature"]
-    return Classifier(file, checkpoint, checkpoint.build().to(where), temperature, metrics, where)
-
-
-def find_images(paths: Sequence[str | Path]) -> tuple[list[str], list[UserError]]:
-    """Each file of `paths`, and in folders and their sub-folders those that are images. An error for each other file
-    there but hidden ones, and for each folder without images. Raises UserError for a folder that cannot be read."""
-    files, errors = list[str](), list[UserError]()
-    for path in map(Path, paths):
-        if not path.is_dir():
-            files.append(str(path))
-            continue
-        found = images_below(path)
-        files += [str(path / name) for name, why in found.items() if not why]
-        others = [(path / name, why) for name, why in found.items() if why]
-        errors += [UserError(f"{file} is no image that can be read ({why})") for file, why in others]
-        if all(found.values()):
-            errors.append(UserError(f"{path} holds no images"))
-    return files, errors
+    known, model = read_known(file.parent, checkpoint.step), checkpoint.build().to(where)
+    return Classifier(file, checkpoint, model, temperature, metrics, where, known and known.to(where))
 
 
 def as_csv(predicted: Predicted) -> bytes:
-    """A line an image: file, class_1, probability_1, class_2, ... and, where asked for, neighbour_1,
-    neighbour_class_1, neighbour_cosine_1, ... quoted as RFC 4180 says."""
+    """A line an image: file, none_of_these (1, 0, or nothing where it is not known), class_1, probability_1, class_2,
+    ... and, where asked for, neighbour_1, neighbour_class_1, neighbour_cosine_1, ... quoted as RFC 4180 says."""
     near = max(map(len, predicted.neighbours), default=0)
     of_near = near, ("neighbour", "neighbour_class", "neighbour_cosine")
     groups = (predicted.ranked_NK.shape[1], ("class", "probability")), of_near
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     headings = (f"{name}_{rank + 1}" for ranks, names in groups for rank in range(ranks) for name in names)
-    writer.writerow(["file", *headings])
-    for (file, classes), neighbours in zip(predicted, predicted.neighbours, strict=True):
+    writer.writerow(["file", "none_of_these", *headings])
+    for (file, classes), neighbours, strange in zip(predicted, predicted.neighbours, predicted.strange, strict=True):
         cells = (cell for *names, share in (*classes, *neighbours) for cell in (*names, f"{share:.6f}"))
-        writer.writerow([file, *cells])
+        writer.writerow([file, "" if strange is None else int(strange), *cells])
     return text.getvalue().encode("utf-8", "backslashreplace")
 
 
@@ -265,9 +259,10 @@ def as_json(predicted: Predicted, classifier: Classifier, prior: str) -> bytes:
         {
             "file": file,
             "classes": [{"class": name, "probability": round(share, 6)} for name, share in classes],
+            "none_of_these": strange,
             "neighbours": [{"file": of, "class": name, "cosine": round(x, 6)} for of, name, x in neighbours],
         }
-        for (file, classes), neighbours in zip(predicted, predicted.neighbours, strict=True)
+        for (file, classes), neighbours, strange in zip(predicted, predicted.neighbours, predicted.strange, strict=True)
     ]
     table = {
         "model": str(classifier.origin),

@@ -18,12 +18,14 @@ from numpy.lib.format import open_memmap
 from torch import Tensor
 
 from equipoise.base.device import exact_float32
+from equipoise.base.errors import UserError
 from equipoise.base.files import atomic_file
 from equipoise.base.progress import ProgressLine
 from equipoise.base.world import ALONE, World
 from equipoise.config.recipe import Recipe
 from equipoise.data.decode import BadImageError, stand_in
 from equipoise.data.images import ImageFiles, ImageList, Indices
+from equipoise.evaluation.none_of_these import KnownClasses, know_classes
 from equipoise.evaluation.predictions import Table
 from equipoise.method.network import TwoBranchNetwork
 from equipoise.runs.checkpoint import Checkpoint
@@ -34,6 +36,7 @@ _BATCH = 16  # images at a time: as fast as more, in less memory
 _MISTAKES, _NEIGHBOURS = 12, 4  # that the report shows
 
 Nearest = tuple[Tensor, Tensor]  # cosines [M, K], the highest first, and rows of the training part
+_WHOLE = 2**30  # sums in whole numbers of 2^-30 are the same in whatever order ranks add
 
 
 def open_encoded_batches(
@@ -150,18 +153,24 @@ def _file(recipe: Recipe, images: ImageList, network: TwoBranchNetwork) -> Path:
 
 
 @torch.inference_mode()
-def nearest(network: TwoBranchNetwork, train: Batches, asked_MF: Tensor, k: int, world: World = ALONE) -> Nearest:
+def nearest(
+    network: TwoBranchNetwork, train: Batches, asked_MF: Tensor, k: int, world: World = ALONE
+) -> tuple[Nearest, Tensor]:
     """The `k` images of `train` whose features have the highest cosines with those asked about; of equal ones, the
-    first of the list. The ranks share the images."""
+    first of the list. And `[C, F]`, the direction of each class's mean, of features of length 1. The ranks share the
+    images."""
     asked_MF = F.normalize(asked_MF, dim=1)
+    sums_CF = torch.zeros(network.classifier.weight.shape, dtype=torch.int64)
     best = torch.empty(len(asked_MF), 0), torch.empty(len(asked_MF), 0, dtype=torch.int64)
     share = np.arange(len(train))[world.rank :: world.size]
     with exact_float32():
         for batch, rows in train.evaluation_of(share, _BATCH):
-            cosines_MB = asked_MF @ F.normalize(network.encode(batch.images_VB3SS[0]), dim=1).T
+            units_BF = F.normalize(network.encode(batch.images_VB3SS[0]), dim=1)
+            sums_CF.index_add_(0, batch.labels_G.cpu(), (units_BF.cpu().double() * _WHOLE).round().long())
+            cosines_MB = asked_MF @ units_BF.T
             rows_MB = torch.from_numpy(rows).expand(len(asked_MF), -1)
             best = _highest([best, (cosines_MB.cpu(), rows_MB)], k)
-    return _highest(world.gather_objects(best), k)
+    return _highest(world.gather_objects(best), k), F.normalize(world.sum(sums_CF).double(), dim=1)
 
 
 def _highest(found: Sequence[Nearest], k: int) -> Nearest:
@@ -171,15 +180,16 @@ def _highest(found: Sequence[Nearest], k: int) -> Nearest:
 
 
 @torch.inference_mode()
-def explain_mistakes(
+def look_at_training(
     checkpoint: Checkpoint, parts: Mapping[str, Batches], observed: Table, device: torch.device, world: World
-) -> None:
+) -> KnownClasses | None:
     """Add to what rank 0 `observed` of the part that speaks for the run: the rows of its surest mistakes
-    (`mistakes_M`) and, for each, of the nearest training images (`neighbours_MK`). All ranks call it. Nothing is added
-    where the parts lack `train`, or images could not be read, so that which row is which image is not known."""
+    (`mistakes_M`) and, for each, of the nearest training images (`neighbours_MK`); not where images could not be read,
+    so that which row is which image is not known. Return what tells images of no class, if there is a validation part.
+    All ranks call it."""
     part = "test" if "test" in parts else "validation"
     if "train" not in parts or part not in parts:
-        return
+        return None
 
     def surest() -> Indices:
         labels_N, predicted_N, sure_N = (observed[f"{part}/{key}_N"] for key in ("labels", "predicted", "confidence"))
@@ -187,10 +197,29 @@ def explain_mistakes(
         return wrong[np.argsort(-sure_N[wrong], kind="stable")][:_MISTAKES]
 
     rows_M = world.first_makes(surest)
-    if not len(rows_M):
-        return
     network = checkpoint.build().to(device)
+    asked = [torch.empty(0, network.width, device=device)]
     with exact_float32():
-        asked = [network.encode(batch.images_VB3SS[0]) for batch, _ in parts[part].evaluation_of(rows_M, _BATCH)]
-    _, neighbours_MK = nearest(network, parts["train"], torch.cat(asked), _NEIGHBOURS, world)
-    observed |= {f"{part}/mistakes_M": rows_M, f"{part}/neighbours_MK": neighbours_MK.numpy()}
+        asked += [network.encode(batch.images_VB3SS[0]) for batch, _ in parts[part].evaluation_of(rows_M, _BATCH)]
+    (_, neighbours_MK), means_CF = nearest(network, parts["train"], torch.cat(asked), _NEIGHBOURS, world)
+    if len(rows_M):
+        observed |= {f"{part}/mistakes_M": rows_M, f"{part}/neighbours_MK": neighbours_MK.numpy()}
+    return know_classes(means_CF, network, parts["validation"], world) if "validation" in parts else None
+
+
+def known_classes_of(
+    checkpoint: Checkpoint, parts: Mapping[str, ImageList], device: torch.device, world: World
+) -> KnownClasses:
+    """What tells images of no class, of any run: its training images are encoded for it. Raises UserError where there
+    is no validation part, which chooses the threshold."""
+    if "validation" not in parts:
+        raise UserError("the run has no validation part, by which to tell images of no class; train with --holdout 0.1")
+    network = checkpoint.build().to(device)
+    with (
+        closing(open_encoded_batches(checkpoint.recipe, parts["train"], network, device, world)) as train,
+        closing(open_encoded_batches(checkpoint.recipe, parts["validation"], network, device, world)) as validation,
+    ):
+        for batches in train, validation:
+            batches.prepare()
+        _, means_CF = nearest(network, train, torch.empty(0, network.width, device=device), 0, world)
+        return know_classes(means_CF, network, validation, world)

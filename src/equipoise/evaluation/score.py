@@ -19,19 +19,30 @@ from equipoise.base.errors import UserError
 from equipoise.base.world import ALONE, World
 from equipoise.config.reading import load_recipe
 from equipoise.config.recipe import Data, Field, Recipe, field_value, find_field, override
+from equipoise.data.folders import find_images, unlabelled
 from equipoise.data.images import Found, ImageList, Parts
 from equipoise.data.sources import LISTS, PARTS, as_recognised, find_parts, labelled_as, named_lists, open_data, part_of
 from equipoise.evaluation.cost import training_cost
-from equipoise.evaluation.features import explain_mistakes, open_encoded_batches
+from equipoise.evaluation.features import known_classes_of, look_at_training, open_encoded_batches
 from equipoise.evaluation.metrics import Predictions, fit_temperature, post_hoc_prior, score
+from equipoise.evaluation.none_of_these import likenesses, read_known, tell_apart, write_known
 from equipoise.evaluation.predictions import ClassCalibration, Look, Observation, Table, confidence_at, predict, to_npz
 from equipoise.evaluation.shift import label_shift
 from equipoise.method.losses import log_prior
 from equipoise.method.network import TwoBranchNetwork
 from equipoise.runs.checkpoint import Checkpoint, changed_part, described, figures_of, load_checkpoint
 from equipoise.runs.folder import BAD_IMAGES, BEST, LAST, METRICS, OBSERVED, RECIPE, chosen_checkpoint, write_json
-from equipoise.runs.records import BadImages, CheckpointMetrics, PartMetrics, RunMetrics, read_bad_images, read_metrics
-from equipoise.views.loader import Batches, open_recipe_batches
+from equipoise.runs.records import (
+    BadImages,
+    CheckpointMetrics,
+    NoneOfThese,
+    PartMetrics,
+    RunMetrics,
+    read_bad_images,
+    read_metrics,
+)
+from equipoise.views.loader import Batches, open_batches, open_recipe_batches, worker_count
+from equipoise.views.views import view_settings
 
 Overrides = Sequence[tuple[Field, Any]]  # fields of a recipe, as text or values
 
@@ -66,7 +77,7 @@ def evaluate_run(
             of_part.prepare()
         scored = [score_checkpoint(checkpoint, batches, where, world) for checkpoint in checkpoints]
         of_chosen, observed = scored[-1]
-        explain_mistakes(checkpoints[-1], batches, observed, where, world)
+        known = look_at_training(checkpoints[-1], batches, observed, where, world)
         bad = record_bad_images(path, world, **batches)
     metrics: RunMetrics = {
         "method": last.recipe.method,
@@ -81,6 +92,8 @@ def evaluate_run(
     }
     if world.is_first:
         to_npz(path / OBSERVED, observed)
+        if known:
+            write_known(path, known, checkpoints[-1].step)
         write_json(path / METRICS, metrics)
     return metrics
 
@@ -92,12 +105,14 @@ def evaluate_checkpoint(
     overrides: Overrides = (),
     keep_logits: bool = False,
     shifted: bool = False,
+    strangers: str | None = None,
     world: World = ALONE,
 ) -> tuple[dict[str, Any], Predictions]:
     """Score one checkpoint on the part `split` of `data` (None: what it was trained on), or on the test part, or where
     there is none the validation part. Returns a table like `metrics.json`, with that part alone and, if `shifted`,
-    `label_shift`; and the predictions. `overrides` must not change the model; a list file among them stands for the
-    data's own lists. Raises UserError where there is no such part or its classes are not the checkpoint's."""
+    `label_shift`; and the predictions. `strangers`: a folder of images of none of the classes, which `none_of_these` is
+    about. `overrides` must not change the model; a list file among them stands for the data's own lists. Raises
+    UserError where there is no such part or its classes are not the checkpoint's."""
     checkpoint, part, images, note = world.each_makes(lambda: find_target(path, data, split, overrides))
     if shifted and not checkpoint.class_counts:
         raise UserError(f"{path} does not say how many training images each class had: drop --label-shift")
@@ -106,6 +121,7 @@ def evaluate_checkpoint(
         network = checkpoint.build().to(device)
         metrics, predictions = _score(checkpoint, network, batches, world, keep_logits or shifted)
         bad = _bad_images(batches, world)
+        none_of_these = _none_of_these(path, checkpoint, strangers, network, batches, world) if strangers else None
     table: dict[str, Any] = {
         "method": checkpoint.recipe.method,
         "checkpoint": described(path, checkpoint),
@@ -117,11 +133,34 @@ def evaluate_checkpoint(
         "class_names": list(checkpoint.class_names),
         "train_counts": list(checkpoint.class_counts),
     }
+    if none_of_these:
+        table["none_of_these"] = none_of_these
     if shifted and (logits_NC := predictions.logits_NC) is not None:
         figures, log_prior_C = figures_of(path, checkpoint), checkpoint.log_prior_of_logits().numpy()
         how = checkpoint.class_counts, log_prior_C, (figures and figures["temperature"]) or 1.0
         table["label_shift"] = label_shift(logits_NC, predictions.labels_N, *how)
     return table, predictions
+
+
+def _none_of_these(
+    path: Path, checkpoint: Checkpoint, folder: str, network: TwoBranchNetwork, batches: Batches, world: World
+) -> NoneOfThese:
+    """How well images of the scored part are told from those in a folder."""
+    files, _ = find_images([folder])
+    if not files:
+        raise UserError(f"{folder} holds no images; name a folder of pictures that show none of the classes")
+    device = next(network.parameters()).device
+    known = world.first_makes(lambda: read_known(path.parent, checkpoint.step))
+    if known is None:
+        parts = world.each_makes(lambda: unchanged_data(checkpoint, path))
+        known = known_classes_of(checkpoint, parts.named(), device, world)
+        if world.is_first:
+            write_known(path.parent, known, checkpoint.step)
+    known.to(device)
+    how = view_settings(checkpoint.recipe), device, worker_count(-1), world, True
+    with closing(open_batches(unlabelled(files), *how)) as strange:
+        _, of_S = likenesses(known, network, strange, world)
+    return tell_apart(*likenesses(known, network, batches, world), of_S, known.threshold)
 
 
 def score_checkpoint(

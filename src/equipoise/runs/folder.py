@@ -32,6 +32,7 @@ RECIPE, RECORD, METRICS, LOCK = "recipe.toml", "run.json", "metrics.json", "run.
 LOG, CURVES = "metrics.jsonl", "tensorboard"
 BAD_IMAGES = "bad-images.json"  # the images that could not be read so far
 OBSERVED = "observed.npz"  # what the report draws beside the metrics
+KNOWN = "known-classes.npz"  # by which images of no class are told
 _NAMES_OF_AUTHORS = {"bcl_ckpt.pth.tar": LAST, "bcl_ckpt.best.pth.tar": BEST}  # what their code calls ours
 
 

@@ -100,6 +100,19 @@ class CheckpointMetrics(TypedDict):
     temperature: float | None
 
 
+class NoneOfThese(TypedDict):
+    """Of strange images, which show none of the classes, beside those of a part: their number, the area under the ROC
+    curve, the false positive rate at 95 %; the threshold that validation chose, the share of the part's images (mean
+    over classes) that it keeps, and of the strange ones that it refuses."""
+
+    images: int
+    auroc: float
+    fpr95: float
+    threshold: float
+    kept: float
+    refused: float
+
+
 class RunMetrics(TypedDict):
     """`metrics.json`. `validation` and `test` are those of the best checkpoint where validation chose one, else of the
     last. `train_counts`: training images of each class. `cost`: see `evaluation/cost.py`."""

@@ -1,0 +1,102 @@
+"""Whether an image shows none of the classes: its features are then unlike the mean features of every class.
+
+The likeness of an image is the highest cosine between its features and the mean of a class's, each of length 1. That is
+the Mahalanobis distance to the nearest class mean (Lee et al., NeurIPS 2018, eqs. 1-2) without its covariance, with
+which strange images were harder to tell: docs/log.md.
+
+Shapes: B images of a batch, N images, S strange images, C classes, F width of the encoder.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from equipoise.base.device import exact_float32
+from equipoise.base.world import ALONE, World
+from equipoise.evaluation.predictions import read_observed, to_npz
+from equipoise.method.network import TwoBranchNetwork
+from equipoise.runs.folder import KNOWN
+from equipoise.runs.records import NoneOfThese
+from equipoise.views.loader import Batches
+
+_KEPT = 0.95  # of the validation images, each class counting alike, are like enough to a class
+_BATCH = 32
+
+Likenesses = npt.NDArray[np.float32]
+
+
+class KnownClasses(nn.Module):
+    """Features `[B, F]` become likenesses `[B]`. An image below the `threshold` shows none of the classes."""
+
+    def __init__(self, means_CF: Tensor, threshold: float = 0.0) -> None:
+        super().__init__()
+        self.means_CF = nn.Buffer(F.normalize(means_CF, dim=1).float(), persistent=False)
+        self.threshold = threshold
+
+    def forward(self, hidden_BF: Tensor) -> Tensor:
+        return (F.normalize(hidden_BF, dim=1) @ self.means_CF.T).amax(1)
+
+
+def know_classes(
+    means_CF: Tensor, network: TwoBranchNetwork, validation: Batches, world: World = ALONE
+) -> KnownClasses:
+    """The classes with these mean features, and the threshold that keeps 95 % of the validation images, where each
+    class counts alike: else the rare classes, which vary more about their means, would be refused. All ranks call it.
+    """
+    known = KnownClasses(means_CF).to(next(network.parameters()).device)
+    labels_N, likeness_N = likenesses(known, network, validation, world)
+    order = likeness_N.argsort()
+    share_N = (1 / np.bincount(labels_N)[labels_N[order]]).cumsum()
+    known.threshold = float(likeness_N[order][np.searchsorted(share_N / share_N[-1], 1 - _KEPT, side="right")])
+    return known
+
+
+@torch.inference_mode()
+def likenesses(
+    known: KnownClasses, network: TwoBranchNetwork, batches: Batches, world: World = ALONE
+) -> tuple[npt.NDArray[np.int64], Likenesses]:
+    """The labels and likenesses `[N]` of the images that can be read, in their order. All ranks call it."""
+    network.eval()
+    found: list[tuple[npt.NDArray[np.int64], Likenesses]] = []
+    with exact_float32():
+        for batch in batches.evaluation(_BATCH):
+            likeness_B = known(network.encode(batch.images_VB3SS[0]))
+            found.append((batch.labels_G.cpu().numpy(), likeness_B.cpu().numpy()))
+    labels_N, likeness_N = map(np.concatenate, zip(*world.gather_in_turn(found), strict=True))
+    return labels_N, likeness_N
+
+
+def tell_apart(labels_N: npt.NDArray[np.int64], of_N: Likenesses, of_S: Likenesses, threshold: float) -> NoneOfThese:
+    """How well likenesses tell images of the classes from strange ones. The false positive rate is the share of strange
+    images above the threshold that 95 % of the others pass."""
+    from sklearn.metrics import roc_auc_score
+
+    kept_C = np.bincount(labels_N, of_N >= threshold) / np.maximum(np.bincount(labels_N), 1)
+    return {
+        "images": len(of_S),
+        "auroc": float(roc_auc_score(np.repeat([1, 0], [len(of_N), len(of_S)]), np.concatenate([of_N, of_S]))),
+        "fpr95": float((of_S >= np.quantile(of_N, 1 - _KEPT, method="lower")).mean()),
+        "threshold": threshold,
+        "kept": float(kept_C[np.unique(labels_N)].mean()),
+        "refused": float((of_S < threshold).mean()),
+    }
+
+
+def write_known(folder: Path, known: KnownClasses, step: int) -> None:
+    """Write what `read_known` reads: the classes as the checkpoint after so many steps knows them."""
+    table = {"means_CF": known.means_CF.cpu().numpy(), "threshold": known.threshold, "step": step}
+    to_npz(folder / KNOWN, {f"known/{name}": value for name, value in table.items()})
+
+
+def read_known(folder: Path, step: int) -> KnownClasses | None:
+    """None where nothing was written, or that of another step."""
+    if not (folder / KNOWN).is_file():
+        return None
+    table = read_observed(folder / KNOWN, "known")
+    return (
+        KnownClasses(torch.from_numpy(table["means_CF"]), float(table["threshold"])) if table["step"] == step else None
+    )
