@@ -7,9 +7,8 @@ from typing import get_args
 import pytest
 
 from equipoise import UserError, load_recipe
-from equipoise.config.reading import recipe_from_table, shipped_recipes
+from equipoise.config.reading import recipe_from_table, recipe_toml, shipped_recipes
 from equipoise.config.recipe import Method, Recipe, field_value, find_field, recipe_fields
-from equipoise.config.writing import recipe_toml
 
 
 @pytest.mark.parametrize("name", shipped_recipes())

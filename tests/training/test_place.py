@@ -58,7 +58,7 @@ def test_a_place_is_new_or_that_of_a_run_that_goes_on(finished, tmp_path):
         assert (place.folder, place.resumes, place.start.checkpoint.epoch) == (tmp_path / "new", False, 2)
     with pytest.raises(UserError, match=r"there is no run folder or checkpoint at .*absent"):
         find_place(RECIPE, None, tmp_path / "absent", OWN)
-    with pytest.raises(UserError, match=r"has no checkpoint to go on from"):
+    with pytest.raises(UserError, match=r"there is no run folder or checkpoint at "):
         find_place(RECIPE, None, tmp_path, OWN)
 
 

@@ -43,11 +43,11 @@ def test_convolutions_in_groups_are_trained_in_float32(arch, tune, given, precis
         ({"method": "concutmix", "mix": "mixup"}, "concutmix pastes boxes of other images: set --mix cmo"),
         (
             {"method": "concutmix", "tune": "frozen"},
-            "concutmix mixes images, and a frozen encoder's features cannot be: set --tune last-stage",
+            "concutmix mixes images, not a frozen encoder's features: set --tune last-stage",
         ),
         ({"tune": "frozen", "mix": "cmo"}, "a frozen encoder's features cannot take mixed images: set --mix none"),
         ({"weights": "a.pth"}, "tune = scratch starts from random weights: set --tune full, or drop --weights"),
-        ({"anchor": 6.0}, "only a cosine classifier on a pretrained encoder is held at its start: set --anchor 0"),
+        ({"anchor": 6.0}, "only cosine classifiers on pretrained encoders are held: set --anchor 0"),
     ],
 )
 def test_what_would_have_no_effect_is_refused(fields, sentence, tmp_path):

@@ -219,7 +219,7 @@ def test_a_read_only_disk(more, small_disk, finished, capsys):
         shutil.copy(finished / name, copy)
     (copy / "last.pt").symlink_to(finished / "last.pt")
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    with pytest.raises(UserError, match=r"run cannot be made \(read-only file system\); name another with --out"):
+    with pytest.raises(UserError, match=r"run cannot be had \(read-only file system\); name another with --out"):
         train(RECIPE, small_disk / "run", progress=False)
     assert main(["evaluate", str(copy), *more]) == 2
     said = capsys.readouterr()

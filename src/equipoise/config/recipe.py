@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache, reduce
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import msgspec
 from msgspec import Meta
@@ -29,22 +29,36 @@ PUBLISHED: dict[Method, dict[str, Any]] = {
     "proco": {"alpha": 1.0, "beta": 1.0, "temperature": 0.1},
     "vs": {"gamma": 0.3},
 }
-Default = TypeVar("Default")
+# What second stages change in the first stage's recipe. As published for ImageNet-LT: crt and lws by Kang et al. (ICLR
+# 2020), los by Sun et al. (ICLR 2025); the rate is the first stage's where none is named.
+SECOND_STAGES: dict[str, dict[str, Any]] = {
+    "crt": {"data.sampler": "class-balanced", "epochs": 10},
+    "lws": {"data.sampler": "class-balanced", "epochs": 5, "model.classifier_start": "scaled"},
+    "tau-norm": {"data.sampler": "class-balanced", "epochs": 1, "model.classifier_start": "scaled"},
+    "ncm": {"data.sampler": "class-balanced", "epochs": 1, "model.classifier": "cosine"},
+    "los": {"epochs": 20, "optim.lr": 5e-4, "loss.label_smoothing": 0.98},
+    "balanced": {"epochs": 10, "method": "balanced-softmax", "loss.tau": 1.0},
+}
+ALL_STAGES: dict[str, Any] = {
+    "method": "ce", "data.sampler": "instance", "loss.label_smoothing": 0.0, "optim.schedule": "cosine",
+    "optim.warmup_epochs": 0, "optim.sam": 0.0, "optim.ema": 0.0, "views.mix": "none",
+    "model.tune": "frozen", "model.classifier_start": "class-means", "model.anchor": 0.0,
+}  # fmt: skip
+UNTRAINED = ("tau-norm", "ncm")  # computed; the prior of their logits is taken for that of balanced draws
 
 
-def _field(default: Default, help: str, *flags: str, length: int | None = None, **bounds: Any) -> Default:
+def _field(default: Any, help: str, *flags: str, length: int | None = None, **bounds: Any) -> Any:
     """A field of a recipe, for `Field`; `bounds` are those of `msgspec.Meta`, for each number of a tuple. A
     `description` says what text may be."""
     about = {"help": help, "flags": flags, "length": length, "bounds": Meta(**bounds)}
-    return dataclasses.field(default=default, metadata=about)  # pyright: ignore[reportReturnType]
+    return dataclasses.field(default=default, metadata=about)
 
 
 @dataclass(frozen=True)
 class Data:
     path: str = _field(
         "digits",
-        "folder of class folders, images with a table of labels (.csv, .tsv, .parquet), published data set, CIFAR "
-        "archive, 'digits' (built in)",
+        "class folders, images with a table of labels, a published data set, a CIFAR archive, 'digits' (built in)",
         "data",
     )
     benchmark: Literal["", "imagenet-lt", "inat2018", "places-lt"] = _field(
@@ -62,8 +76,7 @@ class Data:
     allow_outside: bool = _field(False, "read images that paths or links lead to outside the data folder")
     imbalance: Literal["exponential", "step", "by-size"] = _field(
         "exponential",
-        "shape of the tail that imbalance_factor cuts; by-size: exponential, from the largest class on, of classes of "
-        "any size",
+        "shape of the tail that imbalance_factor cuts; by-size: exponential, of classes of any size",
     )
     imbalance_factor: float = _field(1.0, "cut a long tail: largest / smallest class (1: train on all images)", ge=1)
     holdout: float = _field(0.1, "share of training images held out if there is no validation part", ge=0, le=0.5)

@@ -5,6 +5,7 @@ type. Keys that another version has written are left out.
 """
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import NotRequired, TypedDict, TypeVar
 
@@ -157,16 +158,6 @@ class LogLine(msgspec.Struct):
     few: float | None = None
 
 
-def read_metrics(file: Path) -> RunMetrics:
-    """`metrics.json`. Raises UserError where it is damaged."""
-    return _read(file, RunMetrics, "move it away, and write it anew with equipoise evaluate")
-
-
-def read_record(file: Path) -> RunRecord:
-    """`run.json`. Raises UserError where it is damaged."""
-    return _read(file, RunRecord, "name another run, or train it anew")
-
-
 def read_log(file: Path) -> list[LogLine]:
     """The log; no lines where there is none. Raises UserError where it is damaged."""
     lines, _, _ = (file.read_bytes() if file.is_file() else b"").rpartition(b"\n")  # without half a line
@@ -176,15 +167,16 @@ def read_log(file: Path) -> list[LogLine]:
         raise UserError(f"{file} is damaged ({error}); move it away, and there are no curves or seconds") from None
 
 
-def read_bad_images(file: Path) -> BadImages:
-    """`bad-images.json`. Raises UserError where it is damaged."""
-    return _read(file, BadImages, "move it away")
-
-
-def _read(file: Path, kind: type[T], advice: str) -> T:
+def _read(kind: type[T], advice: str, file: Path) -> T:
+    """What a file holds. Raises UserError, with the advice, where it is damaged."""
     try:
         # Not msgspec's own decoder, which refuses the escaped bytes of a name that is no UTF-8.
         return msgspec.convert(json.loads(file.read_bytes()), kind)
     except (OSError, ValueError, RecursionError) as error:
         fault = "cannot be read" if isinstance(error, OSError) else "is damaged"
         raise UserError(f"{file} {fault} ({in_words(error)}); {advice}") from None
+
+
+read_metrics = partial(_read, RunMetrics, "move it away, and write it anew with equipoise evaluate")
+read_record = partial(_read, RunRecord, "name another run, or train it anew")
+read_bad_images = partial(_read, BadImages, "move it away")

@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,10 @@ from equipoise.base.world import World
 from equipoise.config.reading import load_recipe
 from equipoise.config.recipe import Recipe, field_value, recipe_fields
 from equipoise.runs.checkpoint import Checkpoint, load_checkpoint
-from equipoise.runs.folder import LAST, METRICS, PREVIOUS, RECIPE, RECORD, find_checkpoint, is_used
+from equipoise.runs.folder import LAST, METRICS, PREVIOUS, RECIPE, RECORD, checkpoints_at, is_used
 from equipoise.runs.records import read_record
 
-AUTO = "auto"  # --resume auto: find out which run
+Named = str | Path | None  # a file or folder that a user names
 
 # Fields in which a recipe may change while a run goes on: they say where and how it is computed, not what.
 HOW = ("precision", "compile", "cuda_graph", "deterministic", "data.on_bad_image", "data.allow_outside")
@@ -54,23 +54,21 @@ class Place:
     named: bool = True
 
 
-def find_place(recipe: Recipe, out: str | Path | None, resume: str | Path | None, world: World) -> Place:
+def find_place(recipe: Recipe, out: Named, resume: Named, world: World) -> Place:
     """Where to write a run of `recipe`: see `prepare`. Raises UserError where a folder or checkpoint will not do."""
-    folder = Path(os.path.expanduser(out)) if out else None
-    source = Path(os.path.expanduser(resume)) if resume else None
-    if resume == AUTO:
-        source = newest_run(lambda before: not differing(before, recipe, FREE), folder)
-    elif not resume and (world.restarted or world.launch not in ("", "none")):  # 'none' is torchrun's default name
-        source = newest_run(lambda before: not differing(before, recipe, FREE), folder, world)
+    folder, source = (Path(os.path.expanduser(path)) if path else None for path in (out, resume))
+    again = not resume and (world.restarted or world.launch not in ("", "none"))  # 'none' is torchrun's default name
+    if resume == "auto" or again:
+        source = newest_run(lambda before: not differing(before, recipe, FREE), folder, world if again else None)
     start = None
     if source:
         run = source if source.is_dir() else source.parent
         own = (run / RECORD).is_file() and (source.is_dir() or source.name in (LAST, PREVIOUS))
-        start = _start_from(find_checkpoint(source))
+        start = _first_whole(checkpoints_at(source, LAST, PREVIOUS))
         if own and (folder is None or real_path(folder) == real_path(run)):
             return Place(run, start, resumes=True)
         if start is None:
-            raise UserError(f"{run} has no checkpoint to go on from")
+            raise UserError(f"there is no run folder or checkpoint at {source}")
     if folder is not None and (folder.is_file() or (folder.is_dir() and is_used(folder))):
         raise UserError(
             f"{folder} is there, and not empty: name another with --out, or go on by equipoise train --resume {folder}"
@@ -87,28 +85,21 @@ def default_folder(recipe: Recipe) -> Path:
 
 def newest_run(meant: Callable[[Recipe], bool], folder: Path | None, world: World | None = None) -> Path | None:
     """The newest unfinished run of a recipe that is `meant`, in `folder` or else in `runs`; with `world`, of this
-    torchrun launch.
-    After a restart a finished one too, which is then scored again: there may be a run after it."""
+    torchrun launch. After a restart a finished one too, which is then scored again: there may be a run after it."""
     found: list[tuple[str, Path]] = []
     for run in [folder] if folder else [record.parent for record in Path("runs").glob(f"*/{RECORD}")]:
-        try:
-            record, before = read_record(run / RECORD), load_recipe(run / RECIPE)
-        except UserError:  # no run, or one that was killed while it made its folder
-            continue
-        open_to_go_on = (world is not None and world.restarted) or not (run / METRICS).exists()
-        of_launch = world is None or record.get("launch") == world.launch
-        if open_to_go_on and of_launch and meant(before):
-            found.append((record["started"], run))
+        with contextlib.suppress(UserError):  # no run, or one that was killed while it made its folder
+            record = read_record(run / RECORD)
+            open_to_go_on = (world is not None and world.restarted) or not (run / METRICS).exists()
+            of_launch = world is None or record.get("launch") == world.launch
+            if meant(load_recipe(run / RECIPE)) and open_to_go_on and of_launch:
+                found.append((record["started"], run))
     return max(found)[1] if found else None
 
 
-def _start_from(source: Path) -> Start | None:
-    """The checkpoint `source`; of a run folder the last one, or if the disk has spoiled that the one before it, None
-    where there is none."""
-    if not source.is_dir():
-        return Start(source, load_checkpoint(source))
-    there = [source / name for name in (LAST, PREVIOUS) if (source / name).exists()]
-    for path in there[:-1]:
+def _first_whole(paths: Sequence[Path]) -> Start | None:
+    """The first checkpoint that the disk has not spoiled; None where there is none. Raises UserError where all are."""
+    for path in paths[:-1]:
         with contextlib.suppress(UserError):
             return Start(path, load_checkpoint(path))
-    return Start(there[-1], load_checkpoint(there[-1])) if there else None
+    return Start(paths[-1], load_checkpoint(paths[-1])) if paths else None

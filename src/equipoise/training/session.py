@@ -5,6 +5,7 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,14 +20,12 @@ from equipoise.method.network import CosineClassifier, TwoBranchNetwork
 from equipoise.runs.checkpoint import create_network
 from equipoise.runs.folder import BAD_IMAGES, LAST, METRICS, PREVIOUS, RunFolder, write_record
 from equipoise.training.loop import NonFiniteLossError, Requests, Trainer
-from equipoise.training.place import default_folder
+from equipoise.training.place import Named, default_folder
 from equipoise.training.plan import Plan, prepare
 from equipoise.views.loader import Batches
 
 
-def train(
-    recipe: Recipe, out: str | Path | None = None, progress: bool = True, resume: str | Path | None = None
-) -> Run:
+def train(recipe: Recipe, out: Named = None, progress: bool = True, resume: Named = None) -> Run:
     """Train `recipe` into the folder `out` (default: `runs/RECIPE-METHOD-TIME`) and score what came of it. `resume`:
     see `prepare`. In processes that torchrun has started, all call it, and train together.
 
@@ -96,9 +95,13 @@ def starts_at_means(recipe: Recipe) -> bool:
 def start(plan: Plan) -> Generator[Session]:
     """A session of `plan`. What can be refused is refused here, before the folder is made: weights that do not fit or
     cannot be had, images, a folder that cannot be made. See `train` for what it raises."""
-    if plan.device.type == "cpu":
-        keep_freed_memory()
-    network, opened = plan.world.each_makes(lambda: _open(plan))
+    network = plan.world.each_makes(lambda: open_network(plan))
+    opened = plan.world.each_makes(
+        lambda: {
+            name: open_encoded_batches(plan.recipe, part, network, plan.device, plan.world)
+            for name, part in plan.parts.named().items()
+        }
+    )
     with deterministic(plan.recipe.deterministic), Requests() as requests, RunFolder() as folder:
         got = plan.world.first_makes(lambda: _take(folder, plan))
         plan = replace(plan, place=replace(plan.place, folder=got))
@@ -107,32 +110,22 @@ def start(plan: Plan) -> Generator[Session]:
             yield Session(plan, network, trainer, opened)
 
 
-def _open(plan: Plan) -> tuple[TwoBranchNetwork, dict[str, Batches]]:
-    """The network as it starts, and what reads the images of each part; a small one that is bad is told now."""
-    recipe, parts, world = plan.recipe, plan.parts, plan.world
-    classes, begin = len(parts.train.class_names), plan.start
-    if begin is not None and not begin.checkpoint.fits(recipe, classes):
-        before = begin.checkpoint.recipe
-        raise UserError(
-            f"the weights of {begin.path} (method {before.method}, {before.model.encoder}, "
-            f"{len(begin.checkpoint.class_names):,} classes) do not fit method {recipe.method} with a "
-            f"{recipe.model.encoder} and {classes:,} classes"
-        )
+def open_network(plan: Plan) -> TwoBranchNetwork:
+    """The network as it starts, on its device."""
+    recipe, classes, begin = plan.recipe, len(plan.parts.train.class_names), plan.start
+    if plan.device.type == "cpu":
+        keep_freed_memory()
     torch.manual_seed(recipe.seed)
     # MKL takes fewer threads where the machine is busy, unless their number was set: and sums in another order.
     torch.set_num_threads(torch.get_num_threads())
-    # The pretrained weights that another run began with are not needed: they may be gone.
-    network = create_network(recipe, classes, start=begin is None)
-    if begin is not None:
-        network.load_state_dict((plan.place.resumes and begin.checkpoint.raw) or begin.checkpoint.weights)
+    if begin is None:
+        network = create_network(recipe, classes, start=True)
+    else:  # the pretrained weights that another run began with are not needed: they may be gone
+        network = begin.checkpoint.network(recipe, classes, plan.place.resumes)
     network = network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] torch's stub lacks it
-    if recipe.model.batch_norm == "synchronised" and world.size > 1:
+    if recipe.model.batch_norm == "synchronised" and plan.world.size > 1:
         network.synchronise_batch_norm(plan.device)
-    network = network.to(plan.device)
-    opened = {
-        name: open_encoded_batches(recipe, part, network, plan.device, world) for name, part in parts.named().items()
-    }
-    return network, opened
+    return network.to(plan.device)
 
 
 def _take(folder: RunFolder, plan: Plan) -> Path:
@@ -148,7 +141,7 @@ def _take(folder: RunFolder, plan: Plan) -> Path:
     elif place.resumes and begin.path.name == PREVIOUS:
         (path / LAST).unlink(missing_ok=True)  # the damaged one must not become the previous one
     parts = plan.parts
-    about = {
+    about: dict[str, Any] = {
         "machine": describe_machine(plan.device),
         "processes": plan.world.size,
         "launch": plan.world.launch,
@@ -161,9 +154,8 @@ def _take(folder: RunFolder, plan: Plan) -> Path:
             "images": {name: len(part) for name, part in parts.named().items()},
         },
         "class_counts": dict(zip(parts.train.class_names, parts.train.class_counts, strict=True)),
+        "weights": plan.recipe.model.weights,
     }
-    if plan.recipe.model.weights:
-        about["weights"] = plan.recipe.model.weights
     if begin is not None:
         done = begin.checkpoint
         about["resumed"] = {"from": str(begin.path), "after_epoch": done.epoch, "after_step": done.step}
@@ -177,15 +169,12 @@ def _failures_in_one_line(plan: Plan, folder: RunFolder) -> Generator[None]:
     try:
         yield
     except NonFiniteLossError:
-        folder.keep()  # its log shows why
+        folder.keep()
         raise
     except (OSError, RuntimeError, MemoryError) as error:
         if out_of_memory(error):
-            raise UserError(
-                f"there is not enough memory for batches of {plan.recipe.batch_size} images on {plan.device}; free "
-                "some, or train anew with --micro-batch, which computes the same batch in parts, or a smaller "
-                "--batch-size"
-            ) from None
+            short = f"there is not enough memory for batches of {plan.recipe.batch_size} images on {plan.device}"
+            raise UserError(f"{short}; train anew with --micro-batch (the same in parts) or --batch-size") from None
         # The disk is full, say. A broken pipe is no file: nobody reads what is printed.
         if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
             then = f"go on with: {plan.resume_command()}" if (plan.folder / LAST).exists() else "start again"
