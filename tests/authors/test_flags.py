@@ -87,7 +87,7 @@ def test_names_of_data_sets_and_folders():
     ("words", "sentence"),
     [
         ("--cos maybe", "--cos: must be true or false, not 'maybe'"),
-        ("--dataset imagnet", "--dataset: no 'imagnet' is known; did you mean imagenet?"),
+        ("--dataset imagnet", "--dataset: invalid choice: 'imagnet' (choose from "),
         ("--dataset inat", "the recipe inat2018 is not for {data}: take imagenet-lt"),
         ("--reload True", "--reload and --evaluate score a checkpoint: name it with --resume CHECKPOINT"),
         ("--reload True --resume log/x.pth.tar", "there is no run folder or checkpoint at log/x.pth.tar"),

@@ -59,7 +59,7 @@ def fail_in(path: Path, error: type[BaseException], goes_on: bool = False, keep:
                 (path / name).touch()
             (path / "tensorboard").mkdir()
             if keep:
-                folder.keep()
+                folder.kept = True
             raise error
 
     with pytest.raises(error):

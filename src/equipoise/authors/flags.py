@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from equipoise.config.recipe import Recipe, nearest
+from equipoise.config.recipe import Recipe
 
 LOG = "log"  # their default of --root_log
 DATASETS = {
@@ -24,7 +24,7 @@ def add_authors_flags(command: argparse.ArgumentParser) -> None:
     add = command.add_argument_group("of the authors' command line (docs/authors.md)").add_argument
     switch: dict[str, Any] = {"nargs": "?", "const": "true", "metavar": "true|false"}
     names = f"the recipe by its data set: {', '.join(DATASETS)}"
-    add("--dataset", metavar="NAME", type=_recipe_of_dataset, help=names)
+    add("--dataset", metavar="NAME", type=lambda name: DATASETS.get(name, name), choices=DATASETS.values(), help=names)
     for flag, field, other in (("--use-norm", "model.classifier", "linear"), ("--cos", "optim.schedule", "step")):
         add(flag, dest=field, type=_either("cosine", other), help=f"{field}: cosine, or {other}", **switch)
     add("--gpu", dest="device", metavar="N", type="cuda:{}".format, help="train on this GPU: --device cuda:N")
@@ -45,13 +45,6 @@ def _either(true: object, false: object) -> Callable[[str], object]:
             raise argparse.ArgumentTypeError(f"must be true or false, not '{text}'") from None
 
     return chosen
-
-
-def _recipe_of_dataset(name: str) -> str:
-    """The recipe that `--dataset` names: by the authors' name or by its own."""
-    if name not in DATASETS and name not in DATASETS.values():
-        raise argparse.ArgumentTypeError(f"no '{name}' is known{nearest(name, list(DATASETS))}")
-    return DATASETS.get(name, name)
 
 
 class Schedule(argparse.Action):

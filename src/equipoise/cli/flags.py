@@ -20,8 +20,7 @@ FITTING = {"": OWN_FOLDER, "digits": DEMO, "cifar10": "cifar10-lt", "cifar100": 
 
 
 def refuse_unwritable(option: str, file: str | Path | None, suffix: str) -> None:
-    """Raise UserError where the file of an option cannot be written, or is a file of another kind, named by mistake:
-    before the work, not after it. '-' is standard output."""
+    """Raise UserError, before the work, where the file of an option cannot be written or is of another kind."""
     if file in (None, "-"):
         return
     path = Path(file).resolve()
@@ -38,8 +37,7 @@ def add_set(command: argparse.ArgumentParser, *keys: str) -> None:
 
 
 def add_recipe_flags(command: argparse.ArgumentParser, arguments: Sequence[str], without: str = "") -> None:
-    """`--set`, and a flag for every field of a recipe, grouped by section. The help shows the values of the recipe that
-    the command line names."""
+    """`--set`, and a flag for every field of a recipe; the help shows the values of the one that is named."""
     add_set(command)
     default = OWN_FOLDER if "--data" in arguments else DEMO
     named = next((argument for argument in arguments if argument in shipped_recipes()), default)

@@ -1,7 +1,4 @@
-"""The command `equipoise`: arguments become calls, and exceptions one clear line.
-
-Nothing heavy is imported before it is needed: `equipoise --help` does not import torch.
-"""
+"""The command `equipoise`: arguments become calls, and exceptions one clear line."""
 
 import argparse
 import io
@@ -32,9 +29,8 @@ Train image classifiers on long-tailed data with Balanced Contrastive Learning (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line `arguments` (default: those of this process) and return its exit code: 1 where `data
-    --check` found what must be looked at or `predict` passed files over, 2 for what the user must put right, 130 and
-    143 after SIGINT, and SIGTERM or SIGHUP."""
+    """Run the command line `arguments` (default: those of this process) and return its exit code: 1 for what `data` and
+    `predict` found, 2 for what the user must put right, 130 and 143 after SIGINT, and SIGTERM or SIGHUP."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names may be no valid text

@@ -26,8 +26,7 @@ def _train(command: ArgumentParser, arguments: Sequence[str]) -> None:
     add("recipe", nargs="?", metavar="RECIPE", help=recipe)
     add("--out", metavar="FOLDER", help="the run folder [runs/RECIPE-METHOD-TIME]; of --reload, a file for metrics")
     add("--budget", metavar="TIME", type=seconds, help=_BUDGET)
-    beside = "train this method too, under the same recipe, and show both (the demo: ce)"
-    add("--beside", choices=get_args(Method), help=beside)
+    add("--beside", choices=get_args(Method), help="train this method too, and show both (the demo: ce)")
     command.set_defaults(logits=None, label_shift=False)  # options of `evaluate`
     add_authors_flags(command)
     add_recipe_flags(command, arguments)
@@ -57,8 +56,7 @@ def _init(command: ArgumentParser, arguments: Sequence[str]) -> None:
 def _compare(command: ArgumentParser, arguments: Sequence[str]) -> None:
     add = command.add_argument
     add("recipe", metavar="RECIPE", help="a shipped recipe, a TOML file, or a run folder")
-    methods = "separated by commas; differences are to the first [%(default)s]"
-    add("--methods", default="bcl,ce,logit-adjusted", help=methods)
+    add("--methods", default="bcl,ce,logit-adjusted", help="by commas; differences are to the first [%(default)s]")
     add("--seeds", type=int, default=3, help="how many, from --seed on [%(default)s]")
     add("--out", metavar="FOLDER", help="for the run folders; finished runs are kept (default: runs/compare-RECIPE)")
     add("--markdown", action="store_true", help="print what compare.md holds, and all else to stderr")
@@ -75,8 +73,7 @@ def _evaluate(command: ArgumentParser, _: Sequence[str]) -> None:
     add("--split", choices=parts, help="the part to score (default: test, or validation where there is no test)")
     add("--out", metavar="FILE", help="where to write the metrics (default: beside the checkpoint)")
     add("--logits", metavar="FILE", help="write the logits of every image too, as .npz")
-    shift = "show the accuracy where the frequent classes are up to 50 times as frequent as the rare, and the reverse"
-    add("--label-shift", action="store_true", help=shift)
+    add("--label-shift", action="store_true", help="the accuracy under other class priors, up to 50 to 1")
     add_set(command, "data.val_list", "data.test_list", "data.on_bad_image", "data.allow_outside", "device")
 
 
@@ -93,11 +90,9 @@ def _recipes(command: ArgumentParser, _: Sequence[str]) -> None:
 def _data(command: ArgumentParser, _: Sequence[str]) -> None:
     add = command.add_argument
     add("data.path", metavar="PATH", help="a data set, as for train; or a list file in its folder")
-    check = "decode every image; exit code 1 for bad ones, copies between parts or classes, or what `train` refuses"
-    add("--check", action="store_true", help=check)
+    add("--check", action="store_true", help="decode every image; exit code 1 for bad ones, copies, what train refuses")
     add("--report", metavar="FILE.html", help="the same, and a page with copies, sizes and odd images in pictures")
-    labels = "the labels that are most probably wrong: in minutes, by a pretrained encoder; they are no failure"
-    add("--check-labels", action="store_true", help=labels)
+    add("--check-labels", action="store_true", help="the labels that are most probably wrong: in minutes; no failure")
     of_data = [field.key for field in recipe_fields() if field.path[0] == "data" and field.key != "data.path"]
     add_set(command, *of_data)
 
@@ -106,8 +101,7 @@ def _pack(command: ArgumentParser, _: Sequence[str]) -> None:
     add = command.add_argument
     add("data.path", metavar="DATA", help="any data that `train` takes as files of images")
     add("--out", metavar="FOLDER", required=True, help="then: equipoise train --data FOLDER")
-    help = "larger images are resized to it, and become JPEG [256: for training at 224 pixels]"
-    add("--short-side", type=int, default=256, metavar="PIXELS", help=help)
+    add("--short-side", type=int, default=256, metavar="PIXELS", help="larger images are resized to it, as JPEG [256]")
     add_set(command, "workers", "data.train_list", "data.val_list", "data.test_list")
 
 
@@ -121,12 +115,10 @@ def _predict(command: ArgumentParser, _: Sequence[str]) -> None:
     instead = "write a line for each image instead of the table; - is standard output, and all else goes to stderr"
     written.add_argument("--csv", metavar="FILE", help=instead)
     written.add_argument("--json", metavar="FILE", help="the same as JSON, with the files that were passed over")
-    explain = "show the N training images nearest to each, by the encoder's features, which are kept in ~/.cache"
-    add("--explain", type=int, metavar="N", help=explain)
+    add("--explain", type=int, metavar="N", help="show the N nearest training images, by features kept in ~/.cache")
     prior = "class frequencies: equal, as in training, estimated from these images, or a CSV file of weights [uniform]"
     add("--prior", default="uniform", metavar="uniform|train|estimate|FILE", help=prior)
-    views = "whose views a checkpoint of the BCL authors' was trained with [imagenet-lt]"
-    add("--recipe", default="imagenet-lt", metavar="RECIPE", help=views)
+    add("--recipe", default="imagenet-lt", metavar="RECIPE", help="views of a BCL authors' checkpoint [imagenet-lt]")
     add_field(command, find_field("device"))
     command.epilog = "Exit code: 0 where every file was predicted, 1 where some were passed over, 2 where all were."
 
@@ -147,8 +139,8 @@ COMMANDS: dict[str, tuple[str, str, Callable[[ArgumentParser, Sequence[str]], No
     "evaluate": ("score a run or a checkpoint", "use", _evaluate),
     "report": ("write runs as one HTML page, side by side", "use", _report),
     "recipes": ("the recipes that come with the package", "main", _recipes),
-    "data": ("what a folder holds: classes, counts, problems", "data", _data),
-    "pack": ("re-encode images once, smaller, into one file a part", "data", _pack),
+    "data": ("what a folder holds: classes, counts, problems", "train", _data),
+    "pack": ("re-encode images once, smaller, into one file a part", "train", _pack),
     "predict": ("name the classes of images", "use", _predict),
     "export": ("write a run in another layout", "use", _export),
 }

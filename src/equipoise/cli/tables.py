@@ -44,11 +44,8 @@ def print_plan(plan: Mapping[str, str]) -> None:
 
 
 def print_metrics(results: Sequence[tuple[str, Mapping[str, Any]]], title: str, run: Mapping[str, Any]) -> None:
-    """Accuracy of one or more models side by side, in percent: overall, by shot group, and of each class.
-
-    `results`: a heading, and the metrics of one part as in `metrics.json`. `run` gives the names of the classes and
-    their training images, none where the training data are not known.
-    """
+    """Accuracy of one or more models side by side, in percent: overall, by shot group, and of each class. `results`: a
+    heading, and the metrics of one part; `run`: class names, and training counts where they are known."""
     names, counts = run["class_names"], run["train_counts"]
     figures = [{**of, **dict(enumerate(of["per_class"]))} for _, of in results]  # a class by its label
     bounds = [{**of.get("intervals", {}), **dict(enumerate(of.get("per_class_intervals", ())))} for of in figures]
@@ -146,8 +143,7 @@ def print_unreadable(metrics: Mapping[str, Any]) -> None:
 def print_data(
     path: str, found: Found, problems: Sequence[str], bad: Sequence[BadImageError], checked: bool, recipe: Recipe
 ) -> None:
-    """The data at `path`: format, parts, class counts, problems. `checked`: every image was decoded; all are shown.
-    `recipe`: the one that training would take."""
+    """The data at `path`. `checked`: every image was decoded. `recipe`: the one that training would take."""
     _console().print(Text.assemble((one_line(path), "bold"), f": {found.kind}"))
     for line in found.described:
         print(one_line(line))
@@ -182,8 +178,7 @@ def _print_counts(part: str, images: ImageList) -> None:
 
 
 def _print_remedies(counts: Sequence[int], recipe: Recipe) -> None:
-    """What each usual remedy against imbalance would do to the largest and to the rarest class, and which of them
-    training takes. Nothing for classes that are nearly balanced, or of which one is empty."""
+    """What each usual remedy against imbalance would do, and which one training takes; nothing where none is needed."""
     if min(counts) == 0 or imbalance_factor(counts) <= _BALANCED:
         return
     ends = counts.index(max(counts)), counts.index(min(counts))

@@ -11,10 +11,7 @@ from equipoise.config.recipe import Recipe, find_field, nearest, override_all, r
 
 
 def recipe_from_table(table: Mapping[str, Any], where: str) -> Recipe:
-    """A recipe from nested tables, as TOML gives them; `where` names the source in messages. Raises UserError for
-    unknown sections, fields and refused values."""
-    if not isinstance(table, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance] a file may hold anything
-        raise UserError(f"{where}: its recipe is no table of fields")
+    """A recipe from nested tables, as TOML gives them. Raises UserError, beginning with `where`, for what is wrong."""
     values: dict[str, Any] = {}
     for name, value in table.items():
         of_section = isinstance(value, Mapping)

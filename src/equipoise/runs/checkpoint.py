@@ -72,8 +72,7 @@ class Checkpoint:
         self.save(last)
 
     def build(self) -> TwoBranchNetwork:
-        """The network with these weights, on the CPU, in evaluation mode. Raises UserError for weights that are not
-        finite, or are those of another network."""
+        """The network on the CPU in evaluation mode. Raises UserError for weights that do not fit or are not finite."""
         if spoilt := [name for name, value in self.weights.items() if not bool(value.isfinite().all())]:
             raise UserError(f"the checkpoint's weights are not all finite (first: {spoilt[0]}); use an earlier one")
         network = self.network(self.recipe, len(self.class_names))
@@ -183,8 +182,7 @@ def refuse_changed(data: str, parts: Parts, checkpoint: Checkpoint, path: Path, 
 
 
 def figures_of(file: Path, checkpoint: Checkpoint) -> CheckpointMetrics | None:
-    """What the `metrics.json` beside a checkpoint's file says of it; None where it says nothing, or was written after
-    another step, as while a resumed run is being trained."""
+    """What the `metrics.json` beside a checkpoint's file says of it; None where that is absent or of another step."""
     written = file.with_name(METRICS)
     if file.name not in (LAST, BEST) or not written.is_file():
         return None

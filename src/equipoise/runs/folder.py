@@ -13,7 +13,7 @@ from importlib import metadata
 from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import msgspec
 from filelock import FileLock, Timeout
@@ -24,9 +24,6 @@ from equipoise.base.files import UNFINISHED, atomic_file
 from equipoise.config.reading import recipe_toml
 from equipoise.config.recipe import Recipe
 from equipoise.runs.records import LogLine
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"  # the checkpoints
 RECIPE, RECORD, METRICS, LOCK = "recipe.toml", "run.json", "metrics.json", "run.lock"
@@ -46,8 +43,7 @@ def checkpoints_at(target: Path, *names: str) -> list[Path]:
 
 
 def chosen_checkpoint(target: Path) -> Path:
-    """The best checkpoint of a run folder where validation chose one, else its last; a file is itself. Raises UserError
-    where there is none."""
+    """The best checkpoint of a run folder, else its last; a file is itself. Raises UserError where there is none."""
     found = checkpoints_at(target, BEST, LAST)
     if not found:
         raise UserError(f"there is no run folder or checkpoint at {target}")
@@ -66,15 +62,14 @@ def write_json(path: Path, value: Any) -> None:
 
 
 class RunFolder:
-    """A context in which one folder, once `take` has got it, is this process's own.
-
-    A block that ends with an error of the user's or of the system leaves nothing behind, unless there is a checkpoint.
-    """
+    """A context in which one folder, once `take` has got it, is this process's own. Where it ends with an error of the
+    user's or of the system, nothing is left behind, unless there is a checkpoint."""
 
     def __init__(self) -> None:
         self._path = Path()
         self._lock: FileLock | None = None
-        self._created = self._kept = False
+        self._created = False
+        self.kept = False  # even if the run fails
 
     def take(self, path: Path, goes_on: bool) -> bool:
         """Make the folder `path`, or take an empty one; with `goes_on`, one that holds a run. Returns False where
@@ -91,14 +86,10 @@ class RunFolder:
         if not goes_on and (path / RECORD).exists():  # another run has been here since this one was planned
             lock.release()
             return False
-        self._path, self._lock, self._created, self._kept = path, lock, created, goes_on
+        self._path, self._lock, self._created, self.kept = path, lock, created, goes_on
         for leftover in path.glob(f".*{UNFINISHED}"):  # files that a killed run was writing
             leftover.unlink()
         return True
-
-    def keep(self) -> None:
-        """Leave the folder even if the run fails: its log shows why."""
-        self._kept = True
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -108,7 +99,7 @@ class RunFolder:
             return
         # A bug leaves its evidence. SystemExit comes from rich, where nobody reads what it prints.
         failed = isinstance(error, UserError | OSError | KeyboardInterrupt | SystemExit)
-        removed = failed and not self._kept and not (self._path / LAST).exists()
+        removed = failed and not self.kept and not (self._path / LAST).exists()
         for entry in self._path.glob("*") if removed else [self._path / LOCK]:
             if entry.is_dir():
                 shutil.rmtree(entry, ignore_errors=True)
@@ -156,7 +147,7 @@ class RunLog:
         """Go on after `epoch` whole epochs and `step` steps: lines and points of later steps, which will be computed
         again, are dropped."""
         self._lines: IO[str] | None = None
-        self._curves: SummaryWriter | None = None
+        self._curves: Any = None  # a SummaryWriter
         if folder is None:
             return
         file = folder / LOG
@@ -196,8 +187,7 @@ class RunLog:
 
 
 def _is_done(line: bytes, epoch: int, step: int) -> bool:
-    """Whether a line is whole, and of what is done after so many epochs and steps. An epoch is whole when it is
-    validated: its last step alone does not make it whole."""
+    """Whether a line is whole, and of what is done after so many steps, and epochs that are validated too."""
     try:
         said = msgspec.json.decode(line, type=LogLine)
     except msgspec.DecodeError:  # a killed run has not finished it

@@ -1,8 +1,4 @@
-"""The JSON files of a run folder: their types, and how they are read.
-
-The types are TypedDicts: what is read is the plain dicts of the file, `metrics["test"]["few"]`, of values of the right
-type. Keys that another version has written are left out.
-"""
+"""The JSON files of a run folder, as TypedDicts: plain dicts, of values of the right type. Other keys are left out."""
 
 import json
 from functools import partial
@@ -19,8 +15,7 @@ BadImages = dict[str, dict[str, str]]  # part -> name of an image -> why it cann
 
 
 class Means(TypedDict):
-    """Accuracy over all images, mean per-class accuracy, and that of each shot group: None where no class of the group
-    has images."""
+    """Accuracy over all images, mean per-class accuracy, and that of each shot group: None where it has no images."""
 
     top1: float
     mean_per_class: float
@@ -36,11 +31,9 @@ class PriorRow(Means):
 
 
 class Calibration(TypedDict):
-    """How well the probabilities of a group of classes fit, each a mean over its classes that have images.
-
-    `classwise_ece`: over all images, the weighted gap between the probability of the class and its frequency, over 15
-    bins of equal width (Kull et al., NeurIPS 2019, section 2). `nll`, `brier`: the mean over the images of the class.
-    """
+    """How well the probabilities fit, as means over a group's classes that have images. `classwise_ece`: over all
+    images, the weighted gap between a class's probability and frequency, over 15 bins of equal width (Kull et al.,
+    NeurIPS 2019, section 2). `nll`, `brier`: the mean over the images of the class."""
 
     classwise_ece: float
     nll: float
@@ -56,16 +49,14 @@ class ShiftRow(TypedDict):
 
 
 class PartMetrics(Means):
-    """The metrics of one checkpoint on one part; all are fractions.
-
-    `top5`: None where five classes or fewer make it always right. `macro_f1`: the mean F1 over the classes that have
-    images. `worst_tenth`: the mean over the tenth of these classes (rounded up) with the lowest accuracy.
-    `false_head_rate`: the share of few-class images that are predicted as a many-class; None without such. `ece`:
-    expected calibration error of the top class over 15 bins of equal width (Guo et al., ICML 2017). `per_class`: None
-    for a class without images. `intervals`, by name, and `per_class_intervals`: see `evaluation/intervals.py`.
-    `prior_sweep`: a row for each strength of the post-hoc prior; None where the training prior is not known.
-    `calibration`: of 'all' classes and of each shot group, by the softmax of the raw logits.
-    """
+    """The metrics of one checkpoint on one part; all are fractions. `top5`: None where five classes or fewer make it
+    always right. `macro_f1`: the mean F1 over the classes that have images. `worst_tenth`: the mean over the tenth of
+    these classes (rounded up) with the lowest accuracy. `false_head_rate`: the share of few-class images that are
+    predicted as a many-class; None without such. `ece`: expected calibration error of the top class over 15 bins of
+    equal width (Guo et al., ICML 2017). `per_class`: None for a class without images. `intervals`, by name, and
+    `per_class_intervals`: see `evaluation/intervals.py`. `prior_sweep`: a row for each strength of the post-hoc prior;
+    None where the training prior is not known. `calibration`: of 'all' classes and of each shot group, by the softmax
+    of the raw logits."""
 
     images: int
     top5: float | None

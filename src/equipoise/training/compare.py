@@ -25,17 +25,15 @@ from equipoise.evaluation.predictions import read_observed
 from equipoise.evaluation.score import Run, chosen
 from equipoise.runs.folder import METRICS, OBSERVED, RECIPE, RECORD, write_json
 from equipoise.runs.records import read_record
-from equipoise.training.place import FREE, HOW, differing
-from equipoise.training.plan import Plan, prepare
+from equipoise.training.plan import FREE, HOW, Plan, differing, prepare
 from equipoise.training.session import start
 
 FIGURES = {"top1": "overall", "mean_per_class": "mean over classes", "many": "many", "medium": "medium", "few": "few"}
 
 
 def paired_difference(first: Sequence[float], other: Sequence[float]) -> dict[str, float | None]:
-    """The `mean` of `other` - `first`, seed by seed, the bounds `low` and `high` of its 95 % confidence interval
-    (Student's t, see the module) and `p` of its t test. None with one seed; where all differ alike there are no bounds,
-    and p is 1: so few seeds may agree by chance."""
+    """The `mean` of `other` - `first`, `low` and `high` of its 95 % interval, `p` of its t test: None with one seed;
+    where all differ alike there are no bounds, and p is 1: so few seeds may agree by chance."""
     from scipy.stats import ttest_1samp
 
     differences = np.subtract(other, first)
@@ -180,13 +178,13 @@ def markdown(result: dict[str, Any]) -> str:
         for label, cell in _CELLS.items():
             if any(cells := [cell(methods[name][figure]["difference"]) for figure in figures]):
                 rows.append([f"{name} - {first}{label}", *cells, ""])
+    test = "paired t test over seeds" if len(seeds) > 1 else "McNemar's exact test of what one method alone gets right"
     heading = (
         f"{result['recipe']['name']}: {several(len(seeds), 'seed')} ({', '.join(map(str, seeds))}), {result['part']} "
         f"part, {result['checkpoint']} checkpoint; accuracy in percent, mean ± sd of a sample over seeds; seconds of "
         "training steps. 95 % intervals of paired differences, not corrected for their number: over seeds (Student's "
         "t: what other seeds would change on these images), over images (bootstrap within classes: what other images "
-        f"would change for these networks). p: {_TESTS[len(seeds) > 1]}, Holm-corrected over the methods, each column "
-        "by itself."
+        f"would change for these networks). p: {test}, Holm-corrected over the methods, each column by itself."
     )
     unknown = ["", f"Intervals over images are not known: {result['unknown']}"] if result["unknown"] else []
     return "\n".join([heading, *unknown, "", *(f"| {' | '.join(row)} |" for row in rows), ""])
@@ -196,7 +194,6 @@ def _percents(form: str, *shares: float | None) -> str:
     return "" if None in shares else form.format(*(100 * (share or 0) for share in shares))
 
 
-_TESTS = ("McNemar's exact test of the images that one method alone gets right", "paired t test over seeds")
 _CELLS: dict[str, Callable[[dict[str, Any]], str]] = {  # of a difference: row by row, its label and its cell
     "": lambda row: _percents("{:+.1f}", row["mean"]),
     ", over seeds": lambda row: _percents("[{:+.1f}, {:+.1f}]", row["low"], row["high"]),

@@ -40,11 +40,8 @@ _STOPPING = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", _HANGUP
 
 
 class Requests(contextlib.ExitStack):
-    """SIGUSR1 asks to save and go on, SIGINT, SIGTERM and SIGHUP (the terminal is gone: an ssh connection that broke
-    off) to save and stop; a second SIGINT or SIGTERM stops at once.
-
-    A context: the handlers that were there before come back with its end. Outside the main thread nothing is handled.
-    """
+    """A context in which SIGUSR1 asks to save and go on, SIGINT, SIGTERM and SIGHUP (the terminal is gone) to save and
+    stop, and a second SIGINT or SIGTERM stops at once. Outside the main thread nothing is handled."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,8 +133,7 @@ class Trainer:
             self._gradients.objective.load_state_dict(done.objective)
 
     def train(self, progress: bool) -> None:
-        """All steps that are left. Raises Stopped where a signal asked for it, NonFiniteLossError, and OSError where
-        there is no room to write."""
+        """All steps that are left. Raises Stopped, NonFiniteLossError, and OSError where there is no room to write."""
         recipe, plan = self._plan.recipe, self._plan
         if recipe.optim.ema:
             self._averaged = copy.deepcopy(self._network)
@@ -194,7 +190,8 @@ class Trainer:
             if interrupted or terminated:
                 # Wait for rank 0, which saves: torchrun ends it if another rank leaves meanwhile.
                 plan.world.gather_objects(None)
-                raise Stopped("terminated" if terminated else "interrupted", self._state(), plan.resume_command())
+                how = "terminated" if terminated else "interrupted"
+                raise Stopped(how, f"step {self.step} is done and saved", plan.resume_command())
 
     def take_step(self, batch: Batch, votes: Sequence[int] = ()) -> tuple[dict[str, float], list[float]]:
         """Gradients, a look at the loss, and the weights move. The loss terms and the sum over ranks of the votes."""
@@ -234,16 +231,13 @@ class Trainer:
             self._save(log)
 
     def _validate(self, validation: Batches, log: RunLog) -> float:
-        """The mean per-class accuracy on the validation part. It chooses the best checkpoint, since a part cut from
-        long-tailed training images is long-tailed itself: its top-1 would choose for the frequent classes.
-
-        A rank that is asked to stop does so after the batch, when all is saved, and all ranks with it.
-        """
+        """The mean per-class accuracy on the validation part, which may be as long-tailed as the training images: its
+        top-1 would choose for the frequent classes. All ranks stop after the batch in which one is asked to."""
 
         def look(*_: torch.Tensor) -> None:
             if self.requests.stop and self._saved_step != self.step:
                 self._save(log)
-            self.requests.leave_if_stopped(self._state(), self._plan.resume_command())
+            self.requests.leave_if_stopped(f"step {self.step} is done and saved", self._plan.resume_command())
 
         train = self._plan.parts.train
         predictions = predict(self._averaged or self._network, validation, looks=[look], world=self._plan.world)
@@ -251,9 +245,6 @@ class Trainer:
         names = ("top1", "mean_per_class", "many", "medium", "few")
         log.write("validation", self.step, self.epoch, {name: scored[name] for name in names})
         return scored["mean_per_class"]
-
-    def _state(self) -> str:
-        return f"step {self.step} is done and saved"
 
     def _save(self, log: RunLog) -> None:
         """Write a checkpoint, and the best one where this is it. All ranks call it, rank 0 writes: the weights are the

@@ -1,10 +1,15 @@
 """A recipe becomes a plan: its place is found, its data read, what cannot be trained refused, and nothing written."""
 
+import contextlib
+import itertools
 import os
 import shlex
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +20,8 @@ from equipoise.base.device import choose_device, choose_precision
 from equipoise.base.errors import SharedError, UserError, own_command, several
 from equipoise.base.files import real_path
 from equipoise.base.world import ALONE, World
-from equipoise.config.recipe import PUBLISHED, Recipe, field_value, find_field, override
+from equipoise.config.reading import load_recipe
+from equipoise.config.recipe import PUBLISHED, Recipe, field_value, find_field, override, recipe_fields
 from equipoise.data.decode import bad_images
 from equipoise.data.images import DIGITS, Parts, imbalance_factor
 from equipoise.data.rows import TABLES
@@ -23,11 +29,38 @@ from equipoise.data.sources import PARTS, open_data
 from equipoise.method.clip import PREFIX
 from equipoise.method.methods import METHODS
 from equipoise.method.pretrained import find_pretrained, viewed_as_pretrained
-from equipoise.runs.checkpoint import create_network, refuse_changed
-from equipoise.runs.folder import METRICS, chosen_checkpoint
-from equipoise.training.place import FILES, FREE, Named, Place, Start, differing, find_place
+from equipoise.runs.checkpoint import Checkpoint, create_network, load_checkpoint, refuse_changed
+from equipoise.runs.folder import LAST, METRICS, PREVIOUS, RECIPE, RECORD, checkpoints_at, chosen_checkpoint, is_used
+from equipoise.runs.records import read_record
 from equipoise.views.loader import steps_per_epoch
 from equipoise.views.views import view_settings
+
+Named = str | Path | None  # a file or folder that a user names
+
+# Fields in which a recipe may change while a run goes on: they say where and how it is computed, not what.
+HOW = ("precision", "compile", "cuda_graph", "deterministic", "data.on_bad_image", "data.allow_outside")
+FREE = frozenset({*HOW, "name", "summary", "device", "workers", "log_every", "checkpoint_minutes"})
+# Files may be moved, and lie elsewhere on each host: fingerprints tell whether they are the same.
+FILES = frozenset({"model.weights", "data.path", "data.train_list", "data.val_list", "data.test_list"})
+
+
+@dataclass(frozen=True)
+class Start:
+    """The checkpoint that a run starts from."""
+
+    path: Path
+    checkpoint: Checkpoint
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run is written. `start`: a checkpoint to start from. `resumes`: the run is there and goes on, or begins
+    again where it has no checkpoint. `named`: no other folder will do."""
+
+    folder: Path
+    start: Start | None
+    resumes: bool
+    named: bool = True
 
 
 @dataclass(frozen=True)
@@ -49,7 +82,6 @@ class Plan:
 
     @property
     def start(self) -> Start | None:
-        """The checkpoint that the run starts from, if any."""
         return self.place.start
 
     @property
@@ -119,13 +151,11 @@ def prepare(
     recipe: Recipe, out: Named = None, resume: Named = None, world: World = ALONE, parts: Parts | None = None
 ) -> Plan:
     """Read the data, unless the `parts` are those of an earlier plan, and check that `recipe` can be trained on it,
-    into the folder `out`.
+    into the folder `out`. Raises UserError, on all ranks; writes nothing.
 
     `resume` is a run folder, or a checkpoint, to go on from: one of a run, which goes on in its own folder unless `out`
     is another, or one of the BCL authors' code. 'auto' is the newest unfinished run of the same recipe, where there is
     one; a process that torchrun has started anew goes on with the run that it was.
-
-    Raises UserError for what the user must put right; writes nothing. With several ranks, all call it and all raise.
     """
     recipe = viewed_as_pretrained(with_absolute_paths(recipe))
     place = world.first_makes(lambda: find_place(recipe, out, resume, world))
@@ -134,6 +164,64 @@ def prepare(
     if parts is None and recipe.data.on_bad_image == "error":
         world.each_makes(lambda: _refuse_bad_images(plan))
     return plan
+
+
+def differing(one: Recipe, other: Recipe, free: frozenset[str]) -> list[tuple[str, Any, Any]]:
+    """The fields, without the `free` ones, in which two recipes differ, each with both values."""
+    fields = [field for field in recipe_fields() if field.key not in free]
+    values = [(field.key, field_value(one, field), field_value(other, field)) for field in fields]
+    return [(key, before, now) for key, before, now in values if before != now]
+
+
+def find_place(recipe: Recipe, out: Named, resume: Named, world: World) -> Place:
+    """Where to write a run of `recipe`: see `prepare`. Raises UserError where a folder or checkpoint will not do."""
+    folder, source = (Path(os.path.expanduser(path)) if path else None for path in (out, resume))
+    again = not resume and (world.restarted or world.launch not in ("", "none"))  # 'none' is torchrun's default name
+    if resume == "auto" or again:
+        source = newest_run(lambda before: not differing(before, recipe, FREE), folder, world if again else None)
+    start = None
+    if source:
+        run = source if source.is_dir() else source.parent
+        own = (run / RECORD).is_file() and (source.is_dir() or source.name in (LAST, PREVIOUS))
+        start = _first_whole(checkpoints_at(source, LAST, PREVIOUS))
+        if own and (folder is None or real_path(folder) == real_path(run)):
+            return Place(run, start, resumes=True)
+        if start is None:
+            raise UserError(f"there is no run folder or checkpoint at {source}")
+    if folder is not None and (folder.is_file() or (folder.is_dir() and is_used(folder))):
+        raise UserError(
+            f"{folder} is there, and not empty: name another with --out, or go on by equipoise train --resume {folder}"
+        )
+    return Place(folder or default_folder(recipe), start, resumes=False, named=folder is not None)
+
+
+def default_folder(recipe: Recipe) -> Path:
+    """A folder in `runs` that does not exist yet."""
+    stem = f"{recipe.name}-{recipe.method.replace('+', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
+    # A sweep may start several runs in one second.
+    return next(path for n in itertools.count(1) if not (path := Path("runs") / (stem + f"-{n}" * (n > 1))).exists())
+
+
+def newest_run(meant: Callable[[Recipe], bool], folder: Path | None, world: World | None = None) -> Path | None:
+    """The newest unfinished run of a recipe that is `meant`, in `folder` or else in `runs`; with `world`, of this
+    torchrun launch. After a restart a finished one too, which is then scored again: there may be a run after it."""
+    found: list[tuple[str, Path]] = []
+    for run in [folder] if folder else [record.parent for record in Path("runs").glob(f"*/{RECORD}")]:
+        with contextlib.suppress(UserError):  # no run, or one that was killed while it made its folder
+            record = read_record(run / RECORD)
+            open_to_go_on = (world is not None and world.restarted) or not (run / METRICS).exists()
+            of_launch = world is None or record.get("launch") == world.launch
+            if meant(load_recipe(run / RECIPE)) and open_to_go_on and of_launch:
+                found.append((record["started"], run))
+    return max(found)[1] if found else None
+
+
+def _first_whole(paths: Sequence[Path]) -> Start | None:
+    """The first checkpoint that the disk has not spoiled; None where there is none. Raises UserError where all are."""
+    for path in paths[:-1]:
+        with contextlib.suppress(UserError):
+            return Start(path, load_checkpoint(path))
+    return Start(paths[-1], load_checkpoint(paths[-1])) if paths else None
 
 
 def _plan(recipe: Recipe, place: Place, world: World, parts: Parts | None) -> Plan:
@@ -205,8 +293,7 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
 
 
 def refuse_batches(recipe: Recipe, images: int, world: World) -> None:
-    """Raise UserError for batches, of an epoch over so many images, that the ranks cannot share or BatchNorm cannot
-    normalise."""
+    """Raise UserError for batches of so many images that ranks cannot share or BatchNorm cannot normalise."""
     batch, part, ranks, batch_norm = recipe.batch_size, recipe.micro_batch, world.size, recipe.model.batch_norm
     if batch > images:
         raise UserError(f"batch_size ({batch}) is larger than the training part ({images} images); set a smaller one")

@@ -15,8 +15,7 @@ from equipoise.evaluation.predictions import predict
 from equipoise.method.network import CosineClassifier, ScaledClassifier, TwoBranchNetwork
 from equipoise.runs.checkpoint import create_network, load_checkpoint, refuse_changed
 from equipoise.runs.folder import chosen_checkpoint
-from equipoise.training.place import Named
-from equipoise.training.plan import Plan, prepare
+from equipoise.training.plan import Named, Plan, prepare
 
 _TAUS = [step / 20 for step in range(21)]
 

@@ -1,7 +1,7 @@
 """A plan becomes a run folder: it is opened, taken, trained and scored, and what goes wrong is said in one line."""
 
 import shlex
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,8 +20,7 @@ from equipoise.method.network import CosineClassifier, TwoBranchNetwork
 from equipoise.runs.checkpoint import create_network
 from equipoise.runs.folder import BAD_IMAGES, LAST, METRICS, PREVIOUS, RunFolder, write_record
 from equipoise.training.loop import NonFiniteLossError, Requests, Trainer
-from equipoise.training.place import Named, default_folder
-from equipoise.training.plan import Plan, prepare
+from equipoise.training.plan import Named, Plan, default_folder, prepare
 from equipoise.views.loader import Batches
 
 
@@ -38,8 +37,7 @@ def train(recipe: Recipe, out: Named = None, progress: bool = True, resume: Name
 
 @dataclass(frozen=True)
 class Session:
-    """A plan of which all is checked, in a folder that is this process's own until the context of `start` ends.
-    `plan` names the folder that was got."""
+    """A plan of which all is checked, in the folder that was got: this process's own until `start` ends."""
 
     plan: Plan
     network: TwoBranchNetwork
@@ -59,8 +57,13 @@ class Session:
         else:
             for batches in self.opened.values():
                 batches.prepare(look)
-            if plan.start is None:
-                self._start_classifier(look)
+            classifier, model = self.network.classifier, plan.recipe.model
+            if plan.start is None and isinstance(classifier, CosineClassifier):
+                if starts_at_means(plan.recipe):
+                    classifier.start_at(class_means(plan.recipe, plan.parts.train, self.network, plan.world, look))
+                elif model.classifier_start == "text":
+                    text = model.encoder, model.weights, plan.parts.train.class_names
+                    classifier.start_at(plan.world.first_makes(lambda: text_directions(*text)))
             self.trainer.train(progress and plan.world.is_first)
         state = "training is done and saved, but not scored"  # nothing more has to be saved
         plan.world.each_makes(lambda: requests.stop_at_once(state, plan.resume_command()))
@@ -73,17 +76,6 @@ class Session:
             raise UserError(f"{in_words(error)}. Training is done and kept; then: {again}") from None
         return Run(plan.folder)
 
-    def _start_classifier(self, look: Callable[[], None]) -> None:
-        """Begin where the recipe says, if not at random. `look` is called now and then, and may raise."""
-        plan, model, classifier = self.plan, self.plan.recipe.model, self.network.classifier
-        if not isinstance(classifier, CosineClassifier):
-            return
-        if starts_at_means(plan.recipe):
-            classifier.start_at(class_means(plan.recipe, plan.parts.train, self.network, plan.world, look))
-        elif model.classifier_start == "text":
-            names = plan.parts.train.class_names
-            classifier.start_at(plan.world.first_makes(lambda: text_directions(model.encoder, model.weights, names)))
-
 
 def starts_at_means(recipe: Recipe) -> bool:
     """Whether the classifier starts at the means of the classes."""
@@ -93,8 +85,7 @@ def starts_at_means(recipe: Recipe) -> bool:
 
 @contextmanager
 def start(plan: Plan) -> Generator[Session]:
-    """A session of `plan`. What can be refused is refused here, before the folder is made: weights that do not fit or
-    cannot be had, images, a folder that cannot be made. See `train` for what it raises."""
+    """A session of `plan`. What can be refused is, before the folder is made. See `train` for what it raises."""
     network = plan.world.each_makes(lambda: open_network(plan))
     opened = plan.world.each_makes(
         lambda: {
@@ -169,7 +160,7 @@ def _failures_in_one_line(plan: Plan, folder: RunFolder) -> Generator[None]:
     try:
         yield
     except NonFiniteLossError:
-        folder.keep()
+        folder.kept = True  # its log shows why
         raise
     except (OSError, RuntimeError, MemoryError) as error:
         if out_of_memory(error):

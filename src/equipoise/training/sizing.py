@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import repeat
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,13 +20,11 @@ from equipoise.evaluation.features import missing_features
 from equipoise.method.clip import PREFIX
 from equipoise.method.pretrained import find_pretrained
 from equipoise.training.loop import Requests, Trainer, set_training
-from equipoise.training.place import Named
-from equipoise.training.plan import Plan, prepare
+from equipoise.training.plan import Named, Plan, prepare
 from equipoise.training.session import open_network, starts_at_means
 from equipoise.views.loader import Batch, open_recipe_batches, worker_count
 from equipoise.views.views import view_settings
 
-T = TypeVar("T")
 Settings = Sequence[tuple[Field, Any]]
 
 _RECIPES = {"frozen": "frozen", "scratch": "pictures"}  # of the ways to tune; of others 'finetune'
@@ -130,8 +128,7 @@ def _candidates(fixed: set[str], budget: float | None, settings: Settings) -> tu
 
 
 def measure(plan: Plan, ranks: int = 1) -> Cost:
-    """What a run of `plan` by so many processes costs on this machine, by timing some batches. What the processes
-    send each other is not in it."""
+    """What a run by so many processes costs, by timing some batches; without what they send each other."""
     own, resting = max(plan.recipe.batch_size // ranks, 2), replace(plan.recipe.optim, lr=0.0)  # the weights stay
     recipe = replace(plan.recipe, workers=worker_count(plan.recipe.workers, ranks), optim=resting)
     parts, device, frozen = plan.parts, plan.device, recipe.model.tune == "frozen"
@@ -160,7 +157,7 @@ def measure(plan: Plan, ranks: int = 1) -> Cost:
     return Cost(todo * an_image, plan.steps_per_epoch * a_step + validation * scored, last * scored + _REST)
 
 
-def _paced(items: Iterable[T], work: Callable[[T], object], ahead: int, device: torch.device) -> float:
+def _paced(items: Iterable[Batch], work: Callable[[Batch], object], ahead: int, device: torch.device) -> float:
     """Seconds for an item, with its making by the loader, which is `ahead` by so many: they do not count, since all
     must get ready first. Of fewer items, all count."""
     ends = [time.perf_counter()]

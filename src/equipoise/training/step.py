@@ -23,8 +23,7 @@ _STEPS_BEFORE_GRAPH = 3
 
 
 class Step:
-    """Computes the gradients of one batch into the network's parameters; with several ranks, those of the batch that
-    they hold together, on every rank."""
+    """Computes the gradients of one batch, which the ranks may hold together, into the network's parameters."""
 
     def __init__(
         self,
@@ -68,8 +67,7 @@ class Step:
                 self.objective.get_buffer(name).copy_(buffer)
 
     def __call__(self, batch: Batch, votes: Sequence[int] = ()) -> tuple[dict[str, float], list[float]]:
-        """The loss terms of the whole batch, and the sum over ranks of the votes. The gradients are there, the weights
-        have not moved."""
+        """The loss terms of the whole batch, and the sum over ranks of the votes. The weights have not moved."""
         with self._uphill(batch) if self._recipe.optim.sam else nullcontext():
             if self._graph is not None and self._graph.takes(batch):
                 terms, backward = self._graph.forward(batch), self._graph.backward
@@ -130,8 +128,7 @@ class Step:
 
 
 class _Forward(nn.Module):
-    """What DistributedDataParallel wraps: it exchanges gradients only of calls of `forward`. The objective is in it for
-    its parameters."""
+    """What DistributedDataParallel wraps. The objective is in it for its parameters."""
 
     def __init__(self, network: TwoBranchNetwork, objective: Objective, micro_batch: int) -> None:
         super().__init__()
@@ -158,8 +155,7 @@ class StepGraph:
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
 
     def takes(self, batch: Batch) -> bool:
-        """Whether the graphs are of such a batch. The first ones must do without: meanwhile libraries choose their
-        algorithms."""
+        """Whether the graphs are of such a batch. In the first ones, libraries choose their algorithms."""
         if len(batch.labels_G) != self._batch_size:
             return False
         self._before += 1
