@@ -131,7 +131,10 @@ def test_what_a_checkpoint_counts_on_is_on_the_disk_before_it(tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("where", "said"),
     [
-        ("loop.Step.__call__", "^there is not enough memory for batches of 64 images on cpu; free some, or train anew"),
+        (
+            "loop.Step.__call__",
+            "^there is not enough memory for batches of 64 images on cpu; train anew with --micro-batch, ",
+        ),
         ("session.evaluate_run", "Training is done and kept; then: equipoise evaluate "),
     ],
 )

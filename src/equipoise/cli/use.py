@@ -114,7 +114,10 @@ def predict(options: argparse.Namespace) -> int:
     _say_passed_over(predicted)
     written = options.csv or options.json
     if written:
-        _write(written, as_csv(predicted) if options.csv else as_json(predicted, classifier, options.prior))
+        content = as_csv(predicted) if options.csv else as_json(predicted, classifier, options.prior)
+        with contextlib.nullcontext(sys.stdout.buffer) if written == "-" else atomic_file(Path(written)) as file:
+            file.write(content)
+        print("" if written == "-" else f"written: {written}\n", end="", flush=True)
     else:
         tables.print_predictions(predicted)
     said = sys.stderr if written == "-" else sys.stdout
@@ -148,17 +151,6 @@ def _say_passed_over(predicted: Predicted) -> None:
         print(f"and {len(errors) - _PASSED_OVER_SHOWN:,} more", file=sys.stderr)
     if not len(predicted):
         raise UserError(f"nothing was predicted: {several(len(errors), 'file')} passed over")
-
-
-def _write(out: str, content: bytes) -> None:
-    """Write `content` to the file `out`, or for '-' to standard output."""
-    if out == "-":
-        sys.stdout.buffer.write(content)
-        sys.stdout.flush()
-        return
-    with atomic_file(Path(out)) as file:
-        file.write(content)
-    print(f"written: {out}")
 
 
 def export(options: argparse.Namespace) -> None:

@@ -146,9 +146,8 @@ class Trainer:
             closing(RunLog(plan.folder if plan.world.is_first else None, self.epoch, self.step)) as log,
         ):
             # One stream over all epochs: its workers make the next epoch's first batches while this one is validated.
-            steps = range(self.step, plan.steps)
-            how = recipe.data.sampler, recipe.epochs
-            stream = self._batches.training(recipe.seed, recipe.batch_size, steps, *how)
+            how = range(self.step, plan.steps), recipe.data.sampler, recipe.epochs
+            stream = self._batches.training(recipe.seed, recipe.batch_size, *how)
             while self.epoch < recipe.epochs:
                 self._train_epoch(stream, log, line)
                 self._end_epoch(log)

@@ -165,7 +165,8 @@ def _failures_in_one_line(plan: Plan, folder: RunFolder) -> Generator[None]:
     except (OSError, RuntimeError, MemoryError) as error:
         if out_of_memory(error):
             short = f"there is not enough memory for batches of {plan.recipe.batch_size} images on {plan.device}"
-            raise UserError(f"{short}; train anew with --micro-batch (the same in parts) or --batch-size") from None
+            instead = "train anew with --micro-batch, which computes the same in parts, or a smaller --batch-size"
+            raise UserError(f"{short}; {instead}") from None
         # The disk is full, say. A broken pipe is no file: nobody reads what is printed.
         if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
             then = f"go on with: {plan.resume_command()}" if (plan.folder / LAST).exists() else "start again"
