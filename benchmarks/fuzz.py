@@ -49,7 +49,7 @@ with _instrumented():
     from equipoise.data.images import ImageFiles, ImageList
     from equipoise.data.lists import read_list
     from equipoise.deploy.hub import read_hub_folder
-    from equipoise.deploy.predict import in_class_order, read_weights
+    from equipoise.evaluation.shift import in_class_order, read_weights
     from equipoise.report.page import read_runs
     from equipoise.runs.records import read_bad_images, read_metrics, read_record
 

@@ -7,11 +7,10 @@ import zlib
 import cv2
 import numpy as np
 import pytest
-from conftest import draw_folder
 from PIL import Image
 
 from equipoise import UserError
-from equipoise.data.decode import bad_images, decode, decode_all, decode_bytes, stand_in
+from equipoise.data.decode import bad_images, decode, decode_bytes, stand_in
 from equipoise.data.sources import find_parts
 from equipoise.views.views import evaluation_view
 
@@ -181,17 +180,6 @@ def test_broken_files_are_named(damage, reason, photo, pictures):
         word in reason for word in ("no image", "more than", "directory", "empty", "web page", "PDF")
     ):  # its header tells
         assert [error.name for error in bad_images(images)] == [images.images.name(0)]
-
-
-def test_decode_all_resizes_as_pillow_does(tmp_path):
-    draw_folder(tmp_path, {"a": 2, "b": 1})
-    images = find_parts(str(tmp_path)).parts["train"]
-    small, bad = decode_all(images, 16)
-    assert bad == {}
-    assert small.shape == (3, 16, 16, 3)
-    with Image.open(images.images.name(2)) as image:
-        expected = np.asarray(image.resize((16, 16), Image.Resampling.BILINEAR))
-    assert (small[2] == expected).all()
 
 
 def test_what_stands_in_for_a_bad_image(pictures):

@@ -79,7 +79,7 @@ def test_copies_in_lists_packed_images_and_parquet(copied, tmp_path):
 def test_images_in_memory():
     _, problems, _, inspection = survey(Data("digits"), check=True)
     assert problems == inspection.problems() == []
-    assert inspection.copies.too_alike
+    assert inspection.too_alike
     assert len(inspection.places) == 1797
     assert inspection.places[0].part == "train", "of the parts the training part is first"
 

@@ -95,6 +95,14 @@ def test_groups_stay_together(fold, tmp_path):
     assert all(0.15 < count / 47 < 0.45 for count in parts.validation.class_counts[:2])
 
 
+def test_more_groups_than_images_of_a_class(tmp_path):
+    """Small data in pairs: there are groups for twenty parts, but no class has twenty images."""
+    draw_folder(tmp_path, {f"{name}/{pair}": 2 for name in "abc" for pair in range(6)})
+    parts = open_data(Data(str(tmp_path), group_by=r"./\d", holdout=0.25))
+    assert not set(parts.train.groups_N) & set(parts.validation.groups_N)
+    assert 0 < len(parts.validation) < 18
+
+
 def test_refused_groups(tmp_path):
     draw_folder(tmp_path, {"ant": 4, "bee": 4})
     with pytest.raises(UserError, match=r"group_by = 'film' finds nothing in ant/0.png; it must match every path"):
@@ -104,7 +112,7 @@ def test_refused_groups(tmp_path):
     assert set(opened(tmp_path, group_by="(ant)|(bee)").train.groups_N) == {"ant", "bee"}
     with pytest.raises(UserError, match=r"no column and no regular expression: '\(' \(missing \), unterminated"):
         opened(tmp_path, group_by="(")
-    with pytest.raises(UserError, match="its images are of 1 group, too few for 2 parts"):
+    with pytest.raises(UserError, match="its images are of 1 group, those of a class 4 at most: too few for 2 parts"):
         opened(tmp_path, group_by="png", holdout=0.1)
     with pytest.raises(UserError, match="no class has images of two groups"):
         opened(tmp_path, group_by="^...", fold="1/2")

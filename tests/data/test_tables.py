@@ -62,9 +62,8 @@ def test_parts_and_groups_of_a_table(images):
     parts = opened(images, group_by="specimen")
     assert [part.class_counts for part in parts.named().values()] == [(2, 1), (0, 1), (1, 1)]
     assert parts.train.groups_N.tolist() == ["x", "x", "y"]
-    assert parts.notes[3:] == [
-        "1 group of the train part are in the validation part too (first: y): figures would be too good"
-    ]
+    shared = "1 group of the train part are in the validation part too (first: y): figures would be too good"
+    assert parts.notes == [shared]
 
 
 def test_a_column_that_divides_something_else_is_no_split(images):

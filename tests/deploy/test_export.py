@@ -21,6 +21,7 @@ from synthetic import untrained
 from equipoise import UserError, load
 from equipoise.data.decode import decode_bytes
 from equipoise.deploy.export import NOTES, check, export_file, made_up_images
+from equipoise.views.views import evaluation_view
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "onnx_predict.py"
 HERE = os.fsencode(str(Path(__file__).parents[2]))
@@ -56,7 +57,7 @@ def test_exported_files_give_what_predict_gives(odd_run, onnx_file, torch_file):
     classifier = load(odd_run, "cpu")
     test = odd_run.parent / "data" / "test"
     predicted = classifier.predict(test)
-    views = [classifier.view(decode_bytes(Path(file).read_bytes())) for file in predicted.files]
+    views = [evaluation_view(decode_bytes(Path(file).read_bytes()), 16) for file in predicted.files]
     views_N3SS = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).contiguous()
     for size in (1, 2, 18):
         with torch.inference_mode():

@@ -17,9 +17,10 @@ import equipoise
 from benchmarks.rehearsal import write_as_authors
 from equipoise import UserError, load
 from equipoise.deploy.hub import write_hub_folder
-from equipoise.deploy.predict import CalibratedNetwork, Classifier, read_weights
+from equipoise.deploy.predict import CalibratedNetwork, Classifier
 from equipoise.evaluation.metrics import fit_temperature
 from equipoise.evaluation.score import evaluate_checkpoint, evaluate_run
+from equipoise.evaluation.shift import read_weights
 from equipoise.method.losses import logit_adjusted_cross_entropy
 
 # ---- what the probabilities mean

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from equipoise.evaluation.intervals import bootstrap, intervals, wilson
-from equipoise.evaluation.metrics import GROUPS, Predictions, figure_weights, score
+from equipoise.evaluation.metrics import GROUPS, Predictions, bootstrap, figure_weights, score, wilson
 
 COUNTS = (500, 120, 80, 30, 12, 7, 3)  # training images: two classes of many, two of medium, three of few
 
@@ -91,12 +90,13 @@ def test_weights_make_the_means_from_the_classes(seed):
         shares = np.array([share or 0 for share in scored["per_class"]])
         assert np.average(shares, weights=weights[figure]) == pytest.approx(scored[figure])
     assert list(figure_weights(np.array([3, 0]), (500, 3))) == ["top1", "mean_per_class", "many"]
-    assert list(figure_weights(np.array([3, 0]), None)) == ["top1", "mean_per_class"]
+    assert list(figure_weights(np.array([3, 0]), ())) == ["top1", "mean_per_class"]
 
 
 def test_every_accuracy_lies_in_its_interval():
     made = case(4)
-    scored, (found, of_classes) = score(made, COUNTS, 7), intervals(made, COUNTS, 7)
+    scored = score(made, COUNTS, 7)
+    found, of_classes = scored["intervals"], scored["per_class_intervals"]
     assert json.loads(json.dumps(found)) == found
     for figure in ("top1", "mean_per_class", *GROUPS):
         assert found[figure][0] < scored[figure] < found[figure][1]
@@ -113,14 +113,15 @@ def test_a_mean_of_classes_has_the_images_by_which_it_varies():
     said = labels.copy()
     said[:5] = 1  # of class 0
     said[150:155] = 1  # of class 4; 6 is all right
-    found, of_classes = intervals(Predictions(labels, said[:, None], np.ones(len(labels))), COUNTS, 7)
+    scored = score(Predictions(labels, said[:, None], np.ones(len(labels))), COUNTS, 7)
+    found, of_classes = scored["intervals"], scored["per_class_intervals"]
     assert found["many"] == of_classes[0] == pytest.approx(wilson(0.9, 50), abs=1e-4)
     assert found["medium"] == pytest.approx(wilson(1.0, 96), abs=1e-4)  # 1 / (1/4/40 + 1/4/60)
     assert found["few"] == pytest.approx(wilson(0.875, 80 / 3), abs=1e-4)  # 1 / (1/4/20 + 1/4/10)
     assert found["top1"] == pytest.approx(wilson(17 / 18, 180), abs=1e-4)
     assert [label for label, of in enumerate(of_classes) if of is None] == [1, 5]
-    unknown, _ = intervals(Predictions(labels, said[:, None], np.ones(len(labels))), (), 7)
-    assert list(unknown) == ["top1", "mean_per_class"]
+    unknown = score(Predictions(labels, said[:, None], np.ones(len(labels))), (), 7)
+    assert list(unknown["intervals"]) == ["top1", "mean_per_class"]
 
 
 @pytest.mark.parametrize(
@@ -140,7 +141,8 @@ def test_intervals_cover_what_they_say(images, shares):
     for _ in range(500):
         right = generator.random(len(labels)) < np.array(shares)[labels]
         said = np.where(right, labels, (labels + 1) % len(images))[:, None]
-        low, high = intervals(Predictions(labels, said, np.ones(len(labels))), (), len(images))[0]["mean_per_class"]
+        scored = score(Predictions(labels, said, np.ones(len(labels))), (), len(images))
+        low, high = scored["intervals"]["mean_per_class"]
         covered += low - 1e-4 <= np.mean(shares) <= high + 1e-4
     assert 450 <= covered < 500
 
@@ -148,4 +150,6 @@ def test_intervals_cover_what_they_say(images, shares):
 def test_neither_the_order_of_images_nor_the_time_changes_them():
     made, order = case(5), np.random.default_rng(0).permutation(210)
     shuffled = Predictions(made.labels_N[order], made.ranked_NK[order], made.confidence_N)
-    assert intervals(made, COUNTS, 7) == intervals(made, COUNTS, 7) == intervals(shuffled, COUNTS, 7)
+    first, again, other = (score(of, COUNTS, 7) for of in (made, made, shuffled))
+    for name in ("intervals", "per_class_intervals"):
+        assert first[name] == again[name] == other[name]

@@ -13,11 +13,10 @@ from equipoise.evaluation.metrics import (
     TAUS,
     Predictions,
     calibration_error,
-    choose_tau,
     fit_temperature,
+    post_hoc_prior,
     score,
     shot_group,
-    sweep,
 )
 
 SINGLE = (
@@ -86,7 +85,7 @@ def test_absent_is_not_zero():
     assert result["few"] == result["mean_per_class"] == 0.75
     assert result["top5"] is None, "of three classes five are always right"
     assert score(predictions([1], [1]), [500, 3], 2)["many"] is None, "its class has no test images"
-    unknown = score(predictions([0, 1, 2], [0, 0, 2]), None, 3)
+    unknown = score(predictions([0, 1, 2], [0, 0, 2]), (), 3)
     assert (unknown["many"], unknown["medium"], unknown["few"]) == (None, None, None)
     assert unknown["mean_per_class"] == 0.75
 
@@ -109,7 +108,7 @@ def test_how_often_few_are_taken_for_many():
     assert score(made, [100, 50, 10, 5, 100], 5)["false_head_rate"] is None, "no class is many"
     assert score(made, [500, 50, 20, 20, 101], 5)["false_head_rate"] is None, "no class is few"
     assert score(predictions([0, 1], [0, 1]), [500, 50, 3], 3)["false_head_rate"] is None, "few have no images"
-    assert score(made, None, 5)["false_head_rate"] is None
+    assert score(made, (), 5)["false_head_rate"] is None
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -237,7 +236,7 @@ def test_no_temperature_where_nothing_is_the_minimum(sign):
 
 def test_sweep_by_slow_loops():
     made, logits, counts = random_case(7)
-    rows = sweep(made, counts)
+    rows = score(made, counts, len(counts))["prior_sweep"]
     assert [row["tau"] for row in rows] == list(TAUS)
     for row in rows:
         best = [
@@ -249,11 +248,10 @@ def test_sweep_by_slow_loops():
             assert row[name] == pytest.approx(scored[name]), (row["tau"], name)
     scored = score(made, counts, len(counts))
     assert rows[0]["top1"] == scored["top1"]
-    assert scored["prior_sweep"] == rows
     assert score(predictions([0], [0]), [3, 1], 2)["prior_sweep"] is None, "without a prior there is no sweep"
 
 
 def test_the_smallest_of_equal_taus_is_chosen():
     rows = [{"tau": tau, "mean_per_class": mean} for tau, mean in [(0, 0.1), (0.5, 0.4), (1, 0.4), (2, 0.3)]]
-    assert choose_tau(rows)["tau"] == 0.5
-    assert choose_tau(rows[::-1])["tau"] == 0.5
+    chosen = post_hoc_prior({"prior_sweep": rows}, {"prior_sweep": [{"tau": 0.5, "mean_per_class": 0.2}]})
+    assert (chosen["tau"], chosen["validation"], chosen["test"]["mean_per_class"]) == (0.5, rows[1], 0.2)

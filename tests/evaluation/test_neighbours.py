@@ -10,8 +10,7 @@ from synthetic import untrained
 
 from equipoise import load_recipe, train
 from equipoise.base.world import ALONE
-from equipoise.evaluation.features import open_encoded_batches
-from equipoise.evaluation.neighbours import nearest
+from equipoise.evaluation.features import nearest, open_encoded_batches
 from equipoise.evaluation.score import evaluate_run
 from equipoise.method.encoders import create_encoder
 

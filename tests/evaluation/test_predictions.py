@@ -10,7 +10,7 @@ from torch import nn
 
 from equipoise import UserError
 from equipoise.base.world import ALONE
-from equipoise.config.recipe import Model, Views
+from equipoise.config.recipe import Model, Recipe, Views
 from equipoise.evaluation.metrics import GROUPS, TAUS, Predictions, shot_group
 from equipoise.evaluation.predictions import (
     COSINE_BINS,
@@ -31,7 +31,7 @@ TEMPERATURE = 1.7
 @pytest.fixture
 def network() -> TwoBranchNetwork:
     torch.manual_seed(0)
-    return TwoBranchNetwork(Model("resnet8", feature_dim=12), Views(size=16), CLASSES).eval()
+    return TwoBranchNetwork(Recipe(model=Model("resnet8", feature_dim=12), views=Views(size=16)), CLASSES).eval()
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_geometry_against_the_features_themselves(network, observed):
 
 def map_rows(labels, classes: int, batch: int) -> list[int]:
     """Which images of these labels are on the map."""
-    network = TwoBranchNetwork(Model("resnet8"), Views(size=16), classes, contrastive=False)
+    network = TwoBranchNetwork(Recipe(method="ce", model=Model("resnet8"), views=Views(size=16)), classes)
     observation = Observation(network, [5] * classes, None)
     for part in labels.split(batch):
         observation.add(part, torch.ones(len(part), network.width), torch.zeros(len(part), classes))

@@ -11,7 +11,7 @@ from conftest import ODD_NAMES, draw_colour
 
 from equipoise import UserError, load_checkpoint, load_recipe
 from equipoise.config.recipe import find_field
-from equipoise.evaluation.metrics import fit_temperature, sweep
+from equipoise.evaluation.metrics import fit_temperature, score
 from equipoise.evaluation.predictions import predict
 from equipoise.evaluation.score import Run, chosen, evaluate_checkpoint, evaluate_run, score_checkpoint
 from equipoise.method.losses import log_prior
@@ -62,7 +62,7 @@ def test_validation_fits_the_temperature_and_chooses_tau(checkpoint):
         scores_NC = predictions.logits_NC.astype(np.float64) / temperature
         confidence_N = (np.exp(scores_NC) / np.exp(scores_NC).sum(1, keepdims=True)).max(1)
         assert observed[f"{part}/calibrated_N"] == pytest.approx(confidence_N, abs=1e-5)
-        assert metrics[part]["prior_sweep"] == sweep(predictions, COUNTS)
+        assert metrics[part]["prior_sweep"] == score(predictions, COUNTS, 3)["prior_sweep"]
         chances_NC = np.exp(predictions.logits_NC) / np.exp(predictions.logits_NC).sum(1, keepdims=True)
         for group, label in zip(("many", "medium", "few"), range(3), strict=True):
             nll = -np.log(chances_NC[predictions.labels_N == label, label]).mean()

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from equipoise.config.recipe import Loss
 from equipoise.method.kcl import Tsc, _draw, k_positive_loss, spread_points
-from equipoise.method.network import Outputs
+from equipoise.method.objective import Outputs
 
 LABELS = torch.tensor([0, 0, 0, 0, 0, 1, 1, 2])
 
@@ -65,7 +65,7 @@ def test_each_class_gets_the_point_that_is_nearest_to_its_mean():
     objective.begin_epoch(0, 2)
     first = objective.targets_CD.clone()
     towards = first[[2, 0, 1]][LABELS][:, None].repeat(1, 2, 1)
-    objective(Outputs(torch.zeros(8, 3), towards, None), LABELS, slice(0, 8))
+    objective(Outputs(torch.zeros(8, 3), towards), LABELS, slice(0, 8))
     assert torch.allclose(objective.means_CD, first[[2, 0, 1]])
     objective.begin_epoch(1, 2)
     assert torch.equal(objective.targets_CD, first[[2, 0, 1]])

@@ -3,6 +3,7 @@
 import math
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,9 +14,9 @@ from equipoise import BalancedContrastiveLoss, load_recipe
 from equipoise.config.recipe import Loss, Method
 from equipoise.method.kcl import k_positive_loss, spread_points
 from equipoise.method.losses import log_prior, supervised_contrastive_loss
-from equipoise.method.methods import METHODS, class_weights, focal_loss, ldam_margins, objective_of
-from equipoise.method.network import Outputs
-from equipoise.method.paco import parametric_contrastive_loss
+from equipoise.method.methods import METHODS, class_weights, objective_of, remedies
+from equipoise.method.objective import Outputs
+from equipoise.method.queues import parametric_contrastive_loss
 
 COUNTS, LABELS = (50, 10, 2), torch.tensor([0, 0, 0, 1, 1, 2])
 SETTINGS = {"alpha": 1.5, "beta": 0.7, "temperature": 0.2, "tau": 1.3, "gamma": 0.4, "effective_beta": 0.99,
@@ -51,7 +52,6 @@ def gpaco(of: Outputs, smoothing: float) -> Tensor:
 
 def paco(of: Outputs, smoothing: float) -> Tensor:
     """Before anything is in its queue, for each query in turn. A plan refuses the smoothing, the loss would take it."""
-    assert of.features_BVD is not None
     columns, labels, total = of.features_BVD.flatten(0, 1), LABELS.repeat_interleave(2), torch.zeros(())
     prior = log_prior(torch.tensor(COUNTS))
     for image, label in enumerate(LABELS.tolist()):
@@ -89,8 +89,6 @@ def formula(method: str, of: Outputs, smoothing: float) -> Tensor:
     weighted = F.cross_entropy(logits, LABELS, weights, label_smoothing=smoothing)  # mean: divided by the weights
     right = logits.softmax(1)[range(6), LABELS]
     margins = 30 * 0.5 * (2 / counts) ** 0.25
-    assert features is not None
-    assert prototypes is not None
     return {
         "bcl": lambda: 1.5 * adjusted + 0.7 * BalancedContrastiveLoss(0.2)(features, LABELS, prototypes),
         "concutmix": lambda: formula("bcl", of, smoothing),  # of images that are not mixed
@@ -100,7 +98,7 @@ def formula(method: str, of: Outputs, smoothing: float) -> Tensor:
         "ce": lambda: F.cross_entropy(logits, LABELS, label_smoothing=smoothing),
         "class-weights": lambda: weighted,
         "focal": lambda: -((1 - right) ** 0.4 * right.log()).mean(),
-        "ldam-drw": lambda: F.cross_entropy(logits - margins * F.one_hot(LABELS, 3), LABELS),
+        "ldam-drw": lambda: F.cross_entropy(logits - margins * F.one_hot(LABELS, 3), LABELS, label_smoothing=smoothing),
         "kcl": lambda: 1.5 * adjusted + 0.7 * k_positive_loss(features, LABELS, 0.2, 0),
         "tsc": lambda: 1.5 * adjusted + 0.7 * k_positive_loss(features, LABELS, 0.2, 0, targets_CD=spread_points(3, 4)),
         "gml": lambda: 1.5 * adjusted + 0.7 * gml(features, prior),
@@ -195,7 +193,6 @@ def test_parts_of_a_batch_add_up(method):
     for parts in ([slice(0, 6)], [slice(0, 1), slice(1, 5), slice(5, 6), slice(6, 6)]):
         recipe = load_recipe("digits-lt", method=method, **SETTINGS)
         logits_BC, features_BVD, prototypes_CD, (view_BD, centres_CD) = outputs(method)
-        assert features_BVD is not None
         logits_BC.requires_grad_()
         features_BVD.requires_grad_()
         of_parts = list[Tensor]()
@@ -222,16 +219,13 @@ def test_effective_numbers_golden(beta):
     )
 
 
-def test_class_weights_by_inverse_frequency():
-    assert class_weights(torch.tensor([1, 2, 4]), 1).tolist() == pytest.approx([12 / 7, 6 / 7, 3 / 7])
-
-
 @pytest.mark.parametrize("case", GOLDEN["focal"]["cases"], ids=lambda case: f"gamma {case['gamma']}")
 def test_focal_golden(case):
     golden = GOLDEN["focal"]
     values = golden_values(golden["lcg_seed"], golden["batch"] * golden["classes"]) * golden["logit_scale"]
     logits = values.reshape(golden["batch"], golden["classes"]).requires_grad_()
-    loss = focal_loss(logits, torch.tensor(golden["labels"]), case["gamma"]).mean()
+    focal = METHODS["focal"](Loss(gamma=case["gamma"]), torch.ones(golden["classes"]))
+    loss = focal.losses(logits, torch.tensor(golden["labels"]), None).mean()
     loss.backward()
     assert loss.item() == pytest.approx(case["loss"], rel=1e-9)
     assert logits.grad is not None
@@ -240,7 +234,7 @@ def test_focal_golden(case):
 
 def test_focal_of_an_image_that_is_certainly_right():
     logits = torch.tensor([[200.0, 0.0]], requires_grad=True)
-    focal_loss(logits, torch.tensor([0]), 0.5).sum().backward()
+    METHODS["focal"](Loss(gamma=0.5), torch.ones(2)).losses(logits, torch.tensor([0]), None).sum().backward()
     assert logits.grad is not None
     assert logits.grad.isfinite().all()
 
@@ -255,10 +249,10 @@ def test_ldam_golden(stage):
     objective = METHODS["ldam-drw"](Loss(effective_beta=0.9999), counts)
     for epoch in range(160 + stage):
         objective.begin_epoch(epoch, 200)
-    of = Outputs(30 * cosines, None, None)
+    of = Outputs(30 * cosines)
     loss = objective(of, torch.tensor(golden["labels"]), slice(0, golden["batch"]))["loss"]
     loss.backward()
-    assert ldam_margins(counts).tolist() == pytest.approx(case["margins"], rel=1e-9)
+    assert objective.margins_C.tolist() == pytest.approx(case["margins"], rel=1e-9)
     assert loss.item() == pytest.approx(case["loss"], rel=1e-9)
     assert cosines.grad is not None
     assert cosines.grad.norm().item() == pytest.approx(case["grad_norm"], rel=1e-9)
@@ -311,3 +305,37 @@ def test_logits_of_ldam_are_for_the_prior_of_their_stage(progress, prior):
     objective = objective_of(load_recipe("digits-lt", method="ldam-drw", effective_beta=1), (9, 4, 1))
     found = objective.log_prior_of_logits(progress).exp()
     assert (found / found[2]).tolist() == pytest.approx(prior)
+
+
+# ---- what the remedies would do, against closed forms worked out by hand
+
+
+def figures(remedy: str, counts: list[int], beta: float = 0.9999) -> np.ndarray:
+    return next(figures_C.numpy() for name, figures_C, _ in remedies(counts, beta) if name.strip() == remedy)
+
+
+def test_weights_go_by_one_over_n_with_mean_one():
+    assert figures("class weights 1/n", [1, 2, 4]) == pytest.approx([12 / 7, 6 / 7, 3 / 7])
+
+
+def test_effective_numbers_by_the_geometric_series():
+    """E_n = 1 + beta + ... + beta^(n - 1); of few images, nearly their number."""
+    series = [sum(0.5**power for power in range(count)) for count in (1, 2, 3)]  # 1, 3/2, 7/4
+    inverse = [1 / number for number in series]
+    found = figures("by effective number", [1, 2, 3], beta=0.5)
+    assert found == pytest.approx([3 * w / sum(inverse) for w in inverse])
+    few = [1, 2, 4]
+    assert figures("by effective number", few) == pytest.approx(figures("class weights 1/n", few), rel=1e-3)
+    assert figures("by effective number", [10**6, 10**7]) == pytest.approx([1, 1])
+
+
+def test_samplers():
+    """Of 100 images in 2 classes, the balanced sampler takes 50 of each; by square roots, 9 : 3 as 81 : 9."""
+    assert figures("class-balanced sampler", [90, 10]) == pytest.approx([50 / 90, 50 / 10])
+    assert figures("square-root sampler", [81, 9]) == pytest.approx([67.5 / 81, 22.5 / 9])
+    for sampler in ("class-balanced sampler", "square-root sampler"):
+        assert figures(sampler, [795, 300, 112]) @ [795, 300, 112] == pytest.approx(1207)
+
+
+def test_margins():
+    assert figures("logit adjustment", [100, 50, 1]) == pytest.approx([0, math.log(2), math.log(100)])

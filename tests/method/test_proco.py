@@ -9,7 +9,7 @@ from conftest import GOLDEN, golden_values
 from torch import Tensor
 
 from equipoise.config.recipe import Loss
-from equipoise.method.network import Outputs
+from equipoise.method.objective import Outputs
 from equipoise.method.proco import ProCo, log_bessel_difference
 
 mpmath = pytest.importorskip("mpmath")  # torch needs it anyway, by way of sympy
@@ -89,7 +89,7 @@ def test_proco_golden(case, monkeypatch):
         if number in (0, 2):
             objective.begin_epoch(number // 2, 2)
         features.requires_grad_()
-        outputs = Outputs(torch.zeros(batch, classes), F.normalize(features, dim=1)[:, None], None)
+        outputs = Outputs(torch.zeros(batch, classes), F.normalize(features, dim=1)[:, None])
         loss = objective(outputs, labels, slice(0, batch))["loss"]
         (gradient,) = torch.autograd.grad(loss, features)
         assert objective.counts_2C[0].tolist() == expected["amount"]

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from equipoise import UserError
-from equipoise.config.recipe import Model, Views
+from equipoise.config.recipe import Model, Recipe, Views
 from equipoise.method.encoders import create_encoder
 from equipoise.method.network import TwoBranchNetwork
 from equipoise.method.tuning import merge_low_rank, parameter_groups, restrict
@@ -93,7 +93,7 @@ def test_low_rank_additions():
 
 @pytest.mark.parametrize("tune", ["scratch", "last-stage"])
 def test_layers_learn_at_their_rates(tune):
-    network = TwoBranchNetwork(Model("resnet18", tune=tune), Views(size=64), 3, start=False)
+    network = TwoBranchNetwork(Recipe(model=Model("resnet18", tune=tune), views=Views(size=64)), 3, start=False)
     groups = parameter_groups(network, network.encoder, 0.5)
     rate = {id(one): group["lr_scale"] for group in groups for one in group["params"]}
     assert len(rate) == sum(len(group["params"]) for group in groups), "each parameter once"

@@ -71,18 +71,6 @@ def test_everything_is_there_and_nothing_from_elsewhere(runs, report):
     assert "said &#34;so&#34;" in page
 
 
-def test_runs_that_were_scored_by_an_earlier_version(tmp_path, report):
-    run = write_run(tmp_path / "run", FEW_CLASSES, validation=False)
-    metrics = json.loads((run / "metrics.json").read_text())
-    for block in (metrics["test"], metrics["last"]["test"]):
-        for key in ("intervals", "per_class_intervals", "false_head_rate"):
-            del block[key]
-    (run / "metrics.json").write_text(json.dumps(metrics))
-    page = report(run)
-    assert '<td>few taken for many</td><td class="number">-</td>' in page
-    assert "intervals over test images" not in page
-
-
 @pytest.mark.slow
 def test_calibration_is_better_after_scaling_and_without_validation_nothing_is_fitted(tmp_path, report):
     """A made-up network of scale 30 is too sure of hard images; one temperature mends some of it."""

@@ -38,7 +38,7 @@ def test_logarithmic_ticks():
 
 
 def test_marks_lie_where_the_axes_put_them():
-    figure = Figure(TENTHS, 200, (26, 12, 40, 34), Axis("y", 0, 4))
+    figure = Figure(TENTHS, 200, (26, 40, 34), Axis("y", 0, 4))
     figure.dot(2.5, 1, "run0", title="<here & there>")
     figure.path([(0, 4), (5, 0)], "line run1")
     figure.bar(2, 4, 3, 10, "few")
@@ -52,8 +52,8 @@ def test_marks_lie_where_the_axes_put_them():
 
 
 def test_labels_at_the_right_do_not_cover_each_other():
-    figure = Figure(Axis("", 0, 1), 100, (0, 12, 0, 0))
-    figure.labels([(96, Name("c", "")), (10, Name("a", "")), (95, Name("b", "")), (97, Name("d", ""))])
+    figure = Figure(Axis("", 0, 1), 100, (0, 0, 0))
+    figure.labels([(Name(label, ""), [(0, 50), (1, y)]) for label, y in (("c", 96), ("a", 10), ("b", 95), ("d", 97))])
     found = re.findall(r'y="([\d.]+)"[^>]*>([abcd])<', figure.svg(""))
     heights = [float(y) for y, _ in found]
     assert [name for _, name in found] == ["a", "b", "c", "d"]
@@ -64,7 +64,7 @@ def test_labels_at_the_right_do_not_cover_each_other():
 
 def test_rows_lie_below_their_headings():
     rows = {"a": [(Name("one", "run0"), 1), (Name("two", "run1"), 2)], "b": [(Name("one", "run0"), 3)]}
-    figure, places = row_figure(TENTHS, rows, 20, (4, 4, 4, 4))
+    figure, places = row_figure(TENTHS, rows, 20, (4, 4, 4))
     assert [(y, heading, value) for y, heading, _, value in places] == [(26, "a", 1), (46, "a", 2), (102, "b", 3)]
     assert figure.height == 132
     headings = re.findall(r'class="row" x="0.00%" y="([\d.]+)"[^>]*>(\w)<', figure.svg(""))

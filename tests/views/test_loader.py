@@ -17,8 +17,8 @@ from equipoise import UserError
 from equipoise.base.world import World
 from equipoise.data.decode import decode
 from equipoise.data.sources import find_parts
+from equipoise.views.draws import mixing, second_draws
 from equipoise.views.loader import open_batches, steps_per_epoch, worker_count
-from equipoise.views.mixing import mixing, second_draws
 from equipoise.views.views import ViewSettings, evaluation_view, photo_views, small_views
 
 CPU = torch.device("cpu")

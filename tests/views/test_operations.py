@@ -124,8 +124,8 @@ def test_affine_is_pillows(resampling):
         assert (ours[outside] == FILL).all()
 
 
-@pytest.mark.parametrize("resampling", views.RESAMPLINGS)
-@pytest.mark.parametrize("name", views.OPERATIONS)
+@pytest.mark.parametrize("resampling", OF_PILLOW)
+@pytest.mark.parametrize("name", [*operations.OF_COLOUR, *operations.MATRICES])
 def test_an_image_of_a_stack_becomes_what_it_becomes_alone(name, resampling):
     """Each by its own argument; also one whose rows do not fill a vector of the processor."""
     ranges = {"Posterize": (0, 8), "Solarize": (0, 256), "SolarizeAdd": (0, 110), "Rotate": (-30, 30)}

@@ -11,6 +11,7 @@ from typing import IO, Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 from equipoise.base.errors import UserError, out_of_memory, reason
 
@@ -62,8 +63,6 @@ def load_tensors(path: Path, what: str) -> object:
     MemoryError or torch's error where the memory is too small."""
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
             return load_file(path)
         with warnings.catch_warnings(), torch.serialization.safe_globals(_NUMBERS_OF_NUMPY):
             warnings.simplefilter("ignore")  # about the format of old files

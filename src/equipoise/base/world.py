@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from equipoise.base.errors import LostRankError, SharedError, Stopped, UserError, in_words, out_of_memory, reason
 
@@ -92,7 +91,11 @@ class World:
     def gather_rows(self, rows_BX: Tensor, batch: int) -> Tensor:
         """`[G, ...]` the rows of every rank, in the order of the batch of `batch` rows. Each rank may use the result
         differently: a row's gradient is the sum of the gradients on all ranks."""
-        return rows_BX if self.size == 1 else _GatherRows.apply(rows_BX, self.share(batch), batch)  # pyright: ignore[reportReturnType]
+        if self.size == 1:
+            return rows_BX
+        rows_GX = rows_BX.new_zeros(batch, *rows_BX.shape[1:])
+        rows_GX[self.share(batch)] = rows_BX
+        return sum_over_ranks(rows_GX)
 
     def first_buffers(self, module: nn.Module) -> None:
         """Give every rank rank 0's buffers (BatchNorm's averages), as DataParallel keeps those of its first GPU."""
@@ -127,8 +130,7 @@ def join() -> Generator[World]:
         yield world
         dist.barrier()  # a rank that ends early would fail the exchanges of the others
     except Exception as error:
-        lost = lost_rank(error)
-        if lost is not None:
+        if lost := lost_rank(error):
             raise lost from None
         if isinstance(error, SharedError | Stopped):  # all ranks raise it
             dist.destroy_process_group()  # else its threads may abort the process when Python ends
@@ -164,20 +166,18 @@ def lost_rank(error: Exception) -> LostRankError | None:
     return LostRankError(f"an exchange with the other ranks failed ({why}): one has ended; it or torchrun says why")
 
 
-class _GatherRows(torch.autograd.Function):
-    """All ranks' rows, as a sum of which each rank adds its own. Backward: the sum over ranks of the gradients."""
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone(memory_format=torch.contiguous_format)  # of a gradient, another use may have the same one
+        dist.all_reduce(total)
+        return total
 
     @staticmethod
-    def forward(ctx: Any, rows_BX: Tensor, share: slice, batch: int) -> Tensor:
-        ctx.share = share
-        rows_GX = rows_BX.new_zeros(batch, *rows_BX.shape[1:])
-        rows_GX[share] = rows_BX
-        dist.all_reduce(rows_GX)
-        return rows_GX
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return sum_over_ranks(gradient)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        gradient_GX = gradients[0].clone(memory_format=torch.contiguous_format)  # another use may have the same one
-        dist.all_reduce(gradient_GX)
-        return gradient_GX[ctx.share], None, None
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """The sum over several ranks. Its gradient is the sum of the gradients on all ranks."""
+    return _Sum.apply(x)  # pyright: ignore[reportReturnType]

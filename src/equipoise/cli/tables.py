@@ -21,7 +21,7 @@ from equipoise.config.recipe import Method, Recipe
 from equipoise.data.decode import BadImageError
 from equipoise.data.images import Found, ImageList, imbalance_factor
 from equipoise.evaluation.metrics import FURTHER, GROUP_LIMITS, percent, shot_group
-from equipoise.method.balance import remedies
+from equipoise.method.methods import remedies
 
 if TYPE_CHECKING:
     from equipoise.deploy.predict import Predicted

@@ -59,11 +59,11 @@ def data(options: argparse.Namespace) -> int:
     for what, rows in inspection.odd.items():
         first = inspection.places[rows[0]].name
         print(one_line(f"{several(len(rows), 'image')} {what} (first: {first})"))
-    if inspection.copies.too_alike:
+    if inspection.too_alike:
         print("many images resemble others so closely that only exact copies could be told from them")
     if options.report:
         print(f"report: {write_data_page(str(path), found, inspection, Path(options.report), doubts)}")
-    pairs = inspection.copies.pairs
+    pairs = inspection.copies
     return 1 if problems or bad or pairs["parts"] or pairs["labels"] else 0
 
 

@@ -19,9 +19,10 @@ from equipoise.data.lists import text_lines
 from equipoise.deploy.export import export_file
 from equipoise.deploy.hub import write_hub_folder
 from equipoise.deploy.predict import Predicted, as_csv, as_json, load
-from equipoise.evaluation.score import evaluate_checkpoint, evaluate_run, write_logits
-from equipoise.evaluation.shift import label_shift_of
+from equipoise.evaluation.predictions import to_npz
+from equipoise.evaluation.score import evaluate_checkpoint, evaluate_run
 from equipoise.report.page import write_report
+from equipoise.runs.checkpoint import described
 from equipoise.runs.folder import METRICS, chosen_checkpoint, write_json
 
 _PASSED_OVER_SHOWN = 20
@@ -59,7 +60,7 @@ def score_checkpoint(options: argparse.Namespace, target: Path, data: str | None
     flags.refuse_unwritable("--out", options.out or checkpoint.with_name(METRICS), ".json")
     flags.refuse_unwritable("--logits", logits, ".npz")
     with join() as world:
-        metrics, predictions = evaluate_checkpoint(checkpoint, data, part, overrides, bool(logits) or shifted, world)
+        metrics, predictions = evaluate_checkpoint(checkpoint, data, part, overrides, bool(logits), shifted, world)
     if not world.is_first:
         return
     scored: str = metrics["split"]
@@ -68,12 +69,12 @@ def score_checkpoint(options: argparse.Namespace, target: Path, data: str | None
     tables.print_calibration(scored, metrics[scored])
     tables.print_unreadable(metrics)
     if shifted:
-        metrics["label_shift"] = label_shift_of(checkpoint, metrics["train_counts"], predictions)
         tables.print_label_shift(metrics["label_shift"])
     if metrics["note"]:
         print(f"note: {metrics['note']}")
     if logits:
-        write_logits(Path(logits), predictions, metrics["class_names"])
+        arrays = {"logits": predictions.logits_NC, "labels": predictions.labels_N}
+        to_npz(Path(logits), {**arrays, "class_names": metrics["class_names"]})
         print(f"written: {logits}")
     of_data = f"-{Path(data).resolve().name}" if data else ""
     stem = checkpoint.name.partition(".pt")[0]
@@ -121,7 +122,7 @@ def predict(options: argparse.Namespace) -> int:
     else:
         tables.print_predictions(predicted)
     said = sys.stderr if written == "-" else sys.stdout
-    print(f"{classifier.origin}, {classifier.described}", file=said)
+    print(f"{classifier.origin}, {described(classifier.origin, classifier.checkpoint)}", file=said)
     print(f"class prior: {options.prior}; {classifier.calibration}", file=said)
     if predicted.estimated:
         print(tables.largest_changes(predicted.estimated, classifier.checkpoint.class_counts), file=said)
@@ -155,7 +156,7 @@ def _say_passed_over(predicted: Predicted) -> None:
 
 def export(options: argparse.Namespace) -> None:
     form, classifier = options.to, load(options.target, "cpu")
-    print(f"{classifier.origin}, {classifier.described}")
+    print(f"{classifier.origin}, {described(classifier.origin, classifier.checkpoint)}")
     origin = classifier.origin.resolve()
     out = Path(options.out or origin.with_name(origin.name.partition(".pt")[0] + ENDINGS[form]))
     if form == "safetensors":

@@ -6,7 +6,6 @@ from which a blurred one was subtracted. Measured in docs/log.md. Shapes: N imag
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import cv2
@@ -20,6 +19,7 @@ Details = npt.NDArray[np.float32]
 
 KINDS = ("parts", "labels", "again")  # in another part; in another class; in neither
 COPY = 0.95  # a correlation of details from which on two images are copies
+_EXACT = 2.0  # in its place, for those of which every pixel is the same
 _RESEMBLES = 0.8  # one that different images reach where all show about the same
 _MOST_RESEMBLING = 0.25  # share of the images that may have such a neighbour
 _FAINTEST = 1.0  # root mean square, in levels of 255: less detail is noise
@@ -36,15 +36,6 @@ class Pair(NamedTuple):
     exact: bool
 
 
-@dataclass(frozen=True)
-class Copies:
-    """`pairs`: of each kind (`KINDS`) at most one pair an image, in the order of the images; a pair may be of two
-    kinds. `too_alike`: different images resemble each other so much that only exact copies were looked for."""
-
-    pairs: dict[str, list[Pair]]
-    too_alike: bool
-
-
 def detail(pixels: npt.NDArray[np.uint8]) -> Details:
     """The fine shapes of an image `[H, W, 3]` as `[S, S]`."""
     small = cv2.resize(pixels, (2 * _SIDE, 2 * _SIDE), interpolation=cv2.INTER_AREA)
@@ -52,55 +43,40 @@ def detail(pixels: npt.NDArray[np.uint8]) -> Details:
     return (gray_SS - cv2.GaussianBlur(gray_SS, (0, 0), 1, borderType=cv2.BORDER_REFLECT)).astype(np.float32)
 
 
-def find_copies(digests: Sequence[bytes], details: Sequence[Details], parts_N: Indices, labels_N: Indices) -> Copies:
-    """The copies among images with these digests of their pixels and these details. `parts_N` must ascend: an image of
-    the test part is then a copy of one of the training part, not the other way round."""
-    pairs: dict[str, list[Pair]] = {}
+def find_copies(
+    digests: Sequence[bytes], details: Sequence[Details], parts_N: Indices, labels_N: Indices
+) -> tuple[dict[str, list[Pair]], bool]:
+    """The copies among images with these digests of their pixels and these details: of each kind (`KINDS`) at most one
+    pair an image, in the order of the images; a pair may be of two kinds. And whether different images resemble each
+    other so much that only exact copies were looked for. `parts_N` must ascend: an image of the test part is then a
+    copy of one of the training part, not the other way round."""
+    numbers: dict[bytes, int] = {}
+    pixels_N = np.array([numbers.setdefault(digest, len(numbers)) for digest in digests], np.int64)
     details_NSS = np.array(details, np.float32).reshape(-1, _SIDE, _SIDE)
-    near_KN, too_alike = _near(details_NSS, parts_N, labels_N)
-    for kind, exact_N, near_N in zip(KINDS, _same_pixels(digests, parts_N, labels_N), near_KN, strict=True):
-        other_N = np.where(exact_N >= 0, exact_N, near_N)
-        found = np.flatnonzero(other_N >= 0).tolist()
-        pairs[kind] = [Pair(image, int(other_N[image]), bool(exact_N[image] >= 0)) for image in found]
-    return Copies(pairs, too_alike)
-
-
-def _same_pixels(digests: Sequence[bytes], parts_N: Indices, labels_N: Indices) -> Indices:
-    """For each kind and image the first image of that kind with its digest, as `[K, N]`; -1 where there is none."""
-    other_KN = np.full((len(KINDS), len(digests)), -1)
-    first_of: dict[bytes, dict[tuple[int, int], int]] = {}  # of a digest, part and label -> first image
-    for image, (digest, *place) in enumerate(zip(digests, parts_N.tolist(), labels_N.tolist(), strict=True)):
-        earlier = first_of.setdefault(digest, {})  # as few as there are parts and labels
-        in_parts = [other for (part, _), other in earlier.items() if part != place[0]]
-        in_labels = [other for (_, label), other in earlier.items() if label != place[1]]
-        again = earlier.setdefault((place[0], place[1]), image)
-        other_KN[:, image] = [min(in_parts, default=-1), min(in_labels, default=-1), -1 if again == image else again]
-    return other_KN
-
-
-def _near(details_NSS: Details, parts_N: Indices, labels_N: Indices) -> tuple[Indices, bool]:
-    """For each kind and image the earlier image of that kind whose detail is most alike, as `[K, N]`, and whether too
-    many resemble each other; -1 where there is none that may be a copy."""
     whole, middle = _unit(details_NSS), _unit(details_NSS[:, _MIDDLE, _MIDDLE])
-    other_KN = np.full((len(KINDS), len(whole)), -1)
+    # Of each kind, the image that is most alike, of equal ones the first, and how much.
+    other_KN, most_KN = np.zeros((len(KINDS), len(whole)), np.int64), np.zeros((len(KINDS), len(whole)))
     resembling = 0
     for start in counted(range(0, len(whole), _ROWS), len(whole), "comparing", _ROWS):
         stop = min(start + _ROWS, len(whole))
         alike = np.minimum(whole[start:stop] @ whole[:stop].T, middle[start:stop] @ middle[:stop].T)
+        alike[pixels_N[start:stop, None] == pixels_N[:stop]] = _EXACT
         alike[:, start:] = np.tril(alike[:, start:], -1)  # with earlier ones only
         nearest = alike.max(1)
         resembling += int(((nearest >= _RESEMBLES) & (nearest < COPY)).sum())
         rows = np.flatnonzero(nearest >= COPY)
-        of_rows, others = np.nonzero(alike[rows] >= COPY)
-        images = rows[of_rows] + start
-        order = np.argsort(alike[images - start, others], kind="stable")  # the last one assigned stays
-        images, others = images[order], others[order]
-        in_parts, in_labels = parts_N[images] != parts_N[others], labels_N[images] != labels_N[others]
-        for kind, chosen in enumerate((in_parts, in_labels, ~(in_parts | in_labels))):
-            other_KN[kind, images[chosen]] = others[chosen]
-    if resembling > _MOST_RESEMBLING * len(whole):
-        return np.full_like(other_KN, -1), True
-    return other_KN, False
+        images = rows + start
+        in_parts = parts_N[images, None] != parts_N[:stop]
+        in_labels = labels_N[images, None] != labels_N[:stop]
+        for kind, is_kind in enumerate((in_parts, in_labels, ~(in_parts | in_labels))):
+            of_kind = np.where(is_kind, alike[rows], 0)
+            other_KN[kind, images], most_KN[kind, images] = of_kind.argmax(1), of_kind.max(1)
+    too_alike = resembling > _MOST_RESEMBLING * len(whole)
+    pairs: dict[str, list[Pair]] = {}
+    for kind, other_N, most_N in zip(KINDS, other_KN, most_KN, strict=True):
+        found = np.flatnonzero(most_N >= (_EXACT if too_alike else COPY)).tolist()
+        pairs[kind] = [Pair(image, int(other_N[image]), bool(most_N[image] == _EXACT)) for image in found]
+    return pairs, too_alike
 
 
 def _unit(details_NSS: Details) -> Details:

@@ -1,9 +1,6 @@
-"""One entry of a list becomes a decoded image, uint8 `[H, W, 3]`, RGB; or is named as a bad one.
+"""One entry of a list becomes a decoded image, uint8 `[H, W, 3]`, RGB; or is named as a bad one. Pillow judges what is
+broken and decodes everything but whole JPEGs, which OpenCV decodes, because it is the fastest."""
 
-Pillow judges what is broken and decodes everything but whole JPEGs, which OpenCV decodes, because it is the fastest.
-"""
-
-import contextlib
 import io
 import os
 import re
@@ -20,19 +17,16 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from equipoise.base.errors import UserError, one_line, reason
-from equipoise.data.images import EncodedImages, ImageFiles, ImageList, PixelArrays
+from equipoise.data.images import EncodedImages, ImageFiles, ImageList, PackedImages, PixelArrays
 
 Pixels = npt.NDArray[np.uint8]
 T = TypeVar("T")
 Made = TypeVar("Made")
 
-# Pillow knows more, and some of those run a program of the system's (EPS: Ghostscript).
-_KINDS = tuple(
-    kind
-    for kind in ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF")
-    if kind in Image.registered_extensions().values()  # AVIF: where Pillow was built with it
-)
-_SUFFIXES = frozenset(ending for ending, kind in Image.registered_extensions().items() if kind in (*_KINDS, "MPO"))
+_ENDINGS = Image.registered_extensions()
+# Pillow knows more, and some of those run a program of the system's (EPS: Ghostscript). AVIF is not in every build.
+_WANTED = "JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF"
+_KINDS = [kind for kind in _WANTED if kind in _ENDINGS.values()]
 # Formats of cameras: Pillow would take the small preview in some of them for the picture.
 _RAW = frozenset({".arw", ".cr2", ".cr3", ".dng", ".nef", ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2", ".srw"})
 _AS_JPEG = "convert it to JPEG"
@@ -47,8 +41,8 @@ _OTHERS = {
     rb"PK\x03\x04|\x1f\x8b|Rar!|7z": "an archive: unpack it (a spreadsheet: save it as CSV)",
     rb".{128}DICM": f"DICOM: {_AS_JPEG} or PNG",
 }
-_PLAINLY_NONE = ", no image"
-_MOST_PIXELS = 2**28  # of the scanners of herbaria, with some to spare; Pillow's own limit is a third of it
+NO_IMAGE = ", no image"  # how `why_no_image` ends for what nobody takes for an image
+_MOST_PIXELS = 2**28  # of the scanners of herbaria, with some to spare
 
 # What `decode_bytes` does, for whoever does it without this package.
 DECODING = (
@@ -58,7 +52,7 @@ DECODING = (
 )
 
 cv2.setNumThreads(0)  # as in views.operations
-Image.MAX_IMAGE_PIXELS = _MOST_PIXELS
+Image.MAX_IMAGE_PIXELS = _MOST_PIXELS // 2  # Pillow refuses what has more than twice as many
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd metadata: an image is decoded, or it is an error
 
 
@@ -79,17 +73,16 @@ def decode(images: ImageList, index: int) -> Pixels:
     source = images.images
     if isinstance(source, PixelArrays):
         return source.pixels_NHW3[index]
-    with _named(source, index):
+    try:
         return decode_bytes(source.content(index))
+    except Exception as error:  # decoders raise what they like
+        raise _named(source, index, error) from None
 
 
 def decode_bytes(content: bytes) -> Pixels:
-    """An image file's bytes as pixels.
-
-    JPEG that ends as JPEG should is read by OpenCV; all else by Pillow, which refuses what is broken where OpenCV would
-    fill the missing half with gray. Of an animation it is the first frame; an alpha channel is dropped. Raises whatever
-    a decoder raises for a broken file.
-    """
+    """An image file's bytes as pixels, as `DECODING` says. Raises whatever a decoder raises for a broken file. JPEG
+    that ends as JPEG should is read by OpenCV; all else by Pillow, which refuses what is broken where OpenCV would fill
+    the missing half with gray."""
     with _opened(io.BytesIO(content)) as image:
         if image.mode in ("RGB", "L") and content[:3] == b"\xff\xd8\xff" and content[-2:] == b"\xff\xd9":
             pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB)
@@ -98,21 +91,6 @@ def decode_bytes(content: bytes) -> Pixels:
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
         return np.array(_as_rgb(image))  # a copy: torch wants to be able to write
-
-
-def decode_all(images: ImageList, size: int, skip: bool = False) -> tuple[Pixels, dict[int, BadImageError]]:
-    """All images as `[N, size, size, 3]`, resized, and the bad ones by their index: with `skip` these stay black, else
-    the first of them is raised."""
-    pixels_NHW3 = np.zeros((len(images), size, size, 3), np.uint8)
-    bad: dict[int, BadImageError] = {}
-    for index in range(len(images)):
-        try:
-            pixels_NHW3[index] = resized(decode(images, index), size)
-        except BadImageError as error:
-            if not skip:
-                raise
-            bad[index] = error
-    return pixels_NHW3, bad
 
 
 def resized(pixels: Pixels, size: int) -> Pixels:
@@ -125,7 +103,7 @@ def resized(pixels: Pixels, size: int) -> Pixels:
 def why_no_image(file: Path) -> str:
     """What a file is that is no image; '' for an image, by its ending or else by its content."""
     suffix = file.suffix.lower()
-    if suffix in _SUFFIXES:
+    if _ENDINGS.get(suffix) in (*_KINDS, "MPO"):
         return ""
     if suffix in _RAW:
         return f"{suffix}, a camera's raw format: {_AS_JPEG}"
@@ -137,13 +115,8 @@ def why_no_image(file: Path) -> str:
         if isinstance(error, OSError) and error.strerror:
             return reason(error)
         with file.open("rb") as opened:
-            return _what_it_is(opened.read(160)) or f"{suffix or 'no ending'}{_PLAINLY_NONE}"
+            return _what_it_is(opened.read(160)) or f"{suffix or 'no ending'}{NO_IMAGE}"
     return ""
-
-
-def is_like_an_image(why: str) -> bool:
-    """Whether what `why_no_image` has said is of a file that people take for an image, as HEIC."""
-    return not why.endswith(_PLAINLY_NONE)
 
 
 def _what_it_is(head: bytes) -> str:
@@ -157,16 +130,14 @@ def bad_images(images: ImageList) -> Iterator[BadImageError]:
     """The errors of the list's bad images, in its order. Headers are read: these tell of most bad files, in no time.
     None for images in memory, nor for packed ones: they were decoded when they were packed."""
     source = images.images
-    if isinstance(source, PixelArrays) or (isinstance(source, EncodedImages) and source.packed):
+    if isinstance(source, PixelArrays | PackedImages):
         return
 
     def look(index: int) -> BadImageError | None:
         try:
-            with _named(source, index):
-                file = source.path(index) if isinstance(source, ImageFiles) else io.BytesIO(source.content(index))
-                _opened(file).close()
-        except BadImageError as error:
-            return error
+            _opened(source.path(index) if isinstance(source, ImageFiles) else io.BytesIO(source.content(index))).close()
+        except Exception as error:
+            return _named(source, index, error)
         return None
 
     yield from filter(None, in_order(look, range(len(images)), threads=8))
@@ -177,8 +148,7 @@ def in_order(make: Callable[[T], Made], items: Iterable[T], threads: int) -> Gen
     if threads == 0:
         yield from map(make, items)
         return
-    pool = ThreadPoolExecutor(threads)
-    ahead: deque[Future[Made]] = deque()
+    pool, ahead = ThreadPoolExecutor(threads), deque[Future[Made]]()
     try:
         for item in items:
             ahead.append(pool.submit(make, item))
@@ -193,18 +163,15 @@ def in_order(make: Callable[[T], Made], items: Iterable[T], threads: int) -> Gen
 
 
 def stand_in(images: ImageList, index: int, make: Callable[[int], Made | None]) -> Made:
-    """What `make` makes of the image that stands in for the bad one at `index`: the next one of its class, from there
-    on and round to the beginning, of which that is not None; the same in every process. Raises UserError where there
-    is none."""
+    """What `make` makes of the image that stands in for the bad one at `index`: the next one of its class, round to the
+    beginning, of which that is not None. Raises UserError where there is none."""
     label = int(images.labels_N[index])
     of_class = np.flatnonzero(images.labels_N == label)
     for other in np.roll(of_class, -1 - int(np.searchsorted(of_class, index)))[:-1].tolist():
         if (made := make(other)) is not None:
             return made
-    raise UserError(
-        f"{images.origin}: none of the {len(of_class):,} images of class '{images.class_names[label]}' can be read "
-        f"(first: {images.images.name(int(of_class[0]))}); repair them"
-    )
+    what = f"none of the {len(of_class):,} images of class '{images.class_names[label]}' can be read"
+    raise UserError(f"{images.origin}: {what} (first: {images.images.name(int(of_class[0]))}); repair them")
 
 
 def usable_cores() -> int:
@@ -214,12 +181,7 @@ def usable_cores() -> int:
 
 def _opened(file: io.BytesIO | Path) -> Image.Image:
     """The image, of which the header has been read. Raises ValueError for one that must not be decoded."""
-    if not (file.stat().st_size if isinstance(file, Path) else file.getbuffer().nbytes):
-        raise ValueError("it is empty: 0 bytes")
     image = Image.open(file, formats=_KINDS)
-    width, height = image.size
-    if width * height > _MOST_PIXELS:
-        raise Image.DecompressionBombError
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers of no known range: convert it to 8 or 16 bits")
     return image
@@ -233,25 +195,17 @@ def _as_rgb(image: Image.Image) -> Image.Image:
         if image.mode == "I" and values.max() <= 255:
             raise ValueError("its pixels have 32 bits, of which 8 are used: convert it to 8 bits")
         return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8)).convert("RGB")
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # straight to RGB, Pillow warns
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-@contextlib.contextmanager
-def _named(source: ImageFiles | EncodedImages, index: int) -> Generator[None]:
-    """Raise BadImageError, which names the image, for whatever a decoder raises."""
-    try:
-        yield
-    except MemoryError:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+def _named(source: ImageFiles | EncodedImages, index: int, error: Exception) -> BadImageError:
+    """The error that names an image of which a decoder has raised this one."""
+    if isinstance(error, MemoryError):
+        raise error
+    why = reason(error, library=True)
+    if isinstance(error, Image.DecompressionBombError):
         why = f"it has more than {_MOST_PIXELS:,} pixels: make it smaller"
-    except UnidentifiedImageError:
+    elif isinstance(error, UnidentifiedImageError):
         what = _what_it_is(source.content(index)[:160])
         why = f"it is {what}" if what else f"it is no image: not {', '.join(_KINDS)}"
-    except Exception as error:  # decoders raise what they like
-        why = reason(error, library=True)
-    else:
-        return
-    raise BadImageError(source.name(index), why)
+    return BadImageError(source.name(index), why)

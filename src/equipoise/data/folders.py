@@ -1,18 +1,16 @@
-"""Which files below a folder are images, and class folders as image lists.
-
-What is hidden is passed over, as `ls` does: thumbnails and notebook checkpoints are copies of images that are there.
-"""
+"""Which files below a folder are images, and class folders as image lists. What is hidden is passed over, as `ls` does:
+thumbnails and notebook checkpoints are copies of images that are there."""
 
 import os
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from equipoise.base.errors import UserError, reason, several
-from equipoise.data.decode import is_like_an_image, why_no_image
+from equipoise.base.errors import UserError, several
+from equipoise.base.files import real_path
+from equipoise.data.decode import NO_IMAGE, why_no_image
 from equipoise.data.images import PART_NAMES, Found, ImageFiles, ImageList
 from equipoise.data.names import look_alikes, normal, numbered
 
@@ -24,79 +22,57 @@ _CLASSES_NAMED = 5  # in a note
 _NO_CLASSES = frozenset({"images", "labels", "annotations", "mask", "masks", "ground_truth", "segmentation"})
 
 
-@dataclass
-class Listing:
-    """The images below a folder, by their paths relative to it; and every other file, with what it is."""
-
-    images: list[str] = field(default_factory=list[str])
-    others: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
-
-
-def images_below(root: Path, name: str = "") -> Listing:
-    """What is in the folder `name` of `root` and in its sub-folders, in the order of the paths' parts.
-
-    Links to folders are followed. Raises UserError for a folder that cannot be read, and for a link that leads back to
-    a folder that it is in.
-    """
-    found = Listing()
-    for path in sorted(_walk(root, name, (os.path.realpath(root / name),)), key=lambda path: path.split("/")):
-        if why := why_no_image(root / path):
-            found.others.append((path, why))
-        else:
-            found.images.append(path)
-    return found
+def images_below(root: Path) -> dict[str, str]:
+    """The files in a folder and its sub-folders, by their relative paths, in the order of the paths' parts: '' for
+    an image, for others what they are. Links to folders are followed. Raises UserError for a link that leads back to a
+    folder that it is in, OSError for a folder that cannot be read."""
+    return {path: why_no_image(root / path) for path in sorted(_walk(root), key=lambda path: path.split("/"))}
 
 
-def _walk(root: Path, folder: str, within: tuple[str, ...]) -> Iterator[str]:
-    """The files below `folder`; `within`: the real paths of it and of the folders that it is in."""
+def _walk(root: Path, folder: str = "") -> Iterator[str]:
     for entry in _entries(root / folder):
-        path = f"{folder}/{entry.name}" if folder else entry.name
+        path = f"{folder}/{entry.name}".lstrip("/")
         if not entry.is_dir():
             if (entry.is_file() or entry.is_symlink()) and entry.name.lower() not in _SYSTEM_FILES:  # no pipe
                 yield path
-        elif not entry.is_symlink():
-            yield from _walk(root, path, within)
-        elif (real := os.path.realpath(root / path)) in within or any(one.startswith(real + os.sep) for one in within):
-            raise UserError(
-                f"{root / path} is a link to {real}, which it lies in: it has no end; name a folder without it"
-            )
-        else:
-            yield from _walk(root, path, (*within, real))
+            continue
+        if entry.is_symlink():
+            link, real = root / path, real_path(root / path)
+            if any(real_path(outer).is_relative_to(real) for outer in link.parents):
+                raise UserError(f"{link} is a link to {real}, which it lies in: name a folder without it")
+        yield from _walk(root, path)
 
 
 def open_class_folders(root: Path, level: int = 1) -> Found:
     """The images of `root`, by part where it has parts. The classes are its folders, or with `level` 2 the folders in
     these. Raises UserError where it holds no class folders with images."""
     if not root.is_dir():
-        raise UserError(
-            f"{root} is a file ({why_no_image(root) or 'an image'}); name a folder of class folders, a table (.csv, "
-            ".tsv, .parquet), or the folder of the images together with --train-list FILE"
-        )
-    folders = _subfolders(root)
-    _refuse_structure(root, folders)
-    notes = [
-        f"{root}: {name}/ is left by a program and is no class"
-        for name in sorted(_LEFTOVERS.intersection(os.listdir(root)))
-    ]
-    part_folders = _part_folders(root, folders, notes)
-    leading = "train" if "train" in part_folders else next(iter(part_folders), "train")
-    lists: dict[str, ImageList] = {}
-    classes: tuple[str, ...] = ()
-    for part, folder in sorted((part_folders or {"train": root}).items(), key=lambda item: item[0] != leading):
-        opened = _open_part(folder, level, notes)
-        if not classes:
-            classes = tuple(dict.fromkeys(normal(name) for name in opened))
-            notes += look_alikes(classes)
-            others = [name for name in classes if name.lower() in _NO_CLASSES]
-            notes += [f"'{name}' is taken for a class: keep it elsewhere if it is none" for name in others]
-            if part_folders and part == "train" and len(classes) == 1:
-                raise UserError(f"{folder} has one class only ('{classes[0]}'); a classifier needs two or more")
-        lists[part] = _as_list(folder, opened, classes, f"{leading} part")
-    return Found("class folders", lists, divided=bool(part_folders), notes=notes)
+        how = "a table (.csv, .tsv, .parquet), or the folder of the images together with --train-list FILE"
+        raise UserError(f"{root} is a file ({why_no_image(root) or 'an image'}); name a folder of class folders, {how}")
+    left = sorted(_LEFTOVERS.intersection(os.listdir(root)))
+    notes = [f"{root}: {name}/ is left by a program and is no class" for name in left]
+    divided = _part_folders(root, notes)
+    places = divided or {"train": root}
+    leading = "train" if "train" in places else next(iter(places))
+    opened = {part: _open_part(places[part], level, notes) for part in sorted(places, key=lambda part: part != leading)}
+    classes = tuple(dict.fromkeys(map(normal, opened[leading])))
+    notes += look_alikes(classes)
+    others = [name for name in classes if name.lower() in _NO_CLASSES]
+    notes += [f"'{name}' is taken for a class: keep it elsewhere if it is none" for name in others]
+    if "train" in divided and len(classes) == 1:
+        raise UserError(f"{divided['train']} has one class only ('{classes[0]}'); a classifier needs two or more")
+    parts: dict[str, ImageList] = {}
+    for part, images in opened.items():
+        place, paths = places[part], [path for of_class in images.values() for path in of_class]
+        labels_C = numbered(list(images), classes, str(place), f"{leading} part")
+        labels_N = np.repeat(labels_C, [len(of_class) for of_class in images.values()])
+        unsorted = ImageList(str(place), ImageFiles.of(place, paths), labels_N, classes)
+        parts[part] = unsorted.take(np.argsort(labels_N, kind="stable"))
+    return Found("class folders", parts, divided=bool(divided), notes=notes)
 
 
 def _refuse_structure(root: Path, folders: list[str]) -> None:
-    """Raise UserError for a folder that holds no class folders."""
+    """Raise UserError for a folder whose sub-folders are no classes."""
     flat = [name for name in folders if name.lower() in PART_NAMES and not _subfolders(root / name)]
     if not folders:
         kinds = {why_no_image(Path(entry.path)) for entry in _entries(root)} - {""}
@@ -111,49 +87,54 @@ def _refuse_structure(root: Path, folders: list[str]) -> None:
     raise UserError(f"{root} {what}; {how}")
 
 
-def _part_folders(root: Path, folders: list[str], notes: list[str]) -> dict[str, Path]:
-    """The folders that are parts; none where all are classes. `train` may be a class: then it holds pictures, not
-    folders."""
-    candidates = [name for name in folders if name.lower() in PART_NAMES and _subfolders(root / name)]
-    others = [name for name in folders if name not in candidates]
+def _part_folders(root: Path, notes: list[str]) -> dict[str, Path]:
+    """The folders that are parts; none where all are classes, as one named train with pictures in it, not folders."""
+    folders = _subfolders(root)
     parts: dict[str, Path] = {}
-    for name in candidates:
+    for name in [name for name in folders if name.lower() in PART_NAMES and _subfolders(root / name)]:
         part = PART_NAMES[name.lower()]
         if part in parts:
             raise UserError(f"{root} has two {part} parts, {parts[part].name}/ and {name}/; keep one of them here")
         parts[part] = root / name
+    others = ", ".join(name for name in folders if root / name not in parts.values())
     if others and "train" not in parts:
         return {}
     if others:
-        what = "train, val and test hold class folders"
-        notes.append(
-            f"{root}: beside train/, these folders are no part ({what}) and were passed over: {', '.join(others)}"
-        )
+        what = "no part (train, val and test hold class folders)"
+        notes.append(f"{root}: beside train/, these folders are {what} and were passed over: {others}")
     return parts
 
 
-def _open_part(root: Path, level: int, notes: list[str]) -> dict[str, Listing]:
-    """What is in each class folder of a part. A note for all that is passed over."""
+def _open_part(root: Path, level: int, notes: list[str]) -> dict[str, list[str]]:
+    """The images in each class folder of a part. A note for all that is passed over."""
     _refuse_structure(root, _subfolders(root))
-    names, above = [""], list[str]()
+    names = [""]
     for _ in range(level):
-        above += names
         names = [f"{name}/{within}".lstrip("/") for name in names for within in _subfolders(root / name)]
-    opened = {name: images_below(root, name) for name in names}
-    for name in [name for name, listing in opened.items() if not listing.images and not listing.others]:
-        notes.append(f"{root / name} is empty and was passed over")
-        del opened[name]
-    files = [Path(entry.path) for name in above for entry in _entries(root / name) if not entry.is_dir()]
-    whys = {file: why_no_image(file) for file in sorted(files)}
-    if strays := [file for file, why in whys.items() if not why or is_like_an_image(why)]:
-        what = f"{strays[0]}{f', {whys[strays[0]]}' if whys[strays[0]] else ''}"
-        notes.append(f"{several(len(strays), 'image')} in no class folder passed over (first: {what})")
-    notes += _others_noted(root, opened)
-    if not any(listing.images for listing in opened.values()):
+    images = {name: list[str]() for name in names}
+    others: dict[str, Counter[str]] = defaultdict(Counter)  # by what they are: how many of each class
+    strays: list[str] = []
+    for path, why in images_below(root).items():
+        name = "/".join(path.split("/")[:-1][:level])
+        if name in images and why:
+            others[why][name] += 1
+        elif name in images:
+            images[name].append(path)
+        elif not why.endswith(NO_IMAGE):
+            strays.append(f"{root / path}, {why}".removesuffix(", "))
+    filled = {name for name in names if images[name]}.union(*others.values())
+    notes += [f"{root / name} is empty and was passed over" for name in names if name not in filled]
+    if strays:
+        notes.append(f"{several(len(strays), 'image')} in no class folder passed over (first: {strays[0]})")
+    for why, counts in others.items():
+        named = [f"'{name}' {count:,}" for name, count in counts.most_common(_CLASSES_NAMED)]
+        named += [f"{len(counts) - len(named):,} more classes"] if len(counts) > len(named) else []
+        notes.append(f"{root}: {several(counts.total(), 'file')} passed over: {why} (of {', '.join(named)})")
+    if not any(images.values()):
         raise UserError("; ".join([f"{root} holds no images in its class folders", *notes]))
-    if all(path.count("/") > level for listing in opened.values() for path in listing.images):
-        notes.append(_nested(root, list(opened), level))
-    return opened
+    if all(path.count("/") > level for of_class in images.values() for path in of_class):
+        notes.append(_nested(root, [name for name in names if name in filled], level))
+    return {name: images[name] for name in names if name in filled}
 
 
 def _nested(root: Path, names: list[str], level: int) -> str:
@@ -164,41 +145,15 @@ def _nested(root: Path, names: list[str], level: int) -> str:
         while len(within := _subfolders(place)) == 1 and within[0].lower() not in PART_NAMES:
             place /= within[0]
         way = f"name {place} as data"
-    return (
-        f"{root}: {several(len(names), 'class')} with images in sub-folders alone, as {names[0]}/ with "
-        f"{', '.join(inner[0][:3])}; if those are the classes: {way}"
-    )
-
-
-def _others_noted(root: Path, opened: dict[str, Listing]) -> Iterator[str]:
-    """A line for each kind of files that are no images: how many of them which class loses."""
-    kinds: dict[str, Counter[str]] = {}
-    for name, listing in opened.items():
-        for _, why in listing.others:
-            kinds.setdefault(why, Counter())[name] += 1
-    for why, counts in kinds.items():
-        named = [f"'{name}' {count:,}" for name, count in counts.most_common(_CLASSES_NAMED)]
-        more = [f"{len(counts) - len(named):,} more classes"] if len(counts) > len(named) else []
-        yield f"{root}: {several(counts.total(), 'file')} passed over: {why} (of {', '.join([*named, *more])})"
-
-
-def _as_list(root: Path, opened: dict[str, Listing], classes: tuple[str, ...], leading: str) -> ImageList:
-    """The images of a part, in the order of their classes. Raises UserError for a folder that is none of `classes`."""
-    numbers = numbered(list(opened), classes, str(root), leading).tolist()
-    labelled = [(number, path) for number, name in zip(numbers, opened, strict=True) for path in opened[name].images]
-    labelled.sort(key=lambda item: item[0])
-    labels_N = np.array([label for label, _ in labelled], np.int64)
-    return ImageList(str(root), ImageFiles.of(root, (path for _, path in labelled)), labels_N, classes)
+    what = f"{several(len(names), 'class')} with images in sub-folders alone, as {names[0]}/ with"
+    return f"{root}: {what} {', '.join(inner[0][:3])}; if those are the classes: {way}"
 
 
 def _subfolders(folder: Path) -> list[str]:
     return sorted(entry.name for entry in _entries(folder) if entry.is_dir())
 
 
-def _entries(folder: Path) -> Iterable[os.DirEntry[str]]:
-    """What is in a folder but hidden things and leftovers. Raises UserError where that cannot be read."""
-    try:
-        with os.scandir(folder) as entries:
-            return [entry for entry in entries if entry.name[0] != "." and entry.name not in _LEFTOVERS]
-    except OSError as error:
-        raise UserError(f"the folder {folder} cannot be read ({reason(error)})") from None
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """What is in a folder but hidden things and leftovers."""
+    with os.scandir(folder) as entries:
+        return [entry for entry in entries if entry.name[0] != "." and entry.name not in _LEFTOVERS]

@@ -1,8 +1,6 @@
-"""What is trained on and scored: an `ImageList`, which says where each image is and what its label is.
-
-A list reads no pixels: `decode.py` does. `sources.py` makes lists of files; here is what they are, and
-`subsets.py` cuts smaller ones out of them. Shape suffix: N images.
-"""
+"""What is trained on and scored: an `ImageList`, which says where each image is and what its label is. A list reads no
+pixels: `decode.py` does. `sources.py` makes lists of files; here is what they are, and `subsets.py` cuts smaller ones
+out of them. Shape suffix: N images."""
 
 import contextlib
 import hashlib
@@ -15,15 +13,12 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from equipoise.base.errors import UserError
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 DIGITS = "digits"
 PART_NAMES = {
@@ -65,47 +60,27 @@ class ImageFiles:
         return self.path(index).read_bytes()
 
     def digest(self) -> str:
-        return _sha256(b"\0".join(self.paths_N.tolist()))
+        return hashlib.sha256(b"\0".join(self.paths_N.tolist())).hexdigest()
 
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """Image files as bytes in rows of a table, with the columns `image` and, of a packed file, those of `packed.py`."""
+    """Image files as bytes, in the column `image` of pyarrow's `table`."""
 
     origin: str
-    table: "pa.Table"
+    table: Any
     rows_N: Indices
-
-    @property
-    def packed(self) -> bool:
-        return "crc32" in self.table.column_names
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        if self.packed:
-            return map_packed, (self.origin, self.rows_N)  # another process maps the file itself
-        return EncodedImages, (self.origin, self.table, self.rows_N)
 
     def take(self, indices_N: Indices) -> "EncodedImages":
         return replace(self, rows_N=self.rows_N[indices_N])
 
     def name(self, index: int) -> str:
-        row = int(self.rows_N[index])
-        if self.packed:
-            return f"{os.fsdecode(self.table['name'][row].as_py())} in {self.origin}"
-        return f"row {row} of {self.origin}"
+        return f"row {self.rows_N[index]} of {self.origin}"
 
     def content(self, index: int) -> bytes:
-        """The image file's bytes. Raises ValueError where these are not those that were packed."""
-        row = int(self.rows_N[index])
-        content: bytes = self.table["image"][row].as_py() or b""
-        if self.packed and zlib.crc32(content) != self.table["crc32"][row].as_py():
-            raise ValueError("its bytes have changed since they were packed")
-        return content
+        return self.table["image"][int(self.rows_N[index])].as_py() or b""
 
     def digest(self) -> str:
-        if self.packed:
-            names, checksums = self.table["name"].to_pylist(), self.table["crc32"].to_numpy()
-            return _sha256(b"\0".join([*names, checksums.tobytes(), self.rows_N.tobytes()]))
         hasher = hashlib.sha256(self.rows_N.tobytes())
         for chunk in self.table["image"].chunks:
             for buffer in chunk.buffers():
@@ -113,12 +88,34 @@ class EncodedImages:
         return hasher.hexdigest()
 
 
-def map_packed(path: str, rows_N: Indices | None = None) -> EncodedImages:
+@dataclass(frozen=True)
+class PackedImages(EncodedImages):
+    """Those of the packed file `origin` (`packed.py`), whose table has their names and checksums too."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return map_packed, (self.origin, self.rows_N)  # another process maps the file itself
+
+    def name(self, index: int) -> str:
+        return f"{os.fsdecode(self.table['name'][int(self.rows_N[index])].as_py())} in {self.origin}"
+
+    def content(self, index: int) -> bytes:
+        """Raises ValueError where the bytes are not those that were packed."""
+        content = super().content(index)
+        if zlib.crc32(content) != self.table["crc32"][int(self.rows_N[index])].as_py():
+            raise ValueError("its bytes have changed since they were packed")
+        return content
+
+    def digest(self) -> str:
+        names, checksums = self.table["name"].to_pylist(), self.table["crc32"].to_numpy()
+        return hashlib.sha256(b"\0".join([*names, checksums.tobytes(), self.rows_N.tobytes()])).hexdigest()
+
+
+def map_packed(path: str, rows_N: Indices | None = None) -> PackedImages:
     """These rows of a packed file, or all, mapped into memory. Raises pyarrow's errors for a damaged file."""
     pa = import_pyarrow(path)
     table = pa.ipc.open_file(pa.memory_map(path)).read_all()
     table.validate(full=True)  # looks at offsets, not at images
-    return EncodedImages(path, table, np.arange(table.num_rows) if rows_N is None else rows_N)
+    return PackedImages(path, table, np.arange(table.num_rows) if rows_N is None else rows_N)
 
 
 def import_pyarrow(path: str | Path) -> Any:
@@ -144,7 +141,7 @@ class PixelArrays:
         return f"image {index} of {self.origin}"
 
     def digest(self) -> str:
-        return _sha256(np.ascontiguousarray(self.pixels_NHW3).tobytes())
+        return hashlib.sha256(np.ascontiguousarray(self.pixels_NHW3).tobytes()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -170,10 +167,20 @@ class ImageList:
         groups_N = None if self.groups_N is None else self.groups_N[indices_N]
         return replace(self, images=self.images.take(indices_N), labels_N=self.labels_N[indices_N], groups_N=groups_N)
 
+    @property
+    def training_problem(self) -> str | None:
+        """Why these images cannot be trained on; None where they can."""
+        if len(self.class_names) == 1:
+            return f"{self.origin} has one class only ('{self.class_names[0]}'); a classifier needs two or more"
+        if 0 in self.class_counts:
+            empty = self.class_names[self.class_counts.index(0)]
+            return f"{self.origin}: class '{empty}' has no training images; add some, or keep its folder elsewhere"
+        return None
+
     def fingerprint(self) -> str:
         """SHA-256 over names of classes, labels, and paths (of files) or contents (of images in memory)."""
         names = os.fsencode("\0".join(self.class_names))
-        return _sha256(names + self.labels_N.tobytes() + self.images.digest().encode())
+        return hashlib.sha256(names + self.labels_N.tobytes() + self.images.digest().encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -203,11 +210,11 @@ class Parts:
 
     def named(self) -> dict[str, ImageList]:
         """The parts that exist, by name."""
-        parts = {"train": self.train, "validation": self.validation, "test": self.test}
-        return {name: part for name, part in parts.items() if part is not None}
+        parts = ("train", self.train), ("validation", self.validation), ("test", self.test)
+        return {name: part for name, part in parts if part is not None}
 
 
-def missing_files(files: ImageFiles, bounds: Path | None) -> list[int]:
+def absent_files(files: ImageFiles, bounds: Path | None) -> list[int]:
     """Indices of the files that are not there. Each folder is listed once; no file is opened. Raises UserError for a
     file or a folder that a link leads out of the folder `bounds`."""
     absent: list[int] = []
@@ -233,27 +240,11 @@ def refuse_outside(root: Path, path: Path) -> None:
     if not real.is_relative_to(os.path.realpath(root)):
         if not real.exists():
             raise UserError(f"{path} is a link to {real}, which is not there: a disk that is not mounted?")
-        raise UserError(
-            f"{path} leads over a link out of the data folder {root}, to {real}; if that is meant, allow it with "
-            "--allow-outside"
-        )
-
-
-def training_problem(train: ImageList) -> str | None:
-    """Why `train` cannot be trained on; None where it can."""
-    if len(train.class_names) == 1:
-        return f"{train.origin} has one class only ('{train.class_names[0]}'); a classifier needs two or more"
-    empty = [train.class_names[label] for label in np.flatnonzero(np.array(train.class_counts) == 0)]
-    if empty:
-        return f"{train.origin}: class '{empty[0]}' has no training images; add some, or keep its folder elsewhere"
-    return None
+        what = f"{path} leads over a link out of the data folder {root}, to {real}"
+        raise UserError(f"{what}; if that is meant, allow it with --allow-outside")
 
 
 def imbalance_factor(class_counts: Sequence[int]) -> float:
     """Largest class count / smallest class count, of the classes that have images."""
     filled = [count for count in class_counts if count] or [1]
     return max(filled) / min(filled)
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

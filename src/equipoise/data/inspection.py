@@ -8,9 +8,10 @@ from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from equipoise.base.progress import counted
-from equipoise.data.copies import Copies, Details, Pair, detail, find_copies
+from equipoise.data.copies import Details, Pair, detail, find_copies
 from equipoise.data.decode import BadImageError, decode, in_order, usable_cores
 from equipoise.data.images import PART_NAMES, ImageList, Indices
 
@@ -21,12 +22,7 @@ _LONG = 4  # times the short side
 _SMALL = 0.25  # of the median short side
 
 
-class _Look(NamedTuple):
-    digest: bytes  # of the pixels
-    size: tuple[int, int]  # width, height
-    detail: Details
-    darkest: float
-    brightest: float
+_Look = tuple[bytes, Details, tuple[float, ...]]  # digest of the pixels; width, height, darkest, brightest
 
 
 class Place(NamedTuple):
@@ -50,18 +46,19 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Inspection:
-    """What decoding every image has shown. `places`: those of the images that can be read; `copies` and `odd` are by
-    their positions there, `odd` by what is odd about them."""
+    """What decoding every image has shown. `places`: those of the images that can be read; `copies` (with `too_alike`:
+    `find_copies`) and `odd` are by their positions there, `odd` by what is odd about them."""
 
     places: Sequence[Place]
     sizes_N2: Indices  # width, height
-    copies: Copies
+    copies: Mapping[str, Sequence[Pair]]
+    too_alike: bool
     odd: Mapping[str, Sequence[int]]
     bad: list[BadImageError]
 
     def problems(self) -> list[str]:
         """A line for each kind of copies, with their number and the first of them."""
-        pairs, lines = self.copies.pairs, list[str]()
+        pairs, lines = self.copies, list[str]()
 
         def parts(pair: Pair) -> tuple[str, str]:
             return self.places[pair.image].part, self.places[pair.other].part
@@ -85,9 +82,7 @@ class Inspection:
 
 def inspect(parts: Mapping[str, ImageList]) -> Inspection:
     """Decode every image of the parts, and compare them all."""
-    places: list[Place] = []
-    looks: list[_Look] = []
-    bad: list[BadImageError] = []
+    places, looks, bad = list[Place](), list[_Look](), list[BadImageError]()
     for part in (part for part in _ORDER if part in parts):
         images = parts[part]
         found = in_order(partial(_look, images), range(len(images)), usable_cores())
@@ -97,12 +92,12 @@ def inspect(parts: Mapping[str, ImageList]) -> Inspection:
             else:
                 places.append(Place(part, images, index))
                 looks.append(look)
-    sizes_N2 = np.array([look.size for look in looks], np.int64).reshape(-1, 2)
+    figures_N4 = np.array([figures for _, _, figures in looks], np.float64).reshape(-1, 4)
     parts_N = np.array([_ORDER.index(place.part) for place in places], np.int64)
     # By name, since the parts may number their classes differently.
     _, labels_N = np.unique([place.class_name for place in places], return_inverse=True)
-    copies = find_copies([look.digest for look in looks], [look.detail for look in looks], parts_N, labels_N)
-    return Inspection(places, sizes_N2, copies, _odd(looks, sizes_N2), bad)
+    copies = find_copies([digest for digest, *_ in looks], [fine for _, fine, _ in looks], parts_N, labels_N)
+    return Inspection(places, figures_N4[:, :2].astype(np.int64), *copies, _odd(figures_N4), bad)
 
 
 def _look(images: ImageList, index: int) -> _Look | BadImageError:
@@ -111,22 +106,21 @@ def _look(images: ImageList, index: int) -> _Look | BadImageError:
     except BadImageError as error:
         return error
     height, width = pixels.shape[:2]
-    digest = hashlib.blake2b(f"{width} {height}".encode(), digest_size=16)
-    digest.update(pixels.tobytes())
-    darkest, brightest = np.percentile(pixels[:: 1 + height // 64, :: 1 + width // 64], (1, 99)).tolist()
-    return _Look(digest.digest(), (width, height), detail(pixels), darkest, brightest)
+    digest = hashlib.blake2b(pixels.tobytes(), digest_size=16, key=f"{width} {height}".encode()).digest()
+    ends = np.percentile(pixels[:: 1 + height // 64, :: 1 + width // 64], (1, 99)).tolist()
+    return digest, detail(pixels), (width, height, *ends)
 
 
-def _odd(looks: Sequence[_Look], sizes_N2: Indices) -> dict[str, list[int]]:
+def _odd(figures_N4: npt.NDArray[np.float64]) -> dict[str, list[int]]:
     """The images that are probably no good pictures of their class, by what is odd about them."""
-    darkest_N, brightest_N = np.array([(look.darkest, look.brightest) for look in looks]).reshape(-1, 2).T
-    short_N, long_N = np.sort(sizes_N2, axis=1).T
+    darkest_N, brightest_N = figures_N4[:, 2:].T
+    short_N, long_N = np.sort(figures_N4[:, :2], axis=1).T
     plain_N = brightest_N - darkest_N < _PLAIN
     odd = {
         "of one colour": plain_N,
         "very dark": (brightest_N < _DARK) & ~plain_N,
         "very bright": (darkest_N > _BRIGHT) & ~plain_N,
         f"more than {_LONG} times as long as wide": long_N > _LONG * short_N,
-        "much smaller than the others": short_N < _SMALL * np.median(short_N) if len(looks) else plain_N,
+        "much smaller than the others": short_N < _SMALL * np.median(short_N) if len(short_N) else plain_N,
     }
     return {what: np.flatnonzero(odd_N).tolist() for what, odd_N in odd.items() if odd_N.any()}

@@ -1,8 +1,5 @@
-"""List files (a line `path label` an image) become image lists.
-
-The published list files are known by git's blob id, which is the same in every repository that carries them
-(`git hash-object FILE`). They are not part of this package: only their names and ids are.
-"""
+"""List files (a line `path label` an image) become image lists. The published ones are no part of this package: only
+their names and git's blob ids (`git hash-object FILE`) are, the same in every repository that carries them."""
 
 import codecs
 import hashlib
@@ -78,35 +75,25 @@ def text_lines(content: bytes) -> list[bytes]:
 
 
 def read_list(file: Path, allow_outside: bool = False) -> ListFile:
-    """A list file, or iNaturalist's official JSON as the list that it stands for.
-
-    A line is a path, white space and a whole number; a path may have spaces. Empty lines are passed over. Raises
-    UserError naming the file and the line, for a path that leaves the data folder too, unless `allow_outside`.
-    """
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise UserError(f"the list {file} cannot be read ({reason(error)}); name another, or mend that") from None
-    if file.suffix == ".json":
-        content = _from_annotations(content, file)
+    """A list file, or iNaturalist's official JSON as the list that it stands for. A line is a path, which may have
+    spaces, white space and a whole number. Raises UserError naming the file and the line, for a path that leaves the
+    data folder too, unless `allow_outside`."""
+    content = file.read_bytes() if file.suffix != ".json" else _from_annotations(file)
     paths: list[bytes] = []
     labels: list[int] = []
     for number, line in enumerate(text_lines(content), 1):
         words = line.strip().rsplit(None, 1)
         if not words:
             continue
+        # Backslashes are Windows' way to write it.
+        path = posixpath.normpath(words[0] if b"/" in words[0] else words[0].replace(b"\\", b"/"))
+        fault = ""
         if len(words) != 2 or not words[1].isdigit() or len(words[1]) > _MOST_DIGITS or b"\0" in line:
-            shown = line[:60].decode("utf-8", "replace").strip()
-            raise UserError(
-                f"{file}, line {number}: '{shown}' is not 'path label' with a label of at most {_MOST_DIGITS} digits"
-            )
-        path = words[0] if b"/" in words[0] else words[0].replace(b"\\", b"/")  # as Windows writes it
-        path = posixpath.normpath(path)
-        if not allow_outside and (path.startswith(b"/") or path.partition(b"/")[0] == b".."):
-            raise UserError(
-                f"{file}, line {number}: the path '{os.fsdecode(words[0][:200])}' leaves the data folder; write it "
-                "relative to it, or allow it with --allow-outside"
-            )
+            fault = f"is not 'path label' with a label of at most {_MOST_DIGITS} digits"
+        elif not allow_outside and path.partition(b"/")[0] in (b"", b".."):
+            fault = "leaves the data folder; write its path relative to that, or allow it with --allow-outside"
+        if fault:
+            raise UserError(f"{file}, line {number}: '{os.fsdecode(line[:200]).strip()}' {fault}")
         paths.append(path)
         labels.append(int(words[1]))
     if not paths:
@@ -114,38 +101,32 @@ def read_list(file: Path, allow_outside: bool = False) -> ListFile:
     return ListFile(file, git_blob(content), np.array(paths, np.bytes_), np.array(labels, np.int64))
 
 
-def _from_annotations(content: bytes, file: Path) -> bytes:
+def _from_annotations(file: Path) -> bytes:
     """iNaturalist's JSON as the canonical list: one line `file_name category_id` an image, in the order of `images`."""
     try:
-        table: Any = msgspec.json.decode(content)
+        table: Any = msgspec.json.decode(file.read_bytes())
         categories = {of["image_id"]: of["category_id"] for of in table["annotations"]}
         return "".join(f"{image['file_name']} {categories[image['id']]}\n" for image in table["images"]).encode()
     except (LookupError, TypeError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"{file} is not iNaturalist's JSON with images and an annotation of each "
-            f"({reason(error, library=True)}); take the official file anew (that of the test part has no labels)"
-        ) from None
+        what = f"not iNaturalist's JSON with images and an annotation of each ({reason(error, library=True)})"
+        how = "take the official file anew (that of the test part has no labels)"
+        raise UserError(f"{file} is {what}; {how}") from None
 
 
-def open_lists(root: Path, named: Mapping[str, str], benchmark: str, allow_outside: bool) -> Found:
-    """The images below `root` of the lists `named` by part, or else of a benchmark's lists, wherever these are found.
-
-    The classes are 0 to the largest label of the training list (of all, where there is none). Raises UserError for a
-    label that training does not know, and where no list is found.
-    """
-    benchmark = "" if named else benchmark
+def open_lists(root: Path, named: Mapping[str, Path], benchmark: str, allow_outside: bool) -> Found:
+    """The images below `root` of the lists `named` by part, or else of a benchmark's, wherever these are found. Classes
+    are 0 to the largest label of the training list (of all, without one). Raises UserError for a larger label, and
+    where no list is found."""
+    benchmark, files = "" if named else benchmark, dict(named)
     published = BENCHMARKS.get(benchmark, {})
-    files = {part: Path(os.path.expanduser(file)) for part, file in named.items()}
     faults: dict[str, str] = {}
     for part, known in published.items():
         if file := find_list(root, known):
             files[part] = file
         elif known.blob:  # one without a known fingerprint is not to be had everywhere: go without
+            what = f"the list {known.name} (git blob {known.blob}) is not there"
             places, flag = ", ".join(map(str, _places(root, known))), part.replace("validation", "val")
-            faults[part] = (
-                f"the list {known.name} (git blob {known.blob}) is not there: looked for {places}; put it there, or "
-                f"name it with --{flag}-list FILE"
-            )
+            faults[part] = f"{what}: looked for {places}; put it there, or name it with --{flag}-list FILE"
     if not files:
         raise UserError(next(iter(faults.values())))
     lists = {part: read_list(file, allow_outside) for part, file in files.items()}
@@ -187,17 +168,16 @@ def find_list(root: Path, known: Published) -> Path | None:
 
 def _class_names(files: Iterable[ListFile], classes: int) -> tuple[str, ...]:
     """Names of the classes by the folders of their images, or their numbers where these do not tell them apart."""
-    names: dict[int, set[bytes]] = {}
+    pairs: set[tuple[int, bytes]] = set()
     for read in files:
         folders = [path.rpartition(b"/")[0] for path in read.paths_N.tolist()]
         if len({folder.partition(b"/")[0] for folder in folders}) == 1:  # train/, val/, train_val2018/
             folders = [folder.partition(b"/")[2] for folder in folders]
-        for label, folder in set(zip(read.labels_N.tolist(), folders, strict=True)):
-            names.setdefault(label, set()).add(folder)
-    distinct = set().union(*names.values())
-    if b"" in distinct or not len(distinct) == len(names) == sum(map(len, names.values())):
+        pairs.update(zip(read.labels_N.tolist(), folders, strict=True))
+    names, distinct = dict(pairs), {folder for _, folder in pairs}
+    if b"" in distinct or not len(distinct) == len(names) == len(pairs):
         return tuple(map(str, range(classes)))
-    return tuple(os.fsdecode(min(names.get(label, {str(label).encode()}))) for label in range(classes))
+    return tuple(os.fsdecode(names.get(label, str(label).encode())) for label in range(classes))
 
 
 def identify(read: ListFile, expected: Published | None = None) -> tuple[str, str]:
@@ -206,7 +186,6 @@ def identify(read: ListFile, expected: Published | None = None) -> tuple[str, st
     name = next((known.name for known in PUBLISHED.values() if known.blob == read.blob), "")
     own = f"the published {name} (git blob {read.blob})" if name else f"git blob {read.blob}, no published list"
     expected = expected or PUBLISHED.get(read.file.name)
-    note = ""
-    if expected and expected.blob not in ("", read.blob):
-        note = f"{read.file} is not the published {expected.name} (git blob {expected.blob}): {own}"
-    return f"{read.file}: {own}", note
+    if expected is None or expected.blob in ("", read.blob):
+        return f"{read.file}: {own}", ""
+    return f"{read.file}: {own}", f"{read.file} is not the published {expected.name} (git blob {expected.blob}): {own}"

@@ -5,9 +5,9 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from equipoise.base.errors import UserError, several
+from equipoise.data.images import Indices
 
 _NAMED = 10  # classes, in a message
 _ALIKE = "differ in capitals, blanks or look-alike letters only"
@@ -29,18 +29,13 @@ def in_order(names: Iterable[str]) -> tuple[str, ...]:
 
 def look_alikes(names: Sequence[str]) -> list[str]:
     """A line for each two names of `names` that look alike."""
-    lines: list[str] = []
-    seen: dict[str, str] = {}
-    for name in names:
-        other = seen.setdefault(_bare(name), name)
-        if other != name:
-            lines.append(f"classes '{other}' and '{name}' {_ALIKE}: if they are one, give them one name")
-    return lines
+    first: dict[str, str] = {}
+    pairs = [(first.setdefault(_bare(name), name), name) for name in names]
+    what = f"{_ALIKE}: if they are one, give them one name"
+    return [f"classes '{one}' and '{other}' {what}" for one, other in pairs if one != other]
 
 
-def numbered(
-    words: Sequence[str], names: Sequence[str], origin: str, part: str = "train part"
-) -> npt.NDArray[np.int64]:
+def numbered(words: Sequence[str], names: Sequence[str], origin: str, part: str = "train part") -> Indices:
     """The label of each word: its place in `names`, the classes of `part`. Raises UserError, which names `origin`, for
     words that are no class, and says where they look like one."""
     numbers = {normal(name): label for label, name in enumerate(names)}

@@ -1,7 +1,5 @@
-"""Packed images: an Arrow IPC file for each part, mapped into memory, in which large images were made smaller once.
-
-A row is an image: `name` and `image` (bytes), `crc32` of the image, `label`. The schema's metadata say what it all is.
-"""
+"""Packed images: an Arrow IPC file for each part, mapped into memory, in which large images were made smaller once. A
+row is an image: `name` and `image` (bytes), `crc32` of the image, `label`. The schema's metadata say what it all is."""
 
 import json
 import zlib
@@ -9,7 +7,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import cv2
 import msgspec
@@ -20,7 +18,7 @@ from rich.progress import track
 from equipoise.base.errors import UserError, reason
 from equipoise.base.files import UNFINISHED, atomic_file
 from equipoise.data.decode import BadImageError, bad_images, decode, in_order
-from equipoise.data.images import EncodedImages, Found, ImageFiles, ImageList, PixelArrays, import_pyarrow, map_packed
+from equipoise.data.images import Found, ImageFiles, ImageList, PackedImages, PixelArrays, import_pyarrow, map_packed
 
 SUFFIX = ".pack"
 _KEY = b"equipoise"  # of the metadata
@@ -43,60 +41,43 @@ class _About:
     fingerprint: str
 
 
-def _columns(pa: Any) -> Any:
-    """The schema of a packed file, without metadata. `pa`: the library pyarrow."""
-    kinds = {"name": pa.binary(), "image": pa.large_binary(), "crc32": pa.uint32(), "label": pa.int64()}
-    return pa.schema(list(kinds.items()))
-
-
 def _read(path: Path) -> tuple[_About, ImageList]:
     """What a packed file says of itself, and its images. Raises UserError where it is none, or damaged."""
-    pa = import_pyarrow(path)
+    import_pyarrow(path)
     try:
         images = map_packed(str(path))
-        if images.table.schema.remove_metadata() != _columns(pa):
-            raise ValueError
         # Not msgspec's own decoder: the name of a class is that of a folder, which need not be UTF-8.
         about = msgspec.convert(json.loads(images.table.schema.metadata[_KEY]), _About)
         labels_N = images.table["label"].to_numpy()
-        if not 0 <= labels_N.min() <= labels_N.max() < len(about.class_names):
-            raise ValueError
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
-        raise UserError(
-            f"{path} is no whole file of packed images as this version writes it ({reason(error)}); copy it again, or "
-            "pack the images again"
-        ) from None
+    except Exception as error:  # pyarrow has many
+        what, how = f"no whole file of packed images ({reason(error)})", "copy it again, or pack the images again"
+        raise UserError(f"{path} is {what}; {how}") from None
     return about, ImageList(str(path), images, labels_N, about.class_names)
 
 
 def open_packed(files: list[Path]) -> Found:
     """The images of packed files, a part each. Raises UserError for a file that is damaged or of other images."""
     opened = [_read(path) for path in files]
-    first = opened[0][0]
+    of = opened[0][0]
     for about, images in opened:
-        if (about.class_names, about.kind) != (first.class_names, first.kind):
+        if (about.class_names, about.kind) != (of.class_names, of.kind):
             raise UserError(f"{images.origin} and {files[0]} were not packed together; keep them in two folders")
     parts = {about.part: images for about, images in opened}
     described = [f"{images.origin}: short sides of at most {about.short_side} pixels" for about, images in opened]
-    kind, named = f"packed {first.kind}", first.named
-    return Found(kind, parts, first.divided, named, described=described, benchmark=first.benchmark)
+    return Found(f"packed {of.kind}", parts, of.divided, of.named, described=described, benchmark=of.benchmark)
 
 
 def pack(found: Found, out: Path, short_side: int, threads: int) -> list[str]:
-    """Write the parts of what was found into the folder `out`; one line about each.
-
-    An image whose short side is longer than `short_side` pixels is resized (Pillow's antialiased bilinear filter) and
-    becomes JPEG; others stay as they are, byte for byte. A part that is there already, of the same images, is kept:
-    what was interrupted goes on with the next part.
-
-    Raises UserError for images that cannot be read or need no packing, or where others are packed there; OSError for a
-    full disk. A file appears only when it is complete.
-    """
+    """Write the parts of what was found into the folder `out`; one line about each. An image whose short side is longer
+    than `short_side` pixels is resized (Pillow's antialiased bilinear filter) and becomes JPEG; others stay as they
+    are, byte for byte. A part that is there already, of the same images, is kept. Raises UserError for images that
+    cannot be read or need no packing, or where other files are there; OSError for a full disk. A file appears only when
+    it is complete."""
     import_pyarrow(out)
     if found.faults:
         raise UserError(next(iter(found.faults.values())))
     for part in found.parts.values():
-        if isinstance(part.images, PixelArrays) or (isinstance(part.images, EncodedImages) and part.images.packed):
+        if isinstance(part.images, PixelArrays | PackedImages):
             raise UserError(f"{part.origin} needs no packing: its images are in one file already")
         if isinstance(part.images, ImageFiles) and out.resolve().is_relative_to(part.images.root.resolve()):
             raise UserError(f"{out} lies inside the data, where it would be taken for a class; name another --out")
@@ -123,8 +104,7 @@ def pack(found: Found, out: Path, short_side: int, threads: int) -> list[str]:
             with atomic_file(file) as opened:
                 _write(opened, images, about, threads)
         except BadImageError as error:
-            said_of_all = "equipoise data FOLDER --check lists all such images"
-            raise UserError(f"{error.fault}; repair it ({said_of_all})") from None
+            raise UserError(f"{error.fault}; repair it (equipoise data FOLDER --check lists all such images)") from None
         said.append(f"written: {file} ({len(images):,} images, {file.stat().st_size / 1e6:,.1f} MB)")
     return said
 
@@ -132,7 +112,8 @@ def pack(found: Found, out: Path, short_side: int, threads: int) -> list[str]:
 def _write(file: IO[bytes], images: ImageList, about: _About, threads: int) -> None:
     """Write all images as they are to be stored."""
     pa = import_pyarrow(file.name)
-    schema = _columns(pa).with_metadata({_KEY: json.dumps(asdict(about))})
+    kinds = [("name", pa.binary()), ("image", pa.large_binary()), ("crc32", pa.uint32()), ("label", pa.int64())]
+    schema = pa.schema(kinds, {_KEY: json.dumps(asdict(about))})
     source = images.images
     encoded = in_order(partial(_encoded, images, about.short_side), range(len(images)), threads)
     with pa.ipc.new_file(file, schema) as writer:

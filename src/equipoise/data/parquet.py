@@ -23,23 +23,20 @@ def open_parquet(files: list[Path], data: Data) -> Found:
         by_part.setdefault(part_named(file.stem), []).append(file)
     others = by_part.pop("", [])
     notes = [f"{file}: no part's name (train, val, test) begins its own, passed over" for file in others if by_part]
-    divided = by_part or {"train": others}
-    parts = {part: _read(of_part, data) for part, of_part in divided.items()}
+    parts = {part: _read(of_part, data) for part, of_part in (by_part or {"train": others}).items()}
     leading = parts.get("train", next(iter(parts.values())))
     names, largest = leading.class_names, int(leading.labels_N.max())
     if not names and largest >= len(leading):
         raise UserError(f"{leading.origin}: label {largest} is out of range: there are {len(leading)} rows only")
     all_names = names or tuple(map(str, range(largest + 1)))
     for part, images in parts.items():
-        wrong = np.flatnonzero((images.labels_N < 0) | (images.labels_N >= len(images.class_names or all_names)))
+        labels_N, origin = images.labels_N, images.origin
+        wrong = np.flatnonzero((labels_N < 0) | (labels_N >= len(images.class_names or all_names)))
         if len(wrong):
-            raise UserError(
-                f"{images.origin}: row {wrong[0]} has label {images.labels_N[wrong[0]]}, which is out of range: the "
-                f"classes are 0 to {len(all_names) - 1}"
-            )
-        labels_N = images.labels_N
+            what = f"row {wrong[0]} has label {labels_N[wrong[0]]}, which is out of range"
+            raise UserError(f"{origin}: {what}: the classes are 0 to {len(all_names) - 1}")
         if images.class_names:
-            labels_N = numbered(images.class_names, all_names, images.origin)[labels_N]
+            labels_N = numbered(images.class_names, all_names, origin)[labels_N]
         parts[part] = replace(images, labels_N=labels_N, class_names=all_names)
     return Found("Parquet", parts, divided=bool(by_part), named=bool(names), notes=[*notes, *look_alikes(names)])
 
@@ -47,7 +44,6 @@ def open_parquet(files: list[Path], data: Data) -> Found:
 def _read(files: Sequence[Path], data: Data) -> ImageList:
     """The images of one part, with the class names that the file gives, if any."""
     file, pa = files[0], import_pyarrow(files[0])
-    group_by = data.group_by
     try:
         schema = pa.parquet.read_schema(file)
         holding = [field.name for field in schema if _holds_bytes(pa, field.type)]
@@ -57,11 +53,12 @@ def _read(files: Sequence[Path], data: Data) -> ImageList:
         label_column = data.label_column or named_column([*integers, *texts], LABELS)
         fitting = [*integers, *texts] if label_column else integers or texts
         label_column = _chosen(label_column, fitting, file, "label_column")
-        columns = dict.fromkeys([image_column, label_column, *([group_by] if group_by in schema.names else [])])
-        table = pa.concat_tables(pa.parquet.read_table(one, columns=[*columns]) for one in files)
+        groups = [data.group_by] if data.group_by in schema.names else []
+        columns = list(dict.fromkeys([image_column, label_column, *groups]))
+        table = pa.concat_tables(pa.parquet.read_table(one, columns=columns) for one in files)
     except UserError:
         raise
-    except (OSError, ValueError, TypeError, pa.ArrowException) as error:
+    except Exception as error:  # pyarrow has many
         why = reason(error, library=True)
         raise UserError(f"{file} cannot be read as Parquet ({why}); take the file anew") from None
     if table.num_rows == 0:
@@ -73,7 +70,7 @@ def _read(files: Sequence[Path], data: Data) -> ImageList:
         raise UserError(f"{file}: column '{label_column}' must hold a label in every row")
     origin = ", ".join(map(str, files))
     images = EncodedImages(origin, pa.table({"image": encoded}), np.arange(table.num_rows))
-    groups_N = np.array(list(map(str, table[group_by].to_pylist()))) if group_by in columns else None
+    groups_N = np.array(list(map(str, table[data.group_by].to_pylist()))) if groups else None
     if label_column in texts:
         words = list(map(normal, labels.to_pylist()))
         names = in_order(words)
@@ -87,7 +84,7 @@ def holds_images(file: Path) -> bool:
     pa = import_pyarrow(file)
     try:
         return any(_holds_bytes(pa, field.type) for field in pa.parquet.read_schema(file))
-    except (OSError, ValueError, TypeError, pa.ArrowException):
+    except Exception:
         return True
 
 
@@ -106,13 +103,10 @@ def _holds_bytes(pa: Any, kind: Any) -> bool:
 
 def _chosen(name: str, fitting: list[str], file: Path, field: str) -> str:
     """The column `name`, or without a name the only one that fits. Raises UserError where that is none."""
-    if not name and len(fitting) == 1:
-        return fitting[0]
+    name = name or (fitting[0] if len(fitting) == 1 else "")
     if name not in fitting:
-        raise UserError(
-            f"{file}: which column is data.{field}? name it with --set data.{field}=NAME; of its type there is "
-            f"{', '.join(fitting) or 'none'}"
-        )
+        what = f"name it with --set data.{field}=NAME; of its type there is {', '.join(fitting) or 'none'}"
+        raise UserError(f"{file}: which column is data.{field}? {what}")
     return name
 
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import re
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
@@ -17,9 +18,14 @@ TABLES = frozenset({".csv", ".tsv", ".parquet"})
 LABELS = ("label", "labels", "class", "classname", "classlabel", "species", "scientificname", "category",
            "categoryname", "taxon", "diagnosis", "dx", "target", "y", "classid", "categoryid",
            "finelabel")  # fmt: skip
-NAME = "scientificName"  # the column of labels of joined tables
+_NAME = "scientificName"  # the column of labels of joined tables
+_UNNAMED = ("", "animal", "unknown", "unclassified")  # of what nobody said what it is
 
 Columns = Mapping[str, Sequence[str]]
+
+
+class NoTableError(UserError):
+    """A file that does not say which image has which label."""
 
 
 def part_named(name: str) -> str:
@@ -27,79 +33,61 @@ def part_named(name: str) -> str:
     return PART_NAMES.get(re.split("[^a-z]", name.lower())[0], "")
 
 
-def plain(name: str) -> str:
-    """The name of a column without what people write differently."""
-    return re.sub(r"[\s_-]", "", name.lower())
-
-
 def named_column(columns: Iterable[str], names: Sequence[str]) -> str:
-    """The first column that has one of these plain names; '' for none."""
-    known = {plain(name): name for name in columns}
+    """The first column that has one of these names; '' for none."""
+    known = {re.sub(r"[\s_-]", "", name.lower()): name for name in columns}
     return next((known[name] for name in names if name in known), "")
-
-
-class NoTableError(UserError):
-    """A file that does not say which image has which label."""
 
 
 def read_table(file: Path) -> Columns:
     """The columns that have a name, their cells as text, '' where there is nothing. Raises UserError for a file that
     cannot be read, or without rows."""
-    columns = _read_parquet(file) if file.suffix.lower() == ".parquet" else _read_text(file)
-    if not any(map(len, columns.values())):
+    try:
+        if file.suffix.lower() == ".parquet":
+            table = import_pyarrow(file).parquet.read_table(file).to_pydict()
+            columns = {name: ["" if cell is None else str(cell).strip() for cell in table[name]] for name in table}
+        else:
+            columns = _read_text(file)
+    except UserError:
+        raise
+    except UnicodeDecodeError:
+        raise NoTableError(f"{file} is not in UTF-8: save it as 'CSV UTF-8'") from None
+    except Exception as error:  # pyarrow has many
+        raise NoTableError(f"the table {file} cannot be read ({reason(error, library=True)})") from None
+    if not any(columns.values()):
         raise NoTableError(f"{file} has no rows below its heading")
     return columns
 
 
-def _read_text(file: Path) -> Columns:
+def _read_text(file: Path) -> dict[str, list[str]]:
     """CSV as programs write it: divided by commas, semicolons or tabs, in UTF-8 or Excel's UTF-16."""
-    try:
-        content = file.read_bytes()
-        text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-        heading = text.partition("\n")[0]
-        quoting = (
-            csv.QUOTE_NONE if file.suffix == ".txt" else csv.QUOTE_MINIMAL
-        )  # a Darwin Core archive's are not quoted
-        lines, delimiter = io.StringIO(text, newline=""), max(",;\t", key=heading.count)
-        rows = list(csv.reader(lines, delimiter=delimiter, quoting=quoting))
-    except UnicodeDecodeError:
-        raise NoTableError(f"{file} is not in UTF-8: save it as 'CSV UTF-8'") from None
-    except (OSError, csv.Error) as error:
-        raise NoTableError(f"the table {file} cannot be read ({reason(error, library=True)})") from None
+    content = file.read_bytes()
+    text = content.decode("utf-16" if content[:2] in (BOM_UTF16_LE, BOM_UTF16_BE) else "utf-8-sig")
+    delimiter = max(",;\t", key=text.partition("\n")[0].count)
+    quoting = csv.QUOTE_NONE if file.suffix == ".txt" else csv.QUOTE_MINIMAL  # Darwin Core archives quote nothing
+    rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting))
     names = [name.strip() for name in rows[0]] if rows else []
     for number, row in enumerate(rows, 1):
         if row and len(row) != len(names):
-            cells = several(len(row), "cell")
-            raise NoTableError(
-                f"{file}, row {number} has {cells}, but its heading names {several(len(names), 'column')}"
-            )
+            cells, columns = several(len(row), "cell"), several(len(names), "column")
+            raise NoTableError(f"{file}, row {number} has {cells}, but its heading names {columns}")
     if again := [name for name in names if name and names.count(name) > 1]:
         raise NoTableError(f"{file} has two columns called '{again[0]}': give one another name")
     cells = [row for row in rows[1:] if any(row)]
     return {name: [row[place].strip() for row in cells] for place, name in enumerate(names) if name}
 
 
-def _read_parquet(file: Path) -> Columns:
-    pa = import_pyarrow(file)
-    try:
-        table = pa.parquet.read_table(file)
-        nested = [field.name for field in table.schema if pa.types.is_nested(field.type)]
-        columns = {name: table[name].to_pylist() for name in table.column_names if name not in nested}
-    except (OSError, ValueError, TypeError, pa.ArrowException) as error:
-        raise NoTableError(f"the table {file} cannot be read ({reason(error, library=True)})") from None
-    return {name: ["" if cell is None else str(cell).strip() for cell in cells] for name, cells in columns.items()}
-
-
 def read_joined(root: Path) -> tuple[Path, Columns] | None:
     """The table of the images and the columns of both tables, of a camera-trap package (Camtrap DP) or a Darwin Core
     archive in the folder; None where there is none. An image has a row for each of its labels."""
-    for media, others in (("media.csv", "observations.csv"), ("multimedia.txt", "occurrence.txt")):
+    kinds = ("media.csv", "observations.csv", _of_observations), ("multimedia.txt", "occurrence.txt", _of_occurrences)
+    for media, others, labels_of in kinds:
         if (root / media).is_file() and (root / others).is_file():
-            images, told = _read_text(root / media), _read_text(root / others)
-            labels = _of_observations(images, told) if others == "observations.csv" else _of_occurrences(images, told)
+            images = read_table(root / media)
+            labels = labels_of(images, read_table(root / others))
             rows = [(number, label) for number, names in enumerate(labels) for label in sorted(names) or [""]]
             columns = {name: [cells[number] for number, _ in rows] for name, cells in images.items()}
-            return root / media, {**columns, NAME: [label for _, label in rows]}
+            return root / media, {**columns, _NAME: [label for _, label in rows]}
     return None
 
 
@@ -108,17 +96,15 @@ def _of_observations(media: Columns, told: Columns) -> list[set[str]]:
     same deployment in whose time it was taken. Where there is no species it is the type, as 'blank' or 'human'."""
     of_media: dict[str, set[str]] = defaultdict(set)
     of_deployment: dict[str, list[tuple[datetime, datetime, str]]] = defaultdict(list)
+    found: list[set[str]] = []
     try:
         for row in _as_rows(told):
-            name = row.get(NAME) or row.get("observationType", "")
-            if name in ("", "animal", "unknown", "unclassified"):  # nobody said what it is
-                continue
-            if row.get("mediaID"):
+            name = row.get(_NAME) or row.get("observationType", "")
+            if name not in _UNNAMED and row.get("mediaID"):
                 of_media[row["mediaID"]].add(name)
-            else:
+            elif name not in _UNNAMED:
                 start, end = (datetime.fromisoformat(row[side]) for side in ("eventStart", "eventEnd"))
                 of_deployment[row["deploymentID"]].append((start, end, name))
-        found: list[set[str]] = []
         for row in _as_rows(media):
             names = of_media.get(row["mediaID"], set())
             if not names and (events := of_deployment.get(row["deploymentID"])):
@@ -133,8 +119,8 @@ def _of_observations(media: Columns, told: Columns) -> list[set[str]]:
 
 def _of_occurrences(media: Columns, told: Columns) -> list[set[str]]:
     """The scientific name of each image's occurrence (https://dwc.tdwg.org/text): the first column joins them."""
-    names = dict(zip(next(iter(told.values())), told.get(NAME, ()), strict=False))
-    return [{names[key]} if names.get(key) else set() for key in next(iter(media.values()))]
+    names = dict(zip(next(iter(told.values())), told.get(_NAME, ()), strict=False))
+    return [{names.get(key, "")} - {""} for key in next(iter(media.values()))]
 
 
 def _as_rows(columns: Columns) -> list[dict[str, str]]:

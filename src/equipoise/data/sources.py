@@ -1,12 +1,10 @@
-"""The data at a path is recognised and becomes image lists, divided into the parts that a run needs.
+"""The data at a path is recognised and becomes image lists, divided into the parts that a run needs. Which data is
+meant, and how it is read, a recipe says in its table `data`. CIFAR's files are pickles, and a pickle is a program:
+torchvision loads one only if its MD5 is that of the published file."""
 
-Which data is meant, and how it is read, a recipe says in its table `data`. CIFAR's files are pickles, and a pickle is a
-program: torchvision loads one only if its MD5 is that of the published file.
-"""
-
+import contextlib
 import os
 import warnings
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
@@ -19,17 +17,7 @@ from equipoise.base.errors import UserError, several
 from equipoise.config.recipe import Data
 from equipoise.data.decode import BadImageError, bad_images
 from equipoise.data.folders import open_class_folders
-from equipoise.data.images import (
-    DIGITS,
-    Found,
-    ImageFiles,
-    ImageList,
-    Parts,
-    PixelArrays,
-    missing_files,
-    refuse_outside,
-    training_problem,
-)
+from equipoise.data.images import DIGITS, Found, ImageFiles, ImageList, Parts, PixelArrays, absent_files, refuse_outside
 from equipoise.data.inspection import Inspection, inspect
 from equipoise.data.lists import BENCHMARKS, find_list, open_lists
 from equipoise.data.names import normal, unknown_classes
@@ -45,10 +33,10 @@ _DIGITS_TEST_PER_CLASS = 50
 _CIFAR = {"cifar-10-batches-py": "cifar10", "cifar-100-python": "cifar100"}
 
 
-def named_lists(data: Data) -> dict[str, str]:
+def named_lists(data: Data) -> dict[str, Path]:
     """The list files that a recipe names, by part."""
     files = {part: getattr(data, key.removeprefix("data.")) for part, key in LISTS.items()}
-    return {part: file for part, file in files.items() if file}
+    return {part: Path(os.path.expanduser(file)) for part, file in files.items() if file}
 
 
 def _files(root: Path, suffix: str) -> list[Path]:
@@ -91,18 +79,16 @@ def find_parts(data: Data | str) -> Found:
     data = Data(data) if isinstance(data, str) else data
     found = _find(data)
     faults, root = dict(found.faults), Path(os.path.expanduser(data.path))
-    for name, part in found.parts.items():
+    files = {name: part.images for name, part in found.parts.items() if isinstance(part.images, ImageFiles)}
+    for name, images in files.items():
         bounds = None if data.allow_outside else root if root.is_dir() else root.parent
-        if isinstance(part.images, ImageFiles) and (absent := missing_files(part.images, bounds)):
-            faults[name] = (
-                f"{part.images.name(absent[0])} is not there, and {len(absent):,} of the {len(part):,} images of "
-                f"{part.origin} are missing; its paths are looked for below the folder given as data"
-            )
-    for one, other in combinations(found.parts, 2):
-        files, later = found.parts[one].images, found.parts[other].images
-        if not isinstance(files, ImageFiles) or not isinstance(later, ImageFiles) or files.root != later.root:
-            continue
-        if len(shared := np.intersect1d(files.paths_N, later.paths_N)):
+        if absent := absent_files(images, bounds):
+            number = f"{len(absent):,} of the {len(images):,} images of {found.parts[name].origin} are missing"
+            where = "its paths are looked for below the folder given as data"
+            faults[name] = f"{images.name(absent[0])} is not there, and {number}; {where}"
+    for one, other in combinations(files, 2):
+        shared = np.intersect1d(files[one].paths_N, files[other].paths_N)
+        if len(shared) and files[one].root == files[other].root:
             number = f"{several(len(shared), 'image')} of the {other} part are in the {one} part too"
             also = f"{number} (first: {os.fsdecode(shared[0])})"
             faults.setdefault(other, f"{also}: figures on them would be too good; name each image once")
@@ -112,67 +98,61 @@ def find_parts(data: Data | str) -> Found:
 def _find(data: Data) -> Found:
     if data.path == DIGITS:
         return _open_digits()
-    root = _existing(data.path)
+    root, named = _existing(data.path), named_lists(data)
     if packed := _files(root, SUFFIX):
-        if named_lists(data):
+        if named:
             raise UserError(f"{root} is packed: its parts are in its files, and no list can divide it otherwise")
         return open_packed(packed)
-    named = {part: Path(os.path.expanduser(file)) for part, file in named_lists(data).items()}
     if any(file.suffix.lower() in TABLES for file in named.values()):
         return open_tables(root, named, data)
     if data.benchmark or named:
-        return open_lists(root, named_lists(data), data.benchmark, data.allow_outside)
+        return open_lists(root, named, data.benchmark, data.allow_outside)
     archive = find_cifar(root)
-    files = _files(root, ".parquet") if archive is None else []
-    parquet = [file for file in files if holds_images(file)]
+    tables = [] if archive else _files(root, ".parquet")
+    parquet = [file for file in tables if holds_images(file)]
     if root.is_dir() and not data.allow_outside:
         for file in [*parquet, *([archive[0], *archive[0].glob("*")] if archive else [])]:
             refuse_outside(root, file)
-    if archive is not None:
+    if archive:
         return open_cifar(*archive)
     if parquet:
         found = open_parquet(parquet, data)
-        others = [f"{file} holds no images and was passed over" for file in files if file not in parquet]
+        others = [f"{file} holds no images and was passed over" for file in tables if file not in parquet]
         return replace(found, notes=[*found.notes, *others])
     if root.is_file() and root.suffix.lower() in TABLES:
         return open_tables(root.parent, {"": root}, data)
+    if not root.is_dir() or not find_tables(root):
+        return open_class_folders(root, data.class_level)
     return _tables_or_folders(root, data)
 
 
 def _tables_or_folders(root: Path, data: Data) -> Found:
     """The tables in a folder or, where they do not say which image has which label, its class folders; these too where
     a table names none of the images in them, or does not divide what they divide into parts."""
-    if not root.is_dir() or not find_tables(root):
-        return open_class_folders(root, data.class_level)
-    try:
-        folders = open_class_folders(root, data.class_level)
-        folders = None if training_problem(next(iter(folders.parts.values()))) else folders
-    except UserError:
-        folders = None
+    folders = None
+    with contextlib.suppress(UserError):
+        opened = open_class_folders(root, data.class_level)
+        folders = None if next(iter(opened.parts.values())).training_problem else opened
     if folders is None or data.image_column or data.label_column:
         return open_tables(root, {}, data, guess=folders is None)
     try:
         tables = open_tables(root, {}, data, guess=False)
     except NoTableError as error:
         return replace(folders, notes=[*folders.notes, f"no table of labels: {error}"])
-    if not _paths(tables) & _paths(folders):
-        why = "names none of these images"
-    elif folders.divided and not tables.divided:
-        why = "does not say the parts"
-    else:
+    shared = _paths(tables) & _paths(folders)
+    if shared and (tables.divided or not folders.divided):
         return tables
+    why = "does not say the parts" if shared else "names none of these images"
     return replace(folders, notes=[*folders.notes, f"passed over, as it {why}: {tables.described[0]}"])
 
 
 def _paths(found: Found) -> set[str]:
-    """The images of all parts."""
-    return {part.images.name(index) for part in found.parts.values() for index in range(len(part))}
+    return {part.images.name(row) for part in found.parts.values() for row in range(len(part))}
 
 
 def survey(data: Data, check: bool = False) -> tuple[Found, list[str], list[BadImageError], Inspection | None]:
-    """The data at a path, recognised where nothing says what it is; for what, as a whole, training refuses it; and its
-    bad images, but of parts with images missing. With `check` every image is decoded, and what that shows is the last;
-    else headers are read. Raises UserError for what cannot be read at all."""
+    """The data at a path, recognised where nothing says what it is; what training refuses it for; its bad images, but
+    of parts with images missing; and with `check`, for which every image is decoded, all that this shows."""
     found = with_groups(find_parts(as_recognised(data)), data)
     problems = [*found.faults.values()]
     if "train" in found.parts and not problems:
@@ -200,12 +180,9 @@ def _existing(path: str) -> Path:
 
 
 def open_data(data: Data) -> Parts:
-    """The data set (see `find_parts`) to train on.
-
-    An `imbalance_factor` above 1 cuts a long tail of that shape out of the training part; then, where there is no
-    validation part, the share `holdout` of the training images becomes one. Raises UserError for what cannot be a
-    training set: nothing there, an empty class, one class only, images that are missing, parts that overlap.
-    """
+    """The data set (see `find_parts`) to train on: an `imbalance_factor` above 1 cuts a long tail out of the training
+    part; then, where there is no validation part, the share `holdout` of it becomes one. Raises UserError for what
+    cannot be a training set: an empty class, one class only, images that are missing, parts that overlap."""
     return divide(with_groups(find_parts(data), data), data)
 
 
@@ -216,7 +193,7 @@ def divide(found: Found, data: Data) -> Parts:
     if "train" not in found.parts:
         raise UserError(f"{data.path} has no training part; name it train/ (folders) or train-*.parquet")
     train, validation = found.parts["train"], found.parts.get("validation")
-    if problem := training_problem(train):
+    if problem := train.training_problem:
         raise UserError("; noted: ".join([problem, *found.notes]))
     if data.imbalance_factor > 1:
         train = long_tailed(train, data.imbalance_factor, data.imbalance)
@@ -233,21 +210,13 @@ def divide(found: Found, data: Data) -> Parts:
 
 def with_groups(found: Found, data: Data) -> Found:
     """What was found with its images in groups, where `data` or a table has some; noted is which parts share groups."""
-    parts = found.parts
-    if data.group_by:
-        parts = {name: grouped(part, data.group_by) for name, part in parts.items()}
-    counts = {name: Counter(part.groups_N.tolist()) for name, part in parts.items() if part.groups_N is not None}
-    groups = {name: set(counted) for name, counted in counts.items()}
+    parts = {name: grouped(part, data.group_by) if data.group_by else part for name, part in found.parts.items()}
+    groups = {name: set(part.groups_N.tolist()) for name, part in parts.items() if part.groups_N is not None}
     notes = list(found.notes)
-    for name, counted in counts.items():
-        largest, images = counted.most_common(1)[0]
-        number = several(len(counted), "group")
-        notes.append(f"{name} part: {number}, the largest of {several(images, 'image')} ({largest})")
     for one, other in combinations(groups, 2):
         if shared := groups[one] & groups[other]:
-            number = several(len(shared), "group")
-            also = f"{number} of the {one} part are in the {other} part too (first: {min(shared)})"
-            notes.append(f"{also}: figures would be too good")
+            number = f"{several(len(shared), 'group')} of the {one} part are in the {other} part too"
+            notes.append(f"{number} (first: {min(shared)}): figures would be too good")
     return replace(found, parts=parts, notes=notes)
 
 
@@ -269,8 +238,7 @@ def labelled_as(images: ImageList, class_names: Sequence[str], named: bool) -> I
 
 
 def part_of(found: Found, part: str, path: str) -> ImageList:
-    """The part `part` of what was found at `path`, or all of it where it is not divided. Raises UserError where there
-    is no such part or its images are missing."""
+    """The part, or all of what is not divided. Raises UserError where there is none, or images are missing."""
     part = part if found.divided else "train"
     if part in found.faults:
         raise UserError(found.faults[part])
@@ -287,15 +255,15 @@ def _open_digits() -> Found:
     labels = bunch.target.astype(np.int64)
     pixels = PixelArrays("scikit-learn's digits", np.repeat(gray[..., None], 3, axis=3))
     everything = ImageList(DIGITS, pixels, labels, tuple(map(str, range(10))))
-    test = np.concatenate([np.flatnonzero(labels == digit)[-_DIGITS_TEST_PER_CLASS:] for digit in range(10)])
-    rest = np.setdiff1d(np.arange(len(labels)), test)
-    parts = {"train": everything.take(rest), "test": everything.take(np.sort(test))}
+    test_N = np.zeros(len(labels), bool)
+    for digit in range(10):
+        test_N[np.flatnonzero(labels == digit)[-_DIGITS_TEST_PER_CLASS:]] = True
+    parts = {"train": everything.take(np.flatnonzero(~test_N)), "test": everything.take(np.flatnonzero(test_N))}
     return Found("embedded digits", parts, divided=True)
 
 
 def find_cifar(root: Path) -> tuple[Path, str] | None:
-    """The folder of an archive's files, `root` or one in it, and 'cifar10' or 'cifar100'; None where there is none.
-    Names alone are looked at."""
+    """By names alone: the folder of an archive's files, `root` or one in it, and 'cifar10' or 'cifar100'."""
     for folder, name in _CIFAR.items():
         for path in (root, root / folder):
             if path.resolve().name == folder and path.is_dir():
@@ -304,8 +272,7 @@ def find_cifar(root: Path) -> tuple[Path, str] | None:
 
 
 def open_cifar(path: Path, name: str) -> Found:
-    """The parts `train` and `test`; of CIFAR-100 the fine labels. Raises UserError where a file is missing, or not the
-    published one."""
+    """The parts `train` and `test`; of CIFAR-100 the fine labels. Raises UserError for files that are not published."""
     from torchvision.datasets import CIFAR10, CIFAR100  # a second of import, needed here alone
 
     dataset = CIFAR10 if name == "cifar10" else CIFAR100
@@ -315,10 +282,8 @@ def open_cifar(path: Path, name: str) -> Found:
             with warnings.catch_warnings(action="ignore"):  # numpy: how Python 2 wrote arrays is deprecated
                 read = dataset(path.resolve().parent, train=part == "train")
         except (RuntimeError, OSError):
-            raise UserError(
-                f"{path} is not the published {dataset.__name__}: a file is missing or cannot be read, or its MD5 "
-                "differs, so that none was loaded; take the archive anew"
-            ) from None
+            why = "a file is missing or cannot be read, or its MD5 differs, so that none was loaded"
+            raise UserError(f"{path} is not the published {dataset.__name__}: {why}; take the archive anew") from None
         images = PixelArrays(f"{path} ({part})", np.ascontiguousarray(read.data))
         parts[part] = ImageList(str(path), images, np.array(read.targets, np.int64), tuple(read.classes))
     return Found(f"{dataset.__name__} archive (python)", parts, divided=True)

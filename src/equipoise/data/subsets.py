@@ -1,8 +1,6 @@
 """Smaller image lists cut out of a list: the long-tail subsets of the literature, and what is held out of training.
-
 None depends on the training seed, so that runs with different seeds are trained and scored on the same images. Shape
-suffixes: N images, C classes.
-"""
+suffixes: N images, C classes."""
 
 import os
 import re
@@ -13,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from equipoise.base.errors import UserError, several
-from equipoise.data.images import EncodedImages, ImageFiles, ImageList, Indices, PixelArrays
+from equipoise.data.images import ImageFiles, ImageList, Indices, PackedImages
 
 _FOLDS_OF_SHARE = 20
 
@@ -25,10 +23,8 @@ def of_classes(full: ImageList) -> list[Indices]:
 
 
 def long_tail_counts(largest: int, classes: int, imbalance_factor: float, shape: str) -> list[int]:
-    """Images kept of each class (Cao et al., NeurIPS 2019, section 4).
-
-    'exponential' and 'by-size': class c keeps `int(largest * (1 / imbalance_factor) ** (c / (classes - 1)))`.
-    'step': the second half of the classes keeps `int(largest * (1 / imbalance_factor))`.
+    """Images kept of each class (Cao et al., NeurIPS 2019, section 4): of class c `int(largest * (1 / imbalance_factor)
+    ** (c / (classes - 1)))`; with the shape 'step', of the second half of them `int(largest * (1 / imbalance_factor))`.
     """
     if shape == "step":
         head = classes // 2
@@ -38,24 +34,20 @@ def long_tail_counts(largest: int, classes: int, imbalance_factor: float, shape:
 
 def long_tailed(full: ImageList, imbalance_factor: float, shape: str) -> ImageList:
     """The benchmark's long-tail subset: numpy's legacy generator with seed 0 shuffles each class's indices in label
-    order, and the first n of it are kept. Which images these are depends on the order of `full`: of CIFAR as Parquet,
-    whose rows are in another order than the archive's, they are not the images of the literature's subset.
-
-    The largest class keeps as many images as the smallest class of `full` has, so that the shape is exact; but with
-    the shape 'by-size' the classes come in the order of their size, and each keeps at most its place's share of the
-    largest one. Raises UserError where the smallest class would be left empty.
-    """
+    order, and the first n are kept. Which these are depends on the order of `full`: CIFAR has another one as Parquet.
+    The largest class keeps as many images as the smallest class of `full` has, so that the shape is exact; but with the
+    shape 'by-size' the classes come in the order of their size, and each keeps at most its place's share of the largest
+    one. Raises UserError where the smallest class would be left empty."""
     by_size = shape == "by-size"
     largest = max(full.class_counts) if by_size else min(full.class_counts)
-    counts = long_tail_counts(largest, len(full.class_names), imbalance_factor, shape)
+    counts_C = np.array(long_tail_counts(largest, len(full.class_names), imbalance_factor, shape))
     if by_size:
-        limit_of = dict(zip(np.argsort(np.negative(full.class_counts), kind="stable").tolist(), counts, strict=True))
-        counts = [limit_of[label] for label in range(len(counts))]
-    if min(counts) < 1:
-        raise UserError(
-            f"imbalance factor {imbalance_factor:g} leaves class '{full.class_names[counts.index(0)]}' without images; "
-            f"the subset's largest class has {max(counts)}, so it can be {max(counts)} at most"
-        )
+        counts_C[np.argsort(np.negative(full.class_counts), kind="stable")] = counts_C.copy()
+    counts: list[int] = counts_C.tolist()
+    if 0 in counts:
+        empty, most = full.class_names[counts.index(0)], max(counts)
+        what = f"imbalance factor {imbalance_factor:g} leaves class '{empty}' without images"
+        raise UserError(f"{what}; the largest class keeps {most}, so it can be {most} at most")
     generator = np.random.RandomState(0)
     kept: list[Indices] = []
     for indices, count in zip(of_classes(full), counts, strict=True):
@@ -67,74 +59,69 @@ def long_tailed(full: ImageList, imbalance_factor: float, shape: str) -> ImageLi
 def hold_out(full: ImageList, share: float, fold: str = "") -> tuple[ImageList, ImageList | None]:
     """(training, validation): `share` of each class, rounded: of a tenth, a class of five images keeps all. None where
     all classes are so small. With `fold`, as '2/5', the second of five equal parts instead, of classes with two or more
-    images: the five together hold out each image once.
-
-    Images of one group stay together (`ImageList.groups_N`). Raises UserError where no groups or folds can be made.
-    """
-    number, folds = map(int, fold.split("/")) if fold else (1, 2)
-    if not 1 <= number <= folds or folds < 2:
+    images: the five together hold out each image once. Images of one group (`ImageList.groups_N`) stay together. Raises
+    UserError where no groups or folds can be made."""
+    number, folds = map(int, fold.split("/")) if fold else (0, 0)
+    if fold and not 1 <= number <= folds > 1:
         raise UserError(f"data.fold must be the number of a part and of all parts, as 2/5, not '{fold}'")
     if full.groups_N is not None:
-        chosen = _grouped(full, full.groups_N, share, (number, folds) if fold else None)
+        chosen = _of_groups(full, full.groups_N, share, number, folds)
     else:
-        chosen = _of_each_class(full, share, (number, folds) if fold else None)
+        generator = np.random.default_rng(0)
+        shuffled = [generator.permutation(indices) for indices in of_classes(full)]
+        if fold:
+            dealt = [indices for indices in shuffled if len(indices) > 1]
+            chosen = np.concatenate([np.empty(0, np.int64), *dealt])[number - 1 :: folds]
+        else:
+            counts = [round(share * count) for count in full.class_counts]
+            chosen = np.concatenate([indices[:count] for indices, count in zip(shuffled, counts, strict=True)])
     if len(chosen) == 0 and (fold or full.groups_N is not None):
         what = "images of two groups" if full.groups_N is not None else "two images"
         raise UserError(f"{full.origin}: no class has {what}, so none can be held out; set --holdout 0")
     if len(chosen) == 0:
         return full, None
-    return full.take(np.setdiff1d(np.arange(len(full)), chosen)), full.take(chosen)
+    return full.take(np.setdiff1d(np.arange(len(full)), chosen)), full.take(np.sort(chosen))
 
 
-def _of_each_class(full: ImageList, share: float, fold: tuple[int, int] | None) -> Indices:
-    generator = np.random.default_rng(0)
-    shuffled = [generator.permutation(indices) for indices in of_classes(full)]
-    if fold:
-        number, folds = fold
-        dealt = np.concatenate([np.empty(0, np.int64), *(indices for indices in shuffled if len(indices) > 1)])
-        return np.sort(dealt[number - 1 :: folds])
-    counts = [round(share * count) for count in full.class_counts]
-    return np.sort(np.concatenate([indices[:count] for indices, count in zip(shuffled, counts, strict=True)]))
-
-
-def _grouped(full: ImageList, groups_N: npt.NDArray[np.str_], share: float, fold: tuple[int, int] | None) -> Indices:
-    """One of the folds into which scikit-learn divides groups so that classes are spread evenly, or as many of twenty
-    as are nearest to `share`. A class whose last training images would go keeps its groups."""
+def _of_groups(full: ImageList, groups_N: npt.NDArray[np.str_], share: float, number: int, folds: int) -> Indices:
+    """That fold of those into which scikit-learn divides groups, with classes spread evenly; without a number, as many
+    of twenty as are nearest to `share`. A class whose last training images would go keeps its groups."""
     from sklearn.model_selection import StratifiedGroupKFold  # over a second of import
 
     names, numbers_N = np.unique(groups_N, return_inverse=True)
-    number, folds = fold or (1, min(_FOLDS_OF_SHARE, max(2, len(names))))
-    if folds > len(names):
-        raise UserError(f"{full.origin}: its images are of {several(len(names), 'group')}, too few for {folds} parts")
+    largest = max(full.class_counts)
+    folds = folds or max(2, min(_FOLDS_OF_SHARE, len(names), largest))
+    if folds > min(len(names), largest):
+        what = f"its images are of {several(len(names), 'group')}, those of a class {largest} at most"
+        raise UserError(f"{full.origin}: {what}: too few for {folds} parts")
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=0)
     with warnings.catch_warnings(action="ignore"):  # of classes with fewer images than there are folds
         held_of_folds = [held for _, held in splitter.split(full.labels_N, full.labels_N, numbers_N)]
-    taken = held_of_folds[number - 1 : number] if fold else held_of_folds[: max(1, round(share * folds))]
-    held = np.concatenate(taken)
-    kept = np.bincount(full.labels_N, minlength=len(full.class_names))
-    kept -= np.bincount(full.labels_N[held], minlength=len(full.class_names))
+    first, count = (number - 1, 1) if number else (0, max(1, round(share * folds)))
+    held = np.concatenate(held_of_folds[first : first + count])
+    kept = np.array(full.class_counts) - np.bincount(full.labels_N[held], minlength=len(full.class_names))
     needed = numbers_N[held][kept[full.labels_N[held]] == 0]
-    return np.sort(held[~np.isin(numbers_N[held], needed)])
+    return held[~np.isin(numbers_N[held], needed)]
 
 
 def grouped(images: ImageList, by: str) -> ImageList:
-    """The list with groups: what the regular expression `by` finds in each image's path below the data folder, its
-    first group where it has one. A list of a table that has groups already stays as it is. Raises UserError for an
-    expression that finds nothing in one of the paths."""
+    """The list with groups, unless a table gave it some: what the regular expression `by` finds in each image's path
+    below the data folder, its first group where it has one. Raises UserError where it finds nothing in a path."""
     if images.groups_N is not None:
         return images
     source = images.images
-    if isinstance(source, PixelArrays) or (isinstance(source, EncodedImages) and not source.packed):
+    if isinstance(source, ImageFiles):
+        paths = source.paths_N.tolist()
+    elif isinstance(source, PackedImages):
+        paths = source.table["name"].take(source.rows_N).to_pylist()
+    else:
         raise UserError(f"{images.origin} has no column '{by}', and its images have no paths, for data.group_by")
-    of_files = isinstance(source, ImageFiles)
-    paths = source.paths_N.tolist() if of_files else source.table["name"].take(source.rows_N).to_pylist()
     try:
         matches = [(path, re.search(by, path)) for path in map(os.fsdecode, paths)]
     except re.error as error:
         raise UserError(f"data.group_by is no column and no regular expression: '{by}' ({error})") from None
     groups = [next(filter(None, found.groups() or (found[0],)), "") if found else "" for _, found in matches]
     if "" in groups:
-        raise UserError(
-            f"data.group_by = '{by}' finds nothing in {matches[groups.index('')][0]}; it must match every path"
-        )
+        path = matches[groups.index("")][0]
+        raise UserError(f"data.group_by = '{by}' finds nothing in {path}; it must match every path")
     return replace(images, groups_N=np.array(groups))

@@ -24,16 +24,13 @@ from equipoise.data.decode import DECODING
 from equipoise.deploy.predict import Classifier
 from equipoise.views.views import short_side
 
-TOLERANCE = 1e-4  # of a logit
 NOTES = "equipoise.json"  # the file in a .pt2 that holds what an ONNX file has in its metadata
-_CHECKED = 16  # images
 _ANY_NUMBER = ({0: torch.export.Dim("batch")},)
 
-Form = Literal["onnx", "torch-export"]
 Scorer = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]  # uint8 images [N, 3, S, S] to scores [N, C]
 
 
-def export_file(classifier: Classifier, form: Form, out: Path) -> str:
+def export_file(classifier: Classifier, form: Literal["onnx", "torch-export"], out: Path) -> str:
     """Write the classifier to `out` and return a line about the check. Raises UserError, and writes nothing, where the
     scores differ from the model's, or the form cannot be had: its packages are missing, or torch cannot write it."""
     views_N3SS = made_up_images(classifier.checkpoint.recipe.views.size)
@@ -52,20 +49,12 @@ def _onnx(classifier: Classifier, example_N3SS: torch.Tensor) -> tuple[bytes, Sc
         import onnxscript  # noqa: F401  # pyright: ignore[reportUnusedImport] torch's exporter needs it
     except ImportError as error:
         raise UserError(f"the package {error.name} is missing; pip install onnx onnxscript onnxruntime") from None
-    if (
-        sum(tensor.nbytes for tensor in classifier.calibrated.state_dict().values()) > 2**31 - 2**20
-    ):  # the rest of the file
+    weights = sum(tensor.nbytes for tensor in classifier.calibrated.state_dict().values())
+    if weights > 2**31 - 2**20:  # the rest of the file
         raise UserError("the network has more than 2 GB, which is all that an ONNX file holds; take --to torch-export")
     try:
-        program = torch.onnx.export(
-            classifier.calibrated,
-            (example_N3SS,),
-            dynamo=True,
-            verbose=False,
-            input_names=["images"],
-            output_names=["scores"],
-            dynamic_shapes=_ANY_NUMBER,
-        )
+        names: dict[str, Any] = {"input_names": ["images"], "output_names": ["scores"], "dynamic_shapes": _ANY_NUMBER}
+        program = torch.onnx.export(classifier.calibrated, (example_N3SS,), dynamo=True, verbose=False, **names)
     except torch.onnx.OnnxExporterError as error:
         why = reason(error, library=True, otherwise="its exporter does not say why")
         raise UserError(f"torch cannot write this encoder as ONNX ({why}); take --to torch-export") from None
@@ -74,9 +63,8 @@ def _onnx(classifier: Classifier, example_N3SS: torch.Tensor) -> tuple[bytes, Sc
     for node in (*model.graph.node, *(node for function in model.functions for node in function.node)):
         del node.metadata_props[:]  # stack traces with the paths of this machine
     notes = _notes(classifier).items()
-    onnx.helper.set_model_props(
-        model, {key: value if isinstance(value, str) else json.dumps(value) for key, value in notes}
-    )
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in notes}
+    onnx.helper.set_model_props(model, texts)
     content = model.SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     return content, lambda images: np.asarray(session.run(["scores"], {"images": images})[0])
@@ -97,7 +85,7 @@ def _torch_export(classifier: Classifier, example_N3SS: torch.Tensor) -> tuple[b
 
 def made_up_images(size: int) -> torch.Tensor:
     """`[N, 3, S, S]` uint8: soft shapes of all colours, the same every time."""
-    shapes_N388 = 255 * torch.rand(_CHECKED, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    shapes_N388 = 255 * torch.rand(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     return F.interpolate(shapes_N388, size, mode="bilinear").byte()
 
 
@@ -108,11 +96,9 @@ def check(classifier: Classifier, views_N3SS: torch.Tensor, run: Scorer) -> str:
     with torch.inference_mode():
         expected_NC = classifier.calibrated(views_N3SS).numpy()
         difference = np.max([np.abs(run(images[:size]) - expected_NC[:size]).max() for size in (1, len(images))])
-    allowed = TOLERANCE / min(1.0, classifier.temperature or 1.0)
+    allowed = 1e-4 / min(1.0, classifier.temperature or 1.0)
     if not difference <= allowed:  # NaN is no agreement
-        raise UserError(
-            f"the scores differ from the model's by {difference:.2g}, more than {allowed:g}; take another --to"
-        )
+        raise UserError(f"scores differ from the model's by {difference:.2g}, more than {allowed:g}; take another --to")
     return f"checked on {len(images)} made-up images: scores differ from the model's by {difference:.1g} at most"
 
 

@@ -10,19 +10,18 @@ import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import msgspec
 
-from equipoise.base.errors import UserError, in_words, reason, several
+from equipoise.base.errors import UserError, in_words, reason
 from equipoise.config.reading import recipe_from_table
 from equipoise.config.recipe import Data
 from equipoise.data.decode import DECODING
 from equipoise.data.images import imbalance_factor
-from equipoise.evaluation.metrics import FURTHER, GROUP_LIMITS, GROUPS, percent, shot_group
+from equipoise.evaluation.metrics import ALL_FIGURES, GROUP_LIMITS, GROUPS, percent, shot_group
 from equipoise.method.encoders import timm_arguments
 from equipoise.runs.checkpoint import Checkpoint
 from equipoise.views.views import short_side
@@ -31,24 +30,11 @@ CONFIG, WEIGHTS, HEAD, CARD = "config.json", "model.safetensors", "head.safetens
 _ENCODER = "encoder."
 
 
-class _About(msgspec.Struct):
-    """What `config.json` says under 'equipoise': a checkpoint without its tensors."""
-
-    recipe: dict[str, Any]
-    class_names: tuple[str, ...]
-    class_counts: tuple[int, ...]  # empty where the training images are not known
-    epoch: int
-    temperature: float | None
-
-
 def write_hub_folder(
     folder: Path, checkpoint: Checkpoint, temperature: float | None, metrics: Mapping[str, Any] | None
 ) -> None:
     """Write `checkpoint` to `folder`, which appears complete or not at all. `metrics`: those of the checkpoint in
-    `metrics.json`, for the model card.
-
-    Raises UserError where the folder exists and is not empty, or cannot be written.
-    """
+    `metrics.json`, for the model card. Raises UserError where the folder is not empty, or cannot be written."""
     from safetensors.torch import save
 
     checkpoint = checkpoint.merged()
@@ -79,26 +65,16 @@ def read_hub_folder(folder: Path) -> tuple[Checkpoint, float | None]:
 
     try:
         # Not msgspec's own JSON reader: it refuses the escapes of class names that are no UTF-8.
-        about = msgspec.convert(json.loads((folder / CONFIG).read_bytes())["equipoise"], _About)
+        about = json.loads((folder / CONFIG).read_bytes())["equipoise"]
+        recipe = recipe_from_table(about["recipe"], str(folder / CONFIG))
         weights = {_ENCODER + name: value for name, value in load_file(folder / WEIGHTS).items()}
         weights |= load_file(folder / HEAD)
+        absent = {"step": 0, "best": None, "optimizer": {}, "fingerprints": {}}
+        checkpoint = msgspec.convert({**about, **absent, "recipe": recipe, "weights": weights}, Checkpoint)
+        return checkpoint, msgspec.convert(about["temperature"], float | None)
     except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
-        raise UserError(
-            f"{folder} is not a folder that equipoise export --to safetensors wrote, or it is damaged "
-            f"({in_words(error)}); export the model anew"
-        ) from None
-    checkpoint = Checkpoint(
-        recipe=recipe_from_table(about.recipe, str(folder / CONFIG)),
-        class_names=about.class_names,
-        class_counts=about.class_counts,
-        epoch=about.epoch,
-        step=0,
-        best=None,
-        weights=weights,
-        optimizer={},
-        fingerprints={},
-    )
-    return checkpoint, about.temperature
+        fault = f"is not a folder that equipoise export --to safetensors wrote, or damaged ({in_words(error)})"
+        raise UserError(f"{folder} {fault}; export the model anew") from None
 
 
 def _config(checkpoint: Checkpoint, temperature: float | None) -> dict[str, Any]:
@@ -135,31 +111,20 @@ def _config(checkpoint: Checkpoint, temperature: float | None) -> dict[str, Any]
     }
 
 
-_FIELDS = {
-    "top-1": "top1",
-    **{f"{group} ({limits} training images)": group for group, limits in GROUP_LIMITS.items()},
-    **FURTHER,
-}
-
-
 def model_card(checkpoint: Checkpoint, temperature: float | None, metrics: Mapping[str, Any] | None) -> str:
     """The Markdown of the model card. `metrics`: see `write_hub_folder`."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("equipoise.deploy", "."), undefined=jinja2.StrictUndefined, trim_blocks=True
-    )
-    environment.filters |= {"thousands": "{:,}".format, "percent": partial(percent, absent="")}
-    recipe, counts = checkpoint.recipe, checkpoint.class_counts
-    parts = {part: metrics[part] for part in ("validation", "test") if metrics and metrics[part]}
+    loader = jinja2.PackageLoader("equipoise.deploy", ".")
+    environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters |= {"thousands": "{:,}".format, "percent": percent}
+    counts, encoder = checkpoint.class_counts, checkpoint.recipe.model.encoder
     return environment.get_template("card.md.jinja").render(
-        recipe=recipe,
-        names=checkpoint.class_names,
-        counts=counts,
-        epochs=several(checkpoint.epoch, "epoch"),
-        parts=parts,
-        fields=_FIELDS,
-        imbalance_factor=f"{imbalance_factor(counts):.4g}" if counts else "",
+        checkpoint=checkpoint,
+        parts={part: metrics[part] for part in ("validation", "test") if metrics and metrics[part]},
+        figures=ALL_FIGURES,
+        limits=GROUP_LIMITS,
         groups={group: [count for count in counts if shot_group(count) == group] for group in GROUPS},
+        imbalance_factor=imbalance_factor(counts),
         temperature=temperature,
         decoding=DECODING,
-        in_timm=timm_arguments(recipe.model.encoder, recipe.views.size) is not None,
+        in_timm=timm_arguments(encoder, checkpoint.recipe.views.size) is not None,
     )

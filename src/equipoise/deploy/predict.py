@@ -13,9 +13,9 @@ import csv
 import io
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +25,21 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.base.device import choose_device, exact_float32
-from equipoise.base.errors import UserError, reason, shown
+from equipoise.base.errors import UserError
 from equipoise.base.world import ALONE
 from equipoise.config.reading import load_recipe
-from equipoise.data.decode import BadImageError, Pixels, decode, in_order, resized
 from equipoise.data.folders import images_below
 from equipoise.data.images import ImageFiles, ImageList
 from equipoise.deploy.hub import CONFIG, read_hub_folder
-from equipoise.evaluation.features import open_encoded_batches
-from equipoise.evaluation.neighbours import nearest
+from equipoise.evaluation.features import nearest, open_encoded_batches
 from equipoise.evaluation.score import unchanged_data
-from equipoise.evaluation.shift import estimate_prior
+from equipoise.evaluation.shift import estimate_prior, in_class_order, read_weights
 from equipoise.method.losses import log_prior
 from equipoise.method.network import TwoBranchNetwork
 from equipoise.runs.checkpoint import Checkpoint, described, figures_of, load_checkpoint
 from equipoise.runs.folder import BEST, LAST, METRICS, chosen_checkpoint, json_bytes
-from equipoise.views.loader import Batches, worker_count
-from equipoise.views.views import evaluation_view
+from equipoise.views.loader import Batches, open_batches, worker_count
+from equipoise.views.views import view_settings
 
 _BATCH = 32
 
@@ -83,8 +81,7 @@ class Predicted:
 
     def __iter__(self) -> Iterator[tuple[str, tuple[tuple[str, float], ...]]]:
         for file, ranked_K, probability_K in zip(self.files, self.ranked_NK, self.probability_NK, strict=True):
-            names = (self.class_names[index] for index in ranked_K)
-            yield file, tuple(zip(names, probability_K.tolist(), strict=True))
+            yield file, tuple(zip((self.class_names[c] for c in ranked_K), probability_K.tolist(), strict=True))
 
 
 @dataclass(frozen=True)
@@ -106,30 +103,19 @@ class Classifier:
         return CalibratedNetwork(self.model, self.temperature or 1.0, log_prior_C).to(self.device).eval()
 
     @property
-    def described(self) -> str:
-        """Which checkpoint of its run this is."""
-        return described(self.origin, self.checkpoint)
-
-    @property
     def calibration(self) -> str:
         """Whether probabilities are calibrated and, if not, why."""
         if self.temperature:
             return f"calibrated (temperature {self.temperature:.3g})"
-        if self.metrics and self.metrics["validation"]:
-            why = "no temperature fits the validation part best"
-        elif self.metrics:
-            why = "there was no validation part to fit a temperature"
+        if self.metrics:
+            fitted = "no temperature fits the validation part best"
+            why = fitted if self.metrics["validation"] else "there was no validation part to fit a temperature"
         elif self.origin.name in (BEST, LAST):
-            file, command = self.origin.with_name(METRICS), f"equipoise evaluate {self.origin.parent} writes it"
-            why = f"{file} is {'of another step' if file.exists() else 'missing'}; {command}"
+            file = self.origin.with_name(METRICS)
+            why = f"{file} is missing, or of another step; equipoise evaluate {self.origin.parent} writes it"
         else:
             why = f"{self.origin} holds no temperature"
         return f"not calibrated: {why}"
-
-    def view(self, photo: Pixels) -> Pixels:
-        """A decoded image as the network takes it, `[S, S, 3]`: the view that `equipoise evaluate` scores."""
-        views = self.checkpoint.recipe.views
-        return evaluation_view(photo, views.size) if views.policy == "photos" else resized(photo, views.size)
 
     def predict(
         self,
@@ -150,32 +136,31 @@ class Classifier:
         names = self.checkpoint.class_names
         log_prior_C = None if prior == "estimate" else self._log_prior(prior)
         train = self.train if explain else None
-        top = min(top, len(names))
         files, errors = find_images([paths] if isinstance(paths, str | Path) else paths)
-        scores = [torch.empty(0, len(names))]  # without a prior yet
-        ranked = [(torch.empty(0, top, dtype=torch.float64), torch.empty(0, top, dtype=torch.int64))]
-        read, features = list[str](), list[Tensor]()
-        for start, batch in self._batches(files):
-            views = [view for view in batch if not isinstance(view, UserError)]
-            read += [file for file, view in zip(files[start:], batch, strict=False) if not isinstance(view, UserError)]
-            errors += [error for error in batch if isinstance(error, UserError)]
-            if views:
-                images_B3SS = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).to(self.device)
+        images = ImageList("", ImageFiles.of(Path(), files), np.zeros(len(files), np.int64), ("",))
+        settings, cpu = view_settings(self.checkpoint.recipe), torch.device("cpu")  # for a GPU too, threads read them
+        scores, features, ranked = [torch.empty(0, len(names))], list[Tensor](), list[tuple[Tensor, Tensor]]()
+        with closing(open_batches(images, settings, cpu, worker_count(-1), skip=True)) as batches:
+            for number, (batch, _) in enumerate(batches.evaluation_of(np.arange(len(files)), _BATCH), 1):
+                if not len(batch.labels_G):
+                    continue  # none of them can be read
+                images_B3SS = batch.images_VB3SS[0].to(self.device)
                 with torch.inference_mode(), exact_float32():
                     if train:
                         features.append(images_B3SS := self.model.encode(images_B3SS))  # which the network passes on
-                    scores_BC = self.calibrated(images_B3SS).cpu()
-                if log_prior_C is None:
-                    scores.append(scores_BC)
-                else:
-                    ranked.append(_most_probable(scores_BC, log_prior_C, top))
-            progress(start + len(batch), len(files))
+                    scores.append(self.calibrated(images_B3SS).cpu())
+                if log_prior_C is not None:  # else the scores of all images are needed first
+                    ranked += [_most_probable(scores_BC, log_prior_C, top) for scores_BC in scores]
+                    scores.clear()
+                progress(min(number * _BATCH, len(files)), len(files))
+        read = [file for index, file in enumerate(files) if index not in batches.bad]
+        errors += [UserError(error.fault) for _, error in sorted(batches.bad.items())]
         estimated: dict[str, float] = {}
         if log_prior_C is None:
             prior_C = estimate_prior(torch.cat(scores).numpy())
-            estimated |= zip(names, prior_C.tolist(), strict=True)
-            ranked += [_most_probable(scores_BC, torch.from_numpy(prior_C).log(), top) for scores_BC in scores]
-        near = self._neighbours(*train, torch.cat(features), explain) if train and features else [()] * len(read)
+            estimated, log_prior_C = dict(zip(names, prior_C.tolist(), strict=True)), torch.from_numpy(prior_C).log()
+        ranked += [_most_probable(scores_BC, log_prior_C, top) for scores_BC in scores]
+        near = self._neighbours(*train, torch.cat(features), explain) if train and read else [()] * len(read)
         probability_NK, ranked_NK = (torch.cat(column).numpy() for column in zip(*ranked, strict=True))
         return Predicted(tuple(read), names, ranked_NK, probability_NK, tuple(errors), near, estimated)
 
@@ -203,21 +188,6 @@ class Classifier:
         both = zip(rows_MK, cosines_MK, strict=True)
         return [[(*about_N[row], cosine) for row, cosine in zip(*of_one, strict=True)] for of_one in both]
 
-    def _batches(self, files: Sequence[str]) -> Iterator[tuple[int, list[Pixels | UserError]]]:
-        """The number of the first file, and the views of a batch of files, or errors. Threads decode the next batches
-        meanwhile: decoding and resizing run outside Python's lock."""
-        images = as_list(files)
-
-        def view(index: int) -> Pixels | UserError:
-            try:
-                return self.view(decode(images, index))
-            except BadImageError as error:
-                return UserError(error.fault)
-
-        views = in_order(view, range(len(files)), worker_count(-1))
-        for start in range(0, len(files), _BATCH):
-            yield start, list(islice(views, _BATCH))
-
     def _log_prior(self, prior: Prior) -> Tensor:
         """`[C]`, float64: log of the class prior where the model is used, up to a constant."""
         names, counts = self.checkpoint.class_names, self.checkpoint.class_counts
@@ -239,11 +209,9 @@ def _most_probable(scores_BC: Tensor, log_prior_C: Tensor, top: int) -> tuple[Te
 
 def load(path: str | Path, device: str = "auto", recipe: str = "imagenet-lt") -> Classifier:
     """The model at `path`, ready for use: a run folder (its best checkpoint where validation chose one, else its last),
-    a checkpoint, ours or the BCL authors', or a folder that `equipoise export --to safetensors` wrote.
-
-    `recipe`: the one whose views a checkpoint of the BCL authors was trained with, which it does not say; 'inat2018'
-    has another mean. Raises UserError where there is no model.
-    """
+    a checkpoint, ours or the BCL authors', or a folder that `equipoise export --to safetensors` wrote. `recipe`: the
+    one whose views a checkpoint of the BCL authors was trained with, which it does not say; 'inat2018' has another
+    mean. Raises UserError where there is no model."""
     path = Path(os.path.expanduser(path))
     where = choose_device(device)
     if (path / CONFIG).is_file():
@@ -254,62 +222,25 @@ def load(path: str | Path, device: str = "auto", recipe: str = "imagenet-lt") ->
     if not checkpoint.class_counts:
         checkpoint = replace(checkpoint, recipe=replace(checkpoint.recipe, views=load_recipe(recipe).views))
     metrics = figures_of(file, checkpoint)
-    temperature = metrics["temperature"] if metrics else None
+    temperature = metrics and metrics["temperature"]
     return Classifier(file, checkpoint, checkpoint.build().to(where), temperature, metrics, where)
 
 
 def find_images(paths: Sequence[str | Path]) -> tuple[list[str], list[UserError]]:
-    """The image files at `paths`: each file, and in folders and their sub-folders those that are images. An error for
-    each other file there, and for each folder without images; what is hidden is passed over."""
-    files: list[str] = []
-    errors: list[UserError] = []
+    """Each file of `paths`, and in folders and their sub-folders those that are images. An error for each other file
+    there but hidden ones, and for each folder without images. Raises UserError for a folder that cannot be read."""
+    files, errors = list[str](), list[UserError]()
     for path in map(Path, paths):
         if not path.is_dir():
             files.append(str(path))
             continue
-        try:
-            found = images_below(path)
-        except UserError as error:  # a folder that may not be read, a link without an end
-            errors.append(error)
-            continue
-        files += [str(path / name) for name in found.images]
-        errors += [UserError(f"{path / name} is no image that can be read ({why})") for name, why in found.others]
-        if not found.images:
+        found = images_below(path)
+        files += [str(path / name) for name, why in found.items() if not why]
+        others = [(path / name, why) for name, why in found.items() if why]
+        errors += [UserError(f"{file} is no image that can be read ({why})") for file, why in others]
+        if all(found.values()):
             errors.append(UserError(f"{path} holds no images"))
     return files, errors
-
-
-def as_list(files: Sequence[str]) -> ImageList:
-    """Files without known labels, for `decode`."""
-    return ImageList("", ImageFiles.of(Path(), files), np.zeros(len(files), np.int64), ("",))
-
-
-def read_weights(file: Path) -> dict[str, float]:
-    """Class name -> weight, of a CSV file of two columns, with or without a heading. Raises UserError for another file;
-    `in_class_order` checks the weights."""
-    try:
-        pairs = [row for row in csv.reader(io.StringIO(file.read_text(encoding="utf-8-sig"))) if row]
-        if pairs and not any(letter.isdigit() for letter in pairs[0][-1]):
-            del pairs[0]  # the heading
-        weights = {str(name): float(weight) for name, weight in pairs}
-    except (OSError, ValueError, csv.Error) as error:
-        known = "--prior is uniform, train, estimate, or a CSV file of classes and their weights"
-        raise UserError(f"{known}; {file} cannot be read so ({reason(error, library=True)})") from None
-    if len(weights) < len(pairs):
-        raise UserError(f"{file} names a class twice")
-    return weights
-
-
-def in_class_order(weights: Mapping[str, float], class_names: Sequence[str]) -> npt.NDArray[np.float64]:
-    """The weights in the order of the classes. Raises UserError unless there is one finite number, 0 or more, for each
-    class, and one above 0."""
-    if differing := sorted(weights.keys() ^ set(class_names)):
-        fault = "is no class of the model" if differing[0] in weights else "has no weight"
-        raise UserError(f"the prior must weigh all classes, and no other: {shown(differing[0])} {fault}")
-    weights_C = np.array([weights[name] for name in class_names], np.float64)
-    if not np.isfinite(weights_C).all() or weights_C.min() < 0 or not weights_C.any():
-        raise UserError("each weight of the prior must be a finite number, 0 or more, and one at least above 0")
-    return weights_C
 
 
 def as_csv(predicted: Predicted) -> bytes:
@@ -330,21 +261,22 @@ def as_csv(predicted: Predicted) -> bytes:
 
 def as_json(predicted: Predicted, classifier: Classifier, prior: str) -> bytes:
     """The predictions, what they were made with, and the files that were passed over."""
+    predictions = [
+        {
+            "file": file,
+            "classes": [{"class": name, "probability": round(share, 6)} for name, share in classes],
+            "neighbours": [{"file": of, "class": name, "cosine": round(x, 6)} for of, name, x in neighbours],
+        }
+        for (file, classes), neighbours in zip(predicted, predicted.neighbours, strict=True)
+    ]
     table = {
         "model": str(classifier.origin),
-        "checkpoint": classifier.described,
+        "checkpoint": described(classifier.origin, classifier.checkpoint),
         "epoch": classifier.checkpoint.epoch,
         "prior": prior,
         "estimated_prior": predicted.estimated,
         "temperature": classifier.temperature,
-        "predictions": [
-            {
-                "file": file,
-                "classes": [{"class": name, "probability": round(share, 6)} for name, share in classes],
-                "neighbours": [{"file": of, "class": name, "cosine": round(x, 6)} for of, name, x in neighbours],
-            }
-            for (file, classes), neighbours in zip(predicted, predicted.neighbours, strict=True)
-        ],
+        "predictions": predictions,
         "passed_over": [str(error) for error in predicted.errors],
     }
     return json_bytes(table)

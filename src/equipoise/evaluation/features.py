@@ -1,17 +1,17 @@
-"""The features of a frozen encoder, computed once: a file for each list, encoder and view, mapped into memory.
+"""The features of an encoder. Of a frozen one they are computed once: a file for each list, encoder and view, mapped
+into memory. Of the training images, those nearest to others: beside a mistake, a wrong label shows at once.
 
-Shapes: N images, F width of the encoder, V views of a batch of B images.
+Shapes: N images, F width of the encoder, V views of a batch of B images; M images asked about, K neighbours of each.
 """
 
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from numpy.lib.format import open_memmap
@@ -20,15 +20,20 @@ from torch import Tensor
 from equipoise.base.device import exact_float32
 from equipoise.base.files import atomic_file
 from equipoise.base.progress import ProgressLine
-from equipoise.base.world import World
+from equipoise.base.world import ALONE, World
 from equipoise.config.recipe import Recipe
 from equipoise.data.decode import BadImageError, stand_in
 from equipoise.data.images import ImageFiles, ImageList, Indices
+from equipoise.evaluation.predictions import Table
 from equipoise.method.network import TwoBranchNetwork
+from equipoise.runs.checkpoint import Checkpoint
 from equipoise.views.loader import Batch, Batches, Maker, Task, open_recipe_batches
 from equipoise.views.views import view_settings
 
 _BATCH = 16  # images at a time: as fast as more, in less memory
+_MISTAKES, _NEIGHBOURS = 12, 4  # that the report shows
+
+Nearest = tuple[Tensor, Tensor]  # cosines [M, K], the highest first, and rows of the training part
 
 
 def open_encoded_batches(
@@ -36,97 +41,84 @@ def open_encoded_batches(
 ) -> Batches:
     """Batches of images under the recipe's views or, where its encoder is frozen, of the features of their evaluation
     views, which `Batches.prepare` computes."""
-    batches = open_recipe_batches(recipe, images, device, world)
     if recipe.model.tune != "frozen":
-        return batches
-    return Batches(_FeatureMaker(recipe, images, network, batches), device, 0, world)
+        return open_recipe_batches(recipe, images, device, world)
+    return Batches(_FeatureMaker(recipe, images, network), device, 0, world)
 
 
 class _FeatureMaker(Maker):
     """Makes batches of features `[V, B, F]`, the same for all views."""
 
-    def __init__(self, recipe: Recipe, images: ImageList, network: TwoBranchNetwork, batches: Batches) -> None:
+    def __init__(self, recipe: Recipe, images: ImageList, network: TwoBranchNetwork) -> None:
         self.in_memory = True
         self.bad: dict[int, BadImageError] = {}
         self.labels_N = images.labels_N
-        self._recipe, self._images, self._network, self._batches = recipe, images, network, batches
         self.settings = view_settings(recipe)
-        self._features_NF: npt.NDArray[np.float32] = np.empty((0, 0), np.float32)
+        self._recipe, self._images, self._network = recipe, images, network
 
     def prepare(self, world: World, look: Callable[[], None]) -> None:
         """Compute what is not in the file yet. `look` is called now and then, and may raise."""
-        with closing(self._batches):
-            file, bad = compute_features(self._recipe, self._images, self._network, self._batches, world, look)
-        # Each rank has read its share, and waits here for the others, which write into the same file.
-        self.bad = {index: error for of_rank in world.gather_objects(bad) for index, error in of_rank.items()}
-        self._features_NF = np.load(file, mmap_mode="r")
+        self._features_NF, self.bad = compute_features(self._recipe, self._images, self._network, world, look)
 
     def _training(self, task: Task) -> Batch:
         rows_B: list[int] = task.indices_G[task.here].tolist()
         for place, row in enumerate(rows_B):
             if row in self.bad:
                 rows_B[place] = stand_in(self._images, row, lambda other: None if other in self.bad else other)
-        features_BF = torch.from_numpy(self._features_NF[rows_B])
-        labels_G = torch.from_numpy(self._images.labels_N[task.indices_G])
-        return Batch(features_BF.expand(len(self.settings.kinds), -1, -1), labels_G, task.rows)
+        features_VBF = self._features_NF[rows_B].expand(len(self.settings.kinds), -1, -1)
+        return Batch(features_VBF, torch.from_numpy(self.labels_N[task.indices_G]), task.rows)
 
     def _evaluation(self, indices_B: Indices) -> Batch:
         good = [index for index in indices_B.tolist() if index not in self.bad]
-        labels_B = torch.from_numpy(self._images.labels_N[good])
         bad = {index: error for index, error in self.bad.items() if index in indices_B}
-        return Batch(torch.from_numpy(self._features_NF[good])[None], labels_B, slice(0, len(good)), bad)
+        return Batch(self._features_NF[good][None], torch.from_numpy(self.labels_N[good]), slice(0, len(good)), bad)
 
 
 def compute_features(
-    recipe: Recipe,
-    images: ImageList,
-    network: TwoBranchNetwork,
-    batches: Batches,
-    world: World,
-    look: Callable[[], None],
-) -> tuple[Path, dict[int, BadImageError]]:
-    """The file of the encoder's features `[N, F]`, float32, and the images that cannot be read. Rows that are not
-    computed yet are NaN, so that what was interrupted goes on. The ranks of a machine share the work: the bad images
-    are those of this rank's share."""
+    recipe: Recipe, images: ImageList, network: TwoBranchNetwork, world: World, look: Callable[[], None] = lambda: None
+) -> tuple[Tensor, dict[int, BadImageError]]:
+    """The encoder's features `[N, F]`, float32, mapped from their file, and the images that cannot be read. Rows that
+    are not computed yet are NaN, so that what was interrupted goes on. The ranks of a machine share the work, and all
+    ranks call it."""
     file = _file(recipe, images, network)
     if world.local_rank == 0 and not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(file) as opened:
             np.lib.format.write_array(opened, np.full((len(images), network.width), np.nan, np.float32))
     world.gather_objects(None)
-    features_NF = open_memmap(file, mode="r+")
-    bad: dict[int, BadImageError] = {}
-    todo = np.flatnonzero(np.isnan(features_NF[:, 0]))[world.local_rank :: world.local_size]
+    written_NF = open_memmap(file, mode="r+")
+    todo = np.flatnonzero(np.isnan(written_NF[:, 0]))[world.local_rank :: world.local_size]
+    shown, device, done = world.is_first and len(todo) > 0, next(network.parameters()).device, 0
     network.eval()
-    with closing(ProgressLine(0, len(todo), "image", world.is_first and len(todo) > 0)) as line, exact_float32():
-        done = 0
+    with (
+        closing(open_recipe_batches(recipe, images, device, world)) as batches,
+        closing(ProgressLine(0, len(todo), "image", shown)) as line,
+        exact_float32(),
+    ):
         for batch, rows in batches.evaluation_of(todo, _BATCH):
             look()
             with torch.inference_mode():
-                features_NF[rows] = network.encode(batch.images_VB3SS[0]).cpu().numpy()
-            bad.update(batch.bad)
+                written_NF[rows] = network.encode(batch.images_VB3SS[0]).cpu().numpy()
             done += len(rows) + len(batch.bad)
             line.update(done, "features of the encoder")
-    features_NF.flush()
-    return file, bad
+    written_NF.flush()
+    of_ranks = world.gather_objects(batches.bad)  # then all rows are there
+    features_NF = torch.from_numpy(np.load(file, mmap_mode="c"))  # torch warns of arrays that cannot be written
+    return features_NF, {index: error for of_rank in of_ranks for index, error in of_rank.items()}
 
 
 def class_means(
     recipe: Recipe, images: ImageList, network: TwoBranchNetwork, world: World, look: Callable[[], None]
 ) -> Tensor:
     """`[C, F]`: of each class the mean of its images' features, each of length 1. All ranks call it."""
-    device = next(network.parameters()).device
-    with closing(open_recipe_batches(recipe, images, device, world)) as batches:
-        file, _ = compute_features(recipe, images, network, batches, world, look)
-    world.gather_objects(None)  # each rank has computed its share
+    features_NF, _ = compute_features(recipe, images, network, world, look)
 
     def means() -> Tensor:
         sums_CF = torch.zeros(len(images.class_names), network.width)
-        features_NF = np.load(file, mmap_mode="r")
-        for start in range(0, len(images), 4096):
-            rows_RF = torch.from_numpy(features_NF[start : start + 4096].copy())
+        pieces = (of_N.split(4096) for of_N in (features_NF, torch.from_numpy(images.labels_N)))
+        for rows_RF, labels_R in zip(*pieces, strict=True):
             units_RF = torch.nan_to_num(F.normalize(rows_RF, dim=1))  # of a bad image there are none
-            sums_CF.index_add_(0, torch.from_numpy(images.labels_N[start : start + 4096]), units_RF)
+            sums_CF.index_add_(0, labels_R, units_RF)
         return sums_CF / torch.tensor(images.class_counts)[:, None]
 
     return world.first_makes(means)
@@ -155,3 +147,50 @@ def _file(recipe: Recipe, images: ImageList, network: TwoBranchNetwork) -> Path:
         hasher.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")  # of what can be computed again
     return cache / "equipoise" / "features" / f"{hasher.hexdigest()}.npy"
+
+
+@torch.inference_mode()
+def nearest(network: TwoBranchNetwork, train: Batches, asked_MF: Tensor, k: int, world: World = ALONE) -> Nearest:
+    """The `k` images of `train` whose features have the highest cosines with those asked about; of equal ones, the
+    first of the list. The ranks share the images."""
+    asked_MF = F.normalize(asked_MF, dim=1)
+    best = torch.empty(len(asked_MF), 0), torch.empty(len(asked_MF), 0, dtype=torch.int64)
+    share = np.arange(len(train))[world.rank :: world.size]
+    with exact_float32():
+        for batch, rows in train.evaluation_of(share, _BATCH):
+            cosines_MB = asked_MF @ F.normalize(network.encode(batch.images_VB3SS[0]), dim=1).T
+            rows_MB = torch.from_numpy(rows).expand(len(asked_MF), -1)
+            best = _highest([best, (cosines_MB.cpu(), rows_MB)], k)
+    return _highest(world.gather_objects(best), k)
+
+
+def _highest(found: Sequence[Nearest], k: int) -> Nearest:
+    cosines, rows = (torch.cat(columns, dim=1) for columns in zip(*found, strict=True))
+    order_MK = cosines.argsort(dim=1, descending=True, stable=True)[:, :k]
+    return cosines.gather(1, order_MK), rows.gather(1, order_MK)
+
+
+@torch.inference_mode()
+def explain_mistakes(
+    checkpoint: Checkpoint, parts: Mapping[str, Batches], observed: Table, device: torch.device, world: World
+) -> None:
+    """Add to what rank 0 `observed` of the part that speaks for the run: the rows of its surest mistakes
+    (`mistakes_M`) and, for each, of the nearest training images (`neighbours_MK`). All ranks call it. Nothing is added
+    where the parts lack `train`, or images could not be read, so that which row is which image is not known."""
+    part = "test" if "test" in parts else "validation"
+    if "train" not in parts or part not in parts:
+        return
+
+    def surest() -> Indices:
+        labels_N, predicted_N, sure_N = (observed[f"{part}/{key}_N"] for key in ("labels", "predicted", "confidence"))
+        wrong = np.flatnonzero(labels_N != predicted_N) if len(labels_N) == len(parts[part]) else np.empty(0, np.int64)
+        return wrong[np.argsort(-sure_N[wrong], kind="stable")][:_MISTAKES]
+
+    rows_M = world.first_makes(surest)
+    if not len(rows_M):
+        return
+    network = checkpoint.build().to(device)
+    with exact_float32():
+        asked = [network.encode(batch.images_VB3SS[0]) for batch, _ in parts[part].evaluation_of(rows_M, _BATCH)]
+    _, neighbours_MK = nearest(network, parts["train"], torch.cat(asked), _NEIGHBOURS, world)
+    observed |= {f"{part}/mistakes_M": rows_M, f"{part}/neighbours_MK": neighbours_MK.numpy()}

@@ -18,12 +18,10 @@ from equipoise.base.world import ALONE
 from equipoise.config.reading import load_recipe
 from equipoise.data.images import ImageList, Indices
 from equipoise.data.inspection import Place
-from equipoise.evaluation.features import open_encoded_batches
+from equipoise.evaluation.features import compute_features
 from equipoise.method.pretrained import viewed_as_pretrained
 from equipoise.runs.checkpoint import create_network
 
-_BATCH = 256
-_FOLDS = 5
 _UNLIKELY = 1 / 12  # of the probability that the images of a class have for it on average: docs/log.md
 
 
@@ -37,36 +35,24 @@ class Doubt(NamedTuple):
 
 
 def doubtful_labels(parts: Mapping[str, ImageList]) -> list[Doubt]:
-    """The most doubtful label first. Images that cannot be read are left out. Raises UserError where no pretrained
-    weights can be had."""
-    features_NF, places = _encoded(parts)
-    if not places:
-        return []
+    """The most doubtful label first, by the encoder of the recipe `frozen`. Images that cannot be read are left out.
+    Raises UserError where no pretrained weights can be had."""
+    recipe = viewed_as_pretrained(load_recipe("frozen", on_bad_image="skip"))
+    network = create_network(recipe, 2, start=True).to(choose_device("auto"))
+    units: list[Tensor] = []
+    places: list[Place] = []
+    for part, images in parts.items():
+        features_NF, bad = compute_features(recipe, images, network, ALONE)
+        rows = [row for row in range(len(images)) if row not in bad]
+        units.append(F.normalize(features_NF[rows], dim=1))
+        places += [Place(part, images, row) for row in rows]
     names, labels_N = np.unique([place.class_name for place in places], return_inverse=True)
     if (np.bincount(labels_N) > 1).sum() < 2:
         return []  # nothing says what else belongs to a class of one image
-    shares_NC = out_of_fold(features_NF, labels_N)
-    doubts: list[Doubt] = []
-    for row in doubtful(shares_NC, labels_N):
-        likely, shares_C = int(shares_NC[row].argmax()), shares_NC[row].tolist()
-        doubts.append(Doubt(places[row], shares_C[labels_N[row]], str(names[likely]), shares_C[likely]))
-    return doubts
-
-
-def _encoded(parts: Mapping[str, ImageList]) -> tuple[npt.NDArray[np.float32], list[Place]]:
-    """Unit features of all images that can be read, from the encoder of the recipe `frozen`."""
-    recipe = load_recipe("frozen", on_bad_image="skip")
-    recipe, device = viewed_as_pretrained(recipe), choose_device("auto")
-    network = create_network(recipe, 2, start=True).to(device)
-    features: list[Tensor] = []
-    places: list[Place] = []
-    for part, images in parts.items():
-        batches = open_encoded_batches(recipe, images, network, device, ALONE)
-        batches.prepare()
-        for batch, rows in batches.evaluation_of(np.arange(len(images)), _BATCH):
-            features.append(F.normalize(batch.images_VB3SS[0], dim=1).cpu())
-            places += [Place(part, images, row) for row in rows.tolist()]
-    return torch.cat([*features, torch.empty(0, network.width)]).numpy(), places
+    shares_NC = out_of_fold(torch.cat(units).numpy(), labels_N)
+    own_N, most_N = shares_NC[np.arange(len(labels_N)), labels_N].tolist(), shares_NC.max(1).tolist()
+    likely_N = names[shares_NC.argmax(1)].tolist()
+    return [Doubt(places[row], own_N[row], likely_N[row], most_N[row]) for row in doubtful(shares_NC, labels_N)]
 
 
 def out_of_fold(features_NF: npt.NDArray[np.float32], labels_N: Indices) -> npt.NDArray[np.float64]:
@@ -76,7 +62,7 @@ def out_of_fold(features_NF: npt.NDArray[np.float32], labels_N: Indices) -> npt.
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
     model: Any = LogisticRegression(C=10, class_weight="balanced", max_iter=1000)
-    folds = StratifiedKFold(min(_FOLDS, int(np.bincount(labels_N).max())), shuffle=True, random_state=0)
+    folds = StratifiedKFold(min(5, int(np.bincount(labels_N).max())), shuffle=True, random_state=0)
     with warnings.catch_warnings(action="ignore"):  # of classes with fewer images than folds
         return np.asarray(cross_val_predict(model, features_NF, labels_N, cv=folds, method="predict_proba"))
 

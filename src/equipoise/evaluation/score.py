@@ -18,29 +18,19 @@ from equipoise.base.device import choose_device
 from equipoise.base.errors import UserError
 from equipoise.base.world import ALONE, World
 from equipoise.config.reading import load_recipe
-from equipoise.config.recipe import Field, Recipe, field_value, find_field, override
+from equipoise.config.recipe import Data, Field, Recipe, field_value, find_field, override
 from equipoise.data.images import Found, ImageList, Parts
-from equipoise.data.lists import BENCHMARKS
-from equipoise.data.sources import LISTS, PARTS, find_parts, labelled_as, named_lists, open_data, part_of, recognise
+from equipoise.data.sources import LISTS, PARTS, as_recognised, find_parts, labelled_as, named_lists, open_data, part_of
 from equipoise.evaluation.cost import training_cost
-from equipoise.evaluation.features import open_encoded_batches
-from equipoise.evaluation.intervals import intervals
-from equipoise.evaluation.metrics import Predictions, choose_tau, fit_temperature, score
-from equipoise.evaluation.neighbours import explain_mistakes
+from equipoise.evaluation.features import explain_mistakes, open_encoded_batches
+from equipoise.evaluation.metrics import Predictions, fit_temperature, post_hoc_prior, score
 from equipoise.evaluation.predictions import ClassCalibration, Look, Observation, Table, confidence_at, predict, to_npz
+from equipoise.evaluation.shift import label_shift
 from equipoise.method.losses import log_prior
 from equipoise.method.network import TwoBranchNetwork
-from equipoise.runs.checkpoint import Checkpoint, described, load_checkpoint, refuse_changed
+from equipoise.runs.checkpoint import Checkpoint, described, figures_of, load_checkpoint, refuse_changed
 from equipoise.runs.folder import BAD_IMAGES, BEST, LAST, METRICS, OBSERVED, RECIPE, chosen_checkpoint, write_json
-from equipoise.runs.records import (
-    BadImages,
-    CheckpointMetrics,
-    PartMetrics,
-    PostHocPrior,
-    RunMetrics,
-    read_bad_images,
-    read_metrics,
-)
+from equipoise.runs.records import BadImages, CheckpointMetrics, PartMetrics, RunMetrics, read_bad_images, read_metrics
 from equipoise.views.loader import Batches, open_recipe_batches
 
 Overrides = Sequence[tuple[Field, Any]]  # fields of a recipe, as text or values
@@ -50,7 +40,6 @@ def evaluate_run(
     path: Path, parts: Parts | None = None, device: str = "auto", world: World = ALONE, overrides: Overrides = ()
 ) -> RunMetrics:
     """Score the last checkpoint, and the best one where validation chose one, on the run's validation and test parts.
-
     Returns and writes the run's `metrics.json`, and beside it what the report draws of the checkpoint that is `chosen`.
     `overrides`: see `evaluate_checkpoint`. Raises UserError if a checkpoint cannot be read, or the run's data changed.
     """
@@ -62,40 +51,36 @@ def evaluate_run(
     last = checkpoints[0]
     if last.best is not None and len(names) == 1 and world.is_first:
         print(f"{path / BEST}, which validation chose, is missing: the figures are of the last checkpoint")
-    parts = parts or world.each_makes(lambda: unchanged_data(last, path))
-    # An encoder that has seen no other images tells no wrong label from a hard one.
-    explained = last.recipe.model.tune != "scratch"
-    read_from = {part: images for part, images in parts.named().items() if part != "train" or explained}
-
+    named = (parts or world.each_makes(lambda: unchanged_data(last, path))).named()
+    if last.recipe.model.tune == "scratch":  # such an encoder tells no wrong label from a hard one
+        del named["train"]
     where = choose_device(device, world.local_rank)
-
-    def read() -> dict[str, Batches]:
-        network = last.build().to(where)
-        return {
-            part: open_encoded_batches(last.recipe, images, network, where, world) for part, images in read_from.items()
-        }
-
+    network = last.build().to(where)
+    how = network, where, world
     with ExitStack() as stack:
-        batches = world.each_makes(read)
-        for opened in batches.values():
-            stack.enter_context(closing(opened))
-            opened.prepare()
-        scores = [score_checkpoint(checkpoint, batches, device, world) for checkpoint in checkpoints]
-        explain_mistakes(checkpoints[-1], batches, scores[-1][1], where, world)
+        batches = world.each_makes(
+            lambda: {part: open_encoded_batches(last.recipe, images, *how) for part, images in named.items()}
+        )
+        for of_part in batches.values():
+            stack.enter_context(closing(of_part))
+            of_part.prepare()
+        scored = [score_checkpoint(checkpoint, batches, where, world) for checkpoint in checkpoints]
+        of_chosen, observed = scored[-1]
+        explain_mistakes(checkpoints[-1], batches, observed, where, world)
         bad = record_bad_images(path, world, **batches)
     metrics: RunMetrics = {
         "method": last.recipe.method,
-        "test": scores[-1][0]["test"],
-        "validation": scores[-1][0]["validation"],
-        "last": scores[0][0],
-        "best": scores[1][0] if len(scores) > 1 else None,
+        "test": of_chosen["test"],
+        "validation": of_chosen["validation"],
+        "last": scored[0][0],
+        "best": of_chosen if len(scored) > 1 else None,
         "cost": world.first_makes(lambda: training_cost(path, last)),
         "bad_images": bad,
         "class_names": list(last.class_names),
         "train_counts": list(last.class_counts),
     }
     if world.is_first:
-        to_npz(path / OBSERVED, scores[-1][1])
+        to_npz(path / OBSERVED, observed)
         write_json(path / METRICS, metrics)
     return metrics
 
@@ -106,22 +91,22 @@ def evaluate_checkpoint(
     split: str | None = None,
     overrides: Overrides = (),
     keep_logits: bool = False,
+    shifted: bool = False,
     world: World = ALONE,
 ) -> tuple[dict[str, Any], Predictions]:
-    """Score one checkpoint on the part `split` of `data` (None: what it was trained on). Without a `split` it is the
-    test part, or the validation part where there is no test part.
-
-    Returns a table like `metrics.json`, with that part alone, and the predictions. `overrides` must not change the
-    model; a list file among them stands for the data's own lists. Raises UserError where there is no such part or its
-    classes are not the checkpoint's.
-    """
+    """Score one checkpoint on the part `split` of `data` (None: what it was trained on), or on the test part, or where
+    there is none the validation part. Returns a table like `metrics.json`, with that part alone and, if `shifted`,
+    `label_shift`; and the predictions. `overrides` must not change the model; a list file among them stands for the
+    data's own lists. Raises UserError where there is no such part or its classes are not the checkpoint's."""
     checkpoint, part, images, note = world.each_makes(lambda: find_target(path, data, split, overrides))
+    if shifted and not checkpoint.class_counts:
+        raise UserError(f"{path} does not say how many training images each class had: drop --label-shift")
     device = choose_device(checkpoint.recipe.device, world.local_rank)
     with closing(world.each_makes(lambda: open_recipe_batches(checkpoint.recipe, images, device, world))) as batches:
         network = checkpoint.build().to(device)
-        metrics, predictions = _score(checkpoint, network, batches, world, keep_logits)
+        metrics, predictions = _score(checkpoint, network, batches, world, keep_logits or shifted)
         bad = _bad_images(batches, world)
-    table = {
+    table: dict[str, Any] = {
         "method": checkpoint.recipe.method,
         "checkpoint": described(path, checkpoint),
         "epoch": checkpoint.epoch,
@@ -132,28 +117,32 @@ def evaluate_checkpoint(
         "class_names": list(checkpoint.class_names),
         "train_counts": list(checkpoint.class_counts),
     }
+    if shifted and (logits_NC := predictions.logits_NC) is not None:
+        figures, log_prior_C = figures_of(path, checkpoint), checkpoint.log_prior_of_logits().numpy()
+        how = checkpoint.class_counts, log_prior_C, (figures and figures["temperature"]) or 1.0
+        table["label_shift"] = label_shift(logits_NC, predictions.labels_N, *how)
     return table, predictions
 
 
 def score_checkpoint(
-    checkpoint: Checkpoint, parts: Mapping[str, Batches], device: str = "auto", world: World = ALONE
+    checkpoint: Checkpoint, parts: Mapping[str, Batches], device: torch.device, world: World = ALONE
 ) -> tuple[CheckpointMetrics, Table]:
     """The metrics of a checkpoint on the parts that there are, and what the report draws, which rank 0 alone has."""
-    network = checkpoint.build().to(choose_device(device, world.local_rank))
+    network = checkpoint.build().to(device)
     scored: dict[str, PartMetrics] = {}
     observed: Table = {}
     temperature = None
-    for part in ("validation", "test"):
-        if part not in parts:
-            continue
-        chooses = part == "validation"
-        observation = Observation(network, checkpoint.class_counts, temperature)
-        scored[part], predictions = _score(checkpoint, network, parts[part], world, chooses, [observation.add])
-        observation.gather(world)
-        table = observation.table(predictions) if world.is_first else {}
-        if chooses:
-            temperature = calibrating_temperature(checkpoint, predictions)
-            if temperature is not None and (logits_NC := predictions.logits_NC) is not None:
+    for part in [part for part in ("validation", "test") if part in parts]:
+        observation, fits = Observation(network, checkpoint.class_counts, temperature), part == "validation"
+        scored[part], predictions = _score(checkpoint, network, parts[part], world, fits, observation.add)
+        table = observation.table(predictions, world)
+        if (logits_NC := predictions.logits_NC) is not None:  # of validation, under its own shares of the classes
+            labels_N = predictions.labels_N
+            shares_C = np.bincount(labels_N, minlength=len(checkpoint.class_names)) / len(labels_N)
+            with np.errstate(divide="ignore"):  # a class without validation images has the prior 0 there
+                log_ratio_C = np.log(shares_C) - checkpoint.log_prior_of_logits().numpy()
+            temperature = fit_temperature(logits_NC, labels_N, log_ratio_C)
+            if temperature is not None:
                 table["calibrated_N"] = confidence_at(torch.from_numpy(logits_NC), temperature).numpy()
         observed |= {f"{part}/{name}": values for name, values in table.items()}
     validation, test = scored.get("validation"), scored.get("test")
@@ -162,63 +151,35 @@ def score_checkpoint(
         "step": checkpoint.step,
         "validation": validation,
         "test": test,
-        "post_hoc": _post_hoc_prior(validation, test),
+        "post_hoc": post_hoc_prior(validation, test),
         "temperature": temperature,
     }
     return metrics, observed
 
 
 def _score(
-    checkpoint: Checkpoint,
-    network: TwoBranchNetwork,
-    batches: Batches,
-    world: World,
-    keep_logits: bool,
-    looks: Sequence[Look] = (),
+    checkpoint: Checkpoint, network: TwoBranchNetwork, batches: Batches, world: World, keep_logits: bool, *looks: Look
 ) -> tuple[PartMetrics, Predictions]:
     counts, classes = checkpoint.class_counts, len(checkpoint.class_names)
     prior_C = log_prior(torch.tensor(counts)).float() if counts and min(counts) > 0 else None
     calibration = ClassCalibration(classes)
     predictions = predict(network, batches, prior_C, keep_logits, [calibration.add, *looks], world)
     metrics = score(predictions, counts, classes)
-    metrics["intervals"], metrics["per_class_intervals"] = intervals(predictions, counts, classes)
     metrics["calibration"] = calibration.by_group(counts, world)
     return metrics, predictions
-
-
-def calibrating_temperature(checkpoint: Checkpoint, validation: Predictions) -> float | None:
-    """The temperature that calibrates the checkpoint, from predictions of its validation part with their logits. See
-    `fit_temperature`."""
-    assert validation.logits_NC is not None
-    shares_C = np.bincount(validation.labels_N, minlength=len(checkpoint.class_names)) / len(validation.labels_N)
-    with np.errstate(divide="ignore"):  # a class without validation images has the prior 0 there
-        log_ratio_C = np.log(shares_C) - checkpoint.log_prior_of_logits().numpy()
-    return fit_temperature(validation.logits_NC, validation.labels_N, log_ratio_C)
-
-
-def _post_hoc_prior(validation: PartMetrics | None, test: PartMetrics | None) -> PostHocPrior | None:
-    """The post-hoc prior whose strength the validation part chose, and what it gives on each part."""
-    if validation is None or validation["prior_sweep"] is None:
-        return None
-    best = choose_tau(validation["prior_sweep"])
-    post_hoc: PostHocPrior = {"tau": best["tau"], "chosen_on": "validation", "validation": best}
-    if test is not None:
-        post_hoc["test"] = next(row for row in test["prior_sweep"] or () if row["tau"] == best["tau"])
-    return post_hoc
 
 
 def record_bad_images(path: Path, world: World, **parts: Batches | None) -> BadImages:
     """Add the images of each part that any rank could not read so far to the run's `bad-images.json`, and return what
     it holds: a run that is interrupted and goes on knows all of them."""
     new = {part: _bad_images(batches, world) for part, batches in parts.items() if batches}
-    file = path / BAD_IMAGES
 
     def write() -> BadImages:
-        known = read_bad_images(file) if file.is_file() else {}
-        together = {part: {**known.get(part, {}), **new.get(part, {})} for part in PARTS}
+        known = read_bad_images(path / BAD_IMAGES) if (path / BAD_IMAGES).is_file() else {}
+        together = {part: known.get(part, {}) | new.get(part, {}) for part in PARTS}
         found = {part: dict(sorted(names.items())) for part, names in together.items() if names}
         if found != known:
-            write_json(file, found)
+            write_json(path / BAD_IMAGES, found)
         return found
 
     return world.first_makes(write)
@@ -230,31 +191,40 @@ def _bad_images(batches: Batches, world: World) -> dict[str, str]:
     return {error.name: error.reason for _, error in sorted(together.items())}
 
 
-def write_logits(path: Path, predictions: Predictions, class_names: Sequence[str]) -> None:
-    """`logits` `[N, C]`, `labels` `[N]` in the order of the list, and `class_names`, as NumPy's .npz."""
-    logits_NC, names = predictions.logits_NC, np.array(class_names)
-    assert logits_NC is not None
-    to_npz(path, {"logits": logits_NC, "labels": predictions.labels_N, "class_names": names})
-
-
-Target = tuple[Checkpoint, str, ImageList, str]  # the images of a part to be scored on, and what is odd about them
-
-
-def find_target(path: Path, data: str | None, part: str | None, overrides: Overrides) -> Target:
-    """What `evaluate_checkpoint` scores; its arguments are explained there."""
+def find_target(
+    path: Path, data: str | None, part: str | None, overrides: Overrides
+) -> tuple[Checkpoint, str, ImageList, str]:
+    """What `evaluate_checkpoint` scores, whose arguments these are: the checkpoint, the part, its images, and what is
+    odd about them."""
     checkpoint = load_checkpoint(path)
-    if data is None and not checkpoint.class_counts:
+    of_authors = not checkpoint.class_counts
+    if data is None and of_authors:
         raise UserError(f"{path} does not say what it was trained on; name the data with --data FOLDER")
     if data is None and any(field.key in LISTS.values() for field, _ in overrides):
         data = checkpoint.recipe.data.path  # the images are where they were, the list is another
-    if data is not None:
-        return _on_other_data(checkpoint, data, part, overrides, path)
-    checkpoint = with_overrides(checkpoint, overrides, path)
-    parts = unchanged_data(checkpoint, path).named()
-    part = part or ("test" if "test" in parts else "validation")
-    if part not in parts:
-        raise UserError(f"the data of {path} has no {part} part; it has {', '.join(parts)}")
-    return checkpoint, part, parts[part], ""
+    if data is None:
+        checkpoint = with_overrides(checkpoint, overrides, path)
+        parts = unchanged_data(checkpoint, path).named()
+        part = part or ("test" if "test" in parts else "validation")
+        if part not in parts:
+            raise UserError(f"the data of {path} has no {part} part; it has {', '.join(parts)}")
+        return checkpoint, part, parts[part], ""
+    benchmark = as_recognised(Data(data)).benchmark
+    if of_authors and benchmark:  # its file has no mean and std: they are those of the data set
+        checkpoint = replace(checkpoint, recipe=replace(checkpoint.recipe, views=load_recipe(benchmark).views))
+    no_lists = [(find_field(key), "") for key in LISTS.values()]  # its own are of its data
+    checkpoint = with_overrides(checkpoint, [*no_lists, *overrides, (find_field("data"), data)], path)
+    source = checkpoint.recipe.data
+    found = find_parts(source if named_lists(source) else replace(source, benchmark=benchmark))
+    no_test = "validation" in found.parts and "test" not in {**found.parts, **found.faults}
+    part = part or ("validation" if no_test else "test")
+    images = part_of(found, part, source.path)
+    if of_authors:
+        checkpoint = _with_classes_of(checkpoint, found, images, path)
+    images = labelled_as(images, checkpoint.class_names, found.named)
+    trained_on = part != "train" and images.fingerprint() == checkpoint.fingerprints.get("train")
+    note = f"{data} holds the images that {path} was trained on: these figures are too good" if trained_on else ""
+    return checkpoint, part, images, note
 
 
 def with_overrides(checkpoint: Checkpoint, overrides: Overrides, path: Path) -> Checkpoint:
@@ -273,29 +243,6 @@ def unchanged_data(checkpoint: Checkpoint, path: Path) -> Parts:
     parts = open_data(checkpoint.recipe.data)
     refuse_changed(checkpoint.recipe.data.path, parts, checkpoint, path)
     return parts
-
-
-def _on_other_data(checkpoint: Checkpoint, data: str, part: str | None, overrides: Overrides, path: Path) -> Target:
-    known = recognise(data)
-    benchmark = known if known in BENCHMARKS else ""
-    of_authors = not checkpoint.class_counts
-    if of_authors and benchmark:  # its file has no mean and std: they are those of the data set
-        checkpoint = replace(checkpoint, recipe=replace(checkpoint.recipe, views=load_recipe(benchmark).views))
-    no_lists = [(find_field(key), "") for key in LISTS.values()]  # its own are of its data
-    checkpoint = with_overrides(checkpoint, [*no_lists, *overrides, (find_field("data"), data)], path)
-    source = checkpoint.recipe.data
-    if not named_lists(source):
-        source = replace(source, benchmark=benchmark)
-    found = find_parts(source)
-    usual = "validation" if "validation" in found.parts and "test" not in {**found.parts, **found.faults} else "test"
-    part = part or usual
-    images = part_of(found, part, source.path)
-    if of_authors:
-        checkpoint = _with_classes_of(checkpoint, found, images, path)
-    images = labelled_as(images, checkpoint.class_names, found.named)
-    trained_on = part != "train" and images.fingerprint() == checkpoint.fingerprints.get("train")
-    note = f"{data} holds the images that {path} was trained on: these figures are too good" if trained_on else ""
-    return checkpoint, part, images, note
 
 
 def _with_classes_of(checkpoint: Checkpoint, found: Found, images: ImageList, path: Path) -> Checkpoint:
@@ -325,8 +272,6 @@ class Run:
     @cached_property
     def metrics(self) -> RunMetrics:
         """What `metrics.json` holds."""
-        if not (self.path / METRICS).is_file():
-            raise UserError(f"{self.path} has no {METRICS}: the run did not finish")
         return read_metrics(self.path / METRICS)
 
     @cached_property

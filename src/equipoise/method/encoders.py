@@ -6,6 +6,7 @@ because no library keeps it; everything else is timm's.
 
 import itertools
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,50 +18,44 @@ from equipoise.base.errors import UserError, reason
 from equipoise.base.files import load_tensors
 from equipoise.config.recipe import nearest
 from equipoise.method import clip
-from equipoise.method.pretrained import find_pretrained, timm_name
+from equipoise.method.pretrained import find_pretrained, of_timm, timm_name
 
 _BLOCKS_PER_STAGE = {"resnet8": 1, "resnet20": 3, "resnet32": 5}
-_AUTHORS_ENCODERS = ("resnet50", "resnext50_32x4d")
 _WIDTHS: dict[tuple[str, int], int] = {}  # of the encoders, by name and size, that were tried
 
 
 def create_encoder(name: str, size: int, pretrained: bool = False, weights: str | Path = "") -> tuple[nn.Module, int]:
-    """The encoder called `name` for images of `size` pixels, and its width F.
-
-    It starts from random weights, from pretrained ones, wherever these are (`pretrained.py`), or from the file
-    `weights`: in timm's or torchvision's names, or a checkpoint of a run or of the BCL authors' code.
-
-    Raises UserError for an unknown name, weights that cannot be had or do not fit, or a size the encoder does not take.
-    """
+    """The encoder called `name` for images of `size` pixels, and its width F. It starts from random weights, from
+    pretrained ones, wherever these are (`pretrained.py`), or from the file `weights`: in timm's or torchvision's names,
+    or a checkpoint of a run or of the BCL authors' code. Raises UserError for an unknown name, weights that cannot be
+    had or do not fit, or a size that it does not take."""
     found = find_pretrained(name) if pretrained and not weights else None  # a file that is named goes first
+    file = weights or (found and found.file) or ""
     if name.startswith(clip.PREFIX):
-        file = weights or (found.file if found else "")
-        encoder = clip.towers(name, str(file or ""), start=pretrained or bool(weights)).visual
-        return encoder, _width(encoder, name, size)
-    if name not in _BLOCKS_PER_STAGE:
-        encoder = _timm_encoder(timm_name(name), size, fetch=found is not None and found.file is None)
-    else:
+        encoder, file = clip.towers(name, str(file), start=pretrained or bool(weights)).visual, ""
+    elif name in _BLOCKS_PER_STAGE:
         encoder = SmallResNet(_BLOCKS_PER_STAGE[name])
-    if file := weights or (found and found.file):
+    else:
+        encoder = _timm_encoder(timm_name(name), size, fetch=found is not None and not file)
+    if file:
         _load_weights(encoder, name, Path(file))
     return encoder, _width(encoder, name, size)
 
 
 def _width(encoder: nn.Module, name: str, size: int) -> int:
     """By trying, once: timm's num_features is not always the width of the output."""
-    if (name, size) in _WIDTHS:
-        return _WIDTHS[name, size]
-    try:
-        with torch.inference_mode():
-            features = encoder.eval()(torch.zeros(1, 3, size, size))
-    except (AssertionError, RuntimeError, ValueError) as error:
-        why = reason(error, library=True, otherwise="its layers do not fit them")
-        raise UserError(f"{name} does not take images of {size} pixels ({why}); change --size or --arch") from None
-    if features.ndim != 2:
-        raise UserError(f"{name} gives features of shape {list(features.shape)[1:]}, not one vector; change --arch")
-    encoder.train()
-    _WIDTHS[name, size] = features.shape[1]
-    return features.shape[1]
+    if (name, size) not in _WIDTHS:
+        try:
+            with torch.inference_mode():
+                features = encoder.eval()(torch.zeros(1, 3, size, size))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            why = reason(error, library=True, otherwise="its layers do not fit them")
+            raise UserError(f"{name} does not take images of {size} pixels ({why}); change --size or --arch") from None
+        if features.ndim != 2:
+            raise UserError(f"{name} gives features of shape {list(features.shape)[1:]}, not one vector; change --arch")
+        encoder.train()
+        _WIDTHS[name, size] = features.shape[1]
+    return _WIDTHS[name, size]
 
 
 def timm_arguments(name: str, size: int) -> tuple[str, dict[str, Any]] | None:
@@ -68,38 +63,29 @@ def timm_arguments(name: str, size: int) -> tuple[str, dict[str, Any]] | None:
     or of open_clip."""
     if name in _BLOCKS_PER_STAGE or name.startswith(clip.PREFIX):
         return None
-    import timm
-
-    name = timm_name(name)
-    fixed = getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False)
-    return name.split(".")[0], {"img_size": size} if fixed else {}
+    known = of_timm(name)
+    return timm_name(name).split(".")[0], {"img_size": size} if known and known.fixed_input_size else {}
 
 
 def _timm_encoder(name: str, size: int, fetch: bool) -> nn.Module:
     import timm  # two seconds, and the small networks need none of it
 
-    if name.split(".")[0] not in timm.list_models():
-        valid = [*_BLOCKS_PER_STAGE, *timm.list_models()]
-        raise UserError(f"no encoder is called '{name}'{nearest(name, valid)}")
+    if not timm.is_model(name):
+        raise UserError(f"no encoder is called '{name}'{nearest(name, [*_BLOCKS_PER_STAGE, *timm.list_models()])}")
     try:
         _, options = timm_arguments(name, size) or ("", {})
-        if not fetch and name in _AUTHORS_ENCODERS:
+        if not fetch and name in ("resnet50", "resnext50_32x4d"):
             options["zero_init_last"] = False  # as the authors' code starts them
         return timm.create_model(name, pretrained=fetch, num_classes=0, **options)
     except (OSError, RuntimeError, TypeError) as error:
         why = reason(error, library=True, otherwise="timm does not say why")
-        if not fetch:
-            raise UserError(f"timm cannot build {name} at {size} pixels ({why}); change --size or --arch") from None
-        advice = "connect to the network, name a file of them with --weights FILE, or set --tune scratch"
-        raise UserError(f"the pretrained weights of {name} could not be had ({why}); {advice}") from None
+        advice = "connect to the network, or name a file with --weights" if fetch else "change --size or --arch"
+        raise UserError(f"timm cannot build {name} at {size} pixels ({why}); {advice}") from None
 
 
 def _load_weights(encoder: nn.Module, name: str, file: Path) -> None:
     """Put the weights of a file into the encoder, all of them. Raises UserError where any is missing or differs."""
-    state, expected = _read_weights(file), encoder.state_dict()
-    if not any(key.startswith("encoder.") for key in expected):
-        state = {key.removeprefix("encoder."): value for key, value in state.items()}  # of a two-branch network
-    state = _in_timms_names(state, encoder)
+    state, expected = _read_weights(file, encoder), encoder.state_dict()
     # Other keys, those of a classifier above the encoder, are ignored.
     found = [key for key in expected if key in state]
     faults = {
@@ -114,26 +100,24 @@ def _load_weights(encoder: nn.Module, name: str, file: Path) -> None:
     encoder.load_state_dict({key: state.get(key, value) for key, value in expected.items()})
 
 
-def _read_weights(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file by name, without the wrappings that training programs put around them."""
+def _read_weights(file: Path, encoder: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a file by name, without the wrappings that training programs put around them. Through timm's own
+    conversion, where there is one: other names, position embeddings of another size."""
     table: Any = load_tensors(file, "file of weights")
     for wrapping in ("state_dict_ema", "model_ema", "state_dict", "model", "weights"):
         if isinstance(table, dict) and isinstance(table.get(wrapping), dict):
             table = table[wrapping]
     if not isinstance(table, dict) or not all(isinstance(value, Tensor) for value in table.values()):
         raise UserError(f"{file} does not hold tensors by name, as a file of weights does")
-    return {str(key).removeprefix("module."): value for key, value in table.items()}
-
-
-def _in_timms_names(state: dict[str, Tensor], encoder: nn.Module) -> dict[str, Tensor]:
-    """Through timm's own conversion, where there is one: other names, position embeddings of another size."""
+    state = {str(key).removeprefix("module."): value for key, value in table.items()}
+    if not any(key.startswith("encoder.") for key in encoder.state_dict()):
+        state = {key.removeprefix("encoder."): value for key, value in state.items()}  # of a two-branch network
     if "_conv_stem.weight" in state:  # EfficientNet-PyTorch's names, in the order of timm's
         return dict(zip(encoder.state_dict(), state.values(), strict=False))
     convert = getattr(sys.modules[type(encoder).__module__], "checkpoint_filter_fn", None)
-    try:
+    with suppress(Exception):  # it expects weights of its own architecture
         return convert(state, encoder) if convert else state
-    except Exception:  # it expects weights of its own architecture
-        return state  # the missing names say so
+    return state  # the missing names say so
 
 
 class SmallResNet(nn.Module):
@@ -144,8 +128,7 @@ class SmallResNet(nn.Module):
         self.stem = nn.Conv2d(3, 16, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(16)
         widths = [width for width in (16, 32, 64) for _ in range(blocks_per_stage)]
-        blocks = [_Block(before, width) for before, width in itertools.pairwise([16, *widths])]
-        self.blocks = nn.Sequential(*blocks)
+        self.blocks = nn.Sequential(*itertools.starmap(_Block, itertools.pairwise([16, *widths])))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)

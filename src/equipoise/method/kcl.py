@@ -8,16 +8,10 @@ D width of the features.
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from equipoise.config.recipe import Loss
 from equipoise.method.losses import ALL, flat
-from equipoise.method.network import Outputs
-from equipoise.method.objective import TwoBranch
-
-_POSITIVES = 6
-_TARGET_WEIGHT = 0.2
-_MOMENTUM = 0.9
+from equipoise.method.objective import Outputs, TwoBranch
 
 
 def k_positive_loss(
@@ -27,30 +21,25 @@ def k_positive_loss(
     seed: int,
     rows: slice = ALL,
     targets_CD: Tensor | None = None,
-    positives: int = _POSITIVES,
+    positives: int = 6,
 ) -> Tensor:
     """The mean over all features of the supervised contrastive loss with few positives: the other views of the image
     and `positives` further features of its class, drawn for each anchor (Kang et al., eq. 4), fewer where there are not
-    so many; so that no class dominates.
-
-    With `targets_CD`, one point a class, they are columns too, and each anchor's own one is a further positive, of
-    weight 0.2 (Li et al., eq. 5). `rows`: see `balanced_contrastive_loss`. What is drawn follows from `seed`. Computed
-    in float32 at least.
-    """
+    so many; so that no class dominates. With `targets_CD`, one point a class, they are columns too, and each anchor's
+    own one is a further positive, of weight 0.2 (Li et al., eq. 5). `rows`: see `balanced_contrastive_loss`."""
     features_KD, labels_K, anchors = flat(features_GVD, labels_G, rows)
-    with torch.autocast(features_KD.device.type, enabled=False):
-        columns_MD = features_KD if targets_CD is None else torch.cat([features_KD, targets_CD.to(features_KD)])
-        scores_NM = features_KD[anchors] @ columns_MD.T / temperature
-        scores_NM = scores_NM.diagonal_scatter(torch.full_like(scores_NM[:, 0], -torch.inf), anchors.start)
-        log_shares_NM = scores_NM.log_softmax(1)
-        drawn_NK = _draw(labels_K, features_GVD.shape[1], positives, seed)[anchors]
-        count_N = drawn_NK.sum(1)
-        total_N = log_shares_NM[:, : len(labels_K)].where(drawn_NK, 0).sum(1)
-        if targets_CD is not None:
-            own_N1 = len(labels_K) + labels_K[anchors][:, None]
-            total_N = total_N + _TARGET_WEIGHT * log_shares_NM.gather(1, own_N1)[:, 0]
-            count_N = count_N + 1
-        return -(total_N / count_N.clamp(min=1)).sum() / len(labels_K)
+    columns_MD = features_KD if targets_CD is None else torch.cat([features_KD, targets_CD.to(features_KD)])
+    scores_NM = features_KD[anchors] @ columns_MD.T / temperature
+    scores_NM = scores_NM.diagonal_scatter(torch.full_like(scores_NM[:, 0], -torch.inf), anchors.start)
+    log_shares_NM = scores_NM.log_softmax(1)
+    drawn_NK = _draw(labels_K, features_GVD.shape[1], positives, seed)[anchors]
+    count_N = drawn_NK.sum(1)
+    total_N = log_shares_NM[:, : len(labels_K)].where(drawn_NK, 0).sum(1)
+    if targets_CD is not None:
+        own_N1 = len(labels_K) + labels_K[anchors][:, None]
+        total_N = total_N + 0.2 * log_shares_NM.gather(1, own_N1)[:, 0]
+        count_N = count_N + 1
+    return -(total_N / count_N.clamp(min=1)).sum() / len(labels_K)
 
 
 def _draw(labels_K: Tensor, views: int, positives: int, seed: int) -> Tensor:
@@ -72,7 +61,6 @@ class Kcl(TwoBranch):
     records = False
 
     def contrast(self, outputs: Outputs, labels_G: Tensor, rows: slice) -> Tensor:
-        assert outputs.features_BVD is not None
         return k_positive_loss(outputs.features_BVD, labels_G, self.settings.temperature, self.seed, rows)
 
 
@@ -92,39 +80,29 @@ def spread_points(count: int, width: int, device: torch.device | None = None) ->
     return points
 
 
-class Tsc(TwoBranch):
+class Tsc(Kcl):
     """KCL with a pull of the features to one point a class (Li et al., CVPR 2022). The points are spread evenly over
     the sphere and assigned to the classes by the means of their features, anew at each epoch's start."""
 
-    records = False
-    targets_CD: Tensor
-    means_CD: Tensor
-
-    def __init__(self, loss: Loss, class_counts_C: Tensor, width: int) -> None:
-        super().__init__(loss, class_counts_C, width)
-        self.register_buffer("targets_CD", torch.zeros(len(class_counts_C), width))
-        self.register_buffer("means_CD", torch.zeros(len(class_counts_C), width))
+    def build(self, width: int) -> None:
+        self.targets_CD, self.means_CD = (nn.Buffer(torch.zeros(len(self.counts_C), width)) for _ in range(2))
 
     def begin_epoch(self, epoch: int, epochs: int) -> None:
         if not self.targets_CD.any():
-            classes, width = self.targets_CD.shape
-            self.targets_CD.copy_(spread_points(classes, width, self.targets_CD.device))
+            width, device = self.targets_CD.shape[1], self.targets_CD.device
+            self.targets_CD.copy_(spread_points(len(self.counts_C), width, device))
             return
         from scipy.optimize import linear_sum_assignment
 
         _, order = linear_sum_assignment(-(self.means_CD @ self.targets_CD.T).cpu().double().numpy())
         self.targets_CD.copy_(self.targets_CD[torch.from_numpy(order).to(self.targets_CD.device)])
 
-    @torch.no_grad()
-    def _update(self, features_GVD: Tensor, labels_G: Tensor) -> None:
-        """Move the mean of each class that is there a tenth of the way to that of its features."""
-        there_C = torch.zeros_like(self.counts_C).index_fill_(0, labels_G, 1)[:, None].to(self.means_CD)
-        sums_CD = torch.zeros_like(self.means_CD).index_add_(0, labels_G, features_GVD.sum(1).to(self.means_CD))
-        moved_CD = F.normalize(_MOMENTUM * self.means_CD + (1 - _MOMENTUM) * F.normalize(sums_CD, dim=1), dim=1)
-        self.means_CD.lerp_(moved_CD, there_C)
-
     def contrast(self, outputs: Outputs, labels_G: Tensor, rows: slice) -> Tensor:
-        features_GVD = outputs.features_BVD
-        assert features_GVD is not None
-        self._update(features_GVD.detach(), labels_G)
-        return k_positive_loss(features_GVD, labels_G, self.settings.temperature, self.seed, rows, self.targets_CD)
+        # Move the mean of each class that is there a tenth of the way to that of its features.
+        there_C = torch.zeros_like(self.counts_C).index_fill_(0, labels_G, 1)[:, None].to(self.means_CD)
+        sums_GD = outputs.features_BVD.detach().sum(1).to(self.means_CD)
+        sums_CD = torch.zeros_like(self.means_CD).index_add_(0, labels_G, sums_GD)
+        moved_CD = F.normalize(0.9 * self.means_CD + (1 - 0.9) * F.normalize(sums_CD, dim=1), dim=1)
+        self.means_CD.lerp_(moved_CD, there_C)
+        how = self.settings.temperature, self.seed, rows, self.targets_CD
+        return k_positive_loss(outputs.features_BVD, labels_G, *how)

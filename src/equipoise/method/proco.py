@@ -6,17 +6,13 @@ Shapes: B images of this rank, G images of the whole batch, V contrastive views,
 
 import math
 from functools import cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch import Tensor, nn
 
-from equipoise.config.recipe import Loss
-from equipoise.method.losses import at_least_float32
-from equipoise.method.network import Outputs
-from equipoise.method.objective import TwoBranch
+from equipoise.method.losses import KnownGradients, at_least_float32
+from equipoise.method.objective import Outputs, TwoBranch
 
 _LARGEST_KAPPA = 1e5
 _CHUNK_ENTRIES = 100_000  # whose intermediate values stay in a core's cache
@@ -30,8 +26,7 @@ def log_bessel_difference(order: float, square_C: Tensor, added_BC: Tensor) -> t
 
     By the uniform expansion for large orders (DLMF 10.41.3); a small order is reached from a larger one by the
     recurrence DLMF 10.29.1, downwards, where it is stable. With the power of kappa divided out, nothing overflows;
-    the difference of large values is never taken, so that float32 is exact to 1e-6.
-    """
+    the difference of large values is never taken, so that float32 is exact to 1e-6."""
     above = max(math.ceil(_LEAST_ORDER - order), 0)
     top = order + above
     root_C, series_C, ratio_C = _expansion(top, square_C)
@@ -77,46 +72,16 @@ def _coefficients(order: float, eps: float) -> list[float]:
     return total.coef.tolist()
 
 
-class _Scores(torch.autograd.Function):
-    """`[B, C]`, of the cosines of features with the mean directions of the classes: the log of the mean of exp(z . z' /
-    temperature) over the features z' of a class. The gradient in the cosines is computed with the value."""
-
-    @staticmethod
-    def forward(ctx: Any, cosines_BC: Tensor, kappa_C: Tensor, temperature: float, width: int) -> Tensor:
-        kappa_C, scale = kappa_C.to(cosines_BC), 1 / temperature
-        scores_BC, slope_BC = torch.empty_like(cosines_BC), torch.empty_like(cosines_BC)
-        rows = max(_CHUNK_ENTRIES // len(kappa_C) if cosines_BC.device.type == "cpu" else len(cosines_BC), 1)
-        for first in range(0, len(cosines_BC), rows):
-            chunk = slice(first, first + rows)
-            # The features have length 1: |kappa * mean direction + z / temperature|^2 is kappa^2 and what is added.
-            added_BC = 2 * scale * kappa_C * cosines_BC[chunk] + scale**2
-            scores_BC[chunk], ratio_BC = log_bessel_difference(width / 2 - 1, kappa_C**2, added_BC)
-            slope_BC[chunk] = ratio_BC * (scale * kappa_C)
-        ctx.save_for_backward(slope_BC)
-        return scores_BC
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (slope_BC,) = ctx.saved_tensors
-        return grad * slope_BC, None, None, None
-
-
 class ProCo(TwoBranch):
     """Logit-adjusted cross-entropy and, beside it, that of the scores of vMF distributions, which are estimated over
     the epoch before and this one (Du et al., T-PAMI 2024)."""
 
-    means_2CD: Tensor  # in use, and of this epoch alone
-    counts_2C: Tensor
-    start_CD: Tensor
-
-    def __init__(self, loss: Loss, class_counts_C: Tensor, width: int) -> None:
-        super().__init__(loss, class_counts_C, width)
+    def build(self, width: int) -> None:
         random = torch.Generator().manual_seed(0)
-        start_CD = 0.9 * F.normalize(torch.randn(len(class_counts_C), width, generator=random), dim=1)
-        self.register_buffer("start_CD", start_CD, persistent=False)
-        self.register_buffer("means_2CD", start_CD.repeat(2, 1, 1))
-        self.register_buffer("counts_2C", torch.zeros(2, len(class_counts_C)))
+        start_CD = 0.9 * F.normalize(torch.randn(len(self.counts_C), width, generator=random), dim=1)
+        self.start_CD = nn.Buffer(start_CD, persistent=False)
+        self.means_2CD = nn.Buffer(start_CD.repeat(2, 1, 1))  # in use, and of this epoch alone
+        self.counts_2C = nn.Buffer(torch.zeros(2, len(self.counts_C)))
 
     def begin_epoch(self, epoch: int, epochs: int) -> None:
         if epoch:
@@ -138,17 +103,25 @@ class ProCo(TwoBranch):
             means_CD.index_add_(0, labels_G, change_GD.to(means_CD))
 
     def scores(self, features_BD: Tensor) -> Tensor:
-        """`[B, C]`: see `_Scores`."""
+        """`[B, C]`: the log of the mean of exp(z . z' / temperature) over the features z' of a class. The derivative in
+        the cosine of z with the mean direction is computed with it."""
         means_CD = self.means_2CD[0].to(features_BD.dtype, copy=True)  # as they are before the next view
         cosines_BC = features_BD @ means_CD.T / means_CD.norm(dim=1)
-        return _Scores.apply(cosines_BC, self.kappa(), self.settings.temperature, features_BD.shape[1])
+        scores_BC, slopes_BC = torch.empty_like(cosines_BC), torch.empty_like(cosines_BC)
+        kappa_C, scale, order = self.kappa().to(cosines_BC), 1 / self.settings.temperature, means_CD.shape[1] / 2 - 1
+        rows = max(_CHUNK_ENTRIES // len(kappa_C) if cosines_BC.device.type == "cpu" else len(cosines_BC), 1)
+        for first in range(0, len(cosines_BC), rows):
+            chunk = slice(first, first + rows)
+            # The features have length 1: |kappa * mean direction + z / temperature|^2 is kappa^2 and what is added.
+            added_BC = 2 * scale * kappa_C * cosines_BC.detach()[chunk] + scale**2
+            scores_BC[chunk], ratio_BC = log_bessel_difference(order, kappa_C**2, added_BC)
+            slopes_BC[chunk] = ratio_BC * (scale * kappa_C)
+        return KnownGradients.apply(scores_BC, cosines_BC, slopes_BC)  # pyright: ignore[reportReturnType]
 
     def contrast(self, outputs: Outputs, labels_G: Tensor, rows: slice) -> Tensor:
-        assert outputs.features_BVD is not None
         total = outputs.logits_BC.new_zeros(())
-        with torch.autocast(labels_G.device.type, enabled=False):
-            for features_GD in at_least_float32(outputs.features_BVD).unbind(1):
-                self.update(features_GD.detach(), labels_G)
-                scores_BC = self.scores(features_GD[rows]) + self.log_prior_C.to(features_GD)
-                total = total + F.cross_entropy(scores_BC, labels_G[rows], reduction="sum")
+        for features_GD in at_least_float32(outputs.features_BVD).unbind(1):
+            self.update(features_GD.detach(), labels_G)
+            scores_BC = self.scores(features_GD[rows]) + self.log_prior_C.to(features_GD)
+            total = total + F.cross_entropy(scores_BC, labels_G[rows], reduction="sum")
         return total / (outputs.features_BVD.shape[1] * len(labels_G))

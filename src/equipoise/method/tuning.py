@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -18,29 +17,26 @@ _LAST_STAGE = 0.25  # its least share of the encoder's parameters: timm has grou
 
 
 def restrict(encoder: nn.Module, tune: str) -> None:
-    """Let that part of the encoder be trained that `tune` names (`Model.tune`), and nothing else.
-
-    'head+norm': the scales and shifts of its normalisations. 'last-stage': its last stage and what follows it. 'lora':
-    low-rank additions to the weights of its linear layers (Hu et al., ICLR 2022, arXiv:2106.09685). Raises UserError
-    for LoRA where there are no linear layers.
-    """
+    """Let that part of the encoder be trained that `tune` names (`Model.tune`), and nothing else. 'lora': low-rank
+    additions to the weights of its linear layers (Hu et al., ICLR 2022). Raises UserError where it has no such part."""
     if tune in ("scratch", "full"):
         return
     encoder.requires_grad_(False)
+    trained = list[nn.Parameter]()
     if tune == "head+norm":
-        for module in encoder.modules():
-            if "Norm" in type(module).__name__:  # timm has blocks of that name, whose convolutions are not meant
-                for parameter in module.parameters(recurse=False):
-                    parameter.requires_grad_(True)
+        norms = [module for module in encoder.modules() if "Norm" in type(module).__name__]
+        # timm has blocks of that name, whose convolutions are not meant.
+        trained = [parameter for module in norms for parameter in module.parameters(recurse=False)]
     elif tune == "last-stage":
-        for parameter in _last_stage(encoder):
-            parameter.requires_grad_(True)
+        trained = _last_stage(encoder)
     elif tune == "lora":
         linear = [module for module in encoder.modules() if type(module) is nn.Linear]
         if not linear or not hasattr(encoder, "group_matcher"):  # open_clip's attention has bare weights
             raise UserError("LoRA adds to linear layers of timm's vision transformers: set --tune last-stage or frozen")
         for module in linear:
             parametrize.register_parametrization(module, "weight", LowRank(module.weight))
+    for parameter in trained:
+        parameter.requires_grad_(True)
 
 
 def _last_stage(encoder: nn.Module) -> list[nn.Parameter]:
@@ -65,9 +61,8 @@ class LowRank(nn.Module):
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        outputs, inputs = weight.shape
-        self.a = nn.Parameter(torch.empty(RANK, inputs, device=weight.device))
-        self.b = nn.Parameter(torch.zeros(outputs, RANK, device=weight.device))
+        self.a = nn.Parameter(weight.new_empty(RANK, weight.shape[1]))
+        self.b = nn.Parameter(weight.new_zeros(len(weight), RANK))
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))  # as peft starts it
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -84,8 +79,7 @@ def merge_low_rank(network: nn.Module) -> None:
 def parameter_groups(network: nn.Module, encoder: nn.Module, layer_decay: float) -> Sequence[dict[str, Any]]:
     """All parameters that are trained, as an optimizer takes them. `lr_scale`, of each group: what its learning rate is
     multiplied by, 1 above the encoder and `layer_decay` once more with each layer below (BEiT, Bao et al., ICLR 2022).
-    Raises UserError where the layers are not known.
-    """
+    Raises UserError where the layers are not known."""
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     if layer_decay == 1:
         return [{"params": trained, "lr_scale": 1.0}]

@@ -7,9 +7,9 @@ import base64
 import io
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,47 +24,35 @@ from equipoise.report import svg
 from equipoise.report.svg import PERCENT, Axis, ByHeading, Figure, Name, Point, row_figure, shortened, signed
 
 EACH_AS_DOT = 100  # classes; more are drawn as bubbles, each for all classes of about one count and accuracy
-_NAMED = 12  # classes whose names fit on the map
 
 Array = npt.NDArray[Any]
-Curve = tuple[Name, Sequence[Point]]
 PerClass = tuple[Name, Sequence[int], Sequence[float | None]]  # training images of each class, and a value
 
 
-def _room(runs: Sequence[tuple[Name, *tuple[Any, ...]]], more: int = 0) -> int:
-    """The right margin, in pixels, for labels as long as those of the runs and `more` letters."""
-    return 14 + round(6.7 * (max(len(run[0].label) for run in runs) + more))
-
-
 def accuracy_by_count(runs: Sequence[PerClass], class_names: Sequence[str]) -> list[Markup]:
-    """Classes against their training images: one figure or, of many, one a run with the trends of all runs."""
+    """Classes against their training images: one figure or, of many, one a run with the trends of all runs. Lines lie
+    between the shot groups, and beside them the names of those that have classes."""
     counts = {count for _, of_run, _ in runs for count in of_run}
-    axis = svg.log_axis("training images of the class, logarithmic", counts)
+    axis, groups = svg.log_axis("training images of the class, logarithmic", counts), set(map(shot_group, counts))
     trends = [(name, trend(of_run, shares)) for name, of_run, shares in runs]
+    beside = {"few": (FEW_BELOW, "end", -6), "medium": (MANY_ABOVE, "end", -6), "many": (MANY_ABOVE, "start", 6)}
     figures: list[Markup] = []
     for dotted in [runs] if len(class_names) <= EACH_AS_DOT else [[run] for run in runs]:
-        figure = Figure(axis, 300, (46, _room(runs), 40, 34), PERCENT)
-        _name_groups(figure, {shot_group(count) for count in counts})
+        figure = Figure(axis, 300, (46, 40, 34), PERCENT)
+        for limit in (FEW_BELOW, MANY_ABOVE):
+            if axis.low < limit < axis.high:
+                figure.rule(limit, "rule")
+        for group, (limit, anchor, dx) in beside.items():
+            if group in groups:
+                figure.text(axis.share(min(max(limit, axis.low), axis.high)), -10, group, "axis", anchor, dx)
         for run in dotted:
             _dot_classes(figure, run, class_names)
         names = [name for name, *_ in dotted]
         for name, points in trends:
             figure.path(points, f"line {name.look}" if name in names else f"line {name.look} thin")
-        figure.labels([(points[-1][1], name) for name, points in trends])
+        figure.labels(trends)
         figures.append(figure.svg("accuracy of each class against its training images"))
     return figures
-
-
-def _name_groups(figure: Figure, groups: Collection[str]) -> None:
-    """Lines between the shot groups and, beside them, the names of those that have classes."""
-    axis = figure.x
-    for limit in (FEW_BELOW, MANY_ABOVE):
-        if axis.low < limit < axis.high:
-            figure.rule(limit, "rule")
-    places = {"few": (FEW_BELOW, "end", -6), "medium": (MANY_ABOVE, "end", -6), "many": (MANY_ABOVE, "start", 6)}
-    for group, (limit, anchor, dx) in places.items():
-        if group in groups:
-            figure.text(axis.share(min(max(limit, axis.low), axis.high)), -10, group, "axis", anchor, dx)
 
 
 def _dot_classes(figure: Figure, run: PerClass, class_names: Sequence[str]) -> None:
@@ -84,11 +72,11 @@ def _dot_classes(figure: Figure, run: PerClass, class_names: Sequence[str]) -> N
         figure.dot(count, y, look, 1 + 8 * math.sqrt(classes / max(cells.values())), title)
 
 
-def trend(counts: Sequence[int], accuracies: Sequence[float | None], groups: int = 12) -> list[Point]:
+def trend(counts: Sequence[int], accuracies: Sequence[float | None]) -> list[Point]:
     """(training images, accuracy in percent) from the smallest class to the largest: of each class where there are few,
-    else means over `groups` groups of equally many classes (of the counts, the geometric mean)."""
+    else means over twelve groups of equally many classes (of the counts, the geometric mean)."""
     known = sorted((count, share) for count, share in zip(counts, accuracies, strict=True) if share is not None)
-    parts = np.array_split(np.array(known, dtype=float), min(len(known), groups))
+    parts = np.array_split(np.array(known, dtype=float), min(len(known), 12))
     return [(float(np.exp(np.log(part[:, 0]).mean())), float(100 * part[:, 1].mean())) for part in parts]
 
 
@@ -99,17 +87,17 @@ def group_bars(runs: Sequence[tuple[Name, Mapping[str, Any]]], classes: Mapping[
         headings[group] = f"{group} · {several(classes[group], 'class')} with {limit} images"
     rows = {heading: [(name, scores[key]) for name, scores in runs] for key, heading in headings.items()}
     rows = {heading: row for heading, row in rows.items() if all(share is not None for _, share in row)}
-    figure, places = row_figure(Axis("", 0, 100), rows, 20, (4, _room(runs, 6), 4, 0))
+    figure, places = row_figure(Axis("", 0, 100), rows, 20, (4, 4, 0))
     for y, _, name, share in places:
         figure.bar(0, 100, y + 10, 14, "track")
         figure.bar(0, 100 * share, y + 10, 14, name.look)
-        figure.label(y + 10, name, f"{percent(share)}  ")
+        figure.label(y + 10, f"{percent(share)}  {name.label}", f"name {name.look}")
     return figure.svg("accuracy by shot group, percent")
 
 
 def worst_classes(rows: Sequence[tuple[str, int, str, Sequence[tuple[Name, float | None]]]]) -> Markup:
     """Rows of (class, training images, remark, accuracy of each run) on one axis."""
-    figure = Figure(PERCENT, 64 * len(rows), (4, 14, 40, 10))
+    figure = Figure(PERCENT, 64 * len(rows), (4, 40, 10))
     for top, (class_name, count, remark, accuracies) in zip(range(0, figure.height, 64), rows, strict=True):
         track = top + 44
         figure.text(0, top + 16, shortened(class_name), "row")
@@ -125,22 +113,22 @@ def worst_classes(rows: Sequence[tuple[str, int, str, Sequence[tuple[Name, float
     return figure.svg("the classes of lowest accuracy, percent")
 
 
-def curves(runs: Sequence[Curve], heading: str, low: float | None) -> Markup:
+def curves(runs: Sequence[tuple[Name, Sequence[Point]]], heading: str, low: float | None) -> Markup:
     """Lines over the epochs, and a dot at the last value; the y axis begins at `low`, if given."""
     epochs = svg.linear_axis("epoch", [x for _, points in runs for x, _ in points], 0)
     axis = svg.linear_axis("", [y for _, points in runs for _, y in points], low)
-    figure = Figure(epochs, 150, (12, _room(runs), 40, 44), axis)
+    figure = Figure(epochs, 150, (12, 40, 44), axis)
     for name, points in runs:
         parts = np.array_split(np.array(points, dtype=float), min(len(points), 150))
         figure.path([part.mean(0).tolist() for part in parts], f"line {name.look}")
         figure.dot(*points[-1], name.look, 2.5, f"{name.label} {points[-1][1]:.3g}")
-    figure.labels([(points[-1][1], name) for name, points in runs])
+    figure.labels(runs)
     return figure.svg(f"{heading} over the epochs")
 
 
 def reliability(name: Name, right_N: Array, confidences: Mapping[str, Array]) -> Markup:
     """Share of right predictions in bins of confidence, 'before' and 'after'; a dot's area is the number of images."""
-    figure = Figure(replace(PERCENT, label="confidence, percent"), 220, (26, 16, 40, 34), PERCENT)
+    figure = Figure(replace(PERCENT, label="confidence, percent"), 220, (26, 40, 34), PERCENT)
     figure.path([(0, 0), (100, 100)], "line diagonal")
     edges = np.linspace(0, 1, 16)[1:-1]
     for look, confidence_N in confidences.items():
@@ -163,7 +151,7 @@ def prior_sweep(runs: Sequence[tuple[Name, Sequence[Point], float | None]], key:
     # A little room at the left: a ring at 0 would cover the numbers of the axis.
     taus = Axis("tau", -0.1, 2, tuple((tau, f"{tau:g}") for tau in (0, 0.5, 1, 1.5, 2)))
     axis = _accuracy_axis([y for _, points, _ in runs for _, y in points])
-    figure = Figure(taus, 150, (26, _room(runs), 40, 34), axis)
+    figure = Figure(taus, 150, (26, 40, 34), axis)
     for name, points, chosen in runs:
         figure.path(points, f"line {name.look}")
         for tau, y in points:
@@ -171,7 +159,7 @@ def prior_sweep(runs: Sequence[tuple[Name, Sequence[Point], float | None]], key:
             figure.dot(tau, y, name.look, 2.5, title)
             if tau == chosen:
                 figure.dot(tau, y, f"{name.look} ring", 7, f"{title}, chosen on validation")
-    figure.labels([(points[-1][1], name) for name, points, _ in runs])
+    figure.labels([run[:2] for run in runs])
     return figure.svg(f"accuracy ({key}) over the strength of the post-hoc prior")
 
 
@@ -180,7 +168,7 @@ def cosines(runs: Sequence[tuple[Name, Array]], classes: int) -> Markup:
     present = [group for group in range(len(GROUPS)) if any(counts_GK[group].any() for _, counts_GK in runs)]
     peak, step, top = 44, 68, 18  # pixels; above each histogram, which may begin at -1, a line for the group's name
     axis = Axis("cosine", -1, 1, tuple((value, signed(f"{value:g}")) for value in (-1, -0.5, 0, 0.5, 1)))
-    figure = Figure(axis, top + step * len(present), (22, 14, 40, 10))
+    figure = Figure(axis, top + step * len(present), (22, 40, 10))
     edges = np.linspace(-1, 1, 51).repeat(2).tolist()
     for row, group in enumerate(present, 1):
         foot = top + step * row - 6
@@ -206,14 +194,14 @@ def spread(runs: Sequence[tuple[Name, Sequence[str], Array]]) -> Markup:
             rows[group] = row
     values = np.concatenate([values for row in rows.values() for _, values in row])
     axis = svg.linear_axis("1 \N{MINUS SIGN} cosine", values.tolist(), 0)
-    figure, places = row_figure(axis, rows, 20, (4, _room(runs, 6), 40, 10))
+    figure, places = row_figure(axis, rows, 20, (4, 40, 10))
     for y, group, name, values in places:
         if len(values):
             low, start, middle, end, high = np.quantile(values, (0.05, 0.25, 0.5, 0.75, 0.95)).tolist()
             figure.bar(low, high, y + 10, 2, name.look)
             figure.bar(start, end, y + 10, 7, f"{name.look} faint")
             figure.dot(middle, y + 10, name.look, 4.5, f"{name.label}, {group}: median {middle:.3f}")
-            figure.label(y + 10, name, f"{middle:.2f}  ")
+            figure.label(y + 10, f"{middle:.2f}  {name.label}", f"name {name.look}")
     return figure.svg("spread within classes, by shot group")
 
 
@@ -221,7 +209,7 @@ def feature_map(
     places_M2: Array, labels_M: Array, predicted_M: Array, groups: Sequence[str], class_names: Sequence[str]
 ) -> Markup:
     """Images as dots, coloured by shot group, mistakes as rings; of few classes, the names over their middles."""
-    figure = Figure(Axis("", 0, 1), 320, (10, 12, 10, 12))
+    figure = Figure(Axis("", 0, 1), 320, (10, 10, 12))
     points_M2 = (places_M2 - places_M2.min(0)) / np.maximum(np.ptp(places_M2, axis=0), 1e-9)
     points_M2[:, 1] = figure.height * (1 - points_M2[:, 1])
     wrong_M = labels_M != predicted_M
@@ -231,7 +219,7 @@ def feature_map(
         if wrong_M[row]:
             look, title = f"{look} ring", f"{title} taken for {shortened(class_names[said])}"
         figure.dot(float(points_M2[row, 0]), float(points_M2[row, 1]), look, 3, title)
-    for c, class_name in enumerate(class_names if len(class_names) <= _NAMED else ()):
+    for c, class_name in enumerate(class_names if len(class_names) <= 12 else ()):  # as many as fit
         of_class_M = labels_M == c
         if of_class_M.any():
             x, y = np.median(points_M2[of_class_M], axis=0).tolist()
@@ -244,7 +232,7 @@ def over_seeds(rows: ByHeading) -> Markup:
     """For each method its seeds as faint dots, their mean and, below it, the paired difference to the first method; the
     rows' values are those of `compare.json`."""
     axis = _accuracy_axis([100 * value for row in rows.values() for _, result in row for value in result["values"]])
-    figure, places = row_figure(axis, rows, 52, (4, 14, 40, 10))
+    figure, places = row_figure(axis, rows, 52, (4, 40, 10))
     for y, _, name, result in places:
         figure.bar(axis.low, axis.high, y + 20, 1, "track")
         figure.text(0, y + 10, name.label, f"name {name.look}")
@@ -260,32 +248,18 @@ def over_seeds(rows: ByHeading) -> Markup:
     return figure.svg("accuracy over the seeds, percent")
 
 
-class Pair(NamedTuple):
-    """Images of the class `true` that were taken for the class `said`: how many, of how many; the rows of a few, the
-    surest first, and of a few that rightly are `said`."""
-
-    true: int
-    said: int
-    mistakes: int
-    images: int
-    wrong: list[int]
-    typical: list[int]
+def confused_pairs(labels_N: Array, predicted_N: Array) -> list[tuple[int, int, int, int]]:
+    """(class, class that it was taken for, images taken so, images of the class): those of the most images first; of
+    equal ones, of the larger share."""
+    counts, images = Counter(zip(labels_N.tolist(), predicted_N.tolist(), strict=True)), Counter(labels_N.tolist())
+    pairs = [(true, said, mistakes, images[true]) for (true, said), mistakes in counts.items() if true != said]
+    return sorted(pairs, key=lambda pair: (-pair[2], -pair[2] / pair[3], pair))
 
 
-def confused_pairs(labels_N: Array, predicted_N: Array, confidence_N: Array, classes: int, most: int) -> list[Pair]:
-    """At most `most` pairs, those with the most mistakes; of equal ones, the larger share of the class's images."""
-    surest_N = np.argsort(-confidence_N, kind="stable")
-    true_N, said_N = labels_N[surest_N].astype(np.int64), predicted_N[surest_N]
-    keys_P, mistakes_P = np.unique((true_N * classes + said_N)[true_N != said_N], return_counts=True)
-    images_C = np.bincount(true_N, minlength=classes)
-    share_P = mistakes_P / images_C[keys_P // classes]
-    pairs: list[Pair] = []
-    for place in np.lexsort((-share_P, -mistakes_P))[:most]:
-        true, said = divmod(int(keys_P[place]), classes)
-        wrong = surest_N[(true_N == true) & (said_N == said)][:3].tolist()
-        typical = surest_N[(true_N == said) & (said_N == said)][:2].tolist()
-        pairs.append(Pair(true, said, int(mistakes_P[place]), int(images_C[true]), wrong, typical))
-    return pairs
+def surest(observed: Mapping[str, Array], true: int, said: int) -> list[int]:
+    """The rows of the images of a class that were taken for that class, the surest first."""
+    rows = np.flatnonzero((observed["labels_N"] == true) & (observed["predicted_N"] == said))
+    return rows[np.argsort(-observed["confidence_N"][rows], kind="stable")].tolist()
 
 
 def thumbnails(images: ImageList, rows: Sequence[int]) -> list[Markup]:
@@ -300,10 +274,7 @@ def thumbnails(images: ImageList, rows: Sequence[int]) -> list[Markup]:
         picture.thumbnail((72, 72))
         content = io.BytesIO()
         picture.save(content, kind)
-        data, class_name = base64.b64encode(content.getvalue()).decode(), images.class_names[images.labels_N[row]]
-        pictures.append(
-            Markup('<img class="{}" src="data:image/{};base64,{}" alt="{}" title="{}" width="56" height="56">').format(
-                look, kind, data, class_name, images.images.name(row)
-            )
-        )
+        data, name = base64.b64encode(content.getvalue()).decode(), images.class_names[images.labels_N[row]]
+        image = '<img class="{}" src="data:image/{};base64,{}" alt="{}" title="{}" width="56" height="56">'
+        pictures.append(Markup(image).format(look, kind, data, name, images.images.name(row)))
     return pictures

@@ -21,8 +21,9 @@ class Name(NamedTuple):
 
 
 Point = tuple[float, float]
-Margins = tuple[int, int, int, int]  # top, right, bottom, left; pixels
+Margins = tuple[int, int, int]  # top, bottom, left; pixels
 ByHeading = Mapping[str, Sequence[tuple[Name, Any]]]  # below each heading a value of each run
+Rows = list[tuple[int, str, Name, Any]]  # of each its top (pixels), heading, run and value
 _LINE = 15  # pixels from one line of text to the next
 
 
@@ -70,10 +71,11 @@ def log_axis(label: str, values: Collection[float]) -> Axis:
 
 class Figure:
     """Marks over an x axis, `height` pixels high, placed in the units of the axes; without a `y` axis, y is pixels from
-    the top. Text is placed at a share of the width and at pixels from the top. The margins hold what is around."""
+    the top. Text is placed at a share of the width and at pixels from the top. The margins hold what is around; the one
+    at the right is as wide as the labels there."""
 
     def __init__(self, x: Axis, height: int, margins: Margins, y: Axis | None = None):
-        self.x, self.height, self._y_axis, self._margins = x, height, y, margins
+        self.x, self.height, self._y_axis, self._margins, self._right = x, height, y, margins, 14
         self._marks: list[Markup] = []
         for value, text in x.ticks:
             if y is None:
@@ -85,7 +87,7 @@ class Figure:
             for value, text in y.ticks:
                 self._add('<line class="grid" x1="0" x2="100%" y1="{0:.1f}" y2="{0:.1f}"/>', self._down(value))
                 self.text(0, self._down(value) + 4, text, "tick", "end", dx=-7)
-            self.text(0, 14 - margins[0], y.label, "axis", dx=-margins[3])
+            self.text(0, 14 - margins[0], y.label, "axis", dx=-margins[2])
 
     def _down(self, y: float) -> float:
         """Pixels from the top."""
@@ -119,42 +121,38 @@ class Figure:
 
     def path(self, points: Iterable[Point], look: str) -> None:
         """A line, or the area within it."""
-        path = "M" + "L".join(f"{1000 * self.x.share(x):.1f} {self._down(y):.1f}" for x, y in points)
-        self._add(
-            '<svg width="100%" height="{0}" viewBox="0 0 1000 {0}" preserveAspectRatio="none">'
-            '<path class="{1}" d="{2}"/></svg>',
-            self.height, look, path,
-        )  # fmt: skip
+        places = "L".join(f"{1000 * self.x.share(x):.1f} {self._down(y):.1f}" for x, y in points)
+        path = Markup('<path class="{}" d="M{}"/>').format(look, places)
+        stretched = '<svg width="100%" height="{0}" viewBox="0 0 1000 {0}" preserveAspectRatio="none">{1}</svg>'
+        self._add(stretched, self.height, path)
 
-    def label(self, y: float, name: Name, value: str = "") -> None:
-        """A run's label, after a value, beside the right end, at a height in pixels."""
-        self.text(1, y + 4, value + name.label, f"name {name.look}", dx=8)
+    def label(self, y: float, text: str, look: str) -> None:
+        """Text beside the right end, at a height in pixels."""
+        self.text(1, y + 4, text, look, dx=8)
+        self._right = max(self._right, 14 + round(6.7 * len(text)))
 
-    def labels(self, labels: Iterable[tuple[float, Name]]) -> None:
-        """The runs' labels beside the right end, moved apart where they would cover each other."""
-        ordered = sorted((self._down(y), name) for y, name in labels)
+    def labels(self, runs: Iterable[tuple[Name, Sequence[Point]]]) -> None:
+        """The runs' labels beside their last points, moved apart where they would cover each other."""
+        ordered = sorted((self._down(points[-1][1]), name) for name, points in runs)
         ys = list(accumulate((y for y, _ in ordered), lambda above, y: max(y, above + _LINE)))
         # What was pushed below the last pixel moves up again, and pushes up what it meets.
         ys = list(accumulate(reversed(ys), lambda below, y: min(y, below - _LINE), initial=float(self.height + _LINE)))
         for y, (_, name) in zip(reversed(ys[1:]), ordered, strict=True):
-            self.label(y, name)
+            self.label(y, name.label, f"name {name.look}")
 
     def svg(self, description: str) -> Markup:
         """The complete figure; `description` is for those who cannot see it."""
-        top, right, bottom, left = self._margins
+        top, bottom, left = self._margins
         return Markup(
             '<div class="plot" style="padding:{}px {}px {}px {}px"><svg class="figure" role="img" aria-label="{}" '
             'width="100%" height="{}">{}</svg></div>'
-        ).format(top, right, bottom, left, description, self.height, Markup("").join(self._marks))
+        ).format(top, self._right, bottom, left, description, self.height, Markup("").join(self._marks))
 
 
-def row_figure(
-    x: Axis, rows: ByHeading, row_height: int, margins: Margins
-) -> tuple[Figure, list[tuple[int, str, Name, Any]]]:
-    """A figure of rows below headings, one for each run, and of each row its top (pixels), heading, run and value."""
+def row_figure(x: Axis, rows: ByHeading, row_height: int, margins: Margins) -> tuple[Figure, Rows]:
+    """A figure with room for rows below headings, one for each run, and these rows."""
     figure = Figure(x, sum(36 + row_height * len(of_heading) for of_heading in rows.values()), margins)
-    places: list[tuple[int, str, Name, Any]] = []
-    y = 0
+    places, y = Rows(), 0
     for heading, of_heading in rows.items():
         figure.text(0, y + 16, heading, "row")
         for name, value in of_heading:

@@ -19,7 +19,7 @@ from equipoise.config.reading import load_recipe, recipe_from_table
 from equipoise.config.recipe import Recipe
 from equipoise.data.images import Parts
 from equipoise.data.sources import PARTS
-from equipoise.method.methods import METHODS, objective_of
+from equipoise.method.methods import objective_of
 from equipoise.method.network import ScaledClassifier, TwoBranchNetwork
 from equipoise.method.tuning import merge_low_rank
 from equipoise.runs.folder import BEST, LAST, METRICS, PREVIOUS, RECIPE, chosen_checkpoint
@@ -143,9 +143,7 @@ def _is_whole(path: Path) -> bool:
 
 def create_network(recipe: Recipe, classes: int, start: bool) -> TwoBranchNetwork:
     """The network that `recipe` describes; with `start`, with the pretrained weights that it may name."""
-    method = METHODS[recipe.method]
-    network = TwoBranchNetwork(recipe.model, recipe.views, classes, method.contrastive, method.prototypes, start)
-    network.shares_views = method.shares_views
+    network = TwoBranchNetwork(recipe, classes, start)
     if start and isinstance(network.classifier, ScaledClassifier):
         scaled, first = network.classifier, load_checkpoint(recipe.model.weights).build().classifier
         if type(first) is not type(scaled.of) or first.weight.shape != scaled.weight.shape:

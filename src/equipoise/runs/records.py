@@ -54,7 +54,7 @@ class PartMetrics(Means):
     these classes (rounded up) with the lowest accuracy. `false_head_rate`: the share of few-class images that are
     predicted as a many-class; None without such. `ece`: expected calibration error of the top class over 15 bins of
     equal width (Guo et al., ICML 2017). `per_class`: None for a class without images. `intervals`, by name, and
-    `per_class_intervals`: see `evaluation/intervals.py`. `prior_sweep`: a row for each strength of the post-hoc prior;
+    `per_class_intervals`: see `evaluation/metrics.py`. `prior_sweep`: a row for each strength of the post-hoc prior;
     None where the training prior is not known. `calibration`: of 'all' classes and of each shot group, by the softmax
     of the raw logits."""
 

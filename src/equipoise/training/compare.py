@@ -19,8 +19,7 @@ from equipoise.base.errors import UserError, several
 from equipoise.base.files import atomic_file
 from equipoise.config.reading import load_recipe
 from equipoise.config.recipe import Recipe
-from equipoise.evaluation.intervals import bootstrap
-from equipoise.evaluation.metrics import figure_weights
+from equipoise.evaluation.metrics import bootstrap, figure_weights
 from equipoise.evaluation.predictions import read_observed
 from equipoise.evaluation.score import Run, chosen
 from equipoise.runs.folder import METRICS, OBSERVED, RECIPE, RECORD, write_json

@@ -5,6 +5,7 @@ Shapes: B images of this rank, G images of the whole batch, V contrastive views,
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,8 @@ from equipoise.base.errors import UserError, out_of_memory, reason
 from equipoise.base.world import World
 from equipoise.config.recipe import Recipe
 from equipoise.method.methods import objective_of
-from equipoise.method.network import CosineClassifier, Outputs, TwoBranchNetwork, resting_averages
-from equipoise.method.objective import Objective, Terms
+from equipoise.method.network import CosineClassifier, TwoBranchNetwork, resting_averages
+from equipoise.method.objective import Objective, Outputs, Terms
 from equipoise.views.draws import sampled_counts
 from equipoise.views.loader import Batch
 
@@ -41,7 +42,7 @@ class Step:
         self._counts_C = torch.tensor(class_counts, device=device, dtype=torch.float32)
         self._network = network
         if self.objective.momentum:
-            self.objective.momentum_copy = network.momentum_copy()
+            self.objective.momentum_copy = deepcopy(network.contrastive_branch()).requires_grad_(False)
         if recipe.compile:
             network.encoder.compile()  # in its place: the names of its weights stay
         self._forward: nn.Module = _Forward(network, self.objective, recipe.micro_batch)
@@ -114,10 +115,9 @@ class Step:
             outputs: Outputs = self._forward(batch.images_VB3SS)
         # A rank without images of its own has computed others, so that every rank does the same: they do not count.
         count = own.stop - own.start
-        features_BVD = outputs.features_BVD
-        if features_BVD is not None:
-            features_BVD = self._world.gather_rows(features_BVD[:count], images)
-        outputs = outputs._replace(logits_BC=outputs.logits_BC[:count], features_BVD=features_BVD)
+        outputs = outputs._replace(logits_BC=outputs.logits_BC[:count])
+        if self.objective.contrastive:
+            outputs = outputs._replace(features_BVD=self._world.gather_rows(outputs.features_BVD[:count], images))
         self.objective.mixed = batch.mixed
         terms = self.objective(outputs, batch.labels_G, own)
         classifier = self._network.classifier

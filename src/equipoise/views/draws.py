@@ -4,7 +4,7 @@ A generator with a state would tie the numbers to the order in which images are 
 and ranks. Here each number is a hash of where it is used, computed for a whole batch at once.
 
 The hash is the output function of SplitMix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number
-generators", OOPSLA 2014), applied once per key and then in counter mode. Shape: B images.
+generators", OOPSLA 2014), applied once per key and then in counter mode. Shapes: B images, G images of a whole batch.
 """
 
 from collections.abc import Sequence
@@ -12,10 +12,13 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from equipoise.config.recipe import Views
+
 Array = npt.NDArray[np.float64]
 Whole = npt.NDArray[np.int64]
 
 _GOLDEN = 0x9E3779B97F4A7C15
+_PASTED = 0.5  # probability that a box is pasted at all, as in the authors' code of CutMix and CMO
 
 
 def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
@@ -25,10 +28,8 @@ def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 
 class Numbers:
-    """The random numbers of one view of a batch, in the order in which they are asked for.
-
-    `indices_B`: places of the images in the training list. `stream`: one for each use of an image in an epoch.
-    """
+    """The random numbers of one view of a batch, in the order in which they are asked for. `indices_B`: places of the
+    images in the training list. `stream`: one for each use of an image in an epoch."""
 
     def __init__(self, seed: int, epoch: int, indices_B: Whole, stream: int) -> None:
         self._key_B = _mix(indices_B.astype(np.uint64) + np.uint64(_GOLDEN))
@@ -71,9 +72,8 @@ def sampled_counts(class_counts: Sequence[int], sampler: str, progress: float = 
     if sampler == "progressive":
         first_C, last_C = (sampled_counts(class_counts, of) for of in ("instance", "class-balanced"))
         return (1 - progress) * first_C + progress * last_C
-    drawn_C = (
-        np.array(class_counts, np.float64) ** {"instance": 1.0, "square-root": 0.5, "class-balanced": 0.0}[sampler]
-    )
+    power = {"instance": 1.0, "square-root": 0.5, "class-balanced": 0.0}[sampler]
+    drawn_C = np.array(class_counts, np.float64) ** power
     return drawn_C * (sum(class_counts) / drawn_C.sum())
 
 
@@ -91,3 +91,33 @@ def draws(seed: int, epoch: int, labels_N: Whole, sampler: str, epochs: int = 1)
     before = np.empty(count, np.int64)
     before[order] = np.arange(count) - np.searchsorted(images_N[order], images_N[order])
     return images_N + count * before
+
+
+def second_draws(mix: str, seed: int, epoch: int, labels_N: Whole, sampler: str, epochs: int) -> Whole:
+    """Of each place of the epoch the second image, with a draw number (`draws`) that no first image has, so that its
+    view is another. It is drawn as the first ones are; for CMO class-balanced, as there each image has the weight 1 / n
+    of its class of n (Park et al., CVPR 2022)."""
+    count = len(labels_N)
+    sampler = "class-balanced" if mix == "cmo" else sampler
+    # A recipe's seed is below 2^31.
+    return draws(seed + 2**31, epoch, labels_N, sampler, epochs) + count**2
+
+
+def mixing(settings: Views, seed: int, epoch: int, others_G: Whole) -> tuple[Whole, Array, Array]:
+    """For these second images: the box that is mixed, `[G, 4]` (top, left, bottom, right), how much of the first image
+    stays inside it, `[G]`, and the first one's share of the whole, `[G]`, which is its label's too: 1 without a box.
+    With lambda from Beta(alpha, alpha), 'mixup' is lambda of the first and 1 - lambda of the second image (Zhang et
+    al., ICLR 2018). 'cutmix' and 'cmo' paste a box of the second one, with p = .5: its centre is uniform, its sides are
+    sqrt(1 - lambda) of the image's, and what lies outside is cut off (Yun et al., ICCV 2019)."""
+    from scipy.special import betaincinv
+
+    side, numbers = settings.size, Numbers(seed, epoch, others_G, 1)  # 0 is the stream of the second image's view
+    lambda_G: Array = betaincinv(settings.mix_alpha, settings.mix_alpha, numbers.next())
+    if settings.mix == "mixup":
+        return np.broadcast_to([0, 0, side, side], (len(others_G), 4)), lambda_G, lambda_G
+    half_G = (side * np.sqrt(1 - lambda_G)).astype(np.int64) // 2
+    half_G[numbers.next() >= _PASTED] = 0
+    centre_G4 = np.stack([numbers.whole(side), numbers.whole(side)] * 2, axis=1)
+    boxes_G4 = (centre_G4 + half_G[:, None] * [-1, -1, 1, 1]).clip(0, side)
+    area_G = (boxes_G4[:, 2] - boxes_G4[:, 0]) * (boxes_G4[:, 3] - boxes_G4[:, 1])
+    return boxes_G4, np.zeros(len(others_G)), 1 - area_G / side**2

@@ -1,10 +1,9 @@
 """A list of images and its views become batches, in an order that depends on (seed, epoch) alone, made by any number of
-workers ahead of the step: threads, or for an NVIDIA GPU processes. With `skip`, an image that cannot be read is no
-error: in training another of its class stands in for it (`decode.stand_in`), in evaluation it is left out, and `bad`
-says which they were."""
+workers ahead of the step. With `skip`, an image that cannot be read is no error: in training another of its class
+stands in for it (`decode.stand_in`), in evaluation it is left out, and `bad` says which they were."""
 
+import contextlib
 import signal
-import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -17,18 +16,9 @@ from equipoise.base.errors import UserError
 from equipoise.base.script import refuse_unguarded_script
 from equipoise.base.world import ALONE, World
 from equipoise.config.recipe import Recipe
-from equipoise.data.decode import (
-    BadImageError,
-    Pixels,
-    decode,
-    decode_all,
-    in_order,
-    stand_in,
-    usable_cores,
-)
+from equipoise.data.decode import BadImageError, Pixels, decode, in_order, resized, stand_in, usable_cores
 from equipoise.data.images import ImageList, Indices
-from equipoise.views.draws import draws
-from equipoise.views.mixing import mix_in, mixing, second_draws
+from equipoise.views.draws import draws, mixing, second_draws
 from equipoise.views.views import ViewSettings, evaluation_view, photo_views, small_views, view_settings
 
 
@@ -73,23 +63,24 @@ def worker_count(workers: int, local_ranks: int = 1) -> int:
 
 @dataclass(frozen=True)
 class Task:
-    """A batch to be made of the images `indices_G`, of which `rows` are this rank's and those `here` are computed here.
-    `training`: seed, epoch and draws (draws.py) that the views depend on, and of mixed ones the second draws (else
-    none); None for evaluation."""
+    """A batch to train on, of the images `indices_G`, of which `rows` are this rank's and those `here` are computed
+    here. Its views depend on seed, epoch and draws (draws.py); `others_G`: the second draws where views are mixed."""
 
     indices_G: Indices
     rows: slice
     here: slice
-    training: tuple[int, int, Indices, Indices] | None = None
+    seed: int
+    epoch: int
+    draws_G: Indices
+    others_G: Indices
 
 
 class _Tasks:
     """The loader's sampler. It is filled anew for each pass, so that the same processes serve all of them."""
 
-    def __init__(self) -> None:
-        self.next: Iterable[Task] = ()
+    next: Iterable[Task | Indices] = ()
 
-    def __iter__(self) -> Iterator[Task]:
+    def __iter__(self) -> Iterator[Task | Indices]:
         return iter(self.next)
 
 
@@ -102,12 +93,11 @@ def open_batches(
     skip: bool = False,
 ) -> "Batches":
     """Batches of `images`, made by `workers` threads or, for an NVIDIA GPU, processes (0: between two steps). Raises
-    UserError naming a small image that cannot be read; of photographs, and with `skip` of a class of which none can,
-    when their turn comes; and where processes would run the main script again."""
-    if settings.policy == "cifar":  # a step of ResNet-32 takes 11 ms on a GPU; on a CPU, far longer than its views
-        workers = min(workers, 6 if device.type == "cuda" else 1)
-    if settings.policy == "digits":
-        workers = 0  # their views are made in less time than a process takes to start
+    UserError naming a small image that cannot be read (photographs, when their turn comes), and where processes would
+    run the main script again."""
+    # The views of digits are made in less time than a process takes to start. A step of ResNet-32 takes 11 ms on a GPU;
+    # on a CPU, far longer than its views.
+    workers = min(workers, {"digits": 0, "cifar": 6 if device.type == "cuda" else 1}.get(settings.policy, workers))
     if workers and needs_processes(device):
         refuse_unguarded_script()
     return Batches(Maker(images, settings, skip), device, workers, world)
@@ -129,12 +119,18 @@ class Batches:
 
     def __init__(self, maker: "Maker", device: torch.device, workers: int, world: World) -> None:
         self.bad = dict(maker.bad)
-        self._maker = maker
-        self._device = device
-        self._world = world
-        self._workers = workers
+        self._maker, self._device, self._world, self._workers = maker, device, world, workers
         self._tasks = _Tasks()
-        self._loader: DataLoader[Batch | UserError] | None = None
+        self._processes: DataLoader[Batch | UserError] = DataLoader(
+            maker,
+            batch_size=None,
+            sampler=self._tasks,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=device.type == "cuda",
+            generator=torch.Generator(),  # else every pass would draw from torch's own random state
+            worker_init_fn=_start_worker,
+        )
         self._receiving: Iterator[Batch | UserError] | None = None
 
     def __len__(self) -> int:
@@ -161,14 +157,12 @@ class Batches:
             yield batch, np.setdiff1d(indices_B, list(batch.bad))
 
     def _evaluated(self, batches: Sequence[Indices]) -> Iterator[Batch]:
-        tasks = [Task(indices_B, slice(0, len(indices_B)), slice(None)) for indices_B in batches]
         # What is in memory only has to be copied: a worker would cost more.
-        made = map(self._maker.__getitem__, tasks) if self._maker.in_memory else self._received(tasks)
+        made = map(self._maker.__getitem__, batches) if self._maker.in_memory else self._received(batches)
         return map(self._arrived, made)
 
     def prepare(self, look: Callable[[], None] = lambda: None) -> None:
-        """Compute what has to be there before the first batch. `look` is called meanwhile, and may raise. All ranks
-        call it."""
+        """Compute what the first batch needs; all ranks call it. `look` is called meanwhile, and may raise."""
         self._maker.prepare(self._world, look)
         self.bad.update(self._maker.bad)
 
@@ -191,28 +185,21 @@ class Batches:
             draws_G, others_G = (of[place * batch_size : (place + 1) * batch_size] for of in (order, second))
             rows = self._world.share(len(draws_G))
             here = rows if rows.stop > rows.start else slice(0, 2)
-            yield Task(draws_G % len(self), rows, here, (seed, epoch, draws_G, others_G))
+            yield Task(draws_G % len(self), rows, here, seed, epoch, draws_G, others_G)
 
-    def _received(self, tasks: Iterable[Task]) -> Iterator[Batch | UserError]:
+    def _received(self, tasks: Iterable[Task | Indices]) -> Iterator[Batch | UserError]:
         if needs_processes(self._device):
             return self._by_processes(tasks)
         self._receiving = in_order(self._maker.__getitem__, tasks, self._workers)
         return self._receiving
 
-    def _by_processes(self, tasks: Iterable[Task]) -> Iterator[Batch | UserError]:
+    def _by_processes(self, tasks: Iterable[Task | Indices]) -> Iterator[Batch | UserError]:
         self._tasks.next = tasks
-        if self._loader is None:
-            self._loader = DataLoader(
-                self._maker,
-                batch_size=None,
-                sampler=self._tasks,
-                num_workers=self._workers,
-                persistent_workers=self._workers > 0,
-                pin_memory=self._device.type == "cuda",
-                generator=torch.Generator(),  # else every pass would draw from torch's own random state
-                worker_init_fn=_start_worker,
-            )
-        self._receiving = _started(self._loader)
+        self._receiving = iter(self._processes)
+        # torch's handler would raise the death of a process in whatever line this one is at; without it, torch raises
+        # where the batch is waited for. There is none on Windows and in other threads.
+        with contextlib.suppress(AttributeError, ValueError):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         try:
             yield from self._receiving
         except (RuntimeError, OSError, EOFError) as error:
@@ -232,17 +219,21 @@ class Batches:
 
 
 class Maker(Dataset["Batch | UserError"]):
-    """Makes the batches, in the workers. Photographs are decoded for each batch; other images, which have the
-    size of a view, are in memory: to decode them each time would take three times as long as their views."""
+    """Makes the batches, in the workers. Photographs are decoded for each batch; images of the size of a view are in
+    memory: to decode them each time would take three times as long as their views."""
 
     def __init__(self, images: ImageList, settings: ViewSettings, skip: bool) -> None:
         self.in_memory = settings.policy != "photos"
         self.bad: dict[int, BadImageError] = {}
-        self.settings = settings
+        self.settings, self.labels_N = settings, images.labels_N
         self._images, self._skip = images, skip
-        self.labels_N = images.labels_N
+        self._pixels_NSS3: Pixels | None = None
         if self.in_memory:
-            self._pixels_NSS3, self.bad = decode_all(images, settings.size, skip)
+            pixels_NSS3 = np.zeros((len(images), settings.size, settings.size, 3), np.uint8)
+            for index in range(len(images)):
+                if (image := self._image(index, self.bad)) is not None:
+                    pixels_NSS3[index] = resized(image, settings.size)
+            self._pixels_NSS3 = pixels_NSS3
 
     def __len__(self) -> int:
         return len(self._images)
@@ -250,17 +241,16 @@ class Maker(Dataset["Batch | UserError"]):
     def prepare(self, world: World, look: Callable[[], None]) -> None:
         """Images need no preparation."""
 
-    def __getitem__(self, task: Task) -> Batch | UserError:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __getitem__(self, task: Task | Indices) -> Batch | UserError:  # pyright: ignore[reportIncompatibleMethodOverride]
         try:
-            return self._evaluation(task.indices_G) if task.training is None else self._training(task)
+            return self._training(task) if isinstance(task, Task) else self._evaluation(task)
         except UserError as error:
             return error  # raised, it would arrive wrapped in a traceback
 
     def _training(self, task: Task) -> Batch:
-        assert task.training is not None
-        seed, epoch, draws_G, others_G = task.training
+        seed, epoch, others_G = task.seed, task.epoch, task.others_G
         bad: dict[int, BadImageError] = {}
-        views_VB3SS = self._views(draws_G[task.here], self.settings, seed, epoch, bad)
+        views_VB3SS = self._views(task.draws_G[task.here], self.settings, seed, epoch, bad)
         labels_G = torch.from_numpy(self.labels_N[task.indices_G])
         if not len(others_G):
             return Batch(views_VB3SS, labels_G, task.rows, bad)
@@ -271,8 +261,9 @@ class Maker(Dataset["Batch | UserError"]):
             alone = replace(self.settings, kinds=("cls",))
             second_1M3SS = self._views(others_G[mixed_M], alone, seed, epoch, bad)
             how = boxes_G4[mixed_M].tolist(), kept_G[mixed_M].tolist()
-            for place, other_3SS, box, kept in zip(places_M.tolist(), second_1M3SS[0], *how, strict=True):
-                mix_in(views_VB3SS[0, place], other_3SS, box, kept)
+            for place, other_3SS, (top, left, bottom, right), kept in zip(places_M, second_1M3SS[0], *how, strict=True):
+                first, second = (of[:, top:bottom, left:right] for of in (views_VB3SS[0, int(place)], other_3SS))
+                first.copy_((kept * first + (1 - kept) * second).round_())  # to whole levels, in its place
         mixed = torch.from_numpy(self.labels_N[others_G % len(self)]), torch.from_numpy(shares_G).float()
         return Batch(views_VB3SS, labels_G, task.rows, bad, mixed)
 
@@ -304,7 +295,7 @@ class Maker(Dataset["Batch | UserError"]):
 
     def _image(self, index: int, bad: dict[int, BadImageError]) -> Pixels | None:
         """The image; or, with `skip`, None for one that cannot be read, which is added to `bad`."""
-        if self.in_memory:
+        if self._pixels_NSS3 is not None:
             return None if index in self.bad else self._pixels_NSS3[index]
         try:
             return decode(self._images, index)
@@ -315,18 +306,6 @@ class Maker(Dataset["Batch | UserError"]):
             return None
 
 
-def _started(loader: DataLoader[Batch | UserError]) -> Iterator[Batch | UserError]:
-    """The loader's batches. torch sets a handler of SIGCHLD, which would raise the death of a process in whatever
-    line this one executes; without it, torch raises where the batch is waited for, seconds later."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
-        return iter(loader)  # then torch sets no handler either
-    before = signal.getsignal(signal.SIGCHLD)
-    try:
-        return iter(loader)
-    finally:
-        signal.signal(signal.SIGCHLD, before)
-
-
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
     # A signal to the whole process group is for the main process: it finishes its step, for which it needs its
@@ -334,5 +313,5 @@ def _start_worker(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "alarm"):
         signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(60))
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        for other in (signal.SIGUSR1, signal.SIGHUP):
+            signal.signal(other, signal.SIG_IGN)

@@ -8,7 +8,7 @@ rotations use OpenCV's cubic (a = -0.75), which is softer than Pillow's (a = -1)
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import cv2
@@ -38,12 +38,16 @@ cv2.setNumThreads(0)  # the loader's processes run in parallel; threads inside e
 
 
 @lru_cache
-def operation(name: str, resampling: str, fill: tuple[float, ...]) -> Operation:
-    """The operation `name` of `views.OPERATIONS`. `resampling` (of `views.RESAMPLINGS`) and the colour `fill` (0 to
-    255) are for those that move pixels."""
-    if name in _OF_COLOUR:
-        return _OF_COLOUR[name]
-    return partial(_move, matrix_of=_MATRICES[name], fill=fill, resampling=resampling)
+def operation(name: str, resampling: str = "nearest", fill: tuple[float, ...] = (0, 0, 0)) -> Operation:
+    """The operation of that name. `resampling` and the colour `fill` (0 to 255) are for those that move pixels."""
+    if name in OF_COLOUR:
+        return OF_COLOUR[name]
+
+    def move(images: Pixels, argument_N: Array) -> Pixels:
+        matrix_N23 = np.array([MATRICES[name](argument, images.shape[1]) for argument in argument_N.tolist()], float)
+        return affine(images, matrix_N23, fill, resampling)
+
+    return move
 
 
 def resized_crop(image: Pixels, box: Sequence[int], size: int) -> Pixels:
@@ -78,11 +82,6 @@ def affine(images: Pixels, matrix_N23: Array, fill: tuple[float, ...], resamplin
     return _each(images, matrix_N23, warp)
 
 
-def _move(images: Pixels, argument_N: Array, matrix_of: Matrix, fill: tuple[float, ...], resampling: str) -> Pixels:
-    matrix_N23 = np.array([matrix_of(argument, images.shape[1]) for argument in argument_N.tolist()], float)
-    return affine(images, matrix_N23, fill, resampling)
-
-
 def _each(images: Pixels, arguments: Iterable[Any], change: Callable[[Any, Any, Any], object]) -> Pixels:
     """`change` gets each image, its argument and the memory of its result."""
     made = np.empty_like(images)
@@ -96,15 +95,11 @@ def _at_once(images: Pixels, change: Callable[[Pixels], cv2.typing.MatLike]) -> 
     return np.asarray(change(images.reshape(-1, images.shape[2], 3)), np.uint8).reshape(images.shape)
 
 
-def _transform(images: Pixels, matrix_N34: Array) -> Pixels:
-    """Each pixel (red, green, blue, 1) times the matrix of its image, rounded."""
-    return _each(images, matrix_N34, cv2.transform)
-
-
 def _blended(images: Pixels, factor_N: Array, other_N34: Array) -> Pixels:
-    """`factor_N` parts of each pixel, and one minus that of what the matrix makes of it."""
+    """`factor_N` parts of each pixel, and one minus that of what the matrix makes of its (red, green, blue, 1)."""
     factor_N11 = factor_N[:, None, None]
-    return _transform(images, factor_N11 * _COLOUR + (1 - factor_N11) * other_N34 + _TRUNCATED * _WHITE)
+    matrix_N34 = factor_N11 * _COLOUR + (1 - factor_N11) * other_N34 + _TRUNCATED * _WHITE
+    return _each(images, matrix_N34, cv2.transform)
 
 
 def _contrast(images: Pixels, factor_N: Array) -> Pixels:
@@ -143,7 +138,7 @@ def _autocontrast(images: Pixels, _: Array) -> Pixels:
     spread_N31 = np.maximum(high_N31 - low_N31, 1)
     matrix_N34 = np.where(high_N31 > low_N31, 255 / spread_N31, 1) * _COLOUR
     matrix_N34[:, :, 3:] = np.where(high_N31 > low_N31, -low_N31 * 255 / spread_N31, 0) + _TRUNCATED
-    return _transform(images, matrix_N34)
+    return _each(images, matrix_N34, cv2.transform)
 
 
 def _equalize(images: Pixels, _: Array) -> Pixels:
@@ -175,7 +170,7 @@ def _sharpen(image: Pixels, factor: float, out: Pixels) -> None:
     cv2.addWeighted(image, factor, smooth, 1 - factor, _TRUNCATED, out)
 
 
-_OF_COLOUR: dict[str, Operation] = {
+OF_COLOUR: dict[str, Operation] = {
     "Brightness": lambda images, factor_N: _blended(images, factor_N, 0 * _COLOUR),
     "Contrast": _contrast,
     "Color": lambda images, factor_N: _blended(images, factor_N, _LUMA),
@@ -190,7 +185,7 @@ _OF_COLOUR: dict[str, Operation] = {
     "Solarize": _by_table(lambda threshold: np.where(threshold > _LEVEL, _LEVEL, 255 - _LEVEL)),
     "SolarizeAdd": _by_table(lambda addend: np.where(_LEVEL < 128, _LEVEL + addend, _LEVEL)),  # at most 127 + 110
 }
-_MATRICES: dict[str, Matrix] = {
+MATRICES: dict[str, Matrix] = {
     "Rotate": lambda degrees, side: cv2.getRotationMatrix2D((side / 2, side / 2), -degrees, 1),
     "ShearX": lambda level, _: [[1, level, 0], [0, 1, 0]],
     "ShearY": lambda level, _: [[1, 0, 0], [level, 1, 0]],

@@ -7,10 +7,13 @@ process computes it. Shapes: B images of a batch, S the side of a view, V views.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
@@ -20,22 +23,17 @@ from equipoise.data.decode import Pixels
 from equipoise.method.methods import METHODS
 from equipoise.views import operations
 from equipoise.views.draws import Array, Numbers, Whole
-from equipoise.views.operations import Operation
 
 _LONG_STRIP = 16  # times as long as it is wide
 _EVALUATION_MARGIN = 256 / 224  # Resize(256) · CenterCrop(224)
 _CONTRASTIVE_KINDS = {"sim-sim": ("sim", "sim"), "sim-rand": ("rand", "sim"), "rand-rand": ("rand", "rand")}
 _CROP_ATTEMPTS = 10
-# By torchvision's and timm's names; the first 15 are RandAugment's.
-# fmt: off
-OPERATIONS = (
-    "AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd", "Color", "Contrast",
-    "Brightness", "Sharpness", "ShearX", "ShearY", "TranslateX", "TranslateY", "Hue", "Grayscale", "Blur",
-)
-# fmt: on
-RAND_AUGMENT = OPERATIONS[:15]
+# By torchvision's and timm's names.
+RAND_AUGMENT = ("AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd", "Color",
+                "Contrast", "Brightness", "Sharpness", "ShearX", "ShearY", "TranslateX", "TranslateY")  # fmt: skip
 _ENHANCEMENTS = ("Brightness", "Color", "Contrast", "Sharpness")
-RESAMPLINGS = ("nearest", "bilinear", "bicubic")
+
+Names = npt.NDArray[np.str_]
 
 
 @dataclass(frozen=True)
@@ -62,9 +60,10 @@ def small_views(images_BSS3: Pixels, settings: ViewSettings, seed: int, epoch: i
         digits = settings.policy == "digits"
         view_BSS3 = _move_digits(images_BSS3, kind, numbers) if digits else _crop(images_BSS3, kind, numbers)
         # Operation by operation: for one small image, a call costs more than its work.
-        for chosen in _pixel_operations(kind, settings, numbers):
-            for rows, operation in _groups(chosen):
-                view_BSS3[rows] = operation(view_BSS3[rows], chosen.argument_B[rows])
+        for operation_B, argument_B, fill in _pixel_operations(kind, settings, numbers):
+            for name in set(operation_B.tolist()) - {""}:
+                operation, rows_B = operations.operation(*name.split(), fill=fill), operation_B == name
+                view_BSS3[rows_B] = operation(view_BSS3[rows_B], argument_B[rows_B])
         views_VBSS3[stream] = view_BSS3 if digits or kind != "cls" else _cut_out(view_BSS3, numbers)
     return torch.from_numpy(views_VBSS3).permute(0, 1, 4, 2, 3)
 
@@ -77,14 +76,16 @@ def photo_views(photos: Sequence[Pixels], settings: ViewSettings, seed: int, epo
         numbers = Numbers(seed, epoch, indices_B, stream)
         boxes_B4 = random_boxes(numbers, heights_B, widths_B, smallest_share=settings.smallest_crop).tolist()
         flips_B = numbers.next() < 0.5
-        steps = _steps(len(photos), _pixel_operations(kind, settings, numbers))
+        chosen = _pixel_operations(kind, settings, numbers)
         # Image by image: its bytes stay in the processor's cache.
         for row, photo in enumerate(photos):
             view_1SS3 = np.ascontiguousarray(operations.resized_crop(photo, boxes_B4[row], settings.size))[None]
             if flips_B[row]:
                 view_1SS3 = operations.flip_horizontal(view_1SS3)
-            for operation, argument_1 in steps[row]:
-                view_1SS3 = operation(view_1SS3, argument_1)
+            for operation_B, argument_B, fill in chosen:
+                if name := str(operation_B[row]):
+                    operation = operations.operation(*name.split(), fill=fill)
+                    view_1SS3 = operation(view_1SS3, argument_B[row : row + 1])
             views_VBSS3[stream, row] = view_1SS3[0]
     return torch.from_numpy(views_VBSS3).permute(0, 1, 4, 2, 3)
 
@@ -99,9 +100,7 @@ def evaluation_view(photo: Pixels, size: int) -> Pixels:
     height, width = photo.shape[:2]
     short = short_side(size)
     # The long side is truncated, as torchvision does it.
-    new_height, new_width = (
-        (short, int(short * width / height)) if height <= width else (int(short * height / width), short)
-    )
+    new_width, new_height = (int(short * side / min(height, width)) for side in (width, height))
     top, left = round((new_height - size) / 2), round((new_width - size) / 2)
     image = Image.fromarray(photo)
     if max(height, width) > _LONG_STRIP * min(height, width):
@@ -177,15 +176,12 @@ def _cut_out(images_BSS3: Pixels, numbers: Numbers) -> Pixels:
     return images_BSS3
 
 
-@dataclass(frozen=True)
-class BatchOperation:
-    """One operation for each image of a batch: its place in OPERATIONS (-1 for none) and its argument, in the unit of
-    the operation. `resampling_B` (place in RESAMPLINGS) and `fill` (colour, 0 to 255) are for those that move pixels.
-    """
+class BatchOperation(NamedTuple):
+    """One operation for each image of a batch: its name, with the resampling ('Rotate bicubic') or not, '' for none;
+    and its argument, in the unit of the operation. `fill`: a colour (0 to 255), for those that move pixels."""
 
-    operation_B: Whole
+    operation_B: Names
     argument_B: Array
-    resampling_B: Whole | int = 0
     fill: tuple[float, ...] = (0, 0, 0)
 
 
@@ -205,55 +201,29 @@ def _pixel_operations(kind: str, settings: ViewSettings, numbers: Numbers) -> li
     return chosen + rand_augment(numbers, settings) if kind == "rand" else chosen
 
 
-def _groups(chosen: BatchOperation) -> Iterator[tuple[Whole, Operation]]:
-    """Rows of the batch that get the same operation, and the operation."""
-    # One number for an operation and its resampling; below 0 where there is none.
-    groups_B = len(RESAMPLINGS) * chosen.operation_B + chosen.resampling_B
-    for group in np.unique(groups_B[groups_B >= 0]).tolist():
-        place, resampling = divmod(group, len(RESAMPLINGS))
-        operation = operations.operation(OPERATIONS[place], RESAMPLINGS[resampling], chosen.fill)
-        yield np.flatnonzero(groups_B == group), operation
-
-
-def _steps(images: int, chosen: Sequence[BatchOperation]) -> list[list[tuple[Operation, Array]]]:
-    """The operations on each image of a batch, one after the other, and their arguments `[1]`."""
-    steps: list[list[tuple[Operation, Array]]] = [[] for _ in range(images)]
-    for of_batch in chosen:
-        for rows, operation in _groups(of_batch):
-            for row in rows.tolist():
-                steps[row].append((operation, of_batch.argument_B[row : row + 1]))
-    return steps
-
-
 def jitter(numbers: Numbers, amounts: Sequence[float], probability: float) -> list[BatchOperation]:
     """torchvision's ColorJitter, on a share of the images: the operations in an order of each image's own. `amounts`:
     of brightness, contrast, saturation and hue. An operation without an amount is left out."""
     amounts_4, middles_4 = np.array(amounts), np.array([1, 1, 1, 0])
-    operations_4 = np.array([OPERATIONS.index(name) for name in ("Brightness", "Contrast", "Color", "Hue")])
-    operations_4[amounts_4 == 0] = -1
+    names_4 = np.where(amounts_4 > 0, ["Brightness", "Contrast", "Color", "Hue"], "")
     low_4, high_4 = middles_4 - amounts_4, middles_4 + amounts_4
     chosen_B = numbers.next() < probability
-    order_B4 = numbers.take(4).argsort(axis=1)
+    order_4B = numbers.take(4).argsort(axis=1).T
     values_B4 = low_4 + (high_4 - low_4) * numbers.take(4)
     image_B = np.arange(len(chosen_B))
-    return [
-        BatchOperation(np.where(chosen_B, operations_4[which_B], -1), values_B4[image_B, which_B])
-        for which_B in order_B4.T
-    ]
+    return [BatchOperation(np.where(chosen_B, names_4[of_B], ""), values_B4[image_B, of_B]) for of_B in order_4B]
 
 
 def some(numbers: Numbers, name: str, probability: float, argument_B: Array | float = 0.0) -> BatchOperation:
     """One operation, on a share of the images."""
-    operation_B = np.where(numbers.next() < probability, OPERATIONS.index(name), -1)
+    operation_B = np.where(numbers.next() < probability, name, "")
     return BatchOperation(operation_B, np.broadcast_to(argument_B, len(operation_B)))
 
 
-def _argument_of_each(arguments: dict[str, Array], operation_B: Whole) -> Array:
+def _argument_of_each(arguments: dict[str, Array], name_B: Names) -> Array:
     """Of each image the argument of its own operation; 0 for one that takes none."""
-    argument_OB = np.zeros((len(OPERATIONS), len(operation_B)))
-    for name, argument_B in arguments.items():
-        argument_OB[OPERATIONS.index(name)] = argument_B
-    return argument_OB[operation_B, np.arange(len(operation_B))]
+    names = enumerate(name_B.tolist())
+    return np.array([arguments[name][row] if name in arguments else 0.0 for row, name in names])
 
 
 def rand_augment(numbers: Numbers, settings: Views) -> list[BatchOperation]:
@@ -263,15 +233,15 @@ def rand_augment(numbers: Numbers, settings: Views) -> list[BatchOperation]:
     fill = tuple(round(255 * value) for value in settings.mean)
     chosen: list[BatchOperation] = []
     for _ in range(settings.randaug_n):
-        which_B = numbers.whole(len(RAND_AUGMENT))
+        name_B = np.array(RAND_AUGMENT)[numbers.whole(len(RAND_AUGMENT))]
         applied_B = numbers.next() < 0.5
         # At least 2**-53: the normal quantile of 0 is -inf.
         normal_B = torch.special.ndtri(torch.from_numpy(np.maximum(numbers.next(), 2.0**-53))).numpy()
         level_B = (settings.randaug_m + 0.5 * normal_B).clip(0, 10) / 10
         arguments = rand_augment_arguments(level_B, numbers.sign() * level_B, settings.size)
-        argument_B = _argument_of_each(arguments, which_B)
-        resampling_B = np.where(numbers.next() < 0.5, RESAMPLINGS.index("bicubic"), RESAMPLINGS.index("bilinear"))
-        chosen.append(BatchOperation(np.where(applied_B, which_B, -1), argument_B, resampling_B, fill))
+        resampled_B = np.char.add(name_B, np.where(numbers.next() < 0.5, " bicubic", " bilinear"))
+        argument_B = _argument_of_each(arguments, name_B)
+        chosen.append(BatchOperation(np.where(applied_B, resampled_B, ""), argument_B, fill))
     return chosen
 
 
@@ -288,39 +258,28 @@ def rand_augment_arguments(level_B: Array, signed_B: Array, side: int) -> dict[s
     }
 
 
-# The 25 sub-policies found for CIFAR-10 (Cubuk et al., CVPR 2019, table 7): operation, probability, magnitude 0-9.
-# fmt: off
-AUTO_AUGMENT = (
-    (("Invert", 0.1, 0), ("Contrast", 0.2, 6)), (("Rotate", 0.7, 2), ("TranslateX", 0.3, 9)),
-    (("Sharpness", 0.8, 1), ("Sharpness", 0.9, 3)), (("ShearY", 0.5, 8), ("TranslateY", 0.7, 9)),
-    (("AutoContrast", 0.5, 0), ("Equalize", 0.9, 0)), (("ShearY", 0.2, 7), ("Posterize", 0.3, 7)),
-    (("Color", 0.4, 3), ("Brightness", 0.6, 7)), (("Sharpness", 0.3, 9), ("Brightness", 0.7, 9)),
-    (("Equalize", 0.6, 0), ("Equalize", 0.5, 0)), (("Contrast", 0.6, 7), ("Sharpness", 0.6, 5)),
-    (("Color", 0.7, 7), ("TranslateX", 0.5, 8)), (("Equalize", 0.3, 0), ("AutoContrast", 0.4, 0)),
-    (("TranslateY", 0.4, 3), ("Sharpness", 0.2, 6)), (("Brightness", 0.9, 6), ("Color", 0.2, 8)),
-    (("Solarize", 0.5, 2), ("Invert", 0.0, 0)), (("Equalize", 0.2, 0), ("AutoContrast", 0.6, 0)),
-    (("Equalize", 0.2, 0), ("Equalize", 0.6, 0)), (("Color", 0.9, 9), ("Equalize", 0.6, 0)),
-    (("AutoContrast", 0.8, 0), ("Solarize", 0.2, 8)), (("Brightness", 0.1, 3), ("Color", 0.7, 0)),
-    (("Solarize", 0.4, 5), ("AutoContrast", 0.9, 0)), (("TranslateY", 0.9, 9), ("TranslateY", 0.7, 9)),
-    (("AutoContrast", 0.9, 0), ("Solarize", 0.8, 3)), (("Equalize", 0.8, 0), ("Invert", 0.1, 0)),
-    (("TranslateY", 0.7, 9), ("AutoContrast", 0.9, 0)),
-)
-# fmt: on
-_SUB_POLICIES = np.array([[OPERATIONS.index(name) for name, _, _ in pair] for pair in AUTO_AUGMENT])
-_PROBABILITIES = np.array([[probability for _, probability, _ in pair] for pair in AUTO_AUGMENT])
-_MAGNITUDES = np.array([[magnitude / 9 for _, _, magnitude in pair] for pair in AUTO_AUGMENT])
+@cache
+def cifar_policies() -> tuple[Names, Array, Array]:
+    """Of the 25 sub-policies that were found for CIFAR-10 (Cubuk et al., CVPR 2019, table 7) the two operations, their
+    probabilities, and their levels in [0, 1], `[25, 2]` each."""
+    from torchvision.transforms import AutoAugment, AutoAugmentPolicy  # a second of import, needed here alone
+
+    policies: Any = AutoAugment(AutoAugmentPolicy.CIFAR10).policies
+    table_P23 = np.array([[(name, p, (level or 0) / 9) for name, p, level in pair] for pair in policies], object)
+    names, probabilities, levels = np.moveaxis(table_P23, 2, 0)
+    return names.astype(str), probabilities.astype(float), levels.astype(float)
 
 
 def auto_augment(numbers: Numbers, side: int) -> list[BatchOperation]:
     """torchvision's AutoAugment with the CIFAR-10 policy: one sub-policy an image, its two operations in turn."""
-    policy_B = numbers.whole(len(AUTO_AUGMENT))
+    names_P2, probabilities_P2, levels_P2 = cifar_policies()
+    policy_B = numbers.whole(len(names_P2))
     chosen: list[BatchOperation] = []
     for step in range(2):
-        operation_B, level_B = _SUB_POLICIES[policy_B, step], _MAGNITUDES[policy_B, step]
-        applied_B = numbers.next() < _PROBABILITIES[policy_B, step]
+        name_B, level_B = names_P2[policy_B, step], levels_P2[policy_B, step]
+        applied_B = numbers.next() < probabilities_P2[policy_B, step]
         arguments = auto_augment_arguments(level_B, numbers.sign() * level_B, side)
-        argument_B = _argument_of_each(arguments, operation_B)
-        chosen.append(BatchOperation(np.where(applied_B, operation_B, -1), argument_B))
+        chosen.append(BatchOperation(np.where(applied_B, name_B, ""), _argument_of_each(arguments, name_B)))
     return chosen
 
 

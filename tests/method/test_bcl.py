@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from equipoise.method.concutmix import leaning, near_labels
+from equipoise.method.bcl import leaning, near_labels
 
 
 def test_labels_are_shares_of_the_nearest_prototypes_by_distance():
