@@ -43,9 +43,8 @@ def _instrumented() -> contextlib.AbstractContextManager[Any]:
 
 with _instrumented():
     from equipoise import UserError
-    from equipoise.config.reading import load_recipe
+    from equipoise.config.reading import load_recipe, recipe_toml
     from equipoise.config.recipe import Recipe
-    from equipoise.config.writing import recipe_toml
     from equipoise.data.decode import decode
     from equipoise.data.images import ImageFiles, ImageList
     from equipoise.data.lists import read_list

@@ -22,7 +22,6 @@ from equipoise.base.world import ALONE
 from equipoise.config.reading import load_recipe
 from equipoise.config.recipe import Recipe
 from equipoise.runs.checkpoint import create_network
-from equipoise.training.optim import create_sgd
 from equipoise.training.step import Step
 from equipoise.views.loader import Batch
 
@@ -72,7 +71,7 @@ def our_step(images: Tensor, labels: Tensor, recipe: Recipe, classes: int = CLAS
     network = create_network(recipe, classes, start=True).to(device, memory_format=torch.channels_last).train()
     precision = choose_precision(recipe.precision, device)
     take_step = Step(recipe, network, tuple(range(classes, 0, -1)), device, precision, ALONE)
-    optimizer = create_sgd(network.parameters(), 0.1, 0.9, 5e-4)
+    optimizer = torch.optim.SGD(network.parameters(), 0.1, 0.9, weight_decay=5e-4)
     batch = Batch(images.unflatten(0, (-1, len(labels))), labels, slice(0, len(labels)))
 
     def step() -> None:

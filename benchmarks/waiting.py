@@ -16,7 +16,6 @@ import equipoise
 from benchmarks.timing import say_where
 from equipoise.method.network import TwoBranchNetwork
 from equipoise.runs.checkpoint import create_network
-from equipoise.training.optim import create_sgd
 from equipoise.training.plan import Plan, prepare
 from equipoise.training.step import Step
 from equipoise.views.loader import open_batches
@@ -30,7 +29,7 @@ def training(plan: Plan) -> tuple[TwoBranchNetwork, Step, torch.optim.Optimizer]
     network = create_network(plan.recipe, len(plan.parts.train.class_names), start=True)
     network = network.to(plan.device, memory_format=torch.channels_last).train()
     step = Step(plan.recipe, network, plan.parts.train.class_counts, plan.device, plan.precision, plan.world)
-    return network, step, create_sgd(network.parameters(), 0.01, 0.9, 5e-4)
+    return network, step, torch.optim.SGD(network.parameters(), 0.01, 0.9, weight_decay=5e-4)
 
 
 def main() -> None:

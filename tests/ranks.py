@@ -17,7 +17,6 @@ from equipoise.data.images import ImageList, PixelArrays
 from equipoise.method.network import batch_norms
 from equipoise.runs.checkpoint import create_network
 from equipoise.training.loop import set_training
-from equipoise.training.optim import create_sgd
 from equipoise.training.step import Step
 from equipoise.views.loader import open_batches, steps_per_epoch
 from equipoise.views.views import view_settings
@@ -50,7 +49,7 @@ def train(world: World, case: dict[str, Any]) -> dict[str, Any]:
     images = pictures(case["images"])
     batches = open_batches(images, view_settings(recipe), CPU, 0, world)
     take_step = Step(recipe, network, images.class_counts, CPU, "fp32", world)
-    optimizer = create_sgd(network.parameters(), 0.02, 0.9, 5e-4)
+    optimizer = torch.optim.SGD(network.parameters(), 0.02, 0.9, weight_decay=5e-4)
     saved: dict[str, Any] = {"terms": [], "rows": [], "classes": [], "gradients": {}, "own": {}}
     epochs = math.ceil(STEPS / steps_per_epoch(len(images), recipe.batch_size))
     steps = range(epochs * steps_per_epoch(len(images), recipe.batch_size))

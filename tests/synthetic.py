@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from equipoise.config.reading import load_recipe
-from equipoise.config.writing import recipe_toml
+from equipoise.config.reading import load_recipe, recipe_toml
 from equipoise.evaluation.score import score_checkpoint
 from equipoise.method.losses import log_prior
 from equipoise.method.network import CosineClassifier

@@ -33,7 +33,6 @@ from equipoise.method.methods import METHODS as ALL_METHODS
 from equipoise.method.network import TwoBranchNetwork, batch_norms
 from equipoise.runs.checkpoint import create_network
 from equipoise.training.loop import set_training
-from equipoise.training.optim import create_sgd
 from equipoise.training.step import Step
 from equipoise.views.loader import Batch, open_batches
 from equipoise.views.views import ViewSettings, view_settings
@@ -171,7 +170,7 @@ def test_waiting_would_be_noticed():
 def test_a_step_waits_for_its_loss_terms_alone(fields):
     """Forward pass, losses, backward pass and the optimizer's step. The loss terms are read by way of an event."""
     take_step, network, batch = make_step(DEVICE, **{"precision": "bf16", **fields})
-    optimizer = create_sgd(network.parameters(), 0.05, 0.9, 5e-4)
+    optimizer = torch.optim.SGD(network.parameters(), 0.05, 0.9, weight_decay=5e-4)
     for number in range(3):  # in the first two, libraries are loaded, and momentum is made
         with no_waiting() if number == 2 else nullcontext():
             optimizer.zero_grad()
@@ -211,7 +210,10 @@ def test_a_recorded_step_trains_as_one_that_is_not(fields, no_tf32):
     states: list[Tensor] = []
     for recorded in (False, True):
         take_step, network, batch = make_step(DEVICE, cuda_graph=recorded, batch_size=24, **fields)
-        optimizer, random = create_sgd(network.parameters(), 0.01, 0.9, 5e-4), torch.Generator().manual_seed(2)
+        optimizer, random = (
+            torch.optim.SGD(network.parameters(), 0.01, 0.9, weight_decay=5e-4),
+            torch.Generator().manual_seed(2),
+        )
         terms.append([])
         for number in range(8):
             count = 10 if number == 5 else 24
@@ -378,7 +380,7 @@ def test_a_compiled_encoder_trains_the_same_network(tmp_path, monkeypatch):
     losses: list[list[float]] = []
     for compiled in (False, True):
         take_step, network, batch = make_step(DEVICE, precision="fp32", compile=compiled)
-        optimizer = create_sgd(network.parameters(), 0.01, 0.9, 5e-4)
+        optimizer = torch.optim.SGD(network.parameters(), 0.01, 0.9, weight_decay=5e-4)
         losses.append([])
         for _ in range(3):
             optimizer.zero_grad()

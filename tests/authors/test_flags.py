@@ -87,11 +87,9 @@ def test_names_of_data_sets_and_folders():
     ("words", "sentence"),
     [
         ("--cos maybe", "--cos: must be true or false, not 'maybe'"),
-        ("--use-norm True --set classifier=linear", "--set model.classifier=linear, but a flag says cosine; drop one"),
-        ("--dataset imagnet", "--dataset: no 'imagnet' is known; did you mean imagenet?"),
+        ("--dataset imagnet", "--dataset: invalid choice: 'imagnet' (choose from "),
         ("--dataset inat", "the recipe inat2018 is not for {data}: take imagenet-lt"),
-        ("inat2018 --dataset imagenet", "--dataset means the recipe imagenet-lt, not inat2018; drop one"),
-        ("--reload True", "--reload scores a checkpoint: name it with --resume CHECKPOINT"),
+        ("--reload True", "--reload and --evaluate score a checkpoint: name it with --resume CHECKPOINT"),
         ("--reload True --resume log/x.pth.tar", "there is no run folder or checkpoint at log/x.pth.tar"),
     ],
 )

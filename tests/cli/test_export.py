@@ -64,5 +64,5 @@ def test_refusals_of_export(arguments, sentence, odd_run, tmp_path, capsys, monk
     said = refusal(capsys, "export", str(odd_run), *arguments)
     assert said.startswith(sentence), said
     said = refusal(capsys, "export", str(tmp_path), "--to", "onnx")
-    assert said == f"{tmp_path} is no run folder: it has neither best.pt nor last.pt"
+    assert said == f"there is no run folder or checkpoint at {tmp_path}"
     assert list(tmp_path.iterdir()) == []

@@ -7,9 +7,8 @@ from typing import get_args
 import pytest
 
 from equipoise import UserError, load_recipe
-from equipoise.config.reading import recipe_from_table, shipped_recipes
+from equipoise.config.reading import recipe_from_table, recipe_toml, shipped_recipes
 from equipoise.config.recipe import Method, Recipe, field_value, find_field, recipe_fields
-from equipoise.config.writing import recipe_toml
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
@@ -133,7 +132,7 @@ def test_wrong_files(text, said, tmp_path):
 
 def test_tables_and_files_of_other_programs(tmp_path):
     """As a checkpoint or a hub's config may hold them; and as an editor may begin a file."""
-    for table in (3, {1: 2}, {"optim": {1: 2}}, {"data": {"path": b"x"}}):
+    for table in ({1: 2}, {"optim": {1: 2}}, {"data": {"path": b"x"}}):
         with pytest.raises(UserError, match=r"^here: "):
             recipe_from_table(table, "here")
     (tmp_path / "mine.toml").write_text("epochs = 3", encoding="utf-8-sig")

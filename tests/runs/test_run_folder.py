@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,7 @@ def fail_in(path: Path, error: type[BaseException], goes_on: bool = False, keep:
                 (path / name).touch()
             (path / "tensorboard").mkdir()
             if keep:
-                folder.keep()
+                folder.kept = True
             raise error
 
     with pytest.raises(error):
@@ -132,21 +133,21 @@ def lines_of(folder: Path) -> list[tuple[str, int, int]]:
     ],
 )
 def test_what_will_be_done_again_is_dropped(epoch, step, kept, tmp_path):
-    with RunLog(tmp_path, 0, 0) as log:
+    with closing(RunLog(tmp_path, 0, 0)) as log:
         for kind, of_step, of_epoch in LINES:
             log.write(kind, of_step, of_epoch, {"loss": 1.0})
-    with RunLog(tmp_path, epoch, step):
+    with closing(RunLog(tmp_path, epoch, step)):
         pass
     assert lines_of(tmp_path) == LINES[:kept]
 
 
 @pytest.mark.parametrize("rest", [b'{"kind": "train", "st', b"null\n", b"[" * 1000, bytes(1000), b"\xff\n"])
 def test_a_line_that_a_killed_run_left_half_written_is_dropped(rest, tmp_path):
-    with RunLog(tmp_path, 0, 0) as log:
+    with closing(RunLog(tmp_path, 0, 0)) as log:
         log.write("train", 1, 0, {"loss": 1.0})
     with (tmp_path / "metrics.jsonl").open("ab") as file:
         file.write(rest)
-    with RunLog(tmp_path, 0, 1) as log:
+    with closing(RunLog(tmp_path, 0, 1)) as log:
         log.write("train", 2, 0, {"loss": 1.0})
     assert lines_of(tmp_path) == LINES[:2]
 
@@ -154,7 +155,7 @@ def test_a_line_that_a_killed_run_left_half_written_is_dropped(rest, tmp_path):
 def test_curves_of_a_run_that_goes_on_have_one_point_a_step(tmp_path):
     """Steps 3 and 4 were logged, but no checkpoint was written after step 2. What is absent is no point."""
     for first, last, loss in ((1, 4, 1.0), (3, 5, 2.0)):
-        with RunLog(tmp_path, 0, first - 1) as log:
+        with closing(RunLog(tmp_path, 0, first - 1)) as log:
             for step in range(first, last + 1):
                 log.write("train", step, 0, {"loss": loss, "few": None})
                 assert lines_of(tmp_path)[-1] == ("train", step, 0), "it can be read as soon as it is written"
@@ -168,7 +169,7 @@ def test_curves_of_a_run_that_goes_on_have_one_point_a_step(tmp_path):
 
 def test_curves_are_left_out_where_tensorboard_is_not_installed(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with RunLog(tmp_path, 0, 0) as log:
+    with closing(RunLog(tmp_path, 0, 0)) as log:
         log.write("train", 1, 0, {"loss": 1.0})
         log.sync()
     assert lines_of(tmp_path) == LINES[:1]
@@ -176,7 +177,7 @@ def test_curves_are_left_out_where_tensorboard_is_not_installed(tmp_path, monkey
 
 def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where a path of nothing would lead
-    with RunLog(None, 0, 0) as log:
+    with closing(RunLog(None, 0, 0)) as log:
         log.write("train", 1, 0, {"loss": 1.0})
         log.sync()
     assert list(tmp_path.iterdir()) == []

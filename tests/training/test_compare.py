@@ -257,7 +257,7 @@ def test_refusals(words, sentence, capsys, tmp_path):
 def test_runs_that_are_not_scored_alike_are_not_averaged():
     """One has lost its best checkpoint, say."""
     last = {"test": {"top1": 0.5}, "validation": None}
-    with pytest.raises(UserError, match="not every run is scored by its last checkpoint on the test part; keep"):
+    with pytest.raises(UserError, match="not every run is scored by its last checkpoint on the test part; train"):
         _summary(["bcl", "ce"], 1, [{"last": last, "best": None}, {"last": last, "best": last}])
 
 

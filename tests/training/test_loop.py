@@ -20,8 +20,9 @@ from equipoise import UserError, load_recipe, train
 from equipoise.config.recipe import Optim
 from equipoise.method import bcl, objective
 from equipoise.runs.checkpoint import load_checkpoint
-from equipoise.training.loop import NonFiniteLossError
-from equipoise.training.optim import create_sgd, learning_rate
+from equipoise.training.loop import NonFiniteLossError, learning_rate
+from equipoise.training.plan import prepare
+from equipoise.training.session import start
 
 QUICK = {"epochs": 2, "warmup_epochs": 0, "log_every": 4, "device": "cpu"}
 
@@ -227,9 +228,11 @@ def test_cosine_after_warmup_starts_below_the_peak_and_never_reaches_zero():
     assert found[-1] > 0
 
 
-def test_sgd_decays_every_parameter():
-    weight = torch.nn.Parameter(torch.tensor([2.0]))
-    optimizer = create_sgd([weight], lr=0.5, momentum=0.0, weight_decay=0.1)
-    weight.grad = torch.zeros(1)
-    optimizer.step()
-    assert weight.item() == pytest.approx(2.0 * (1 - 0.5 * 0.1))
+def test_sgd_decays_every_parameter(tmp_path):
+    with start(prepare(load_recipe("digits-lt", method="ce", lr=0.5, weight_decay=0.1), tmp_path / "run")) as session:
+        parameters = dict(session.network.named_parameters())
+        before = {name: value.detach().clone() for name, value in parameters.items()}
+        for parameter in parameters.values():
+            parameter.grad = torch.zeros_like(parameter)
+        session.trainer._optimizer.step()
+        assert all(torch.allclose(value, 0.95 * before[name]) for name, value in parameters.items())

@@ -14,7 +14,7 @@ from equipoise import load_recipe, train
 from equipoise.base.errors import Stopped
 from equipoise.runs.checkpoint import load_checkpoint, state_on_cpu
 from equipoise.training import loop
-from equipoise.training.optim import average_in
+from equipoise.training.loop import average_in
 from equipoise.training.plan import prepare
 from equipoise.training.session import start
 

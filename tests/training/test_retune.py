@@ -15,7 +15,7 @@ from equipoise import load, load_recipe, train
 from equipoise.base.device import choose_device
 from equipoise.base.world import World
 from equipoise.cli.main import main
-from equipoise.config.second_stages import SECOND_STAGES
+from equipoise.config.recipe import SECOND_STAGES
 from equipoise.data.sources import open_data
 from equipoise.evaluation.score import Run, evaluate_run
 from equipoise.method.encoders import create_encoder
@@ -225,7 +225,7 @@ def test_refusals(first, cosine, tmp_path, capsys):
         return refusal(capsys, "retune", str(run), "--with", stage, "--out", str(tmp_path / "out"))
 
     assert said(cosine, "tau-norm").endswith(
-        "a cosine classifier, which takes no notice of norms: train it with --classifier linear"
+        "a cosine classifier, which ignores norms: train it with --classifier linear"
     )
     linear = shutil.copytree(first, tmp_path / "linear")
     table = torch.load(linear / "last.pt", weights_only=True)
@@ -236,7 +236,7 @@ def test_refusals(first, cosine, tmp_path, capsys):
     assert said(retuned(first, "lws"), "lws").endswith(
         "has no linear classifier of 10 classes to be scaled: name another run"
     )
-    assert said(tmp_path, "crt").startswith(f"{tmp_path} is no run folder")
+    assert said(tmp_path, "crt").startswith(f"there is no run folder or checkpoint at {tmp_path}")
     assert refusal(capsys, "train", "digits-lt", "--classifier-start", "scaled").startswith(
         "scaled is for equipoise retune"
     )

@@ -12,8 +12,8 @@ from conftest import draw_folder
 from equipoise import UserError, load_recipe
 from equipoise.base.errors import Stopped
 from equipoise.cli.main import main
+from equipoise.config.reading import explained_toml
 from equipoise.config.recipe import find_field
-from equipoise.config.writing import explained_toml
 from equipoise.method.encoders import create_encoder
 from equipoise.runs.checkpoint import load_checkpoint
 from equipoise.training import sizing

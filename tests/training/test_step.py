@@ -14,7 +14,6 @@ from equipoise.deploy.hub import write_hub_folder
 from equipoise.method.network import batch_norms
 from equipoise.runs.checkpoint import create_network, load_checkpoint
 from equipoise.training.loop import set_training
-from equipoise.training.optim import create_sgd
 from equipoise.training.step import Step
 from equipoise.views.loader import Batch
 from equipoise.views.views import view_settings
@@ -35,7 +34,7 @@ def steps(count: int, **fields):
         module.running_var.uniform_(0.5, 1.5)
     step = Step(recipe, network, COUNTS, CPU, recipe.precision, ALONE)
     set_training(network, recipe)
-    optimizer, before = create_sgd(network.parameters(), 0.1, 0.9, 5e-4), []
+    optimizer, before = torch.optim.SGD(network.parameters(), 0.1, 0.9, weight_decay=5e-4), []
     for number in range(count):
         random = torch.Generator().manual_seed(number)
         shape = (len(view_settings(recipe).kinds), 6, 3, 8, 8)

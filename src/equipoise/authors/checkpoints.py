@@ -9,7 +9,7 @@ Shapes: C classes, F width of the encoder.
 """
 
 from collections.abc import Mapping
-from typing import Any, TypeGuard
+from typing import Any
 
 from torch import Tensor
 
@@ -20,11 +20,6 @@ from equipoise.config.recipe import Model, Recipe
 _PARTS = {"encoder": "encoder", "fc": "classifier", "head": "projection", "head_fc": "prototype_projection"}
 _ENCODERS: dict[tuple[int, ...], str] = {(64, 64, 3, 3): "resnet50", (128, 4, 3, 3): "resnext50"}  # by a weight
 _MATRICES = ("classifier.weight", "projection.0.weight", "projection.3.weight")
-
-
-def is_authors_table(table: object) -> TypeGuard[dict[str, Any]]:
-    """Whether the table of a file is one of the authors' checkpoints."""
-    return isinstance(table, dict) and isinstance(table.get("state_dict"), Mapping)
 
 
 def from_authors(table: Mapping[str, Any], where: str) -> tuple[Recipe, int, dict[str, Tensor]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from equipoise.config.recipe import Recipe, nearest
+from equipoise.config.recipe import Recipe
 
 LOG = "log"  # their default of --root_log
 DATASETS = {
@@ -24,35 +24,27 @@ def add_authors_flags(command: argparse.ArgumentParser) -> None:
     add = command.add_argument_group("of the authors' command line (docs/authors.md)").add_argument
     switch: dict[str, Any] = {"nargs": "?", "const": "true", "metavar": "true|false"}
     names = f"the recipe by its data set: {', '.join(DATASETS)}"
-    add("--dataset", metavar="NAME", type=_recipe_of_dataset, help=names)
-    norm, cos = _either("cosine", "linear"), _either("cosine", "step")
-    add("--use-norm", dest="model.classifier", type=norm, help="the cosine classifier, or the linear one", **switch)
-    add("--cos", dest="optim.schedule", type=cos, help="the cosine schedule, or the step schedule", **switch)
+    add("--dataset", metavar="NAME", type=lambda name: DATASETS.get(name, name), choices=DATASETS.values(), help=names)
+    for flag, field, other in (("--use-norm", "model.classifier", "linear"), ("--cos", "optim.schedule", "step")):
+        add(flag, dest=field, type=_either("cosine", other), help=f"{field}: cosine, or {other}", **switch)
     add("--gpu", dest="device", metavar="N", type="cuda:{}".format, help="train on this GPU: --device cuda:N")
     add("--root-log", metavar="FOLDER", help=f"name the run folder as they do, in this one (theirs: {LOG})")
     add("--resume", metavar="RUN", help="go on with it, or score it; auto: the newest unfinished")
-    reload = "score the checkpoint of --resume on the test part; no training"
-    add("--reload", type=_truth, help=reload, **switch)
-    add("-e", "--evaluate", type=_truth, help="score it on the validation part; no training", **switch)
+    switch["type"] = _either(True, False)
+    add("--reload", help="score the checkpoint of --resume on the test part; no training", **switch)
+    add("-e", "--evaluate", help="score it on the validation part; no training", **switch)
 
 
-def _truth(text: str) -> bool:
-    """The value of a switch."""
-    try:
-        return msgspec.convert(text, bool, strict=False)
-    except msgspec.ValidationError:
-        raise argparse.ArgumentTypeError(f"must be true or false, not '{text}'") from None
+def _either(true: object, false: object) -> Callable[[str], object]:
+    """What a switch means."""
 
+    def chosen(text: str) -> object:
+        try:
+            return true if msgspec.convert(text, bool, strict=False) else false
+        except msgspec.ValidationError:
+            raise argparse.ArgumentTypeError(f"must be true or false, not '{text}'") from None
 
-def _either(true: str, false: str) -> Callable[[str], str]:
-    return lambda text: true if _truth(text) else false
-
-
-def _recipe_of_dataset(name: str) -> str:
-    """The recipe that `--dataset` names: by the authors' name or by its own."""
-    if name not in DATASETS and name not in DATASETS.values():
-        raise argparse.ArgumentTypeError(f"no '{name}' is known{nearest(name, list(DATASETS))}")
-    return DATASETS.get(name, name)
+    return chosen
 
 
 class Schedule(argparse.Action):

@@ -1,7 +1,4 @@
-"""The command `equipoise`: arguments become calls, and exceptions one clear line.
-
-Nothing heavy is imported before it is needed: `equipoise --help` does not import torch.
-"""
+"""The command `equipoise`: arguments become calls, and exceptions one clear line."""
 
 import argparse
 import io
@@ -10,14 +7,16 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from importlib import import_module
 from typing import Any, NoReturn
 
 from equipoise import __version__
 from equipoise.base.errors import SharedError, Stopped, UserError, in_words, one_line, out_of_memory
-from equipoise.cli import train, use
+from equipoise.cli.flags import with_overrides
+from equipoise.cli.options import COMMANDS
 from equipoise.config.reading import load_recipe, shipped_recipes
-from equipoise.config.recipe import PUBLISHED, Method, nearest
+from equipoise.config.recipe import PUBLISHED, Recipe, nearest
 
 _DESCRIPTION = """\
 Train image classifiers on long-tailed data with Balanced Contrastive Learning (BCL, CVPR 2022).
@@ -30,9 +29,8 @@ Train image classifiers on long-tailed data with Balanced Contrastive Learning (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line `arguments` (default: those of this process) and return its exit code: 1 where `data
-    --check` found what must be looked at or `predict` passed files over, 2 for what the user must put right, 130 and
-    143 after SIGINT, and SIGTERM or SIGHUP."""
+    """Run the command line `arguments` (default: those of this process) and return its exit code: 1 for what `data` and
+    `predict` found, 2 for what the user must put right, 130 and 143 after SIGINT, and SIGTERM or SIGHUP."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names may be no valid text
@@ -40,15 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it asks a run to save: until one handles it, it must not kill
     try:
         return _run([_dashed(word) for word in (sys.argv[1:] if arguments is None else arguments)])
-    except UserError as error:
+    except (UserError, Stopped) as error:
         # What all processes raise, one on each host says.
-        if not isinstance(error, SharedError) or os.environ.get("LOCAL_RANK", "0") == "0":
+        if not isinstance(error, SharedError | Stopped) or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"equipoise: {error}", file=sys.stderr)
         return error.code
-    except Stopped as stopped:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"equipoise: {stopped}", file=sys.stderr)
-        return stopped.code
     except KeyboardInterrupt:
         print("equipoise: interrupted", file=sys.stderr)
         return 130
@@ -64,9 +58,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(words: list[str]) -> int:
     options, unknown = _parser(words).parse_known_args(words)
+    if unknown and not unknown[0].startswith("-"):
+        options.parser.error(f"'{unknown[0]}' is one argument too many")
     if unknown:
-        _refuse_unknown(unknown[0], options.parser)
-    return options.call(options) or 0
+        option = unknown[0].partition("=")[0]
+        valid = [name for name in options.parser._option_string_actions if name.startswith("--")]
+        options.parser.error(f"no option is called {option}{nearest(option, valid)}")
+    if "set" in options and "WORLD_SIZE" not in os.environ:
+        with_overrides(Recipe(), options)  # a process alone refuses a wrong value at once, before torch is imported
+    return getattr(import_module(f"equipoise.cli.{options.module}"), options.command)(options) or 0
 
 
 def _dashed(argument: str) -> str:
@@ -84,54 +84,28 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
-def _refuse_unknown(argument: str, parser: argparse.ArgumentParser) -> NoReturn:
-    if not argument.startswith("-"):
-        raise UserError(f"'{argument}' is one argument too many (see {parser.prog} --help)")
-    option = argument.partition("=")[0]
-    valid = [name for name in parser._option_string_actions if name.startswith("--")]  # pyright: ignore[reportPrivateUsage]
-    raise UserError(f"no option is called {option}{nearest(option, valid)} (see {parser.prog} --help)")
-
-
 def _parser(arguments: list[str]) -> argparse.ArgumentParser:
     parser = _Parser(
         "equipoise", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"equipoise {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-
-    def add(name: str, summary: str, call: Callable[[argparse.Namespace], int | None]) -> argparse.ArgumentParser:
-        description = summary[0].upper() + summary[1:] + "."
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
+    for name, (summary, module, add_options) in COMMANDS.items():
+        description = f"{summary[0].upper()}{summary[1:]}."
         command: Any = commands.add_parser(name, help=summary, description=description, allow_abbrev=False)
-        command.set_defaults(call=call, parser=command)
-        return command
-
-    train.add_train_options(add("train", "train a classifier from a recipe", train.train), arguments)
-    train.add_retune_options(add("retune", "another classifier on the encoder of a run", train.retune))
-    train.add_init_options(add("init", "write the recipe for own pictures, explained", train.init), arguments)
-    train.add_compare_options(add("compare", "train several methods with several seeds", train.compare), arguments)
-    use.add_evaluate_options(add("evaluate", "score a run or a checkpoint", use.evaluate))
-    use.add_report_options(add("report", "write runs as one HTML page, side by side", use.report))
-    recipes = add("recipes", "the recipes that come with the package", _recipes)
-    recipes.add_argument("--methods", action="store_true", help="the methods instead, which --method chooses from")
-    train.add_data_options(add("data", "what a folder holds: classes, counts, problems", train.data))
-    train.add_pack_options(add("pack", "re-encode images once, smaller, into one file a part", train.pack))
-    use.add_predict_options(add("predict", "name the classes of images", use.predict))
-    use.add_export_options(add("export", "write a run in another layout", use.export))
+        command.set_defaults(module=module, parser=command)
+        add_options(command, arguments)
     return parser
 
 
-def _recipes(options: argparse.Namespace) -> None:
+def recipes(options: argparse.Namespace) -> None:
     if options.methods:
         from equipoise.method.methods import METHODS
 
-        said = {name: " ".join(f"{method.__doc__} {_published(name)}".split()) for name, method in METHODS.items()}
+        said = {name: " ".join(str(method.__doc__).split()) for name, method in METHODS.items()}
+        for name, brought in PUBLISHED.items():  # what they bring along into a recipe of another method
+            said[name] += f" [{', '.join(f'{field} = {value}' for field, value in brought.items())}]"
     else:
         said = {name: load_recipe(name).summary for name in shipped_recipes()}
     for name, summary in said.items():
         print(f"{name:<14}  {summary}")
-
-
-def _published(method: Method) -> str:
-    """What it brings along into a recipe of another method."""
-    fields = ", ".join(f"{name} = {value}" for name, value in PUBLISHED.get(method, {}).items())
-    return f"[{fields}]" if fields else ""

@@ -29,9 +29,8 @@ if TYPE_CHECKING:
     from equipoise.runs.records import ShiftRow
 
 _ROWS_SHOWN = 40
-_BAD_SHOWN = 5
+_FEW_SHOWN = 5  # in a line
 _DOUBTS_SHOWN = 20
-_CHANGES_SHOWN = 5
 _NAME_WIDTH = 6  # characters that are left of a name in the narrowest terminal
 _BALANCED = 1.5  # below this imbalance factor nothing has to be done
 
@@ -45,11 +44,8 @@ def print_plan(plan: Mapping[str, str]) -> None:
 
 
 def print_metrics(results: Sequence[tuple[str, Mapping[str, Any]]], title: str, run: Mapping[str, Any]) -> None:
-    """Accuracy of one or more models side by side, in percent: overall, by shot group, and of each class.
-
-    `results`: a heading, and the metrics of one part as in `metrics.json`. `run` gives the names of the classes and
-    their training images, none where the training data are not known.
-    """
+    """Accuracy of one or more models side by side, in percent: overall, by shot group, and of each class. `results`: a
+    heading, and the metrics of one part; `run`: class names, and training counts where they are known."""
     names, counts = run["class_names"], run["train_counts"]
     figures = [{**of, **dict(enumerate(of["per_class"]))} for _, of in results]  # a class by its label
     bounds = [{**of.get("intervals", {}), **dict(enumerate(of.get("per_class_intervals", ())))} for of in figures]
@@ -61,14 +57,13 @@ def print_metrics(results: Sequence[tuple[str, Mapping[str, Any]]], title: str, 
             if with_intervals:
                 yield "-".join(map(percent, interval.get(key) or ()))
 
-    table = Table(Column(overflow="fold", min_width=_NAME_WIDTH), box=SIMPLE)
     of_runs = [(heading.replace(" ", "\n"), *["95 % over\nimages"] * with_intervals) for heading, _ in results]
-    for heading in ("training\nimages", *chain.from_iterable(of_runs)):
-        table.add_column(heading, justify="right", overflow="fold")
+    headings = ["training\nimages", *chain.from_iterable(of_runs)]
+    columns = (Column(heading, justify="right", overflow="fold") for heading in headings)
+    table = Table(*_names(""), *columns, box=SIMPLE)
     table.add_row("overall (top-1)", f"{sum(counts):,}" if counts else "?", *row("top1"))
     for group, limits in GROUP_LIMITS.items():
-        classes = sum(count > 0 and shot_group(count) == group for count in counts)
-        if classes:
+        if classes := sum(count > 0 and shot_group(count) == group for count in counts):
             table.add_row(f"{group} ({several(classes, 'class')})", limits, *row(group))
     table.add_section()
     for label, field in FURTHER.items():
@@ -79,8 +74,7 @@ def print_metrics(results: Sequence[tuple[str, Mapping[str, Any]]], title: str, 
     scored = [label for label in range(len(names)) if any(of[label] is not None for of in figures)]
     for label in _ends(scored, counts):
         table.add_row(_cut(str(names[label])), f"{counts[label]:,}" if counts else "?", *row(label))
-    _console().print(Text(f"\n {one_line(title)}", "bold"))
-    _print(table)
+    _print(table, f" {title}")
     if not counts:
         print("(the data has no training part: many, medium and few are not known)")
     if len(scored) > _ROWS_SHOWN:
@@ -110,10 +104,9 @@ def print_post_hoc(metrics: Mapping[str, Any]) -> None:
         if chosen and chosen["tau"] > 0:
             part = "test" if "test" in chosen else "validation"
             before, after = (percent(of["mean_per_class"]) for of in (metrics[checkpoint][part], chosen[part]))
-            print(
-                f"{metrics['method']}, {checkpoint} checkpoint: subtracting {chosen['tau']:g} x log prior from the "
-                f"logits (chosen on validation) moves the mean over classes on {part} from {before} to {after}"
-            )
+            changed = f"subtracting {chosen['tau']:g} x log prior from the logits (chosen on validation) moves"
+            moves = f"{changed} the mean over classes on {part} from {before} to {after}"
+            print(f"{metrics['method']}, {checkpoint} checkpoint: {moves}")
 
 
 def print_calibration(part: str, metrics: Mapping[str, Any]) -> None:
@@ -132,8 +125,8 @@ def print_label_shift(rows: "Sequence[ShiftRow]") -> None:
     shown = [(row["prior"], row["unknown"], row["known"]) for row in rows if row not in drawn]
     for name, of in ("mean", statistics.mean), ("lowest", min):
         shown.append((f"{len(drawn)} draws, {name}", of(r["unknown"] for r in drawn), of(r["known"] for r in drawn)))
-    headings = "class prior", "prior\nunknown", "prior\nknown"
     cells = [(name, percent(unknown), percent(known)) for name, unknown, known in shown]
+    headings = "class prior", "prior\nunknown", "prior\nknown"
     _print_figures("accuracy under other class priors, percent", headings, cells)
     print("(forward 50: the class with the most training images is 50 times as frequent as the one with the fewest)")
 
@@ -142,41 +135,39 @@ def print_unreadable(metrics: Mapping[str, Any]) -> None:
     """How many images could not be read, and the first of them."""
     for part, bad in metrics["bad_images"].items():
         then = "replaced by others of the same class" if part == "train" else "left out of the metrics"
-        first = "; ".join(f"{name} ({reason})" for name, reason in islice(bad.items(), _BAD_SHOWN))
-        more = f"; and {len(bad) - _BAD_SHOWN:,} more" if len(bad) > _BAD_SHOWN else ""
+        first = "; ".join(f"{name} ({reason})" for name, reason in islice(bad.items(), _FEW_SHOWN))
+        more = f"; and {len(bad) - _FEW_SHOWN:,} more" if len(bad) > _FEW_SHOWN else ""
         print(one_line(f"{part} part: {several(len(bad), 'image')} could not be read, {then}: {first}{more}"))
 
 
 def print_data(
     path: str, found: Found, problems: Sequence[str], bad: Sequence[BadImageError], checked: bool, recipe: Recipe
 ) -> None:
-    """The data at `path`: format, parts, class counts, problems. `checked`: every image was decoded; all are shown.
-    `recipe`: the one that training would take."""
-    console = _console()
-    console.print(Text.assemble((one_line(path), "bold"), f": {found.kind}"))
+    """The data at `path`. `checked`: every image was decoded. `recipe`: the one that training would take."""
+    _console().print(Text.assemble((one_line(path), "bold"), f": {found.kind}"))
     for line in found.described:
         print(one_line(line))
     for part, images in found.parts.items():
-        _print_counts(console, part, images)
+        _print_counts(part, images)
         if part == "train" and not checked:
-            _print_remedies(images, recipe)
+            _print_remedies(images.class_counts, recipe)
     faults = [*problems, *(error.fault for error in bad)]
     shown = faults if checked else faults[:_ROWS_SHOWN]
     for title, lines, number in (("notes", found.notes, len(found.notes)), ("problems", shown, len(faults))):
         if lines:
-            console.print(Text(f"\n{title} ({number:,})", "bold"))
+            _console().print(Text(f"\n{title} ({number:,})", "bold"))
             print("\n".join(one_line(f"- {line}") for line in lines))
     if len(faults) > len(shown):
         print(f"… and {len(faults) - len(shown):,} more: --check shows all")
     if not faults:
         read = "every image was decoded" if checked else "images were not decoded: --check does it"
-        console.print(f"\nno problems found ({read})")
+        print(f"\nno problems found ({read})")
 
 
-def _print_counts(console: Console, part: str, images: ImageList) -> None:
+def _print_counts(part: str, images: ImageList) -> None:
     counts = images.class_counts
-    factor = f", imbalance factor {imbalance_factor(counts):.4g}"
-    console.print(f"\n[bold]{part}[/bold]: {len(images):,} images, {len(counts):,} classes{factor}", highlight=False)
+    number = f"{len(images):,} images, {len(counts):,} classes, imbalance factor {imbalance_factor(counts):.4g}"
+    _console().print(Text.assemble("\n", (part, "bold"), f": {number}"))
     table = Table.grid(Column(min_width=_NAME_WIDTH), Column(justify="right"), Column(min_width=4), padding=(0, 1))
     for label in _ends(range(len(counts)), counts):
         bar = Bar(max(counts), 0, counts[label], width=30)
@@ -186,19 +177,16 @@ def _print_counts(console: Console, part: str, images: ImageList) -> None:
         print(f"({_ROWS_SHOWN} of {len(counts):,} classes, the largest and the smallest)")
 
 
-def _print_remedies(train: ImageList, recipe: Recipe) -> None:
-    """What each usual remedy against imbalance would do to the largest and to the rarest class, and which of them
-    training takes. Nothing for classes that are nearly balanced, or of which one is empty."""
-    counts = train.class_counts
+def _print_remedies(counts: Sequence[int], recipe: Recipe) -> None:
+    """What each usual remedy against imbalance would do, and which one training takes; nothing where none is needed."""
     if min(counts) == 0 or imbalance_factor(counts) <= _BALANCED:
         return
-    largest, rarest = counts.index(max(counts)), counts.index(min(counts))
-    print()
-    ends = f"{max(counts):,} and {min(counts):,} images"
-    _console().print(_plain(f"what usual remedies do to the largest class and the rarest ({ends}):"))
+    ends = counts.index(max(counts)), counts.index(min(counts))
+    images = " and ".join(f"{counts[label]:,}" for label in ends)
+    print(f"\nwhat usual remedies do to the largest class and the rarest ({images} images):")
     table = Table.grid(Column(), Column(justify="right"), Column(justify="right"), Column(), padding=(0, 2))
     for remedy, figures_C, meaning in remedies(counts):
-        table.add_row(remedy, *(f"{figures_C[label]:.3g}" for label in (largest, rarest)), meaning)
+        table.add_row(remedy, *(f"{figures_C[label]:.3g}" for label in ends), meaning)
     _print(table)
     others = ", ".join(method for method in get_args(Method) if method != recipe.method)
     line = f"`train` takes the recipe {recipe.name}, method {recipe.method}; --method takes another: {others}"
@@ -207,7 +195,7 @@ def _print_remedies(train: ImageList, recipe: Recipe) -> None:
 
 def print_predictions(predicted: "Predicted") -> None:
     """A line an image: its file, then classes with their probabilities in percent, the most probable first."""
-    file, name, further = (Column(of, overflow="fold", min_width=_NAME_WIDTH) for of in ("file", "class", "next"))
+    file, name, further = _names("file", "class", "next")
     table = Table(file, name, Column("percent", justify="right", overflow="fold"), further, box=SIMPLE)
     explained = zip(predicted, predicted.neighbours, strict=True)
     for (file, ((name, share), *others)), neighbours in islice(explained, _ROWS_SHOWN):
@@ -225,32 +213,33 @@ def largest_changes(estimated: Mapping[str, float], train_counts: Sequence[int])
     counts, before = (train_counts, "training") if train_counts else ([1] * len(estimated), "equal")
     rows = [(name, share, count / sum(counts)) for (name, share), count in zip(estimated.items(), counts, strict=True)]
     rows.sort(key=lambda row: -abs(row[1] - row[2]))
-    changes = [f"{name} {percent(share)} ({percent(was)})" for name, share, was in rows[:_CHANGES_SHOWN]]
+    changes = [f"{name} {percent(share)} ({percent(was)})" for name, share, was in rows[:_FEW_SHOWN]]
     return one_line(f"estimated class shares in percent, {before} in brackets: {', '.join(changes)}")
 
 
 def print_doubts(doubts: "Sequence[Doubt]") -> None:
     """The images whose labels are probably wrong, with the probabilities of their label and of the likeliest class."""
-    heading = f"labels to look at ({len(doubts):,}), by a pretrained encoder and a classifier trained on other images"
-    _console().print(Text(f"\n{heading}", "bold"))
-    image, label, rather = (Column(of, overflow="fold", min_width=_NAME_WIDTH) for of in ("image", "label", "rather"))
+    image, label, rather = _names("image", "label", "rather")
     table = Table(image, label, Column("percent", justify="right", overflow="fold"), rather, box=SIMPLE)
     for place, share, likely, of_likely in doubts[:_DOUBTS_SHOWN]:
         cells = (place.name, place.class_name, percent(share), f"{likely} {percent(of_likely)}")
         table.add_row(*map(_plain, cells))
-    if doubts:
-        _print(table)
+    heading = f"labels to look at ({len(doubts):,}), by a pretrained encoder and a classifier trained on other images"
+    _print(table, heading)
     if len(doubts) > _DOUBTS_SHOWN:
         print(f"… and {len(doubts) - _DOUBTS_SHOWN:,} more")
 
 
 def _print_figures(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    _console().print(Text(f"\n {title}", "bold"))
-    figures = (Column(heading, justify="right") for heading in headings[1:])
-    table = Table(headings[0], *figures, box=SIMPLE)
+    table = Table(headings[0], *(Column(heading, justify="right") for heading in headings[1:]), box=SIMPLE)
     for row in rows:
         table.add_row(*row)
-    _print(table)
+    _print(table, f" {title}")
+
+
+def _names(*headings: str) -> list[Column]:
+    """Columns of names, which give way."""
+    return [Column(heading, overflow="fold", min_width=_NAME_WIDTH) for heading in headings]
 
 
 def _ends(labels: Sequence[int], counts: Sequence[int]) -> Sequence[int]:
@@ -265,13 +254,16 @@ def _console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 10_000)
 
 
-def _print(table: Table) -> None:
+def _print(table: Table, title: str = "") -> None:
     """Columns on the right hold figures, none of which is broken or cut. A table that cannot be so narrow is wider than
     the terminal."""
     for column in table.columns:
         if column.justify == "right":
-            column.min_width = max(cell_len(word) for cell in column.cells for word in str(cell).split())
-    _console().print(table, crop=False)
+            column.min_width = max((cell_len(word) for cell in column.cells for word in str(cell).split()), default=0)
+    if title:
+        _console().print(Text(f"\n{one_line(title)}", "bold"))
+    if table.rows:
+        _console().print(table, crop=False)
 
 
 def _cut(name: str) -> Text:

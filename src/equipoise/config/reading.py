@@ -1,31 +1,27 @@
-"""A name or a TOML file becomes a recipe."""
+"""A name or a TOML file becomes a recipe, and a recipe TOML."""
 
 import tomllib
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from equipoise.base.errors import UserError, reason
-from equipoise.config.recipe import Field, Recipe, find_field, nearest, override_all
+from equipoise.config.recipe import Recipe, find_field, nearest, override_all, recipe_fields
 
 
 def recipe_from_table(table: Mapping[str, Any], where: str) -> Recipe:
-    """A recipe from nested tables, as TOML gives them; `where` names the source in messages. Raises UserError for
-    unknown sections, fields and refused values."""
-    if not isinstance(table, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance] a file may hold anything
-        raise UserError(f"{where}: its recipe is no table of fields")
-    settings: list[tuple[Field, Any]] = []
+    """A recipe from nested tables, as TOML gives them. Raises UserError, beginning with `where`, for what is wrong."""
+    values: dict[str, Any] = {}
+    for name, value in table.items():
+        of_section = isinstance(value, Mapping)
+        values |= {f"{name}.{leaf}": one for leaf, one in value.items()} if of_section else {str(name): value}
     try:
-        for name, value in table.items():
-            leaves = (
-                {f"{name}.{leaf}": one for leaf, one in value.items()} if isinstance(value, Mapping) else {name: value}
-            )
-            for key, one in leaves.items():
-                field = find_field(str(key))
-                if field.key != key:
-                    raise UserError(f"no recipe field is called '{key}'; write {field.key}")
-                settings.append((field, one))
-        return override_all(Recipe(), settings)
+        fields = {key: find_field(key) for key in values}
+        for key, field in fields.items():
+            if field.key != key:
+                raise UserError(f"no recipe field is called '{key}'; write {field.key}")
+        return override_all(Recipe(), [(fields[key], value) for key, value in values.items()])
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 
@@ -41,7 +37,14 @@ def load_recipe(name: str | Path, /, **overrides: Any) -> Recipe:
     `overrides` are fields by their own name (`epochs=3`, `lr=0.05`, `imbalance_factor=50`) or flag name
     (`data="pictures"`); `**{"optim.lr": 0.05}` works too. Raises UserError for what is unknown or refused.
     """
-    path = _recipe_file(name)
+    shipped = shipped_recipes()
+    path = shipped.get(str(name), Path(name))
+    if (path / "recipe.toml").is_file():
+        path /= "recipe.toml"  # of a run folder: train the same again
+    elif path.is_dir():
+        raise UserError(f"{path} is a folder, not a recipe; to train on the pictures in it: --data {path}")
+    elif not path.is_file() and path.suffix != ".toml":
+        raise UserError(f"no recipe is called '{name}'{nearest(str(name), list(shipped))}")
     try:
         table = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
     except (OSError, ValueError) as error:  # no UTF-8, no TOML, a date that does not exist
@@ -49,14 +52,20 @@ def load_recipe(name: str | Path, /, **overrides: Any) -> Recipe:
     return override_all(recipe_from_table(table, str(path)), [(find_field(key), overrides[key]) for key in overrides])
 
 
-def _recipe_file(name: str | Path) -> Path:
-    """The file of the recipe that a user calls `name`. Raises UserError where there is none."""
-    shipped = shipped_recipes()
-    path = shipped.get(str(name), Path(name))
-    if (path / "recipe.toml").is_file():
-        return path / "recipe.toml"  # a run folder: train the same again
-    if path.is_dir():
-        raise UserError(f"{path} is a folder, not a recipe; to train on the pictures in it: --data {path}")
-    if path.is_file() or path.suffix == ".toml":
-        return path
-    raise UserError(f"no recipe is called '{name}'{nearest(str(name), list(shipped))}")
+def recipe_toml(recipe: Recipe) -> str:
+    """The complete recipe as TOML; `load_recipe` reads it back."""
+    import tomli_w
+
+    return tomli_w.dumps(asdict(recipe))
+
+
+def explained_toml(recipe: Recipe, reasons: Mapping[str, str]) -> str:
+    """The same with a comment beside each field: the reason for its value, or else what it means."""
+    helps = {field.key: field.help for field in recipe_fields()} | dict(reasons)
+    lines, table = list[str](), ""
+    for line in recipe_toml(recipe).splitlines():
+        name, equals, _ = line.partition(" = ")
+        table = f"{line[1:-1]}." if line.startswith("[") and not equals else table
+        help = helps.get(table + name) if equals else None
+        lines.append(f"{line}  # {help}" if help else line)
+    return "\n".join([*lines, ""])

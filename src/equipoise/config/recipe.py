@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache, reduce
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import msgspec
 from msgspec import Meta
@@ -29,41 +29,47 @@ PUBLISHED: dict[Method, dict[str, Any]] = {
     "proco": {"alpha": 1.0, "beta": 1.0, "temperature": 0.1},
     "vs": {"gamma": 0.3},
 }
-Default = TypeVar("Default")
+# What second stages change in the first stage's recipe. As published for ImageNet-LT: crt and lws by Kang et al. (ICLR
+# 2020), los by Sun et al. (ICLR 2025); the rate is the first stage's where none is named.
+SECOND_STAGES: dict[str, dict[str, Any]] = {
+    "crt": {"data.sampler": "class-balanced", "epochs": 10},
+    "lws": {"data.sampler": "class-balanced", "epochs": 5, "model.classifier_start": "scaled"},
+    "tau-norm": {"data.sampler": "class-balanced", "epochs": 1, "model.classifier_start": "scaled"},
+    "ncm": {"data.sampler": "class-balanced", "epochs": 1, "model.classifier": "cosine"},
+    "los": {"epochs": 20, "optim.lr": 5e-4, "loss.label_smoothing": 0.98},
+    "balanced": {"epochs": 10, "method": "balanced-softmax", "loss.tau": 1.0},
+}
+ALL_STAGES: dict[str, Any] = {
+    "method": "ce", "data.sampler": "instance", "loss.label_smoothing": 0.0, "optim.schedule": "cosine",
+    "optim.warmup_epochs": 0, "optim.sam": 0.0, "optim.ema": 0.0, "views.mix": "none",
+    "model.tune": "frozen", "model.classifier_start": "class-means", "model.anchor": 0.0,
+}  # fmt: skip
+UNTRAINED = ("tau-norm", "ncm")  # computed; the prior of their logits is taken for that of balanced draws
 
 
-def _field(default: Default, help: str, *flags: str, length: int | None = None, **bounds: Any) -> Default:
+def _field(default: Any, help: str, *flags: str, length: int | None = None, **bounds: Any) -> Any:
     """A field of a recipe, for `Field`; `bounds` are those of `msgspec.Meta`, for each number of a tuple. A
     `description` says what text may be."""
     about = {"help": help, "flags": flags, "length": length, "bounds": Meta(**bounds)}
-    return dataclasses.field(default=default, metadata=about)  # pyright: ignore[reportReturnType]
+    return dataclasses.field(default=default, metadata=about)
 
 
 @dataclass(frozen=True)
 class Data:
     path: str = _field(
-        "digits",
-        "folder of class folders, images with a table of labels (.csv, .tsv, .parquet), published data set, CIFAR "
-        "archive, 'digits' (built in)",
-        "data",
+        "digits", "class folders, images with a table of labels, a published data set, 'digits' (built in)", "data"
     )
-    benchmark: Literal["", "imagenet-lt", "inat2018", "places-lt"] = _field(
-        "", "the published lists that say which images are meant ('': all images in the folder)"
-    )
+    benchmark: Literal["", "imagenet-lt", "inat2018", "places-lt"] = _field("", "its published lists name the images")
     train_list: str = _field("", "list file 'path label' or table of the training images, paths below the data folder")
     val_list: str = _field("", "list file or table of the validation images")
     test_list: str = _field("", "list file or table of the test images")
     image_column: str = _field("", "table: column with the images' names, or in Parquet their bytes ('' finds it)")
     label_column: str = _field("", "table: column with the labels, text or numbers ('' finds it)")
     class_level: int = _field(1, "1: the folders in the data folder are classes; 2: those in these", ge=1, le=9)
-    on_bad_image: Literal["error", "skip"] = _field(
-        "error", "an image that cannot be read: stop, or take another of its class (when scoring: leave it out)"
-    )
+    on_bad_image: Literal["error", "skip"] = _field("error", "an unreadable image: stop, or take another of its class")
     allow_outside: bool = _field(False, "read images that paths or links lead to outside the data folder")
     imbalance: Literal["exponential", "step", "by-size"] = _field(
-        "exponential",
-        "shape of the tail that imbalance_factor cuts; by-size: exponential, from the largest class on, of classes of "
-        "any size",
+        "exponential", "shape of the tail that imbalance_factor cuts; by-size: of classes of any size"
     )
     imbalance_factor: float = _field(1.0, "cut a long tail: largest / smallest class (1: train on all images)", ge=1)
     holdout: float = _field(0.1, "share of training images held out if there is no validation part", ge=0, le=0.5)
@@ -74,17 +80,14 @@ class Data:
         description="the number of a part and of all parts, as 2/5",
     )
     sampler: Literal["instance", "square-root", "class-balanced", "progressive"] = _field(
-        "instance",
-        "how often a class is drawn: as its images, by their number's root, as all others, or from the first to this",
+        "instance", "how often a class is drawn: as its images, by their root, as all others, from the first to this"
     )
     group_by: str = _field("", "hold out whole groups: a table's column, or a regular expression on the images' paths")
 
 
 @dataclass(frozen=True)
 class Views:
-    policy: Literal["digits", "cifar", "photos"] = _field(
-        "photos", "augmentation: of small handwriting, of 32-pixel images, of photographs"
-    )
+    policy: Literal["digits", "cifar", "photos"] = _field("photos", "augmentation for images of that kind")
     cl_views: Literal["sim-sim", "sim-rand", "rand-rand"] = _field("sim-sim", "views of the contrastive branch")
     size: int = _field(224, "side of a training image, pixels (0: that of the pretrained encoder)", ge=0, le=1024)
     smallest_crop: float = _field(0.08, "photographs: least share of its area that a random crop takes", gt=0, le=1)
@@ -105,21 +108,14 @@ class Model:
     encoder: str = _field("resnet50", "resnet8, resnet20, resnet32 (for small images) or any name timm knows", "arch")
     tune: Literal["scratch", "full", "last-stage", "head+norm", "lora", "frozen"] = _field(
         "scratch",
-        "what is trained of the encoder: all of it, from random weights or (full) from pretrained ones; of those only "
-        "the last stage, the normalisations, low-rank additions (of a ViT), or nothing: its features are computed once",
+        "what is trained of the encoder: all, from random weights; all, a part, or nothing of a pretrained one",
     )
     weights: str = _field("", "the encoder's weights: a file in timm's or torchvision's naming, or a run folder")
     classifier: Literal["cosine", "linear"] = _field("cosine", "cosine with scale 30, or linear with bias")
     classifier_start: Literal["class-means", "text", "scaled"] = _field(
-        "class-means",
-        "where a cosine classifier on a pretrained encoder starts: at its means of the classes, or (open_clip:...) at "
-        "what its text tower makes of their names; scaled: that of the run `weights`, with a trained factor a class",
+        "class-means", "where a cosine classifier on a pretrained encoder starts; text: of the names (open_clip:...)"
     )
-    anchor: float = _field(
-        0.0,
-        "pull of a cosine classifier back to its start, stronger for rarer classes (0: none; 6 suits frozen features)",
-        ge=0,
-    )
+    anchor: float = _field(0.0, "pull of a cosine classifier to its start (0: none; 6 suits frozen features)", ge=0)
     hidden_dim: int = _field(0, "hidden width of the two projections (0: the encoder's width)", ge=0, le=65_536)
     feature_dim: int = _field(1024, "width D of the contrastive features", "feat-dim", ge=2, le=65_536)
     batch_norm: Literal["per-rank", "synchronised", "frozen"] = _field(
@@ -135,9 +131,7 @@ class Loss:
     tau: float = _field(1.0, "strength of the logit adjustment, where a method has one (paco, gpaco: 1)", ge=0)
     queue: int = _field(8192, "paco, gpaco, gml: earlier features that are compared with", ge=1, le=1_000_000)
     gamma: float = _field(0.0, "focal: exponent of 1 - probability; vs: of the class count", ge=0, le=10)
-    effective_beta: float = _field(
-        0.9999, "class-weights, ldam-drw: beta of the effective number of images (1: weights 1 / n)", ge=0, le=1
-    )
+    effective_beta: float = _field(0.9999, "class-weights, ldam-drw: beta (1: weights 1 / n)", ge=0, le=1)
     label_smoothing: float = _field(
         0.0, "share of the label that goes to all classes alike; probabilities then favour rare classes", ge=0, le=0.99
     )
@@ -158,8 +152,7 @@ class Optim:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that determines a training run. Make and change one with `load_recipe(name, **overrides)` of
-    `reading.py`, which checks every value."""
+    """Everything that determines a training run. Make one with `load_recipe(name, **overrides)`, which checks it."""
 
     name: str = _field(
         "custom",
@@ -183,13 +176,9 @@ class Recipe:
         "auto", "auto takes bf16 where the device is built for it; in fp32, a GPU's convolutions are in TF32"
     )
     compile: bool = _field(False, "let torch compile the encoder first: minutes once; steps may be faster")
-    cuda_graph: bool = _field(
-        False, "launch the step of a full batch at once, on one GPU: a small network trains several times faster"
-    )
+    cuda_graph: bool = _field(False, "launch a full batch's step at once, on one GPU: small networks train faster")
     deterministic: bool = _field(False, "the same bits in every run on a GPU too, which is slower there")
-    workers: int = _field(
-        -1, "loader threads, or processes for a GPU (-1: one a core; fewer for small images)", "j", ge=-1, le=512
-    )
+    workers: int = _field(-1, "loader threads, or processes for a GPU (-1: one a core)", "j", ge=-1, le=512)
     log_every: int = _field(20, "steps between two lines of metrics.jsonl", "p", "print-freq", ge=1)
     checkpoint_minutes: float = _field(10.0, "minutes between two checkpoints within an epoch", gt=0)
     data: Data = Data()
@@ -232,8 +221,7 @@ def recipe_fields(table: Any = Recipe, prefix: tuple[str, ...] = ()) -> tuple[Fi
 
 
 def find_field(name: str) -> Field:
-    """The field called `name` (`optim.lr`, `lr`, `weight_decay`, `weight-decay`). Raises UserError with the nearest
-    names where there is none."""
+    """The field called `name` (`optim.lr`, `lr`, `weight_decay`, `weight-decay`). Raises UserError for another."""
     for field in recipe_fields():
         if name.replace("_", "-") in (field.key.replace("_", "-"), *field.names):
             return field

@@ -30,7 +30,7 @@ from equipoise.evaluation.predictions import ClassCalibration, Look, Observation
 from equipoise.evaluation.shift import label_shift
 from equipoise.method.losses import log_prior
 from equipoise.method.network import TwoBranchNetwork
-from equipoise.runs.checkpoint import Checkpoint, changed_part, described, figures_of, load_checkpoint
+from equipoise.runs.checkpoint import Checkpoint, described, figures_of, load_checkpoint, refuse_changed
 from equipoise.runs.folder import BAD_IMAGES, BEST, LAST, METRICS, OBSERVED, RECIPE, chosen_checkpoint, write_json
 from equipoise.runs.records import (
     BadImages,
@@ -280,11 +280,7 @@ def with_overrides(checkpoint: Checkpoint, overrides: Overrides, path: Path) -> 
 def unchanged_data(checkpoint: Checkpoint, path: Path) -> Parts:
     """The data that the checkpoint was trained and scored on. Raises UserError if it has changed since."""
     parts = open_data(checkpoint.recipe.data)
-    if changed := changed_part(parts, checkpoint):
-        raise UserError(
-            f"the {changed} part of {checkpoint.recipe.data.path} is not what {path} was trained with (images were "
-            "added, removed or renamed); restore it, or score other data with --data"
-        )
+    refuse_changed(checkpoint.recipe.data.path, parts, checkpoint, path)
     return parts
 
 

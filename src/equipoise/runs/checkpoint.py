@@ -1,10 +1,10 @@
 """Training state and files, atomically. Nothing in a file is executed: only tensors and plain values are read."""
 
+import contextlib
 import os
-import shutil
 import zipfile
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from equipoise.authors.checkpoints import from_authors, is_authors_table
+from equipoise.authors.checkpoints import from_authors
 from equipoise.base.errors import UserError
 from equipoise.base.files import atomic_file, load_tensors
 from equipoise.config.reading import load_recipe, recipe_from_table
@@ -22,7 +22,7 @@ from equipoise.data.sources import PARTS
 from equipoise.method.methods import objective_of
 from equipoise.method.network import ScaledClassifier, TwoBranchNetwork
 from equipoise.method.tuning import merge_low_rank
-from equipoise.runs.folder import BEST, LAST, METRICS, PREVIOUS, RECIPE, find_checkpoint
+from equipoise.runs.folder import BEST, LAST, METRICS, PREVIOUS, RECIPE, chosen_checkpoint
 from equipoise.runs.records import CheckpointMetrics, read_metrics
 from equipoise.views.draws import sampled_counts
 
@@ -67,29 +67,29 @@ class Checkpoint:
         last, previous = folder / LAST, folder / PREVIOUS
         if last.exists():
             previous.unlink(missing_ok=True)
-            try:
+            with contextlib.suppress(OSError):  # a file system without links
                 os.link(last, previous)
-            except OSError:  # a file system without links
-                shutil.copyfile(last, previous)
         self.save(last)
 
     def build(self) -> TwoBranchNetwork:
-        """The network with these weights, on the CPU, in evaluation mode. Raises UserError for weights that are not
-        finite, or are those of another network."""
-        spoilt = [name for name, value in self.weights.items() if not bool(value.isfinite().all())]
-        if spoilt:
-            raise UserError(
-                f"the checkpoint's weights are not all finite numbers (first: {spoilt[0]}); use an earlier one"
-            )
-        if not self.fits(self.recipe, len(self.class_names)):
-            raise UserError(
-                f"the checkpoint's weights do not fit the {self.recipe.model.encoder} and {len(self.class_names):,} "
-                "classes that it names; use another one"
-            )
-        network = create_network(self.recipe, len(self.class_names), start=False)
-        network.load_state_dict(self.weights)
+        """The network on the CPU in evaluation mode. Raises UserError for weights that do not fit or are not finite."""
+        if spoilt := [name for name, value in self.weights.items() if not bool(value.isfinite().all())]:
+            raise UserError(f"the checkpoint's weights are not all finite (first: {spoilt[0]}); use an earlier one")
+        network = self.network(self.recipe, len(self.class_names))
         merge_low_rank(network)
         return network.eval()
+
+    def network(self, recipe: Recipe, classes: int, going_on: bool = False) -> TwoBranchNetwork:
+        """The network that `recipe` describes, with these weights; `going_on`, with those that training goes on with.
+        Raises UserError where they do not fit."""
+        network = create_network(recipe, classes, start=False)
+        try:
+            network.load_state_dict((going_on and self.raw) or self.weights)
+        except RuntimeError:
+            own = f"method {self.recipe.method}, {self.recipe.model.encoder}, {len(self.class_names):,} classes"
+            other = f"method {recipe.method} with a {recipe.model.encoder} and {classes:,} classes"
+            raise UserError(f"the checkpoint's weights ({own}) do not fit {other}; use another one") from None
+        return network
 
     def merged(self) -> "Checkpoint":
         """The same network without LoRA's additions: they are in the weights."""
@@ -97,11 +97,6 @@ class Checkpoint:
             return self
         recipe = replace(self.recipe, model=replace(self.recipe.model, tune="full"))
         return replace(self, recipe=recipe, weights=state_on_cpu(self.build()))
-
-    def fits(self, recipe: Recipe, classes: int) -> bool:
-        """Whether these are the weights of the network that `recipe` describes."""
-        expected = _shapes(Recipe(method=recipe.method, model=recipe.model, views=recipe.views), classes)
-        return expected == {name: value.shape for name, value in self.weights.items()}
 
     def log_prior_of_logits(self) -> Tensor:
         """`[C]`, float64: log of the class prior, up to a constant, under which the softmax of the raw logits is the
@@ -128,17 +123,13 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     table = load_tensors(path, "checkpoint")
     if zipfile.is_zipfile(path) and not _is_whole(path):
         raise UserError(f"{path} is damaged: a checksum in it does not fit; take another one of the run")
-    if is_authors_table(table):
+    if isinstance(table, dict) and isinstance(table.get("state_dict"), Mapping):
         recipe, epoch, weights = from_authors(table, str(path))
         names = tuple(str(label) for label in range(len(weights["classifier.weight"])))
         return Checkpoint(recipe, names, (), epoch, 0, None, weights, {"state": {}}, {})
     if not isinstance(table, dict) or table.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of this version of equipoise; take another")
-    recipe = recipe_from_table(table.get("recipe", {}), str(path))
-    try:
-        return msgspec.convert({**table, "recipe": recipe}, Checkpoint)
-    except msgspec.ValidationError as error:
-        raise UserError(f"{path} is damaged or was changed ({error}); take another one of the run") from None
+    return msgspec.convert({**table, "recipe": recipe_from_table(table["recipe"], str(path))}, Checkpoint)
 
 
 def _is_whole(path: Path) -> bool:
@@ -148,14 +139,6 @@ def _is_whole(path: Path) -> bool:
             return file.testzip() is None
     except Exception:  # what zipfile raises for a damaged directory is of many kinds
         return False
-
-
-@lru_cache(maxsize=8)
-def _shapes(recipe: Recipe, classes: int) -> dict[str, torch.Size]:
-    """Of the weights of a network. No memory is taken for it."""
-    with torch.device("meta"):
-        state = create_network(recipe, classes, start=False).state_dict()
-    return {name: value.shape for name, value in state.items()}
 
 
 def create_network(recipe: Recipe, classes: int, start: bool) -> TwoBranchNetwork:
@@ -179,21 +162,25 @@ def recipe_of(path: Path) -> Recipe:
     """The recipe of a run folder, or of a checkpoint. Raises UserError for a checkpoint that has none of its own."""
     if (path / RECIPE).is_file():
         return load_recipe(path / RECIPE)
-    checkpoint = load_checkpoint(find_checkpoint(path / LAST if path.is_dir() else path))
+    checkpoint = load_checkpoint(chosen_checkpoint(path))
     if not checkpoint.class_counts:
         raise UserError(f"{path} does not say what it was trained on; name the data with --data FOLDER")
     return checkpoint.recipe
 
 
-def changed_part(parts: Parts, checkpoint: Checkpoint) -> str | None:
-    """The first part that is not what the checkpoint was trained with."""
+def refuse_changed(data: str, parts: Parts, checkpoint: Checkpoint, path: Path, of: Sequence[str] = PARTS) -> None:
+    """Raise UserError where one of these parts of the data is not what the checkpoint at `path` was trained with."""
     found = {name: images.fingerprint() for name, images in parts.named().items()}
-    return next((name for name in PARTS if found.get(name) != checkpoint.fingerprints.get(name)), None)
+    for name in of:
+        if found.get(name) != checkpoint.fingerprints.get(name):
+            raise UserError(
+                f"the {name} part of {data} is not what {path} was trained with (images were added, removed or "
+                "renamed); restore it, or name the data it was trained on with --data"
+            )
 
 
 def figures_of(file: Path, checkpoint: Checkpoint) -> CheckpointMetrics | None:
-    """What the `metrics.json` beside a checkpoint's file says of it; None where it says nothing, or was written after
-    another step, as while a resumed run is being trained."""
+    """What the `metrics.json` beside a checkpoint's file says of it; None where that is absent or of another step."""
     written = file.with_name(METRICS)
     if file.name not in (LAST, BEST) or not written.is_file():
         return None

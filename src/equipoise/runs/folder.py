@@ -10,22 +10,20 @@ import subprocess
 import sys
 import time
 from importlib import metadata
+from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import IO, Any
 
 import msgspec
 from filelock import FileLock, Timeout
 
 from equipoise import __version__
-from equipoise.base.errors import UserError
+from equipoise.base.errors import UserError, reason
 from equipoise.base.files import UNFINISHED, atomic_file
+from equipoise.config.reading import recipe_toml
 from equipoise.config.recipe import Recipe
-from equipoise.config.writing import recipe_toml
 from equipoise.runs.records import LogLine
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"  # the checkpoints
 RECIPE, RECORD, METRICS, LOCK = "recipe.toml", "run.json", "metrics.json", "run.lock"
@@ -36,25 +34,21 @@ KNOWN = "known-classes.npz"  # by which images of no class are told
 _NAMES_OF_AUTHORS = {"bcl_ckpt.pth.tar": LAST, "bcl_ckpt.best.pth.tar": BEST}  # what their code calls ours
 
 
-def find_checkpoint(path: Path) -> Path:
-    """`path`, or the checkpoint beside it that the authors' code would have called so. Raises UserError where there is
-    neither."""
-    ours = path.with_name(_NAMES_OF_AUTHORS.get(path.name, path.name))
-    found = next((file for file in (path, ours) if file.exists()), None)
-    if found is None:
-        raise UserError(f"there is no run folder or checkpoint at {path}")
-    return found
+def checkpoints_at(target: Path, *names: str) -> list[Path]:
+    """The checkpoints of these names in a run folder. A file is itself or, where there is none, the one beside it that
+    the authors' code would have called so."""
+    if target.is_dir():
+        return [target / name for name in names if (target / name).is_file()]
+    target = target if target.exists() else target.with_name(_NAMES_OF_AUTHORS.get(target.name, target.name))
+    return [target] if target.exists() else []
 
 
 def chosen_checkpoint(target: Path) -> Path:
-    """The best checkpoint of a run folder where validation chose one, else its last; a file is itself. Raises UserError
-    where there is none."""
-    if not target.is_dir():
-        return find_checkpoint(target)
-    found = next((target / name for name in (BEST, LAST) if (target / name).is_file()), None)
-    if found is None:
-        raise UserError(f"{target} is no run folder: it has neither {BEST} nor {LAST}")
-    return found
+    """The best checkpoint of a run folder, else its last; a file is itself. Raises UserError where there is none."""
+    found = checkpoints_at(target, BEST, LAST)
+    if not found:
+        raise UserError(f"there is no run folder or checkpoint at {target}")
+    return found[0]
 
 
 def json_bytes(value: Any) -> bytes:
@@ -69,15 +63,14 @@ def write_json(path: Path, value: Any) -> None:
 
 
 class RunFolder:
-    """A context in which one folder, once `take` has got it, is this process's own.
-
-    A block that ends with an error of the user's or of the system leaves nothing behind, unless there is a checkpoint.
-    """
+    """A context in which one folder, once `take` has got it, is this process's own. Where it ends with an error of the
+    user's or of the system, nothing is left behind, unless there is a checkpoint."""
 
     def __init__(self) -> None:
         self._path = Path()
         self._lock: FileLock | None = None
-        self._created = self._kept = False
+        self._created = False
+        self.kept = False  # even if the run fails
 
     def take(self, path: Path, goes_on: bool) -> bool:
         """Make the folder `path`, or take an empty one; with `goes_on`, one that holds a run. Returns False where
@@ -90,19 +83,14 @@ class RunFolder:
         except Timeout:
             return False
         except OSError as error:
-            cannot, why = "written into" if goes_on else "made", (error.strerror or str(error)).lower()
-            raise UserError(f"the run folder {path} cannot be {cannot} ({why}); name another with --out") from None
+            raise UserError(f"the run folder {path} cannot be had ({reason(error)}); name another with --out") from None
         if not goes_on and (path / RECORD).exists():  # another run has been here since this one was planned
             lock.release()
             return False
-        self._path, self._lock, self._created, self._kept = path, lock, created, goes_on
+        self._path, self._lock, self._created, self.kept = path, lock, created, goes_on
         for leftover in path.glob(f".*{UNFINISHED}"):  # files that a killed run was writing
             leftover.unlink()
         return True
-
-    def keep(self) -> None:
-        """Leave the folder even if the run fails: its log shows why."""
-        self._kept = True
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -112,13 +100,12 @@ class RunFolder:
             return
         # A bug leaves its evidence. SystemExit comes from rich, where nobody reads what it prints.
         failed = isinstance(error, UserError | OSError | KeyboardInterrupt | SystemExit)
-        removed = failed and not self._kept and not (self._path / LAST).exists()
-        for entry in self._path.glob("*") if removed else ():
+        removed = failed and not self.kept and not (self._path / LAST).exists()
+        for entry in self._path.glob("*") if removed else [self._path / LOCK]:
             if entry.is_dir():
                 shutil.rmtree(entry, ignore_errors=True)
-            elif entry.name != LOCK:
+            else:
                 entry.unlink(missing_ok=True)
-        (self._path / LOCK).unlink(missing_ok=True)  # last: from here on another process may take the folder
         if removed and self._created:
             with contextlib.suppress(OSError):  # another process has taken it already
                 self._path.rmdir()
@@ -146,35 +133,28 @@ def write_record(folder: Path, recipe: Recipe, about: dict[str, Any]) -> None:
 
 def _commit() -> str:
     """'+' and the commit of this code where it runs from a clone, with '-dirty' if that has changes; else ''."""
-    if not (Path(__file__).parents[3] / ".git").exists():
+    clone = Path(__file__).parents[3]
+    if not (clone / ".git").exists() or not shutil.which("git"):
         return ""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        done = subprocess.run(git, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):  # no git
-        return ""
-    return f"+{done.stdout.strip()}"
-
-
-Kind = Literal["train", "validation"]
+    git = ["git", "-C", str(clone), "describe", "--always", "--dirty"]
+    said = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    return f"+{said}" if said else ""
 
 
 class RunLog:
-    """A context that writes the log of the run in `folder`; without a folder (all ranks but the first), nothing.
-
-    Every method raises OSError where the disk is full.
-    """
+    """The log of the run in `folder`; without a folder (all ranks but the first), nothing is written."""
 
     def __init__(self, folder: Path | None, epoch: int, step: int) -> None:
         """Go on after `epoch` whole epochs and `step` steps: lines and points of later steps, which will be computed
         again, are dropped."""
         self._lines: IO[str] | None = None
-        self._curves: SummaryWriter | None = None
+        self._curves: Any = None  # a SummaryWriter
         if folder is None:
             return
         file = folder / LOG
         if file.exists():
-            os.truncate(file, _length_of_done(file, epoch, step))
+            with file.open("rb") as lines:
+                os.truncate(file, sum(map(len, takewhile(lambda line: _is_done(line, epoch, step), lines))))
         with contextlib.suppress(ImportError):  # where TensorBoard is not installed there are no curves
             from torch.utils import tensorboard  # takes a second to import
 
@@ -182,8 +162,9 @@ class RunLog:
             self._curves = tensorboard.SummaryWriter(str(folder / CURVES), purge_step=step + 1)
         self._lines = file.open("a", encoding="utf-8")
 
-    def write(self, kind: Kind, step: int, epoch: int, values: dict[str, float | None]) -> None:
-        """One line, after `step` steps. A value of None (absent) is no point of a curve."""
+    def write(self, kind: str, step: int, epoch: int, values: dict[str, float | None]) -> None:
+        """One line, of 'train' or 'validation', after `step` steps. A value of None (absent) is no point of a curve.
+        Raises OSError where the disk is full."""
         if self._lines is None:
             return
         self._lines.write(json.dumps({"kind": kind, "step": step, "epoch": epoch, **values}) + "\n")
@@ -194,36 +175,23 @@ class RunLog:
 
     def sync(self) -> None:
         """Put what was written on the disk: before a checkpoint, since a run that goes on from it writes no line of
-        an earlier step."""
+        an earlier step. Raises OSError."""
         if self._curves is not None:
             self._curves.flush()
         if self._lines is not None:
             os.fsync(self._lines.fileno())
 
-    def __enter__(self) -> "RunLog":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def close(self) -> None:
         for opened in filter(None, (self._curves, self._lines)):
-            try:
+            with contextlib.suppress(OSError):  # of a full disk, which `write` or `sync` has told
                 opened.close()
-            except OSError:
-                if error is None:  # on a full disk closing fails too: the first error says more
-                    raise
 
 
-def _length_of_done(file: Path, epoch: int, step: int) -> int:
-    """Bytes of the file up to the first line of something later, or up to one that a killed run has not finished. An
-    epoch is whole when it is validated: its last step alone does not make it whole."""
-    length = 0
-    with file.open("rb") as lines:
-        for line in lines:
-            try:
-                said = msgspec.json.decode(line, type=LogLine)
-            except msgspec.DecodeError:
-                break
-            later = said.step > step or (said.kind == "validation" and said.epoch >= epoch)
-            if later or not line.endswith(b"\n"):
-                break
-            length += len(line)
-    return length
+def _is_done(line: bytes, epoch: int, step: int) -> bool:
+    """Whether a line is whole, and of what is done after so many steps, and epochs that are validated too."""
+    try:
+        said = msgspec.json.decode(line, type=LogLine)
+    except msgspec.DecodeError:  # a killed run has not finished it
+        return False
+    later = said.step > step or (said.kind == "validation" and said.epoch >= epoch)
+    return line.endswith(b"\n") and not later

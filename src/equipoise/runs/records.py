@@ -1,10 +1,7 @@
-"""The JSON files of a run folder: their types, and how they are read.
-
-The types are TypedDicts: what is read is the plain dicts of the file, `metrics["test"]["few"]`, of values of the right
-type. Keys that another version has written are left out.
-"""
+"""The JSON files of a run folder, as TypedDicts: plain dicts, of values of the right type. Other keys are left out."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import NotRequired, TypedDict, TypeVar
 
@@ -18,8 +15,7 @@ BadImages = dict[str, dict[str, str]]  # part -> name of an image -> why it cann
 
 
 class Means(TypedDict):
-    """Accuracy over all images, mean per-class accuracy, and that of each shot group: None where no class of the group
-    has images."""
+    """Accuracy over all images, mean per-class accuracy, and that of each shot group: None where it has no images."""
 
     top1: float
     mean_per_class: float
@@ -35,11 +31,9 @@ class PriorRow(Means):
 
 
 class Calibration(TypedDict):
-    """How well the probabilities of a group of classes fit, each a mean over its classes that have images.
-
-    `classwise_ece`: over all images, the weighted gap between the probability of the class and its frequency, over 15
-    bins of equal width (Kull et al., NeurIPS 2019, section 2). `nll`, `brier`: the mean over the images of the class.
-    """
+    """How well the probabilities fit, as means over a group's classes that have images. `classwise_ece`: over all
+    images, the weighted gap between a class's probability and frequency, over 15 bins of equal width (Kull et al.,
+    NeurIPS 2019, section 2). `nll`, `brier`: the mean over the images of the class."""
 
     classwise_ece: float
     nll: float
@@ -55,16 +49,14 @@ class ShiftRow(TypedDict):
 
 
 class PartMetrics(Means):
-    """The metrics of one checkpoint on one part; all are fractions.
-
-    `top5`: None where five classes or fewer make it always right. `macro_f1`: the mean F1 over the classes that have
-    images. `worst_tenth`: the mean over the tenth of these classes (rounded up) with the lowest accuracy.
-    `false_head_rate`: the share of few-class images that are predicted as a many-class; None without such. `ece`:
-    expected calibration error of the top class over 15 bins of equal width (Guo et al., ICML 2017). `per_class`: None
-    for a class without images. `intervals`, by name, and `per_class_intervals`: see `evaluation/metrics.py`.
-    `prior_sweep`: a row for each strength of the post-hoc prior; None where the training prior is not known.
-    `calibration`: of 'all' classes and of each shot group, by the softmax of the raw logits.
-    """
+    """The metrics of one checkpoint on one part; all are fractions. `top5`: None where five classes or fewer make it
+    always right. `macro_f1`: the mean F1 over the classes that have images. `worst_tenth`: the mean over the tenth of
+    these classes (rounded up) with the lowest accuracy. `false_head_rate`: the share of few-class images that are
+    predicted as a many-class; None without such. `ece`: expected calibration error of the top class over 15 bins of
+    equal width (Guo et al., ICML 2017). `per_class`: None for a class without images. `intervals`, by name, and
+    `per_class_intervals`: see `evaluation/metrics.py`. `prior_sweep`: a row for each strength of the post-hoc prior;
+    None where the training prior is not known. `calibration`: of 'all' classes and of each shot group, by the softmax
+    of the raw logits."""
 
     images: int
     top5: float | None
@@ -170,16 +162,6 @@ class LogLine(msgspec.Struct):
     few: float | None = None
 
 
-def read_metrics(file: Path) -> RunMetrics:
-    """`metrics.json`. Raises UserError where it is damaged."""
-    return _read(file, RunMetrics, "move it away, and write it anew with equipoise evaluate")
-
-
-def read_record(file: Path) -> RunRecord:
-    """`run.json`. Raises UserError where it is damaged."""
-    return _read(file, RunRecord, "name another run, or train it anew")
-
-
 def read_log(file: Path) -> list[LogLine]:
     """The log; no lines where there is none. Raises UserError where it is damaged."""
     lines, _, _ = (file.read_bytes() if file.is_file() else b"").rpartition(b"\n")  # without half a line
@@ -189,15 +171,16 @@ def read_log(file: Path) -> list[LogLine]:
         raise UserError(f"{file} is damaged ({error}); move it away, and there are no curves or seconds") from None
 
 
-def read_bad_images(file: Path) -> BadImages:
-    """`bad-images.json`. Raises UserError where it is damaged."""
-    return _read(file, BadImages, "move it away")
-
-
-def _read(file: Path, kind: type[T], advice: str) -> T:
+def _read(kind: type[T], advice: str, file: Path) -> T:
+    """What a file holds. Raises UserError, with the advice, where it is damaged."""
     try:
         # Not msgspec's own decoder, which refuses the escaped bytes of a name that is no UTF-8.
         return msgspec.convert(json.loads(file.read_bytes()), kind)
     except (OSError, ValueError, RecursionError) as error:
         fault = "cannot be read" if isinstance(error, OSError) else "is damaged"
         raise UserError(f"{file} {fault} ({in_words(error)}); {advice}") from None
+
+
+read_metrics = partial(_read, RunMetrics, "move it away, and write it anew with equipoise evaluate")
+read_record = partial(_read, RunRecord, "name another run, or train it anew")
+read_bad_images = partial(_read, BadImages, "move it away")

@@ -17,7 +17,6 @@ import numpy as np
 
 from equipoise.base.errors import UserError, several
 from equipoise.base.files import atomic_file
-from equipoise.base.world import ALONE
 from equipoise.config.reading import load_recipe
 from equipoise.config.recipe import Recipe
 from equipoise.evaluation.metrics import bootstrap, figure_weights
@@ -25,26 +24,24 @@ from equipoise.evaluation.predictions import read_observed
 from equipoise.evaluation.score import Run, chosen
 from equipoise.runs.folder import METRICS, OBSERVED, RECIPE, RECORD, write_json
 from equipoise.runs.records import read_record
-from equipoise.training.place import FREE, HOW, differing, find_place
-from equipoise.training.plan import Plan, prepare
+from equipoise.training.plan import FREE, HOW, Plan, differing, prepare
 from equipoise.training.session import start
 
 FIGURES = {"top1": "overall", "mean_per_class": "mean over classes", "many": "many", "medium": "medium", "few": "few"}
 
 
 def paired_difference(first: Sequence[float], other: Sequence[float]) -> dict[str, float | None]:
-    """The `mean` of `other` - `first`, seed by seed, the bounds `low` and `high` of its 95 % confidence interval
-    (Student's t, see the module) and `p` of its t test. None with one seed; where all differ alike there are no bounds,
-    and p is 1: so few seeds may agree by chance."""
-    from scipy.stats import t
+    """The `mean` of `other` - `first`, `low` and `high` of its 95 % interval, `p` of its t test: None with one seed;
+    where all differ alike there are no bounds, and p is 1: so few seeds may agree by chance."""
+    from scipy.stats import ttest_1samp
 
     differences = np.subtract(other, first)
-    mean, seeds = float(differences.mean()), len(differences)
-    error = float(differences.std(ddof=1)) / math.sqrt(seeds) if seeds > 1 else 0.0
-    if error < 1e-12:
-        return {"mean": mean, "low": None, "high": None, "p": 1.0 if seeds > 1 else None}
-    half = float(t.ppf(0.975, seeds - 1)) * error
-    return {"mean": mean, "low": mean - half, "high": mean + half, "p": 2 * float(t.sf(abs(mean) / error, seeds - 1))}
+    mean = float(differences.mean())
+    if np.ptp(differences) < 1e-12:
+        return {"mean": mean, "low": None, "high": None, "p": 1.0 if len(differences) > 1 else None}
+    test: Any = ttest_1samp(differences, 0)
+    low, high = test.confidence_interval(0.95)
+    return {"mean": mean, "low": float(low), "high": float(high), "p": float(test.pvalue)}
 
 
 def correct(differences: Sequence[dict[str, Any]]) -> None:
@@ -66,9 +63,10 @@ def compare(of_methods: Sequence[Recipe], seeds: int, out: Path) -> dict[str, An
         raise UserError(f"--methods needs two or more different methods, separated by commas, not {','.join(methods)}")
     if seeds < 1:
         raise UserError(f"--seeds must be 1 or more, not {seeds}")
-    # Every refusal comes before the first hour of training.
-    plans = [prepare(recipe) for recipe in of_methods]
-    plan, all_seeds = plans[0], [of_methods[0].seed + number for number in range(seeds)]
+    # Every refusal comes before the first hour of training. The data are read once.
+    plan = prepare(of_methods[0])
+    plans = [plan, *(prepare(recipe, parts=plan.parts) for recipe in of_methods[1:])]
+    all_seeds = [plan.recipe.seed + number for number in range(seeds)]
     of_runs = [replace(one.recipe, seed=seed) for seed in all_seeds for one in plans]
     recipes = {out / f"{of_run.method.replace('+', '-')}-seed-{of_run.seed}": of_run for of_run in of_runs}
     for folder, of_run in recipes.items():
@@ -79,9 +77,8 @@ def compare(of_methods: Sequence[Recipe], seeds: int, out: Path) -> dict[str, An
         found = "is there" if finished else "trains"
         print(f"{number} of {len(recipes)}: {of_run.method}, seed {of_run.seed}, {found}", flush=True)
         if not finished:
-            begun = folder.exists()
-            place = find_place(of_run, None if begun else folder, folder if begun else None, ALONE)
-            with start(replace(plan.of(of_run), place=place)) as session:
+            place = (None, folder) if folder.exists() else (folder, None)
+            with start(prepare(of_run, *place, parts=plan.parts)) as session:
                 session.run()
     metrics = [Run(folder).metrics for folder in recipes]
     summary = _summary(methods, seeds, metrics)
@@ -118,10 +115,7 @@ def _summary(methods: Sequence[str], seeds: int, metrics: Sequence[Mapping[str, 
     checkpoint, part = chosen(metrics[0])
     scored = [of_run[checkpoint] and of_run[checkpoint][part] for of_run in metrics]
     if not all(scored) or any(chosen(of_run) != (checkpoint, part) for of_run in metrics):
-        raise UserError(
-            f"not every run is scored by its {checkpoint} checkpoint on the {part} part; keep the run folders "
-            "that are not elsewhere, and compare again"
-        )
+        raise UserError(f"not every run is scored by its {checkpoint} checkpoint on the {part} part; train those anew")
     table: dict[str, dict[str, Any]] = {method: {} for method in methods}
     for figure in FIGURES:
         if scored[0][figure] is None:  # no class is in this group
@@ -152,8 +146,8 @@ def _over_images(summary: Mapping[str, Any], folders: Sequence[Path], train_coun
         read = [read_observed(folder / OBSERVED, summary["part"]) for folder in folders]
     except UserError as error:
         return str(error)
-    labels_N = read[0].get("labels_N")
-    if labels_N is None or any(not np.array_equal(run.get("labels_N", ()), labels_N) for run in read):
+    labels_N = read[0]["labels_N"]
+    if not all(np.array_equal(run["labels_N"], labels_N) for run in read):
         return f"{OBSERVED} of the runs is not of the same images; write it anew: equipoise evaluate RUN"
     right_SMN = np.stack([run["predicted_N"] == labels_N for run in read]).reshape(-1, len(methods), len(labels_N))
     seeds, right_MN = len(right_SMN), right_SMN.sum(0)
@@ -183,13 +177,13 @@ def markdown(result: dict[str, Any]) -> str:
         for label, cell in _CELLS.items():
             if any(cells := [cell(methods[name][figure]["difference"]) for figure in figures]):
                 rows.append([f"{name} - {first}{label}", *cells, ""])
+    test = "paired t test over seeds" if len(seeds) > 1 else "McNemar's exact test of what one method alone gets right"
     heading = (
         f"{result['recipe']['name']}: {several(len(seeds), 'seed')} ({', '.join(map(str, seeds))}), {result['part']} "
         f"part, {result['checkpoint']} checkpoint; accuracy in percent, mean ± sd of a sample over seeds; seconds of "
         "training steps. 95 % intervals of paired differences, not corrected for their number: over seeds (Student's "
         "t: what other seeds would change on these images), over images (bootstrap within classes: what other images "
-        f"would change for these networks). p: {_TESTS[len(seeds) > 1]}, Holm-corrected over the methods, each column "
-        "by itself."
+        f"would change for these networks). p: {test}, Holm-corrected over the methods, each column by itself."
     )
     unknown = ["", f"Intervals over images are not known: {result['unknown']}"] if result["unknown"] else []
     return "\n".join([heading, *unknown, "", *(f"| {' | '.join(row)} |" for row in rows), ""])
@@ -199,7 +193,6 @@ def _percents(form: str, *shares: float | None) -> str:
     return "" if None in shares else form.format(*(100 * (share or 0) for share in shares))
 
 
-_TESTS = ("McNemar's exact test of the images that one method alone gets right", "paired t test over seeds")
 _CELLS: dict[str, Callable[[dict[str, Any]], str]] = {  # of a difference: row by row, its label and its cell
     "": lambda row: _percents("{:+.1f}", row["mean"]),
     ", over seeds": lambda row: _percents("[{:+.1f}, {:+.1f}]", row["low"], row["high"]),

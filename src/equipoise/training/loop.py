@@ -9,17 +9,16 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
-from types import FrameType, TracebackType
-from typing import Any
+from types import FrameType
 
 import torch
 from torch import nn
 
 from equipoise.base.errors import SharedError, Stopped
 from equipoise.base.progress import ProgressLine
-from equipoise.config.recipe import Recipe
+from equipoise.config.recipe import Optim, Recipe
 from equipoise.evaluation.metrics import score
 from equipoise.evaluation.predictions import predict
 from equipoise.evaluation.score import record_bad_images
@@ -27,7 +26,6 @@ from equipoise.method.network import TwoBranchNetwork, batch_norms
 from equipoise.method.tuning import parameter_groups
 from equipoise.runs.checkpoint import Checkpoint, state_on_cpu
 from equipoise.runs.folder import BEST, RunLog
-from equipoise.training.optim import average_in, create_sgd, learning_rate
 from equipoise.training.plan import Plan
 from equipoise.training.step import Step
 from equipoise.views.loader import Batch, Batches
@@ -37,61 +35,37 @@ class NonFiniteLossError(SharedError):
     """A loss term became infinite or not a number; the optimizer has not moved since."""
 
 
-_STOPPING: dict[int, str] = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
-if hasattr(signal, "SIGHUP"):  # the terminal is gone: an ssh connection that broke off
-    _STOPPING[signal.SIGHUP] = "terminated"
-_HOWS = ("interrupted", "terminated")
+_HANGUP, _SAVE = (getattr(signal, name, -1) for name in ("SIGHUP", "SIGUSR1"))  # which Windows lacks
+_STOPPING = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", _HANGUP: "terminated"}
 
 
-class Requests:
-    """SIGUSR1 asks to save and go on, SIGINT, SIGTERM and SIGHUP to save and stop; a second SIGINT or SIGTERM
-    stops at once.
-
-    A context: the handlers that were there before come back with its end. Outside the main thread nothing is handled.
-    """
+class Requests(contextlib.ExitStack):
+    """A context in which SIGUSR1 asks to save and go on, SIGINT, SIGTERM and SIGHUP (the terminal is gone) to save and
+    stop, and a second SIGINT or SIGTERM stops at once. Outside the main thread nothing is handled."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._save = False
-        self._stop = ""  # how, once it was asked for
-        self._before: dict[int, Any] = {}
+        self.stop = ""  # how, once it was asked for
         self._at_once: tuple[str, str] | None = None
 
     def __enter__(self) -> "Requests":
-        if threading.current_thread() is threading.main_thread():
-            saving = (signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()
+        for number in (_SAVE, *_STOPPING) if threading.current_thread() is threading.main_thread() else ():
             # Under nohup, SIGHUP is to be ignored.
-            hangup = getattr(signal, "SIGHUP", None)
-            ignored = hangup is not None and signal.getsignal(hangup) == signal.SIG_IGN
-            stopping = [number for number in _STOPPING if number != hangup or not ignored]
-            self._before = {number: signal.signal(number, self._handle) for number in (*saving, *stopping)}
+            if number > 0 and not (number == _HANGUP and signal.getsignal(number) == signal.SIG_IGN):
+                self.callback(signal.signal, number, signal.signal(number, self._handle))
         return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
     def votes(self, save: bool = False) -> list[int]:
         """Whether to save, as `save` or a signal since the last time says, to be interrupted, to be terminated: 0 or 1
-        each. Ranks add up their votes, and all `read` the sum."""
+        each. Ranks add up their votes."""
         save, self._save = save or self._save, False
-        return [int(save), *(int(self._stop == how) for how in _HOWS)]
-
-    @staticmethod
-    def read(votes: list[float]) -> tuple[bool, str | None]:
-        """Whether to save now, and how the run was stopped if it was."""
-        save, interrupted, terminated = votes
-        how = "terminated" if terminated else "interrupted" if interrupted else None
-        return bool(save) or how is not None, how
-
-    @property
-    def stopping(self) -> bool:
-        """Whether this process was asked to stop."""
-        return bool(self._stop)
+        return [int(save), int(self.stop == "interrupted"), int(self.stop == "terminated")]
 
     def leave_if_stopped(self, state: str, resume_command: str) -> None:
         """Raise Stopped if this process was asked to stop. All is saved already."""
-        if self._stop:
-            raise Stopped(self._stop, state, resume_command)
+        if self.stop:
+            raise Stopped(self.stop, state, resume_command)
 
     def stop_at_once(self, state: str, resume_command: str) -> None:
         """From now on there is nothing to save: a signal ends the run at once, in this state."""
@@ -99,25 +73,21 @@ class Requests:
         self.leave_if_stopped(state, resume_command)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        if number not in _STOPPING:
+        if number == _SAVE:
             self._save = True
             return
-        if number == getattr(signal, "SIGHUP", None):
+        if number == _HANGUP:
             _leave_terminal()
-        if not self._stop:
-            self._stop = _STOPPING[number]
+        if not self.stop:
+            self.stop = _STOPPING[number]
             if self._at_once is not None:
-                raise Stopped(self._stop, *self._at_once)
+                raise Stopped(self.stop, *self._at_once)
             if os.environ.get("RANK", "0") == "0":
                 print("\nfinishing this step, then saving; once more to stop at once", file=sys.stderr, flush=True)
-        elif number == signal.SIGINT:
+        # SIGHUP comes twice, from the terminal and from the shell in it. Slurm sends SIGTERM to every process, and
+        # torchrun sends it on to the same ones: that is the same request.
+        elif number == signal.SIGINT or (number == signal.SIGTERM and "TORCHELASTIC_RUN_ID" not in os.environ):
             raise KeyboardInterrupt
-        elif number != signal.SIGTERM:
-            return  # SIGHUP comes twice, from the terminal and from the shell in it
-        # Slurm sends SIGTERM to every process, and torchrun sends it on to the same ones: that is the same request.
-        elif "TORCHELASTIC_RUN_ID" not in os.environ:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
 
 
 def _leave_terminal() -> None:
@@ -146,7 +116,8 @@ class Trainer:
         own = [parameter for parameter in self._gradients.objective.parameters() if parameter.requires_grad]
         groups = parameter_groups(network, network.encoder, optim.layer_decay)
         groups = [*groups, {"params": own, "lr_scale": 1.0, "weight_decay": 0.0}]
-        self._optimizer = create_sgd(groups, optim.lr, optim.momentum, optim.weight_decay)
+        # As the authors run it: weight decay on every parameter of the network, biases and BatchNorm too.
+        self._optimizer = torch.optim.SGD(groups, optim.lr, optim.momentum, weight_decay=optim.weight_decay)
         self._saved_at, self._saving_took, self._saved_step = time.monotonic(), 0.0, -1
         self._averaged: TwoBranchNetwork | None = None
         self.epoch, self.step, self.best = 0, 0, None
@@ -162,8 +133,7 @@ class Trainer:
             self._gradients.objective.load_state_dict(done.objective)
 
     def train(self, progress: bool) -> None:
-        """All steps that are left. Raises Stopped where a signal asked for it, NonFiniteLossError, and OSError where
-        there is no room to write."""
+        """All steps that are left. Raises Stopped, NonFiniteLossError, and OSError where there is no room to write."""
         recipe, plan = self._plan.recipe, self._plan
         if recipe.optim.ema:
             self._averaged = copy.deepcopy(self._network)
@@ -173,12 +143,11 @@ class Trainer:
             closing(self._batches),
             closing(self._validation or self._batches),
             closing(ProgressLine(self.step, plan.steps, "step", progress)) as line,
-            RunLog(plan.folder if plan.world.is_first else None, self.epoch, self.step) as log,
+            closing(RunLog(plan.folder if plan.world.is_first else None, self.epoch, self.step)) as log,
         ):
             # One stream over all epochs: its workers make the next epoch's first batches while this one is validated.
-            steps = range(self.step, plan.steps)
-            how = recipe.data.sampler, recipe.epochs
-            stream = self._batches.training(recipe.seed, recipe.batch_size, steps, *how)
+            how = range(self.step, plan.steps), recipe.data.sampler, recipe.epochs
+            stream = self._batches.training(recipe.seed, recipe.batch_size, *how)
             while self.epoch < recipe.epochs:
                 self._train_epoch(stream, log, line)
                 self._end_epoch(log)
@@ -186,8 +155,7 @@ class Trainer:
     def finish(self) -> None:
         """Save the network as it is, as after the last step."""
         self.epoch, self.step = self._plan.recipe.epochs, self._plan.steps
-        with RunLog(None, self.epoch, self.step) as log:
-            self._save(log)
+        self._save(RunLog(None, self.epoch, self.step))
 
     def _train_epoch(self, stream: Iterator[Batch], log: RunLog, line: ProgressLine) -> None:
         recipe, plan = self._plan.recipe, self._plan
@@ -205,14 +173,8 @@ class Trainer:
             seed_network((recipe.seed * 1_000_003 + self.step + plan.world.rank * 7_368_787) % 2**63, plan.device)
             self._gradients.objective.seed = recipe.seed * 1_000_003 + self.step
             batch = next(stream)
-            self._optimizer.zero_grad()
             is_save_due = plan.world.is_first and time.monotonic() - self._saved_at > 60 * recipe.checkpoint_minutes
-            terms, votes = self._gradients(batch, self.requests.votes(is_save_due))
-            self._refuse_non_finite(terms, rate)
-            self._optimizer.step()
-            self.step += 1
-            if self._averaged is not None:
-                average_in(self._averaged, self._network, recipe.optim.ema, self.step)
+            terms, votes = self.take_step(batch, self.requests.votes(is_save_due))
             images += len(batch.labels_G)
             speed = images / (time.perf_counter() - since)
             said = "  ".join(f"{name} {value:.3f}" for name, value in terms.items())
@@ -221,17 +183,31 @@ class Trainer:
                 further = {"lr": rate, "images_per_second": round(speed, 1)}
                 log.write("train", self.step, self.epoch, {**terms, **further})
                 images, since = 0, time.perf_counter()
-            self._answer(votes, log)
+            _, interrupted, terminated = votes
+            if any(votes):
+                self._save(log)
+            if interrupted or terminated:
+                # Wait for rank 0, which saves: torchrun ends it if another rank leaves meanwhile.
+                plan.world.gather_objects(None)
+                how = "terminated" if terminated else "interrupted"
+                raise Stopped(how, f"step {self.step} is done and saved", plan.resume_command())
 
-    def _answer(self, votes: list[float], log: RunLog) -> None:
-        """Save, and stop, if any rank was asked to."""
-        wanted, stopped = self.requests.read(votes)
-        if wanted:
-            self._save(log)
-        if stopped is not None:
-            # Wait for rank 0, which saves: torchrun ends it if another rank leaves meanwhile.
-            self._plan.world.gather_objects(None)
-            raise Stopped(stopped, self._state(), self._plan.resume_command())
+    def take_step(self, batch: Batch, votes: Sequence[int] = ()) -> tuple[dict[str, float], list[float]]:
+        """Gradients, a look at the loss, and the weights move. The loss terms and the sum over ranks of the votes."""
+        self._optimizer.zero_grad()
+        terms, of_ranks = self._gradients(batch, votes)
+        if wrong := [name for name, value in terms.items() if not math.isfinite(value)]:
+            term, rate = wrong[-1], self._optimizer.param_groups[0]["lr"]  # first is the total: a part says more
+            raise NonFiniteLossError(
+                f"step {self.step + 1} (epoch {self.epoch + 1}): the loss term '{term}' is {terms[term]}; the weights "
+                f"were not changed by it. Lower the learning rate (now {rate:g}) or warm up longer; the log is in "
+                f"{self._plan.folder}"
+            )
+        self._optimizer.step()
+        self.step += 1
+        if self._averaged is not None:
+            average_in(self._averaged, self._network, self._plan.recipe.optim.ema, self.step)
+        return terms, of_ranks
 
     def _end_epoch(self, log: RunLog) -> None:
         """Validate, and save. Epochs may be so short that saving takes much of the time: then it is left out, but for
@@ -254,16 +230,13 @@ class Trainer:
             self._save(log)
 
     def _validate(self, validation: Batches, log: RunLog) -> float:
-        """The mean per-class accuracy on the validation part. It chooses the best checkpoint, since a part cut from
-        long-tailed training images is long-tailed itself: its top-1 would choose for the frequent classes.
-
-        A rank that is asked to stop does so after the batch, when all is saved, and all ranks with it.
-        """
+        """The mean per-class accuracy on the validation part, which may be as long-tailed as the training images: its
+        top-1 would choose for the frequent classes. All ranks stop after the batch in which one is asked to."""
 
         def look(*_: torch.Tensor) -> None:
-            if self.requests.stopping and self._saved_step != self.step:
+            if self.requests.stop and self._saved_step != self.step:
                 self._save(log)
-            self.requests.leave_if_stopped(self._state(), self._plan.resume_command())
+            self.requests.leave_if_stopped(f"step {self.step} is done and saved", self._plan.resume_command())
 
         train = self._plan.parts.train
         predictions = predict(self._averaged or self._network, validation, looks=[look], world=self._plan.world)
@@ -271,9 +244,6 @@ class Trainer:
         names = ("top1", "mean_per_class", "many", "medium", "few")
         log.write("validation", self.step, self.epoch, {name: scored[name] for name in names})
         return scored["mean_per_class"]
-
-    def _state(self) -> str:
-        return f"step {self.step} is done and saved"
 
     def _save(self, log: RunLog) -> None:
         """Write a checkpoint, and the best one where this is it. All ranks call it, rank 0 writes: the weights are the
@@ -304,15 +274,34 @@ class Trainer:
         checkpoint.save_last(plan.folder)
         self._saved_at, self._saving_took, self._saved_step = time.monotonic(), time.monotonic() - begun, self.step
 
-    def _refuse_non_finite(self, terms: dict[str, float], rate: float) -> None:
-        wrong = [name for name, value in terms.items() if not math.isfinite(value)]
-        if wrong:
-            term = wrong[-1]  # the total is first; a part that is wrong says more
-            raise NonFiniteLossError(
-                f"step {self.step + 1} (epoch {self.epoch + 1}): the loss term '{term}' is {terms[term]}; the weights "
-                f"were not changed by it. Lower the learning rate (now {rate:g}) or warm up longer; the log is in "
-                f"{self._plan.folder}"
-            )
+
+def learning_rate(epoch: int, epochs: int, optim: Optim) -> float:
+    """The learning rate of `epoch` (from 0) of `epochs`, constant within it, as in the authors' code.
+
+    Linear warm-up reaches `optim.lr` in epoch `warmup_epochs - 1`. Then 'cosine' ends one step above 0, and 'step'
+    multiplies by 0.1 at each milestone passed; a milestone below 1 is a share of `epochs`.
+    """
+    warmup = optim.warmup_epochs
+    if epoch < warmup:
+        return optim.lr * (epoch + 1) / warmup
+    if optim.schedule == "cosine":
+        # The denominator is of the epochs that follow the warm-up, plus one, so that no epoch trains at 0.
+        progress = (epoch - warmup + 1) / (epochs - warmup + 1)
+        return optim.lr * 0.5 * (1 + math.cos(math.pi * progress))
+    starts = [round(milestone * epochs) if milestone < 1 else int(milestone) for milestone in optim.milestones]
+    return optim.lr * 0.1 ** sum(epoch >= start for start in starts)
+
+
+@torch.no_grad()
+def average_in(averaged: nn.Module, network: nn.Module, decay: float, step: int) -> None:
+    """Move the average towards the network as it is after so many steps, by 1 - `decay` of the way; BatchNorm's
+    averages too. In the first steps by more, 1 - (1 + step) / (10 + step), as TensorFlow's
+    `ExponentialMovingAverage` does with `num_updates`: the random start would stay in it for long."""
+    weight = 1 - min(decay, (1 + step) / (10 + step))
+    pairs = [pair for pair in zip(averaged.parameters(), network.parameters(), strict=True) if pair[1].requires_grad]
+    buffers = zip(averaged.buffers(), network.buffers(), strict=True)
+    pairs += [pair for pair in buffers if pair[0].is_floating_point()]  # no counters, which nothing reads
+    torch._foreach_lerp_([own for own, _ in pairs], [value for _, value in pairs], weight)  # pyright: ignore[reportPrivateUsage] one launch for all
 
 
 def set_training(network: TwoBranchNetwork, recipe: Recipe) -> None:
@@ -320,17 +309,10 @@ def set_training(network: TwoBranchNetwork, recipe: Recipe) -> None:
     network.train()
     for norm in batch_norms(network) if recipe.model.batch_norm == "frozen" else ():
         norm.eval()
-    _rest(network.encoder)
-
-
-def _rest(module: nn.Module) -> None:
-    """Evaluation mode for the largest parts that have parameters, none of which is trained."""
-    parameters = list(module.parameters())
-    if parameters and not any(parameter.requires_grad for parameter in parameters):
-        module.eval()
-    else:
-        for child in module.children():
-            _rest(child)
+    for module in network.encoder.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            module.eval()  # and what is in it
 
 
 def seed_network(seed: int, device: torch.device) -> None:

@@ -6,26 +6,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from equipoise.base.errors import UserError
 from equipoise.base.files import real_path
-from equipoise.config.recipe import Field, find_field, override_all
-from equipoise.config.second_stages import ALL_STAGES, SECOND_STAGES, UNTRAINED
+from equipoise.config.recipe import ALL_STAGES, SECOND_STAGES, UNTRAINED, Field, find_field, override_all
 from equipoise.evaluation.features import class_means, open_encoded_batches
 from equipoise.evaluation.metrics import score
 from equipoise.evaluation.predictions import predict
 from equipoise.method.network import CosineClassifier, ScaledClassifier, TwoBranchNetwork
-from equipoise.runs.checkpoint import changed_part, create_network, load_checkpoint
+from equipoise.runs.checkpoint import create_network, load_checkpoint, refuse_changed
 from equipoise.runs.folder import chosen_checkpoint
-from equipoise.training.plan import Plan, prepare
+from equipoise.training.plan import Named, Plan, prepare
 
-_TAUS: list[float] = np.linspace(0, 1, 21).round(2).tolist()
+_TAUS = [step / 20 for step in range(21)]
 
 
-def second_stage(
-    run: Path, stage: str, out: str | Path | None = None, overrides: Sequence[tuple[Field, Any]] = ()
-) -> Plan:
+def second_stage(run: Path, stage: str, out: Named = None, overrides: Sequence[tuple[Field, Any]] = ()) -> Plan:
     """The plan of one of the `SECOND_STAGES` of a run, or of a checkpoint; with its classifier, where that is computed
     and not trained. `overrides`: fields of its recipe. Raises UserError where the first stage does not go with it."""
     file = real_path(chosen_checkpoint(run))
@@ -33,20 +28,13 @@ def second_stage(
     if not first.class_counts:
         raise UserError(f"{file} does not say what it was trained on; name a run of equipoise")
     if stage == "tau-norm" and first.recipe.model.classifier == "cosine":
-        raise UserError(
-            f"{file} has a cosine classifier, which takes no notice of norms: train it with --classifier linear"
-        )
+        raise UserError(f"{file} has a cosine classifier, which ignores norms: train it with --classifier linear")
     about = f"{stage} on {file}, after epoch {first.epoch}"
     named = {"name": f"{first.recipe.name}-{stage}", "summary": about, "model.weights": str(file)}
     fields = {**ALL_STAGES, **SECOND_STAGES[stage], **named}
     recipe = override_all(first.recipe, [(find_field(key), value) for key, value in fields.items()])
-    if fixed := [field.key for field, _ in overrides if field.key in ("method", "model.tune", *named)]:
-        raise UserError(f"{fixed[0]} is what --with {stage} sets: drop it")
     plan = prepare(override_all(recipe, overrides), out)
-    if changed := changed_part(plan.parts, first):
-        raise UserError(
-            f"the {changed} part of {recipe.data.path} is not what {file} was trained with: restore it, or drop --set"
-        )
+    refuse_changed(recipe.data.path, plan.parts, first, file)
     if stage not in UNTRAINED:
         return plan
     network = create_network(plan.recipe, len(first.class_names), start=True).to(plan.device)
@@ -62,9 +50,8 @@ def _choose_tau(plan: Plan, network: TwoBranchNetwork, classifier: ScaledClassif
     """Scale the classifier by the tau of the highest mean per-class accuracy on validation, of equal ones the least."""
     validation, counts, scores = plan.parts.validation, plan.parts.train.class_counts, dict[float, float]()
     if validation is None:
-        raise UserError(
-            f"{plan.recipe.model.weights} has no validation part, which chooses tau: train it with --holdout 0.1"
-        )
+        file = plan.recipe.model.weights
+        raise UserError(f"{file} has no validation part, which chooses tau: train it with --holdout 0.1")
     with closing(open_encoded_batches(plan.recipe, validation, network, plan.device, plan.world)) as batches:
         batches.prepare()
         for tau in _TAUS:

@@ -1,10 +1,11 @@
 """A plan becomes a run folder: it is opened, taken, trained and scored, and what goes wrong is said in one line."""
 
 import shlex
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,14 +20,11 @@ from equipoise.method.network import CosineClassifier, TwoBranchNetwork
 from equipoise.runs.checkpoint import create_network
 from equipoise.runs.folder import BAD_IMAGES, LAST, METRICS, PREVIOUS, RunFolder, write_record
 from equipoise.training.loop import NonFiniteLossError, Requests, Trainer
-from equipoise.training.place import default_folder
-from equipoise.training.plan import Plan, prepare
+from equipoise.training.plan import Named, Plan, default_folder, prepare
 from equipoise.views.loader import Batches
 
 
-def train(
-    recipe: Recipe, out: str | Path | None = None, progress: bool = True, resume: str | Path | None = None
-) -> Run:
+def train(recipe: Recipe, out: Named = None, progress: bool = True, resume: Named = None) -> Run:
     """Train `recipe` into the folder `out` (default: `runs/RECIPE-METHOD-TIME`) and score what came of it. `resume`:
     see `prepare`. In processes that torchrun has started, all call it, and train together.
 
@@ -39,8 +37,7 @@ def train(
 
 @dataclass(frozen=True)
 class Session:
-    """A plan of which all is checked, in a folder that is this process's own until the context of `start` ends.
-    `plan` names the folder that was got."""
+    """A plan of which all is checked, in the folder that was got: this process's own until `start` ends."""
 
     plan: Plan
     network: TwoBranchNetwork
@@ -60,8 +57,13 @@ class Session:
         else:
             for batches in self.opened.values():
                 batches.prepare(look)
-            if plan.start is None:
-                self._start_classifier(look)
+            classifier, model = self.network.classifier, plan.recipe.model
+            if plan.start is None and isinstance(classifier, CosineClassifier):
+                if starts_at_means(plan.recipe):
+                    classifier.start_at(class_means(plan.recipe, plan.parts.train, self.network, plan.world, look))
+                elif model.classifier_start == "text":
+                    text = model.encoder, model.weights, plan.parts.train.class_names
+                    classifier.start_at(plan.world.first_makes(lambda: text_directions(*text)))
             self.trainer.train(progress and plan.world.is_first)
         state = "training is done and saved, but not scored"  # nothing more has to be saved
         plan.world.each_makes(lambda: requests.stop_at_once(state, plan.resume_command()))
@@ -74,17 +76,6 @@ class Session:
             raise UserError(f"{in_words(error)}. Training is done and kept; then: {again}") from None
         return Run(plan.folder)
 
-    def _start_classifier(self, look: Callable[[], None]) -> None:
-        """Begin where the recipe says, if not at random. `look` is called now and then, and may raise."""
-        plan, model, classifier = self.plan, self.plan.recipe.model, self.network.classifier
-        if not isinstance(classifier, CosineClassifier):
-            return
-        if starts_at_means(plan.recipe):
-            classifier.start_at(class_means(plan.recipe, plan.parts.train, self.network, plan.world, look))
-        elif model.classifier_start == "text":
-            names = plan.parts.train.class_names
-            classifier.start_at(plan.world.first_makes(lambda: text_directions(model.encoder, model.weights, names)))
-
 
 def starts_at_means(recipe: Recipe) -> bool:
     """Whether the classifier starts at the means of the classes."""
@@ -94,11 +85,14 @@ def starts_at_means(recipe: Recipe) -> bool:
 
 @contextmanager
 def start(plan: Plan) -> Generator[Session]:
-    """A session of `plan`. What can be refused is refused here, before the folder is made: weights that do not fit or
-    cannot be had, images, a folder that cannot be made. See `train` for what it raises."""
-    if plan.device.type == "cpu":
-        keep_freed_memory()
-    network, opened = plan.world.each_makes(lambda: _open(plan))
+    """A session of `plan`. What can be refused is, before the folder is made. See `train` for what it raises."""
+    network = plan.world.each_makes(lambda: open_network(plan))
+    opened = plan.world.each_makes(
+        lambda: {
+            name: open_encoded_batches(plan.recipe, part, network, plan.device, plan.world)
+            for name, part in plan.parts.named().items()
+        }
+    )
     with deterministic(plan.recipe.deterministic), Requests() as requests, RunFolder() as folder:
         got = plan.world.first_makes(lambda: _take(folder, plan))
         plan = replace(plan, place=replace(plan.place, folder=got))
@@ -107,32 +101,22 @@ def start(plan: Plan) -> Generator[Session]:
             yield Session(plan, network, trainer, opened)
 
 
-def _open(plan: Plan) -> tuple[TwoBranchNetwork, dict[str, Batches]]:
-    """The network as it starts, and what reads the images of each part; a small one that is bad is told now."""
-    recipe, parts, world = plan.recipe, plan.parts, plan.world
-    classes, begin = len(parts.train.class_names), plan.start
-    if begin is not None and not begin.checkpoint.fits(recipe, classes):
-        before = begin.checkpoint.recipe
-        raise UserError(
-            f"the weights of {begin.path} (method {before.method}, {before.model.encoder}, "
-            f"{len(begin.checkpoint.class_names):,} classes) do not fit method {recipe.method} with a "
-            f"{recipe.model.encoder} and {classes:,} classes"
-        )
+def open_network(plan: Plan) -> TwoBranchNetwork:
+    """The network as it starts, on its device."""
+    recipe, classes, begin = plan.recipe, len(plan.parts.train.class_names), plan.start
+    if plan.device.type == "cpu":
+        keep_freed_memory()
     torch.manual_seed(recipe.seed)
     # MKL takes fewer threads where the machine is busy, unless their number was set: and sums in another order.
     torch.set_num_threads(torch.get_num_threads())
-    # The pretrained weights that another run began with are not needed: they may be gone.
-    network = create_network(recipe, classes, start=begin is None)
-    if begin is not None:
-        network.load_state_dict((plan.place.resumes and begin.checkpoint.raw) or begin.checkpoint.weights)
+    if begin is None:
+        network = create_network(recipe, classes, start=True)
+    else:  # the pretrained weights that another run began with are not needed: they may be gone
+        network = begin.checkpoint.network(recipe, classes, plan.place.resumes)
     network = network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] torch's stub lacks it
-    if recipe.model.batch_norm == "synchronised" and world.size > 1:
+    if recipe.model.batch_norm == "synchronised" and plan.world.size > 1:
         network.synchronise_batch_norm(plan.device)
-    network = network.to(plan.device)
-    opened = {
-        name: open_encoded_batches(recipe, part, network, plan.device, world) for name, part in parts.named().items()
-    }
-    return network, opened
+    return network.to(plan.device)
 
 
 def _take(folder: RunFolder, plan: Plan) -> Path:
@@ -148,7 +132,7 @@ def _take(folder: RunFolder, plan: Plan) -> Path:
     elif place.resumes and begin.path.name == PREVIOUS:
         (path / LAST).unlink(missing_ok=True)  # the damaged one must not become the previous one
     parts = plan.parts
-    about = {
+    about: dict[str, Any] = {
         "machine": describe_machine(plan.device),
         "processes": plan.world.size,
         "launch": plan.world.launch,
@@ -161,9 +145,8 @@ def _take(folder: RunFolder, plan: Plan) -> Path:
             "images": {name: len(part) for name, part in parts.named().items()},
         },
         "class_counts": dict(zip(parts.train.class_names, parts.train.class_counts, strict=True)),
+        "weights": plan.recipe.model.weights,
     }
-    if plan.recipe.model.weights:
-        about["weights"] = plan.recipe.model.weights
     if begin is not None:
         done = begin.checkpoint
         about["resumed"] = {"from": str(begin.path), "after_epoch": done.epoch, "after_step": done.step}
@@ -177,15 +160,13 @@ def _failures_in_one_line(plan: Plan, folder: RunFolder) -> Generator[None]:
     try:
         yield
     except NonFiniteLossError:
-        folder.keep()  # its log shows why
+        folder.kept = True  # its log shows why
         raise
     except (OSError, RuntimeError, MemoryError) as error:
         if out_of_memory(error):
-            raise UserError(
-                f"there is not enough memory for batches of {plan.recipe.batch_size} images on {plan.device}; free "
-                "some, or train anew with --micro-batch, which computes the same batch in parts, or a smaller "
-                "--batch-size"
-            ) from None
+            short = f"there is not enough memory for batches of {plan.recipe.batch_size} images on {plan.device}"
+            instead = "train anew with --micro-batch, which computes the same in parts, or a smaller --batch-size"
+            raise UserError(f"{short}; {instead}") from None
         # The disk is full, say. A broken pipe is no file: nobody reads what is printed.
         if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
             then = f"go on with: {plan.resume_command()}" if (plan.folder / LAST).exists() else "start again"

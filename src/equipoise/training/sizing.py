@@ -2,38 +2,32 @@
 batches. Some batches are timed for it, so that people know beforehand how long the run will take."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import repeat
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 
-from equipoise.base.device import exact_float32, keep_freed_memory
+from equipoise.base.device import exact_float32
 from equipoise.base.errors import UserError, several
 from equipoise.config.reading import load_recipe
 from equipoise.config.recipe import Field, Recipe, override_all
+from equipoise.data.images import Parts
 from equipoise.evaluation.features import missing_features
 from equipoise.method.clip import PREFIX
 from equipoise.method.pretrained import find_pretrained
-from equipoise.method.tuning import parameter_groups
-from equipoise.runs.checkpoint import create_network
-from equipoise.training.loop import set_training
-from equipoise.training.optim import create_sgd
-from equipoise.training.plan import Plan, prepare
-from equipoise.training.session import starts_at_means
-from equipoise.training.step import Step
+from equipoise.training.loop import Requests, Trainer, set_training
+from equipoise.training.plan import Named, Plan, prepare
+from equipoise.training.session import open_network, starts_at_means
 from equipoise.views.loader import Batch, open_recipe_batches, worker_count
 from equipoise.views.views import view_settings
 
-T = TypeVar("T")
 Settings = Sequence[tuple[Field, Any]]
 
-_RECIPES = {"frozen": "frozen", "scratch": "pictures"}  # of the ways to tune; else:
-_FINETUNE = "finetune"
+_RECIPES = {"frozen": "frozen", "scratch": "pictures"}  # of the ways to tune; of others 'finetune'
 _TIMED_FOR = 6.0  # seconds
 _IMAGES = 16  # encoded at a time, as for features
 _REST = 3.0  # seconds in which networks are built and files are written
@@ -78,39 +72,43 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def choose(settings: Settings, budget: float | None = None, out: str | Path | None = None, ranks: int = 1) -> Choice:
+def choose(settings: Settings, budget: float | None = None, out: Named = None, ranks: int = 1) -> Choice:
     """The recipe for the data that `settings` name, on this machine, within `budget` seconds, of which measuring takes
     its part. What they set stays as it is. `out`: see `prepare`; `ranks`: the processes that will share the work.
 
     Raises UserError for data that cannot be trained on, and for a folder that will not do.
     """
     begun = time.monotonic()
-    fixed = {field.key: value for field, value in settings}
+    fixed = {field.key for field, _ in settings}
+    reasons = {} if "batch_size" in fixed else {"batch_size": "a quarter of the training images at most"}
     tunes, why = _candidates(fixed, budget, settings)
-    plan: Plan | None = None
+    parts: Parts | None = None  # the data are read once
     choices: list[Choice] = []
     for tune in tunes:
-        recipe = override_all(load_recipe(_RECIPES.get(tune, _FINETUNE), tune=tune), settings)
-        if plan is None:  # the data are read once
-            smallest = recipe if "batch_size" in fixed else replace(recipe, batch_size=2 * ranks)
-            plan = prepare(smallest, out)
+        recipe = override_all(load_recipe(_RECIPES.get(tune, "finetune"), tune=tune), settings)
         if "batch_size" not in fixed:
-            batch = min(recipe.batch_size, max(len(plan.parts.train) // 4, 2 * ranks))
+            parts = parts or prepare(replace(recipe, batch_size=2 * ranks), out).parts
+            batch = min(recipe.batch_size, max(len(parts.train) // 4, 2 * ranks))
             recipe = replace(recipe, batch_size=batch - batch % ranks)
-        plan = plan.of(recipe)
+        plan = prepare(recipe, out, parts=parts)
         left = None if budget is None else budget - (time.monotonic() - begun)
-        least = 1 if len(tunes) == 1 and tune != "frozen" else -(-recipe.epochs // 2)
-        choices.append(_within(left, fixed, plan, measure(plan, ranks), least))
-        if left is None or choices[-1].cost.of(choices[-1].recipe.epochs) <= left:
+        recipe, parts, cost = plan.recipe, plan.parts, measure(plan, ranks)
+        if left is not None and "epochs" not in fixed:
+            affordable = int((left - cost.before - cost.after) / cost.epoch)
+            least = 1 if len(tunes) == 1 and tune != "frozen" else -(-recipe.epochs // 2)
+            reasons["epochs"] = f"what the budget allows, from {least} to twice the recipe's"
+            recipe = replace(recipe, epochs=min(2 * recipe.epochs, max(affordable, least)))
+        choices.append(Choice(recipe, reasons, cost))
+        if left is None or cost.of(recipe.epochs) <= left:
             break
     choice = choices[-1]
     if len(tunes) > 1 and budget is not None:
         fits = choice.cost.of(choice.recipe.epochs) <= budget
         why = f"the most thorough that fits into {duration(budget)}" if fits else f"{duration(budget)} are too short"
-    return replace(choice, reasons={**choice.reasons, "model.tune": why})
+    return replace(choice, reasons={**reasons, "model.tune": why})
 
 
-def _candidates(fixed: Mapping[str, Any], budget: float | None, settings: Settings) -> tuple[list[str], str]:
+def _candidates(fixed: set[str], budget: float | None, settings: Settings) -> tuple[list[str], str]:
     """The ways to tune that come into question, the most thorough first, and the reason if there is but one."""
     recipe = override_all(load_recipe("frozen"), settings)
     if "model.tune" in fixed:
@@ -129,70 +127,37 @@ def _candidates(fixed: Mapping[str, Any], budget: float | None, settings: Settin
     return ["frozen"], "on a CPU, each image passes the encoder once; with --budget TIME it is tuned if that suffices"
 
 
-def _within(budget: float | None, fixed: Mapping[str, Any], plan: Plan, cost: Cost, least: int) -> Choice:
-    """The plan's recipe with as many epochs as the budget allows, from `least` to twice its own."""
-    recipe = plan.recipe
-    reasons = {} if "batch_size" in fixed else {"batch_size": "a quarter of the training images at most"}
-    if budget is not None and "epochs" not in fixed:
-        affordable = int((budget - cost.before - cost.after) / cost.epoch)
-        recipe = replace(recipe, epochs=min(2 * recipe.epochs, max(affordable, least)))
-        reasons["epochs"] = f"what the budget allows, from {least} to twice the recipe's"
-    return Choice(recipe, reasons, cost)
-
-
 def measure(plan: Plan, ranks: int = 1) -> Cost:
-    """What a run of `plan` by so many processes costs on this machine, by timing some batches. What the processes
-    send each other is not in it."""
-    if plan.device.type == "cpu":
-        keep_freed_memory()
-    recipe, parts, device = plan.recipe, plan.parts, plan.device
-    network = create_network(recipe, len(parts.train.class_names), start=True).to(device)
-    network = network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] torch's stub lacks it
-    frozen = recipe.model.tune == "frozen"
+    """What a run by so many processes costs, by timing some batches; without what they send each other."""
+    own, resting = max(plan.recipe.batch_size // ranks, 2), replace(plan.recipe.optim, lr=0.0)  # the weights stay
+    recipe = replace(plan.recipe, workers=worker_count(plan.recipe.workers, ranks), optim=resting)
+    parts, device, frozen = plan.parts, plan.device, recipe.model.tune == "frozen"
+    network, ahead = open_network(plan), 2 * recipe.workers + 1
     read = list(parts.named().values()) if frozen else [parts.train] if starts_at_means(recipe) else []
     todo = sum(missing_features(recipe, part, network) for part in read)
-    own = max(recipe.batch_size // ranks, 2)
-    workers = worker_count(recipe.workers, ranks)
-    ahead = 2 * workers + 1
-    with closing(open_recipe_batches(replace(recipe, workers=workers), parts.train, device, plan.world)) as batches:
+    with closing(open_recipe_batches(recipe, parts.train, device, plan.world)) as batches:
         labels_B = torch.tensor(parts.train.labels_N[:own], device=device)
         features_VBF = torch.rand(len(view_settings(recipe).kinds), len(labels_B), network.width, device=device)
         made = repeat(Batch(features_VBF, labels_B, slice(0, len(labels_B))), 1000)
-        steps = iter(made) if frozen else batches.training(0, own, range(1000))
-        a_step = _paced(steps, _training_step(plan, network), ahead, device)
-        everything = np.arange(len(parts.train))
-        images = (batch for batch, _ in batches.evaluation_of(everything, _IMAGES))
+        steps = made if frozen else batches.training(0, own, range(1000))
+        set_training(network, recipe)
+        trainer = Trainer(replace(plan, recipe=recipe), network, batches, None, Requests())
+        a_step = _paced(steps, trainer.take_step, ahead, device)
 
         def encode(batch: Batch) -> None:
             with torch.inference_mode(), exact_float32():
                 network.encode(batch.images_VB3SS[0])
 
         network.eval()
-        seen = min(len(everything), _IMAGES)
-        an_image = _paced(images, encode, ahead, device) / seen / ranks if todo or not frozen else 0.0
+        seen = min(len(parts.train), _IMAGES) * ranks
+        an_image = _paced(batches.evaluation(_IMAGES), encode, ahead, device) / seen if todo or not frozen else 0.0
     validation, test = (len(part) if part else 0 for part in (parts.validation, parts.test))
     scored = 0.0 if frozen else an_image
     last = 2 * (validation + test) + (0 if recipe.model.tune == "scratch" else len(parts.train))
     return Cost(todo * an_image, plan.steps_per_epoch * a_step + validation * scored, last * scored + _REST)
 
 
-def _training_step(plan: Plan, network: Any) -> Callable[[Batch], None]:
-    """What the loop does with a batch, at a rate that leaves the weights as they are."""
-    recipe = plan.recipe
-    step = Step(recipe, network, plan.parts.train.class_counts, plan.device, plan.precision, plan.world)
-    groups = parameter_groups(network, network.encoder, recipe.optim.layer_decay)
-    optimizer = create_sgd(groups, 0.0, recipe.optim.momentum, 0.0)
-    set_training(network, recipe)
-
-    def train(batch: Batch) -> None:
-        optimizer.zero_grad()
-        step(batch)
-        optimizer.step()
-
-    return train
-
-
-def _paced(items: Iterator[T], work: Callable[[T], None], ahead: int, device: torch.device) -> float:
+def _paced(items: Iterable[Batch], work: Callable[[Batch], object], ahead: int, device: torch.device) -> float:
     """Seconds for an item, with its making by the loader, which is `ahead` by so many: they do not count, since all
     must get ready first. Of fewer items, all count."""
     ends = [time.perf_counter()]
@@ -203,5 +168,4 @@ def _paced(items: Iterator[T], work: Callable[[T], None], ahead: int, device: to
         ends.append(time.perf_counter())
         if number > ahead and ends[-1] - ends[ahead + 1] > _TIMED_FOR:
             break
-    first = ahead + 1 if len(ends) > ahead + 2 else 0
-    return (ends[-1] - ends[first]) / max(len(ends) - 1 - first, 1)
+    return float(np.diff(ends[ahead + 1 :] if len(ends) > ahead + 2 else ends).mean())

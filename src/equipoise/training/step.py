@@ -24,8 +24,7 @@ _STEPS_BEFORE_GRAPH = 3
 
 
 class Step:
-    """Computes the gradients of one batch into the network's parameters; with several ranks, those of the batch that
-    they hold together, on every rank."""
+    """Computes the gradients of one batch, which the ranks may hold together, into the network's parameters."""
 
     def __init__(
         self,
@@ -48,10 +47,9 @@ class Step:
             network.encoder.compile()  # in its place: the names of its weights stay
         self._forward: nn.Module = _Forward(network, self.objective, recipe.micro_batch)
         # Recorded steps were not tried together with these.
-        whole = all(parameter.requires_grad for parameter in network.parameters()) and world.size == 1
-        untried = recipe.deterministic or recipe.micro_batch or recipe.compile or recipe.optim.sam
-        untried = untried or recipe.views.mix != "none"
-        recorded = recipe.cuda_graph and device.type == "cuda" and whole and self.objective.records and not untried
+        untried = recipe.deterministic or recipe.micro_batch or recipe.compile or recipe.optim.sam or world.size > 1
+        untried = untried or recipe.views.mix != "none" or not all(one.requires_grad for one in network.parameters())
+        recorded = recipe.cuda_graph and device.type == "cuda" and self.objective.records and not untried
         self._graph = StepGraph(self._losses, network, recipe.batch_size) if recorded else None
         if world.size > 1:
             parallel = nn.parallel.DistributedDataParallel(self._forward, gradient_as_bucket_view=True)
@@ -70,8 +68,7 @@ class Step:
                 self.objective.get_buffer(name).copy_(buffer)
 
     def __call__(self, batch: Batch, votes: Sequence[int] = ()) -> tuple[dict[str, float], list[float]]:
-        """The loss terms of the whole batch, and the sum over ranks of the votes. The gradients are there, the weights
-        have not moved."""
+        """The loss terms of the whole batch, and the sum over ranks of the votes. The weights have not moved."""
         with self._uphill(batch) if self._recipe.optim.sam else nullcontext():
             if self._graph is not None and self._graph.takes(batch):
                 terms, backward = self._graph.forward(batch), self._graph.backward
@@ -97,20 +94,19 @@ class Step:
         state_before = [value.clone() for value in state]
         (self._losses(batch)["loss"] * self._world.size).backward()
         state_after = [value.clone() for value in state]
-        moved = [parameter for parameter in self._forward.parameters() if parameter.grad is not None]
-        gradients = [parameter.grad for parameter in moved if parameter.grad is not None]
-        start = [parameter.detach().clone() for parameter in moved]
-        length = torch.stack([gradient.norm() for gradient in gradients]).norm()
+        uphill = {one: one.grad for one in self._forward.parameters() if one.grad is not None}
+        start = [parameter.detach().clone() for parameter in uphill]
+        length = torch.stack([gradient.norm() for gradient in uphill.values()]).norm()
         with torch.no_grad():
             for value, before in zip(state, state_before, strict=True):
                 value.copy_(before)
-            for parameter, gradient in zip(moved, gradients, strict=True):
+            for parameter, gradient in uphill.items():
                 parameter.add_(gradient * (self._recipe.optim.sam / (length + 1e-12)))
                 parameter.grad = None
         with resting_averages(self._network):
             yield
         with torch.no_grad():
-            for value, before in zip([*moved, *state], [*start, *state_after], strict=True):
+            for value, before in zip([*uphill, *state], [*start, *state_after], strict=True):
                 value.copy_(before)
 
     def _losses(self, batch: Batch) -> Terms:
@@ -132,8 +128,7 @@ class Step:
 
 
 class _Forward(nn.Module):
-    """What DistributedDataParallel wraps: it exchanges gradients only of calls of `forward`. The objective is in it for
-    its parameters."""
+    """What DistributedDataParallel wraps. The objective is in it for its parameters."""
 
     def __init__(self, network: TwoBranchNetwork, objective: Objective, micro_batch: int) -> None:
         super().__init__()
@@ -160,8 +155,7 @@ class StepGraph:
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
 
     def takes(self, batch: Batch) -> bool:
-        """Whether the graphs are of such a batch. The first ones must do without: meanwhile libraries choose their
-        algorithms."""
+        """Whether the graphs are of such a batch. In the first ones, libraries choose their algorithms."""
         if len(batch.labels_G) != self._batch_size:
             return False
         self._before += 1
@@ -184,9 +178,7 @@ class StepGraph:
             if out_of_memory(error):
                 raise
             why = reason(error, library=True, otherwise="torch does not say why")
-            raise UserError(
-                f"a step of this network cannot be recorded as a CUDA graph ({why}); set --cuda-graph false"
-            ) from None
+            raise UserError(f"this step cannot be recorded as a CUDA graph ({why}); set --cuda-graph false") from None
         self._terms = {name: term.detach() for name, term in terms.items()}
         self._gradients = [parameter.grad for parameter in self._parameters]
 
