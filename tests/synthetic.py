@@ -131,7 +131,7 @@ def write_figures(folder, counts, names, method, images_per_class, validation, g
         build=lambda: network, class_counts=tuple(counts), class_names=tuple(names), epoch=20, step=100,
         log_prior_of_logits=lambda: torch.zeros(classes),
     )  # fmt: skip
-    block, observed = score_checkpoint(checkpoint, parts, "cpu")
+    block, observed = score_checkpoint(checkpoint, checkpoint.build(), parts)
     np.savez_compressed(folder / OBSERVED, **observed)
     scored = {part: block[part] for part in ("validation", "test")}
     described = {"class_names": names, "train_counts": counts}

@@ -28,7 +28,7 @@ print_metrics(results, "accuracy", {"class_names": [name, "b"], "train_counts": 
 print_plan({"data": f"/{name}/{name}: 12,345 images", "batch": "64"})
 shares = np.array([[1.0, 0.234]])
 near = [[(name, name, 0.9876)]]
-print_predictions(Predicted((f"/{name}/1.png",), (name,), shares.astype(int) * 0, shares, (), near, {}))
+print_predictions(Predicted((f"/{name}/1.png",), (name,), shares.astype(int) * 0, shares, (), near, {}, (None,)))
 main(["data", folder])
 """
 

@@ -211,7 +211,7 @@ def test_of_cold_scores_more_is_allowed(off, allowed, odd_run):
     classifier = replace(load(odd_run, "cpu"), temperature=0.05)
     views = made_up_images(16)
     exact = classifier.calibrated(views).detach().numpy()
-    run = lambda images: exact[: len(images)] + np.float32(off)  # noqa: E731
+    run = lambda images: (exact[: len(images)] + np.float32(off),)  # noqa: E731
     with contextlib.nullcontext() if allowed else pytest.raises(UserError, match=r"more than 0\.002"):
         check(classifier, views, run)
 

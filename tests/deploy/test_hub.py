@@ -45,8 +45,8 @@ def test_round_trip(tmp_path):
         data="/home/somebody/secret", weights="/home/somebody/start.pth", lr=0.123, sampler="square-root"
     )
     write_hub_folder(tmp_path / "hub", checkpoint, 1.25, None)
-    read, temperature = read_hub_folder(tmp_path / "hub")
-    assert temperature == 1.25
+    read, temperature, known = read_hub_folder(tmp_path / "hub")
+    assert (temperature, known) == (1.25, None)
     assert (read.class_names, read.class_counts, read.epoch) == (NAMES, (130, 95, 60, 25), 7)
     assert read.weights.keys() == checkpoint.weights.keys()
     assert all(torch.equal(read.weights[name], value) for name, value in checkpoint.weights.items())
@@ -64,7 +64,7 @@ def test_round_trip(tmp_path):
         ("config.json", b'{"architecture": "resnet18"}', "(its content makes no sense)"),
         ("recipe", {"epochs": -3}, "epochs must be a whole number, at least 1"),
         ("temperature", "hot", "Expected `float | null`, got `str`"),
-        ("class_names", ["a", "b"], "the checkpoint's weights do not fit the resnet8 and 2 classes"),
+        ("class_names", ["a", "b"], "do not fit method bcl with a resnet8 and 2 classes"),
     ],
 )
 def test_damaged_folders(file, content, reason, tmp_path):

@@ -48,17 +48,17 @@ def test_the_nearest_are_those_of_a_slow_loop(tune, tmp_path, monkeypatch):
         pixels = [batch.images_VB3SS[0] for batch, _ in batches.evaluation_of(np.arange(len(images)), 64)]
         features = torch.cat([network.encode(one) for one in pixels]).numpy()
     asked = torch.from_numpy(features[[0, 20, 50]] + np.random.default_rng(0).normal(0, 0.02, (3, features.shape[1])))
-    cosines, rows = nearest(network, batches, asked.float(), 5)
+    (cosines, rows), _ = nearest(network, batches, asked.float(), 5)
     expected = slow_nearest(asked.numpy(), features, 5)
     assert rows.tolist() == [[good[row] for row, _ in of_one] for of_one in expected]
     assert cosines.numpy() == pytest.approx(
         np.array([[cosine for _, cosine in of_one] for of_one in expected]), abs=1e-5
     )
     assert (np.diff(cosines.numpy()) <= 0).all()
-    assert nearest(network, batches, asked.float(), 500)[1].shape == (3, len(good)), "no more than there are"
+    assert nearest(network, batches, asked.float(), 500)[0][1].shape == (3, len(good)), "no more than there are"
     by_name = {images.images.name(row).partition("data/")[2]: row for row in range(len(images))}
     itself = torch.from_numpy(features[good.index(by_name["cat/3.png"])])[None]
-    assert nearest(network, batches, itself, 2)[1].tolist() == [[by_name["ant/5.png"], by_name["cat/3.png"]]]
+    assert nearest(network, batches, itself, 2)[0][1].tolist() == [[by_name["ant/5.png"], by_name["cat/3.png"]]]
 
 
 def test_ranks_share_the_images(tmp_path, monkeypatch):
@@ -69,7 +69,7 @@ def test_ranks_share_the_images(tmp_path, monkeypatch):
     network = checkpoint.build()
     batches = open_encoded_batches(checkpoint.recipe, images, network, CPU, ALONE)
     asked = torch.rand(4, network.width)
-    alone = nearest(network, batches, asked, 3)
+    alone, _ = nearest(network, batches, asked, 3)
 
     class Rank:
         size, given = 2, []
@@ -81,9 +81,12 @@ def test_ranks_share_the_images(tmp_path, monkeypatch):
             self.given.append(best)
             return self.given
 
+        def sum(self, sums):
+            return sums
+
     nearest(network, batches, asked, 3, Rank(0))
     assert all(rows % 2 == 0 for rows in Rank.given[0][1].flatten().tolist())
-    together = nearest(network, batches, asked, 3, Rank(1))
+    together, _ = nearest(network, batches, asked, 3, Rank(1))
     assert torch.equal(alone[1], together[1])
 
 

@@ -48,8 +48,8 @@ PARTS = {"validation": Images(120, (0.5, 0.3, 0.2), 1), "test": Images(90, (1.0,
 
 def test_validation_fits_the_temperature_and_chooses_tau(checkpoint):
     """Whatever the order in which the parts are given. Against the raw logits of the two parts."""
-    metrics, observed = score_checkpoint(checkpoint, PARTS, "cpu")
-    again, _ = score_checkpoint(checkpoint, dict(reversed(PARTS.items())), "cpu")
+    metrics, observed = score_checkpoint(checkpoint, checkpoint.build(), PARTS)
+    again, _ = score_checkpoint(checkpoint, checkpoint.build(), dict(reversed(PARTS.items())))
     assert metrics == again
     prior_C = log_prior(torch.tensor(COUNTS)).float()
     raw = {part: predict(checkpoint.build(), images, prior_C, keep_logits=True) for part, images in PARTS.items()}
@@ -74,11 +74,11 @@ def test_validation_fits_the_temperature_and_chooses_tau(checkpoint):
 
 
 def test_without_validation_nothing_is_fitted_or_chosen(checkpoint):
-    metrics, observed = score_checkpoint(checkpoint, {"test": PARTS["test"]}, "cpu")
+    metrics, observed = score_checkpoint(checkpoint, checkpoint.build(), {"test": PARTS["test"]})
     assert (metrics["validation"], metrics["temperature"], metrics["post_hoc"]) == (None, None, None)
     assert metrics["test"]["images"] == 90
     assert "test/calibrated_N" not in observed
-    metrics, _ = score_checkpoint(checkpoint, {"validation": PARTS["validation"]}, "cpu")
+    metrics, _ = score_checkpoint(checkpoint, checkpoint.build(), {"validation": PARTS["validation"]})
     assert metrics["test"] is None
     assert "test" not in metrics["post_hoc"]
 

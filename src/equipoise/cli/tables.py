@@ -26,7 +26,7 @@ from equipoise.method.methods import remedies
 if TYPE_CHECKING:
     from equipoise.deploy.predict import Predicted
     from equipoise.evaluation.labels import Doubt
-    from equipoise.runs.records import ShiftRow
+    from equipoise.runs.records import NoneOfThese, ShiftRow
 
 _ROWS_SHOWN = 40
 _FEW_SHOWN = 5  # in a line
@@ -131,6 +131,15 @@ def print_label_shift(rows: "Sequence[ShiftRow]") -> None:
     print("(forward 50: the class with the most training images is 50 times as frequent as the one with the fewest)")
 
 
+def print_none_of_these(part: str, told: "NoneOfThese") -> None:
+    """How well pictures of no class are told from those of a part."""
+    shares = percent(told["refused"]), percent(told["kept"]), percent(told["auroc"]), percent(told["fpr95"])
+    number = several(told["images"], "strange picture")
+    line = "none of these: {0} % of {4} refused, {1} % of {5} kept (mean over classes), by the threshold of validation"
+    print(line.format(*shares, number, part))
+    print("AUROC {2}, false positive rate at 95 % {3}, percent".format(*shares))
+
+
 def print_unreadable(metrics: Mapping[str, Any]) -> None:
     """How many images could not be read, and the first of them."""
     for part, bad in metrics["bad_images"].items():
@@ -183,7 +192,7 @@ def _print_remedies(counts: Sequence[int], recipe: Recipe) -> None:
         return
     ends = counts.index(max(counts)), counts.index(min(counts))
     images = " and ".join(f"{counts[label]:,}" for label in ends)
-    print(f"\nwhat usual remedies do to the largest class and the rarest ({images} images):")
+    _console().print(f"\nwhat usual remedies do to the largest class and the rarest ({images} images):")
     table = Table.grid(Column(), Column(justify="right"), Column(justify="right"), Column(), padding=(0, 2))
     for remedy, figures_C, meaning in remedies(counts):
         table.add_row(remedy, *(f"{figures_C[label]:.3g}" for label in ends), meaning)
@@ -197,8 +206,9 @@ def print_predictions(predicted: "Predicted") -> None:
     """A line an image: its file, then classes with their probabilities in percent, the most probable first."""
     file, name, further = _names("file", "class", "next")
     table = Table(file, name, Column("percent", justify="right", overflow="fold"), further, box=SIMPLE)
-    explained = zip(predicted, predicted.neighbours, strict=True)
-    for (file, ((name, share), *others)), neighbours in islice(explained, _ROWS_SHOWN):
+    explained = zip(predicted, predicted.neighbours, predicted.strange, strict=True)
+    for (file, classes), neighbours, strange in islice(explained, _ROWS_SHOWN):
+        (name, share), *others = [("none of these", None), *classes] if strange else classes
         further = ", ".join(f"{other} {percent(of_other)}" for other, of_other in others)
         table.add_row(*(_plain(" ".join(cell.split())) for cell in (file, name, percent(share), further)))
         for near, of_near, cosine in neighbours:

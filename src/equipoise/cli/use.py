@@ -31,7 +31,8 @@ _PASSED_OVER_SHOWN = 20
 def evaluate(options: argparse.Namespace) -> None:
     target, overrides = Path(options.target), flags.overrides_of(options)
     other_data = options.data or options.split or any(field.path[-1].endswith("_list") for field, _ in overrides)
-    if not target.is_dir() or other_data or options.out or options.logits or options.set or options.label_shift:
+    other_figures = options.logits or options.label_shift or options.none_of_these
+    if not target.is_dir() or other_data or options.out or options.set or other_figures:
         score_checkpoint(options, target, options.data, options.split)
         return
     flags.refuse_unwritable("--out", target / METRICS, ".json")
@@ -59,8 +60,9 @@ def score_checkpoint(options: argparse.Namespace, target: Path, data: str | None
     checkpoint = chosen_checkpoint(target)
     flags.refuse_unwritable("--out", options.out or checkpoint.with_name(METRICS), ".json")
     flags.refuse_unwritable("--logits", logits, ".npz")
+    further = bool(logits), shifted, options.none_of_these
     with join() as world:
-        metrics, predictions = evaluate_checkpoint(checkpoint, data, part, overrides, bool(logits), shifted, world)
+        metrics, predictions = evaluate_checkpoint(checkpoint, data, part, overrides, *further, world)
     if not world.is_first:
         return
     scored: str = metrics["split"]
@@ -70,6 +72,8 @@ def score_checkpoint(options: argparse.Namespace, target: Path, data: str | None
     tables.print_unreadable(metrics)
     if shifted:
         tables.print_label_shift(metrics["label_shift"])
+    if "none_of_these" in metrics:
+        tables.print_none_of_these(scored, metrics["none_of_these"])
     if metrics["note"]:
         print(f"note: {metrics['note']}")
     if logits:
@@ -126,6 +130,9 @@ def predict(options: argparse.Namespace) -> int:
     print(f"class prior: {options.prior}; {classifier.calibration}", file=said)
     if predicted.estimated:
         print(tables.largest_changes(predicted.estimated, classifier.checkpoint.class_counts), file=said)
+    if strange := sum(map(bool, predicted.strange)):
+        kept = "by a threshold that keeps 95 % of the validation images"
+        print(f"none of these: {several(strange, 'image')}, {kept}", file=said)
     passed_over = f", {len(predicted.errors):,} passed over" if predicted.errors else ""
     print(f"{several(len(predicted), 'image')} predicted{passed_over}", file=said)
     return 1 if predicted.errors else 0
@@ -160,7 +167,7 @@ def export(options: argparse.Namespace) -> None:
     origin = classifier.origin.resolve()
     out = Path(options.out or origin.with_name(origin.name.partition(".pt")[0] + ENDINGS[form]))
     if form == "safetensors":
-        write_hub_folder(out, classifier.checkpoint, classifier.temperature, classifier.metrics)
+        write_hub_folder(out, classifier.checkpoint, classifier.temperature, classifier.metrics, classifier.known)
     else:
         flags.refuse_unwritable("--out", out, ENDINGS[form])
         print(export_file(classifier, form, out))

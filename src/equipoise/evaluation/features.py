@@ -181,7 +181,7 @@ def _highest(found: Sequence[Nearest], k: int) -> Nearest:
 
 @torch.inference_mode()
 def look_at_training(
-    checkpoint: Checkpoint, parts: Mapping[str, Batches], observed: Table, device: torch.device, world: World
+    network: TwoBranchNetwork, parts: Mapping[str, Batches], observed: Table, world: World
 ) -> KnownClasses | None:
     """Add to what rank 0 `observed` of the part that speaks for the run: the rows of its surest mistakes
     (`mistakes_M`) and, for each, of the nearest training images (`neighbours_MK`); not where images could not be read,
@@ -197,8 +197,7 @@ def look_at_training(
         return wrong[np.argsort(-sure_N[wrong], kind="stable")][:_MISTAKES]
 
     rows_M = world.first_makes(surest)
-    network = checkpoint.build().to(device)
-    asked = [torch.empty(0, network.width, device=device)]
+    asked = [torch.empty(0, network.width, device=network.classifier.weight.device)]
     with exact_float32():
         asked += [network.encode(batch.images_VB3SS[0]) for batch, _ in parts[part].evaluation_of(rows_M, _BATCH)]
     (_, neighbours_MK), means_CF = nearest(network, parts["train"], torch.cat(asked), _NEIGHBOURS, world)

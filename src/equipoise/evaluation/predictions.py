@@ -227,7 +227,7 @@ def count_cosines(vectors_CF: Tensor, groups_C: Tensor, centred: bool) -> npt.ND
 def to_npz(path: Path, arrays: Mapping[str, Any]) -> None:
     """Write them as NumPy's .npz, which is complete or not there at all."""
     with atomic_file(path) as file:
-        np.savez_compressed(file, **arrays)  # pyright: ignore[reportArgumentType] no key is its own argument
+        np.savez(file, **arrays)  # pyright: ignore[reportArgumentType] no key is its own argument
 
 
 def read_observed(file: Path, part: str) -> Table:

@@ -66,8 +66,8 @@ def evaluate_run(
     if last.recipe.model.tune == "scratch":  # such an encoder tells no wrong label from a hard one
         del named["train"]
     where = choose_device(device, world.local_rank)
-    network = last.build().to(where)
-    how = network, where, world
+    networks = [checkpoint.build().to(where) for checkpoint in checkpoints]
+    how = networks[0], where, world
     with ExitStack() as stack:
         batches = world.each_makes(
             lambda: {part: open_encoded_batches(last.recipe, images, *how) for part, images in named.items()}
@@ -75,9 +75,9 @@ def evaluate_run(
         for of_part in batches.values():
             stack.enter_context(closing(of_part))
             of_part.prepare()
-        scored = [score_checkpoint(checkpoint, batches, where, world) for checkpoint in checkpoints]
+        scored = [score_checkpoint(*pair, batches, world) for pair in zip(checkpoints, networks, strict=True)]
         of_chosen, observed = scored[-1]
-        known = look_at_training(checkpoints[-1], batches, observed, where, world)
+        known = look_at_training(networks[-1], batches, observed, world)
         bad = record_bad_images(path, world, **batches)
     metrics: RunMetrics = {
         "method": last.recipe.method,
@@ -152,7 +152,7 @@ def _none_of_these(
     device = next(network.parameters()).device
     known = world.first_makes(lambda: read_known(path.parent, checkpoint.step))
     if known is None:
-        parts = world.each_makes(lambda: unchanged_data(checkpoint, path))
+        parts = world.each_makes(lambda: unchanged_data(load_checkpoint(path), path))  # not the data to score
         known = known_classes_of(checkpoint, parts.named(), device, world)
         if world.is_first:
             write_known(path.parent, known, checkpoint.step)
@@ -164,10 +164,10 @@ def _none_of_these(
 
 
 def score_checkpoint(
-    checkpoint: Checkpoint, parts: Mapping[str, Batches], device: torch.device, world: World = ALONE
+    checkpoint: Checkpoint, network: TwoBranchNetwork, parts: Mapping[str, Batches], world: World = ALONE
 ) -> tuple[CheckpointMetrics, Table]:
-    """The metrics of a checkpoint on the parts that there are, and what the report draws, which rank 0 alone has."""
-    network = checkpoint.build().to(device)
+    """The metrics of a checkpoint, whose network this is, on the parts that there are, and what the report draws, which
+    rank 0 alone has."""
     scored: dict[str, PartMetrics] = {}
     observed: Table = {}
     temperature = None

@@ -309,10 +309,17 @@ def set_training(network: TwoBranchNetwork, recipe: Recipe) -> None:
     network.train()
     for norm in batch_norms(network) if recipe.model.batch_norm == "frozen" else ():
         norm.eval()
-    for module in network.encoder.modules():
-        parameters = list(module.parameters())
-        if parameters and not any(parameter.requires_grad for parameter in parameters):
-            module.eval()  # and what is in it
+    _rest(network.encoder)
+
+
+def _rest(module: nn.Module) -> None:
+    """Evaluation mode for what has parameters of which none is trained."""
+    parameters = list(module.parameters())
+    if any(parameter.requires_grad for parameter in parameters):
+        for child in module.children():
+            _rest(child)
+    elif parameters:
+        module.eval()
 
 
 def seed_network(seed: int, device: torch.device) -> None:
