@@ -207,7 +207,7 @@ raise SystemExit(main(arguments))
             "arguments[1:2] = ['pictures', '--data', f'{folder}/data{rank}', '-b', '6']",
             "rank 1 has another content of the data, precision, kind of device or version than rank 0: start all .*",
         ),
-        ("arguments += ['-b', '7']", r"rank 0: batch_size \(7\) is that of all 2 processes together, .*"),
+        ("arguments += ['-b', '7']", r"rank 0: batch_size \(7\) is that of all 2 processes together; .*"),
     ],
 )
 def test_rank_0_alone_writes_or_all_refuse(difference, said, tmp_path):

@@ -170,7 +170,7 @@ def print_data(
         print(f"… and {len(faults) - len(shown):,} more: --check shows all")
     if not faults:
         read = "every image was decoded" if checked else "images were not decoded: --check does it"
-        print(f"\nno problems found ({read})")
+        _console().print(Text(f"\nno problems found ({read})"))
 
 
 def _print_counts(part: str, images: ImageList) -> None:
@@ -192,7 +192,7 @@ def _print_remedies(counts: Sequence[int], recipe: Recipe) -> None:
         return
     ends = counts.index(max(counts)), counts.index(min(counts))
     images = " and ".join(f"{counts[label]:,}" for label in ends)
-    _console().print(f"\nwhat usual remedies do to the largest class and the rarest ({images} images):")
+    _console().print(Text(f"\nwhat usual remedies do to the largest class and the rarest ({images} images):"))
     table = Table.grid(Column(), Column(justify="right"), Column(justify="right"), Column(), padding=(0, 2))
     for remedy, figures_C, meaning in remedies(counts):
         table.add_row(remedy, *(f"{figures_C[label]:.3g}" for label in ends), meaning)

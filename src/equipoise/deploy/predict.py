@@ -238,18 +238,19 @@ def load(path: str | Path, device: str = "auto", recipe: str = "imagenet-lt") ->
 
 
 def as_csv(predicted: Predicted) -> bytes:
-    """A line an image: file, none_of_these (1, 0, or nothing where it is not known), class_1, probability_1, class_2,
-    ... and, where asked for, neighbour_1, neighbour_class_1, neighbour_cosine_1, ... quoted as RFC 4180 says."""
+    """A line an image: file, class_1, probability_1, class_2, ... and, where asked for, neighbour_1,
+    neighbour_class_1, neighbour_cosine_1, ...; last none_of_these: 1, 0, or nothing where that cannot be said. Quoted
+    as RFC 4180 says."""
     near = max(map(len, predicted.neighbours), default=0)
     of_near = near, ("neighbour", "neighbour_class", "neighbour_cosine")
     groups = (predicted.ranked_NK.shape[1], ("class", "probability")), of_near
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     headings = (f"{name}_{rank + 1}" for ranks, names in groups for rank in range(ranks) for name in names)
-    writer.writerow(["file", "none_of_these", *headings])
+    writer.writerow(["file", *headings, "none_of_these"])
     for (file, classes), neighbours, strange in zip(predicted, predicted.neighbours, predicted.strange, strict=True):
         cells = (cell for *names, share in (*classes, *neighbours) for cell in (*names, f"{share:.6f}"))
-        writer.writerow([file, "" if strange is None else int(strange), *cells])
+        writer.writerow([file, *cells, "" if strange is None else int(strange)])
     return text.getvalue().encode("utf-8", "backslashreplace")
 
 
