@@ -79,8 +79,11 @@ def _onnx(classifier: Classifier, example_N3SS: torch.Tensor) -> tuple[bytes, Sc
     model = program.model_proto
     for node in (*model.graph.node, *(node for function in model.functions for node in function.node)):
         del node.metadata_props[:]  # stack traces with the paths of this machine
-    notes = _notes(classifier).items()
-    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in notes}
+    notes = _notes(classifier)
+    if known := classifier.known:
+        said = "a picture whose likeness is below likeness_threshold shows none of the classes"
+        notes |= {"none_of_these": said, "likeness_threshold": known.threshold}
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in notes.items()}
     onnx.helper.set_model_props(model, texts)
     content = model.SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
@@ -126,7 +129,7 @@ def check(classifier: Classifier, views_N3SS: torch.Tensor, run: Scorer) -> str:
 
 def _notes(classifier: Classifier) -> dict[str, Any]:
     """What is needed to use a file without this package."""
-    checkpoint, views, known = classifier.checkpoint, classifier.checkpoint.recipe.views, classifier.known
+    checkpoint, views = classifier.checkpoint, classifier.checkpoint.recipe.views
     return {
         "class_names": list(checkpoint.class_names),
         "train_counts": list(checkpoint.class_counts),
@@ -141,8 +144,6 @@ def _notes(classifier: Classifier) -> dict[str, Any]:
             "std": list(views.std),
         },
         "output": "scores: softmax(scores) is the probability under a uniform class prior; add the log of another one",
-        "none_of_these": known and f"a picture whose likeness is below {known.threshold:.6g} shows none of the classes",
-        "likeness_threshold": known and known.threshold,
         "temperature": classifier.temperature,
         "method": checkpoint.recipe.method,
         "encoder": checkpoint.recipe.model.encoder,

@@ -233,7 +233,7 @@ def load(path: str | Path, device: str = "auto", recipe: str = "imagenet-lt") ->
         checkpoint = replace(checkpoint, recipe=replace(checkpoint.recipe, views=load_recipe(recipe).views))
     metrics = figures_of(file, checkpoint)
     temperature = metrics and metrics["temperature"]
-    known, model = read_known(file.parent, checkpoint.step), checkpoint.build().to(where)
+    known, model = read_known(file, checkpoint.step), checkpoint.build().to(where)
     return Classifier(file, checkpoint, model, temperature, metrics, where, known and known.to(where))
 
 

@@ -24,11 +24,10 @@ from equipoise.base.progress import ProgressLine
 from equipoise.base.world import ALONE, World
 from equipoise.config.recipe import Recipe
 from equipoise.data.decode import BadImageError, stand_in
-from equipoise.data.images import ImageFiles, ImageList, Indices
+from equipoise.data.images import ImageFiles, ImageList, Indices, Parts
 from equipoise.evaluation.none_of_these import KnownClasses, know_classes
 from equipoise.evaluation.predictions import Table
 from equipoise.method.network import TwoBranchNetwork
-from equipoise.runs.checkpoint import Checkpoint
 from equipoise.views.loader import Batch, Batches, Maker, Task, open_recipe_batches
 from equipoise.views.views import view_settings
 
@@ -206,19 +205,17 @@ def look_at_training(
     return know_classes(means_CF, network, parts["validation"], world) if "validation" in parts else None
 
 
-def known_classes_of(
-    checkpoint: Checkpoint, parts: Mapping[str, ImageList], device: torch.device, world: World
-) -> KnownClasses:
+def known_classes_of(recipe: Recipe, network: TwoBranchNetwork, parts: Parts, world: World) -> KnownClasses:
     """What tells images of no class, of any run: its training images are encoded for it. Raises UserError where there
     is no validation part, which chooses the threshold."""
-    if "validation" not in parts:
+    if parts.validation is None:
         raise UserError("the run has no validation part, by which to tell images of no class; train with --holdout 0.1")
-    network = checkpoint.build().to(device)
+    device = next(network.parameters()).device
     with (
-        closing(open_encoded_batches(checkpoint.recipe, parts["train"], network, device, world)) as train,
-        closing(open_encoded_batches(checkpoint.recipe, parts["validation"], network, device, world)) as validation,
+        closing(open_encoded_batches(recipe, parts.train, network, device, world)) as train,
+        closing(open_encoded_batches(recipe, parts.validation, network, device, world)) as validation,
     ):
-        for batches in train, validation:
-            batches.prepare()
+        train.prepare()
+        validation.prepare()
         _, means_CF = nearest(network, train, torch.empty(0, network.width, device=device), 0, world)
         return know_classes(means_CF, network, validation, world)

@@ -16,14 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from equipoise.base.device import exact_float32
+from equipoise.base.errors import SharedError
 from equipoise.base.world import ALONE, World
-from equipoise.evaluation.predictions import read_observed, to_npz
+from equipoise.evaluation.predictions import to_npz
 from equipoise.method.network import TwoBranchNetwork
-from equipoise.runs.folder import KNOWN
+from equipoise.runs.folder import BEST, KNOWN, LAST
 from equipoise.runs.records import NoneOfThese
 from equipoise.views.loader import Batches
 
 _KEPT = 0.95  # of the validation images, each class counting alike, are like enough to a class
+_LEAST = 20  # images of a class, below which the class counts less: else one image of it would set the threshold
 _BATCH = 32
 
 Likenesses = npt.NDArray[np.float32]
@@ -33,8 +35,9 @@ class KnownClasses(nn.Module):
     """Features `[B, F]` become likenesses `[B]`. An image below the `threshold` shows none of the classes."""
 
     def __init__(self, means_CF: Tensor, threshold: float = 0.0) -> None:
+        """`means_CF` have length 1."""
         super().__init__()
-        self.means_CF = nn.Buffer(F.normalize(means_CF, dim=1).float(), persistent=False)
+        self.means_CF = nn.Buffer(means_CF.float(), persistent=False)
         self.threshold = threshold
 
     def forward(self, hidden_BF: Tensor) -> Tensor:
@@ -44,13 +47,13 @@ class KnownClasses(nn.Module):
 def know_classes(
     means_CF: Tensor, network: TwoBranchNetwork, validation: Batches, world: World = ALONE
 ) -> KnownClasses:
-    """The classes with these mean features, and the threshold that keeps 95 % of the validation images, where each
-    class counts alike: else the rare classes, which vary more about their means, would be refused. All ranks call it.
+    """The classes with these mean features, and the threshold that keeps 95 % of the validation images, where classes
+    of 20 and more count alike: else rare classes, whose means are of few images, would be refused. All ranks call it.
     """
     known = KnownClasses(means_CF).to(next(network.parameters()).device)
     labels_N, likeness_N = likenesses(known, network, validation, world)
     order = likeness_N.argsort()
-    share_N = (1 / np.bincount(labels_N)[labels_N[order]]).cumsum()
+    share_N = (1 / np.bincount(labels_N).clip(_LEAST)[labels_N[order]]).cumsum()
     known.threshold = float(likeness_N[order][np.searchsorted(share_N / share_N[-1], 1 - _KEPT, side="right")])
     return known
 
@@ -59,14 +62,19 @@ def know_classes(
 def likenesses(
     known: KnownClasses, network: TwoBranchNetwork, batches: Batches, world: World = ALONE
 ) -> tuple[npt.NDArray[np.int64], Likenesses]:
-    """The labels and likenesses `[N]` of the images that can be read, in their order. All ranks call it."""
+    """The labels and likenesses `[N]` of the images that can be read, in their order. All ranks call it. Raises
+    UserError where none can."""
     network.eval()
-    found: list[tuple[npt.NDArray[np.int64], Likenesses]] = []
+
+    def share() -> list[tuple[npt.NDArray[np.int64], Likenesses]]:
+        batches_VB = ((batch.labels_G, batch.images_VB3SS[0]) for batch in batches.evaluation(_BATCH))
+        return [(labels.cpu().numpy(), known(network.encode(images)).cpu().numpy()) for labels, images in batches_VB]
+
     with exact_float32():
-        for batch in batches.evaluation(_BATCH):
-            likeness_B = known(network.encode(batch.images_VB3SS[0]))
-            found.append((batch.labels_G.cpu().numpy(), likeness_B.cpu().numpy()))
-    labels_N, likeness_N = map(np.concatenate, zip(*world.gather_in_turn(found), strict=True))
+        in_order = world.gather_in_turn(world.each_makes(share))
+    labels_N, likeness_N = map(np.concatenate, zip(*in_order, strict=True))
+    if not len(labels_N):
+        raise SharedError("none of the images to compare can be read; name others")
     return labels_N, likeness_N
 
 
@@ -86,17 +94,17 @@ def tell_apart(labels_N: npt.NDArray[np.int64], of_N: Likenesses, of_S: Likeness
     }
 
 
-def write_known(folder: Path, known: KnownClasses, step: int) -> None:
-    """Write what `read_known` reads: the classes as the checkpoint after so many steps knows them."""
-    table = {"means_CF": known.means_CF.cpu().numpy(), "threshold": known.threshold, "step": step}
-    to_npz(folder / KNOWN, {f"known/{name}": value for name, value in table.items()})
+def write_known(file: Path, known: KnownClasses, step: int) -> None:
+    """Write what `read_known` reads: the classes as a run's checkpoint `file`, after so many steps, knows them."""
+    if file.name in (LAST, BEST):  # others may have the same step
+        to_npz(file.with_name(KNOWN), {"means_CF": known.means_CF.cpu().numpy(), "about": [known.threshold, step]})
 
 
-def read_known(folder: Path, step: int) -> KnownClasses | None:
-    """None where nothing was written, or that of another step."""
-    if not (folder / KNOWN).is_file():
+def read_known(file: Path, step: int) -> KnownClasses | None:
+    """None where nothing was written, or that of another step; or it is damaged, so that it is found out anew."""
+    try:
+        with np.load(file.with_name(KNOWN)) as arrays:  # which executes nothing in it
+            means_CF, (threshold, of_step) = torch.from_numpy(arrays["means_CF"]), arrays["about"].tolist()
+    except Exception:  # numpy, zipfile and zlib raise errors of many kinds
         return None
-    table = read_observed(folder / KNOWN, "known")
-    return (
-        KnownClasses(torch.from_numpy(table["means_CF"]), float(table["threshold"])) if table["step"] == step else None
-    )
+    return KnownClasses(means_CF, threshold) if of_step == step and file.name in (LAST, BEST) else None

@@ -93,7 +93,7 @@ def evaluate_run(
     if world.is_first:
         to_npz(path / OBSERVED, observed)
         if known:
-            write_known(path, known, checkpoints[-1].step)
+            write_known(chosen_checkpoint(path), known, checkpoints[-1].step)
         write_json(path / METRICS, metrics)
     return metrics
 
@@ -114,14 +114,19 @@ def evaluate_checkpoint(
     about. `overrides` must not change the model; a list file among them stands for the data's own lists. Raises
     UserError where there is no such part or its classes are not the checkpoint's."""
     checkpoint, part, images, note = world.each_makes(lambda: find_target(path, data, split, overrides))
-    if shifted and not checkpoint.class_counts:
+    files = find_images([strangers])[0] if strangers and Path(strangers).is_dir() else []
+    if strangers and not files:
+        raise UserError(f"{strangers} is no folder with images; name one whose pictures show none of the classes")
+    if strangers and not checkpoint.fingerprints:
+        raise UserError(f"{path} does not say what it was trained on: drop --none-of-these")
+    if shifted and 0 in (checkpoint.class_counts or (0,)):
         raise UserError(f"{path} does not say how many training images each class had: drop --label-shift")
     device = choose_device(checkpoint.recipe.device, world.local_rank)
     with closing(world.each_makes(lambda: open_recipe_batches(checkpoint.recipe, images, device, world))) as batches:
         network = checkpoint.build().to(device)
         metrics, predictions = _score(checkpoint, network, batches, world, keep_logits or shifted)
         bad = _bad_images(batches, world)
-        none_of_these = _none_of_these(path, checkpoint, strangers, network, batches, world) if strangers else None
+        none_of_these = _none_of_these(path, checkpoint, files, network, batches, world) if strangers else None
     table: dict[str, Any] = {
         "method": checkpoint.recipe.method,
         "checkpoint": described(path, checkpoint),
@@ -143,19 +148,16 @@ def evaluate_checkpoint(
 
 
 def _none_of_these(
-    path: Path, checkpoint: Checkpoint, folder: str, network: TwoBranchNetwork, batches: Batches, world: World
+    path: Path, checkpoint: Checkpoint, files: list[str], network: TwoBranchNetwork, batches: Batches, world: World
 ) -> NoneOfThese:
-    """How well images of the scored part are told from those in a folder."""
-    files, _ = find_images([folder])
-    if not files:
-        raise UserError(f"{folder} holds no images; name a folder of pictures that show none of the classes")
+    """How well images of the scored part are told from these files."""
     device = next(network.parameters()).device
-    known = world.first_makes(lambda: read_known(path.parent, checkpoint.step))
+    known = world.first_makes(lambda: read_known(path, checkpoint.step))
     if known is None:
         parts = world.each_makes(lambda: unchanged_data(load_checkpoint(path), path))  # not the data to score
-        known = known_classes_of(checkpoint, parts.named(), device, world)
+        known = known_classes_of(checkpoint.recipe, network, parts, world)
         if world.is_first:
-            write_known(path.parent, known, checkpoint.step)
+            write_known(path, known, checkpoint.step)
     known.to(device)
     how = view_settings(checkpoint.recipe), device, worker_count(-1), world, True
     with closing(open_batches(unlabelled(files), *how)) as strange:

@@ -101,7 +101,9 @@ class RunFolder:
         # A bug leaves its evidence. SystemExit comes from rich, where nobody reads what it prints.
         failed = isinstance(error, UserError | OSError | KeyboardInterrupt | SystemExit)
         removed = failed and not self.kept and not (self._path / LAST).exists()
-        for entry in self._path.glob("*") if removed else [self._path / LOCK]:
+        # The lock goes last: what another process writes then is not ours.
+        lock = self._path / LOCK
+        for entry in [*(entry for entry in self._path.glob("*") if removed and entry != lock), lock]:
             if entry.is_dir():
                 shutil.rmtree(entry, ignore_errors=True)
             else:

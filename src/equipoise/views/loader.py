@@ -6,6 +6,7 @@ import contextlib
 import signal
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -121,21 +122,24 @@ class Batches:
         self.bad = dict(maker.bad)
         self._maker, self._device, self._world, self._workers = maker, device, world, workers
         self._tasks = _Tasks()
-        self._processes: DataLoader[Batch | UserError] = DataLoader(
-            maker,
-            batch_size=None,
-            sampler=self._tasks,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=device.type == "cuda",
-            generator=torch.Generator(),  # else every pass would draw from torch's own random state
-            worker_init_fn=_start_worker,
-        )
         self._receiving: Iterator[Batch | UserError] | None = None
 
     def __len__(self) -> int:
         """Images of the list."""
         return len(self._maker)
+
+    @cached_property
+    def _processes(self) -> "DataLoader[Batch | UserError]":
+        return DataLoader(
+            self._maker,
+            batch_size=None,
+            sampler=self._tasks,
+            num_workers=self._workers,
+            persistent_workers=self._workers > 0,
+            pin_memory=self._device.type == "cuda",
+            generator=torch.Generator(),  # else every pass would draw from torch's own random state
+            worker_init_fn=_start_worker,
+        )
 
     def training(
         self, seed: int, batch_size: int, steps: range, sampler: str = "instance", epochs: int = 1
@@ -195,11 +199,12 @@ class Batches:
 
     def _by_processes(self, tasks: Iterable[Task | Indices]) -> Iterator[Batch | UserError]:
         self._tasks.next = tasks
+        before = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
         self._receiving = iter(self._processes)
         # torch's handler would raise the death of a process in whatever line this one is at; without it, torch raises
         # where the batch is waited for. There is none on Windows and in other threads.
         with contextlib.suppress(AttributeError, ValueError):
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            signal.signal(signal.SIGCHLD, before)
         try:
             yield from self._receiving
         except (RuntimeError, OSError, EOFError) as error:
