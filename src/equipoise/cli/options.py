@@ -73,7 +73,7 @@ def _evaluate(command: ArgumentParser, _: Sequence[str]) -> None:
     add("--split", choices=parts, help="the part to score (default: test, or validation where there is no test)")
     add("--out", metavar="FILE", help="where to write the metrics (default: beside the checkpoint)")
     add("--logits", metavar="FILE", help="write the logits of every image too, as .npz")
-    add("--none-of-these", metavar="FOLDER", help="pictures of no class: how well they are told from the part's")
+    add("--none-of-these", metavar="FOLDER", help="pictures of no class: how well they are told apart")
     add("--label-shift", action="store_true", help="the accuracy under other class priors, up to 50 to 1")
     add_set(command, "data.val_list", "data.test_list", "data.on_bad_image", "data.allow_outside", "device")
 

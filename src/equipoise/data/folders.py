@@ -31,7 +31,7 @@ def images_below(root: Path) -> dict[str, str]:
 
 def find_images(paths: Sequence[str | Path]) -> tuple[list[str], list[UserError]]:
     """Each file of `paths`, and in folders and their sub-folders those that are images. An error for each other file
-    there but hidden ones, and for each folder without images. Raises UserError for a folder that cannot be read."""
+    there but hidden ones, and for each folder without images. Raises OSError for a folder that cannot be read."""
     files, errors = list[str](), list[UserError]()
     for path in map(Path, paths):
         if not path.is_dir():

@@ -2,7 +2,7 @@
 
 `config.json` is timm's (architecture, arguments, preprocessing), with the rest of the checkpoint under 'equipoise'.
 `model.safetensors` holds the encoder under timm's own names, so that timm loads it strictly; `head.safetensors` holds
-the classifier and the projections; `README.md` is the model card.
+the classifier, the projections, and what tells images of no class; `README.md` is the model card.
 """
 
 import json
