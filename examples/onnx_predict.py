@@ -22,13 +22,17 @@ def decoded(path):
 if len(sys.argv) < 3:
     raise SystemExit(__doc__)
 session = onnxruntime.InferenceSession(sys.argv[1])
-names, view = (json.loads(session.get_modelmeta().custom_metadata_map[key]) for key in ("class_names", "preprocessing"))
+notes = session.get_modelmeta().custom_metadata_map
+names, view, least = (
+    json.loads(notes.get(key, "null")) for key in ("class_names", "preprocessing", "likeness_threshold")
+)
 for path in sys.argv[2:]:
     image = decoded(path)
     size, short, smaller = view["size"], view["short_side"], min(image.size)
     shape = tuple(short * side // smaller for side in image.size) if short else (size, size)
     left, top = (round((side - size) / 2) for side in shape)
     pixels = np.asarray(image.resize(shape, Image.Resampling.BILINEAR))[top : top + size, left : left + size]
-    scores = session.run(None, {"images": pixels.transpose(2, 0, 1)[None]})[0][0]
+    (scores,), *likenesses = session.run(None, {"images": pixels.transpose(2, 0, 1)[None]})
+    strange = ["none of these"] if likenesses and likenesses[0][0] < least else []
     shares = np.exp(scores - scores.max())  # for a class prior that is not uniform, add its logarithm to the scores
-    print(path, " ".join(names[scores.argmax()].split()), f"{shares.max() / shares.sum():.4f}", sep="\t")
+    print(path, " ".join(names[scores.argmax()].split()), f"{shares.max() / shares.sum():.4f}", *strange, sep="\t")

@@ -22,6 +22,8 @@ from equipoise.views.loader import Batch, steps_per_epoch
 
 WIDTH = 24
 
+TWO_EPOCHS = load_recipe("digits-lt", epochs=2, precision="fp32", method="ce", log_every=1)
+
 
 class Prejudiced(CosineClassifier):
     """One that has learned something of the training prior."""

@@ -150,7 +150,7 @@ def test_evaluate_under_other_class_priors(run, part_folder, tmp_path, capsys):
     rows = {row["prior"]: row for row in table["label_shift"]}
     assert len(rows) == 31
     few = table["test"]["calibration"]["few"]
-    shown = f"{100 * few['classwise_ece']:.3g} +{few['nll']:.3f} +{few['brier']:.3f}"
+    shown = f"{100 * few['classwise_ece']:.2f} +{few['nll']:.3f} +{few['brier']:.3f}"
     assert re.search(rf"\n +few +{shown} *\n", said)
     assert rows["uniform"]["unknown"] == rows["uniform"]["known"] == pytest.approx(table["test"]["mean_per_class"])
     for name in ("forward 50", "backward 2"):

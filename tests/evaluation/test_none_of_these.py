@@ -19,7 +19,14 @@ from equipoise.deploy.export import export_file
 from equipoise.deploy.hub import write_hub_folder
 from equipoise.deploy.predict import as_csv
 from equipoise.evaluation.features import nearest
-from equipoise.evaluation.none_of_these import KnownClasses, know_classes, read_known, tell_apart, write_known
+from equipoise.evaluation.none_of_these import (
+    KnownClasses,
+    choose_threshold,
+    know_classes,
+    read_known,
+    tell_apart,
+    write_known,
+)
 from equipoise.evaluation.score import evaluate_checkpoint
 from equipoise.method.encoders import create_encoder
 from equipoise.views.loader import open_batches
@@ -72,12 +79,41 @@ def test_means_and_threshold_by_a_slow_loop(world_of_pictures):
     assert torch.allclose(means_CF, sums_CF / sums_CF.norm(dim=1, keepdim=True), atol=1e-6)
 
     known = know_classes(means_CF, network, validation, ALONE)
+    assert known is not None
     likeness = [(max(float(unit_F @ mean_F) for mean_F in means_CF), label) for label, unit_F in units["validation"]]
     weights = [1 / 37, 1 / 20, 1 / 20]  # of an image; the classes of 19 and 3 images count less than that of 37
-    total = 1 + 19 / 20 + 3 / 20
-    refused = sum(weights[label] for value, label in likeness if value < known.threshold - 1e-6) / total
-    also = sum(weights[label] for value, label in likeness if value < known.threshold + 1e-6) / total
-    assert refused <= 0.05 < also, "the highest threshold that keeps 95 %"
+    total = 1 + 19 / 20 + 3 / 20 + 1 / 20  # and that of one further image, which is refused
+    refused = sum(weights[label] for value, label in likeness if value < known.threshold - 1e-6) + 1 / 20
+    also = sum(weights[label] for value, label in likeness if value < known.threshold + 1e-6) + 1 / 20
+    assert refused / total <= 0.05 < also / total, "the highest threshold that keeps 95 %"
+
+
+def test_fewer_images_than_can_promise_it_choose_nothing():
+    rng = np.random.default_rng(0)
+    for images in range(1, 70):
+        likeness_N = rng.random(images, np.float32)
+        chosen = choose_threshold(np.zeros(images, np.int64), likeness_N)
+        if images < 19:
+            assert chosen is None
+        else:  # the order statistic of split conformal prediction; of fewer than 20 images a class counts less
+            assert chosen == np.sort(likeness_N)[int(0.05 * (images + 1) + 1e-9) - 1]
+
+
+def test_of_further_images_95_percent_are_kept():
+    """The mean over many validation parts, however small: at least 95 %, and not all."""
+    rng = np.random.default_rng(0)
+    for images in 19, 30, 100:
+        chosen = [choose_threshold(np.zeros(images, np.int64), rng.random(images, np.float32)) for _ in range(4000)]
+        kept = 1 - np.mean(chosen)  # likenesses are uniform
+        assert 0.948 < kept < 0.972
+
+
+def test_one_image_of_a_rare_class_does_not_set_the_threshold():
+    labels_N = np.repeat(np.arange(10), [*[20] * 9, 1])
+    likeness_N = np.where(labels_N == 9, 0.05, 0.9 + 0.0001 * np.arange(181)).astype(np.float32)
+    chosen = choose_threshold(labels_N, likeness_N)
+    assert chosen is not None
+    assert chosen > 0.9
 
 
 def test_of_another_step_nothing_is_known(tmp_path):
@@ -108,13 +144,22 @@ def test_from_training_to_every_use(tune, world_of_pictures, tmp_path, capsys):
     rng = np.random.default_rng(0)
     for index in range(6):
         Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8)).save(strange / f"{index}.png")
+    (strange / "notes.txt").write_text("no picture")
+    (strange / "broken.png").write_bytes((strange / "0.png").read_bytes()[:60])
     assert main(["evaluate", str(tmp_path / "run"), "--none-of-these", str(strange)]) == 0
     shown = capsys.readouterr().out
     written = json.loads(next((tmp_path / "run").glob("metrics-*.json")).read_text())["none_of_these"]
-    assert written["images"] == 6
+    assert (written["images"], written["passed_over"]) == (6, 2)
     assert 0 <= written["auroc"] <= 1
     assert f"{100 * written['auroc']:.1f}" in shown
     assert "none of these" in shown
+
+    for number in range(6):
+        (strange / f"{number}.png").rename(tmp_path / f"{number}.png")
+    assert main(["evaluate", str(tmp_path / "run"), "--none-of-these", str(strange)]) == 2
+    assert "none of the images to compare can be read" in capsys.readouterr().err
+    for number in range(6):
+        (tmp_path / f"{number}.png").rename(strange / f"{number}.png")
 
     classifier = load(tmp_path / "run")
     known = classifier.known

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import draw_folder, figures_of
+from synthetic import TWO_EPOCHS as RECIPE
 
 from benchmarks.rehearsal import build_imagenet
 from equipoise import UserError, load_recipe, train
@@ -20,18 +21,7 @@ from equipoise.training import plan as planning
 from equipoise.training.plan import Place, Plan, find_place, prepare, refuse_batches
 from equipoise.training.session import start
 
-RECIPE = load_recipe("digits-lt", epochs=2, precision="fp32", method="ce", log_every=1)
 OWN = World()
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
-    return train(RECIPE, tmp_path_factory.mktemp("runs") / "run", progress=False).path
-
-
-@pytest.fixture
-def run(finished, tmp_path) -> Path:
-    return shutil.copytree(finished, tmp_path / "run")
 
 
 def going_on(run: Path, **overrides: object) -> Plan:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from synthetic import TWO_EPOCHS as RECIPE
 
 from benchmarks.crash import crash
 from equipoise import UserError, load_recipe, train
@@ -22,18 +23,6 @@ from equipoise.runs.checkpoint import load_checkpoint
 from equipoise.training import loop, session
 from equipoise.training.plan import prepare
 from equipoise.training.session import start
-
-RECIPE = load_recipe("digits-lt", epochs=2, precision="fp32", method="ce", log_every=1)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
-    return train(RECIPE, tmp_path_factory.mktemp("runs") / "run", progress=False).path
-
-
-@pytest.fixture
-def run(finished, tmp_path) -> Path:
-    return shutil.copytree(finished, tmp_path / "run")
 
 
 @pytest.mark.long

@@ -113,7 +113,7 @@ def print_calibration(part: str, metrics: Mapping[str, Any]) -> None:
     """How well the probabilities fit, for all classes and for each shot group."""
     headings = "mean over classes", "class-wise\nECE, percent", "negative\nlog-likelihood", "Brier\nscore"
     rows = [
-        (group, f"{100 * of['classwise_ece']:.3g}", f"{of['nll']:.3f}", f"{of['brier']:.3f}")
+        (group, f"{100 * of['classwise_ece']:.2f}", f"{of['nll']:.3f}", f"{of['brier']:.3f}")
         for group, of in metrics["calibration"].items()
     ]
     _print_figures(f"calibration on {part}, by the softmax of the raw logits", headings, rows)
@@ -138,6 +138,8 @@ def print_none_of_these(part: str, told: "NoneOfThese") -> None:
     line = "none of these: {0} % of {4} refused, {1} % of {5} kept (mean over classes), by the threshold of validation"
     print(line.format(*shares, number, part))
     print("AUROC {2}, false positive rate at 95 % {3}, percent".format(*shares))
+    if told["passed_over"]:
+        print(f"passed over beside them: {several(told['passed_over'], 'file')} that cannot be read")
 
 
 def print_unreadable(metrics: Mapping[str, Any]) -> None:

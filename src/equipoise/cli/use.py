@@ -130,9 +130,8 @@ def predict(options: argparse.Namespace) -> int:
     print(f"class prior: {options.prior}; {classifier.calibration}", file=said)
     if predicted.estimated:
         print(tables.largest_changes(predicted.estimated, classifier.checkpoint.class_counts), file=said)
-    if strange := sum(map(bool, predicted.strange)):
-        kept = "by a threshold that keeps 95 % of the validation images"
-        print(f"none of these: {several(strange, 'image')}, {kept}", file=said)
+    told = f"{several(sum(map(bool, predicted.strange)), 'image')}, by the likeness to the classes"
+    print(f"none of these: {told if classifier.known else 'this model cannot tell'}", file=said)
     passed_over = f", {len(predicted.errors):,} passed over" if predicted.errors else ""
     print(f"{several(len(predicted), 'image')} predicted{passed_over}", file=said)
     return 1 if predicted.errors else 0

@@ -133,10 +133,11 @@ class Classifier:
         """The `top` most probable classes of the images at `paths`, files or folders.
 
         `prior` is how frequent the classes are where the model is used: 'uniform', 'train' (as in training), 'estimate'
-        (`estimate_prior` of these images, whose scores are kept for it), a weight for each class, or a CSV file of
-        weights. `progress` is called with the number of files done and of all files. `explain`: how many of the nearest
-        training images to find for each. A file that cannot be read is left out and becomes one of the `errors`. Raises
-        UserError for a prior that does not fit the classes, and where training images are asked for that are gone.
+        (`estimate_prior` of these images but the strange ones; the scores of all are kept for it), a weight for each
+        class, or a CSV file of weights. `progress` is called with the number of files done and of all files. `explain`:
+        how many of the nearest training images to find for each. A file that cannot be read is left out and becomes one
+        of the `errors`. Raises UserError for a prior that does not fit the classes, and where training images are asked
+        for that are gone.
         """
         names = self.checkpoint.class_names
         log_prior_C = None if prior == "estimate" else self._log_prior(prior)
@@ -163,14 +164,15 @@ class Classifier:
                 progress(min(number * _BATCH, len(files)), len(files))
         read = [file for index, file in enumerate(files) if index not in batches.bad]
         errors += [UserError(error.fault) for _, error in sorted(batches.bad.items())]
+        strange = (torch.cat(likenesses) < self.known.threshold).tolist() if self.known else [None] * len(read)
         estimated: dict[str, float] = {}
         if log_prior_C is None:
-            prior_C = estimate_prior(torch.cat(scores).numpy())
+            kept_N = torch.tensor([not one for one in strange], dtype=torch.bool)
+            prior_C = estimate_prior(torch.cat(scores)[kept_N].numpy())
             estimated, log_prior_C = dict(zip(names, prior_C.tolist(), strict=True)), torch.from_numpy(prior_C).log()
         ranked += [_most_probable(scores_BC, log_prior_C, top) for scores_BC in scores]
         near = self._neighbours(*train, torch.cat(features), explain) if train and read else [()] * len(read)
         probability_NK, ranked_NK = (torch.cat(column).numpy() for column in zip(*ranked, strict=True))
-        strange = (torch.cat(likenesses) < self.known.threshold).tolist() if self.known else [None] * len(read)
         return Predicted(tuple(read), names, ranked_NK, probability_NK, tuple(errors), near, estimated, strange)
 
     @cached_property

@@ -18,7 +18,7 @@ from numpy.lib.format import open_memmap
 from torch import Tensor
 
 from equipoise.base.device import exact_float32
-from equipoise.base.errors import UserError
+from equipoise.base.errors import SharedError, UserError
 from equipoise.base.files import atomic_file
 from equipoise.base.progress import ProgressLine
 from equipoise.base.world import ALONE, World
@@ -207,7 +207,7 @@ def look_at_training(
 
 def known_classes_of(recipe: Recipe, network: TwoBranchNetwork, parts: Parts, world: World) -> KnownClasses:
     """What tells images of no class, of any run: its training images are encoded for it. Raises UserError where there
-    is no validation part, which chooses the threshold."""
+    is no validation part, or too small a one, to choose the threshold."""
     if parts.validation is None:
         raise UserError("the run has no validation part, by which to tell images of no class; train with --holdout 0.1")
     device = next(network.parameters()).device
@@ -218,4 +218,8 @@ def known_classes_of(recipe: Recipe, network: TwoBranchNetwork, parts: Parts, wo
         train.prepare()
         validation.prepare()
         _, means_CF = nearest(network, train, torch.empty(0, network.width, device=device), 0, world)
-        return know_classes(means_CF, network, validation, world)
+        known = know_classes(means_CF, network, validation, world)
+    if known is None:
+        few = f"{len(parts.validation)} validation images are too few"
+        raise SharedError(f"{few} to tell images of no class; hold out 20 or more")
+    return known

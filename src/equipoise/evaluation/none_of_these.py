@@ -24,7 +24,7 @@ from equipoise.runs.folder import BEST, KNOWN, LAST
 from equipoise.runs.records import NoneOfThese
 from equipoise.views.loader import Batches
 
-_KEPT = 0.95  # of the validation images, each class counting alike, are like enough to a class
+_KEPT = 0.95  # of the images of these classes that are yet to come are like enough to a class
 _LEAST = 20  # images of a class, below which the class counts less: else one image of it would set the threshold
 _BATCH = 32
 
@@ -46,16 +46,28 @@ class KnownClasses(nn.Module):
 
 def know_classes(
     means_CF: Tensor, network: TwoBranchNetwork, validation: Batches, world: World = ALONE
-) -> KnownClasses:
-    """The classes with these mean features, and the threshold that keeps 95 % of the validation images, where classes
-    of 20 and more count alike: else rare classes, whose means are of few images, would be refused. All ranks call it.
-    """
+) -> KnownClasses | None:
+    """The classes with these mean features, and the threshold that validation images choose; None where they are too
+    few for one. All ranks call it."""
     known = KnownClasses(means_CF).to(next(network.parameters()).device)
     labels_N, likeness_N = likenesses(known, network, validation, world)
-    order = likeness_N.argsort()
-    share_N = (1 / np.bincount(labels_N).clip(_LEAST)[labels_N[order]]).cumsum()
-    known.threshold = float(likeness_N[order][np.searchsorted(share_N / share_N[-1], 1 - _KEPT, side="right")])
+    chosen = choose_threshold(labels_N, likeness_N)
+    if chosen is None:
+        return None
+    known.threshold = chosen
     return known
+
+
+def choose_threshold(labels_N: npt.NDArray[np.int64], likeness_N: Likenesses) -> float | None:
+    """The highest likeness that keeps 95 % of further images like these: split conformal prediction (Papadopoulos et
+    al., ECML 2002) counts the further image among them, as one that is refused. None where it alone is more than 5 %:
+    of classes alike, below 19 images. Classes of 20 and more count alike: rare ones, whose means are of few images,
+    would else be refused."""
+    order = likeness_N.argsort()
+    weights_N = 1 / np.bincount(labels_N).clip(_LEAST)[labels_N[order]]
+    refused_N = weights_N.cumsum() - weights_N + weights_N.max()  # if the threshold is this image's likeness
+    allowed = np.flatnonzero(refused_N <= (1 - _KEPT) * (weights_N.sum() + weights_N.max()) + 1e-9)
+    return float(likeness_N[order][allowed[-1]]) if len(allowed) else None
 
 
 @torch.inference_mode()
@@ -78,7 +90,9 @@ def likenesses(
     return labels_N, likeness_N
 
 
-def tell_apart(labels_N: npt.NDArray[np.int64], of_N: Likenesses, of_S: Likenesses, threshold: float) -> NoneOfThese:
+def tell_apart(
+    labels_N: npt.NDArray[np.int64], of_N: Likenesses, of_S: Likenesses, threshold: float, passed_over: int = 0
+) -> NoneOfThese:
     """How well likenesses tell images of the classes from strange ones. The false positive rate is the share of strange
     images above the threshold that 95 % of the others pass."""
     from sklearn.metrics import roc_auc_score
@@ -86,6 +100,7 @@ def tell_apart(labels_N: npt.NDArray[np.int64], of_N: Likenesses, of_S: Likeness
     kept_C = np.bincount(labels_N, of_N >= threshold) / np.maximum(np.bincount(labels_N), 1)
     return {
         "images": len(of_S),
+        "passed_over": passed_over,
         "auroc": float(roc_auc_score(np.repeat([1, 0], [len(of_N), len(of_S)]), np.concatenate([of_N, of_S]))),
         "fpr95": float((of_S >= np.quantile(of_N, 1 - _KEPT, method="lower")).mean()),
         "threshold": threshold,

@@ -114,9 +114,7 @@ def evaluate_checkpoint(
     about. `overrides` must not change the model; a list file among them stands for the data's own lists. Raises
     UserError where there is no such part or its classes are not the checkpoint's."""
     checkpoint, part, images, note = world.each_makes(lambda: find_target(path, data, split, overrides))
-    files = find_images([strangers])[0] if strangers and Path(strangers).is_dir() else []
-    if strangers and not files:
-        raise UserError(f"{strangers} is no folder with images; name one whose pictures show none of the classes")
+    strange = world.each_makes(lambda: _strange_images(strangers)) if strangers else None
     if strangers and not checkpoint.fingerprints:
         raise UserError(f"{path} does not say what it was trained on: drop --none-of-these")
     if shifted and 0 in (checkpoint.class_counts or (0,)):
@@ -126,7 +124,7 @@ def evaluate_checkpoint(
         network = checkpoint.build().to(device)
         metrics, predictions = _score(checkpoint, network, batches, world, keep_logits or shifted)
         bad = _bad_images(batches, world)
-        none_of_these = _none_of_these(path, checkpoint, files, network, batches, world) if strangers else None
+        none_of_these = strange and _none_of_these(path, checkpoint, strange, network, batches, world)
     table: dict[str, Any] = {
         "method": checkpoint.recipe.method,
         "checkpoint": described(path, checkpoint),
@@ -147,10 +145,24 @@ def evaluate_checkpoint(
     return table, predictions
 
 
+def _strange_images(folder: str) -> tuple[list[str], int]:
+    """The images in a folder, and how many other files there are. Raises UserError where there are no images."""
+    files, errors = find_images([folder]) if Path(folder).is_dir() else ([], [])
+    if not files:
+        raise UserError(f"{folder} is no folder with images; name one whose pictures show none of the classes")
+    return files, len(errors)
+
+
 def _none_of_these(
-    path: Path, checkpoint: Checkpoint, files: list[str], network: TwoBranchNetwork, batches: Batches, world: World
+    path: Path,
+    checkpoint: Checkpoint,
+    strange: tuple[list[str], int],
+    network: TwoBranchNetwork,
+    batches: Batches,
+    world: World,
 ) -> NoneOfThese:
-    """How well images of the scored part are told from these files."""
+    """How well images of the scored part are told from strange ones."""
+    files, others = strange
     device = next(network.parameters()).device
     known = world.first_makes(lambda: read_known(path, checkpoint.step))
     if known is None:
@@ -160,9 +172,10 @@ def _none_of_these(
             write_known(path, known, checkpoint.step)
     known.to(device)
     how = view_settings(checkpoint.recipe), device, worker_count(-1), world, True
-    with closing(open_batches(unlabelled(files), *how)) as strange:
-        _, of_S = likenesses(known, network, strange, world)
-    return tell_apart(*likenesses(known, network, batches, world), of_S, known.threshold)
+    with closing(open_batches(unlabelled(files), *how)) as batches_of_strange:
+        _, of_S = likenesses(known, network, batches_of_strange, world)
+    passed_over = others + len(files) - len(of_S)
+    return tell_apart(*likenesses(known, network, batches, world), of_S, known.threshold, passed_over)
 
 
 def score_checkpoint(
