@@ -6,7 +6,7 @@ import contextlib
 import signal
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from equipoise.base.script import refuse_unguarded_script
 from equipoise.base.world import ALONE, World
 from equipoise.config.recipe import Recipe
 from equipoise.data.decode import BadImageError, Pixels, decode, in_order, resized, stand_in, usable_cores
-from equipoise.data.images import ImageList, Indices
+from equipoise.data.images import ImageList, Indices, PixelArrays
 from equipoise.views.draws import draws, mixing, second_draws
 from equipoise.views.views import ViewSettings, evaluation_view, photo_views, small_views, view_settings
 
@@ -235,8 +235,9 @@ class Maker(Dataset["Batch | UserError"]):
         self._pixels_NSS3: Pixels | None = None
         if self.in_memory:
             pixels_NSS3 = np.zeros((len(images), settings.size, settings.size, 3), np.uint8)
-            for index in range(len(images)):
-                if (image := self._image(index, self.bad)) is not None:
+            threads = 0 if isinstance(images.images, PixelArrays) else usable_cores()  # those are decoded already
+            for index, image in enumerate(in_order(partial(self._image, bad=self.bad), range(len(images)), threads)):
+                if image is not None:
                     pixels_NSS3[index] = resized(image, settings.size)
             self._pixels_NSS3 = pixels_NSS3
 
