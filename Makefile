@@ -7,7 +7,7 @@ BIN := .venv/bin
 # The requirements of pyproject.toml that begin with torch.
 TORCH := $(shell sed -n 's/^    \("torch[^"]*"\),$$/\1/p' pyproject.toml)
 
-.PHONY: help setup demo test test-all check results rehearsal bench gpu gpu-kit crash-test mutants long-run fuzz audit clean
+.PHONY: help setup demo test test-all check results rehearsal bench gpu gpu-kit crash-test mutants long-run fuzz audit docs clean
 
 help:
 	@echo "make demo     train on the built-in digits: BCL, and plain cross-entropy beside it; write the report"
@@ -25,6 +25,7 @@ help:
 	@echo "make long-run  memory, open files, processes and logs over 200 epochs (5 minutes, on Linux)"
 	@echo "make fuzz [INPUTS=1000000]  damaged files for the readers of our own (about 20 minutes on two cores)"
 	@echo "make audit    known vulnerabilities of what is installed, and an SBOM in build/"
+	@echo "make docs     the documentation as a site: site/index.html; warnings are errors"
 	@echo "make clean    remove .venv and caches; runs/ stays"
 
 setup: .venv/.setup
@@ -78,6 +79,12 @@ fuzz: .venv/.fuzz
 audit: .venv/.audit
 	$(BIN)/python -m benchmarks.audit
 
+# Anew every time: a page that is kept has the navigation of before.
+docs: .venv/.docs
+	rm -rf site build/docs
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -d build/docs docs site
+	@echo "site/index.html"
+
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "equipoise needs Python 3.11 or newer, but $(PYTHON) is older or missing; try: make PYTHON=python3.12"; exit 2; }
@@ -100,6 +107,10 @@ audit: .venv/.audit
 .venv/.check: .venv/.test
 	@echo "installing ruff, pyright and import-linter ..."
 	@$(BIN)/python -m pip install --quiet --no-compile --editable '.[check]'
+	@touch $@
+
+.venv/.docs: .venv/.setup
+	@$(BIN)/python -m pip install --quiet --no-compile --editable '.[docs]'
 	@touch $@
 
 .venv/.fuzz: .venv/.setup

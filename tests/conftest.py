@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -180,6 +181,23 @@ def odd_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fields["precision"] = "fp32"  # so that the figures are those of any processor, nearly
     recipe = load_recipe("pictures", data=str(root / "data"), **fields)
     return train(recipe, root / "run", progress=False).path
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Headless Chromium, for the tests of pages."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip("no chromium and chromedriver here, so pages are not looked at")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for word in ("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"):
+        options.add_argument(word)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    window = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield window
+    window.quit()
 
 
 @pytest.fixture

@@ -36,6 +36,9 @@ def load_recipe(name: str | Path, /, **overrides: Any) -> Recipe:
 
     `overrides` are fields by their own name (`epochs=3`, `lr=0.05`, `imbalance_factor=50`) or flag name
     (`data="pictures"`); `**{"optim.lr": 0.05}` works too. Raises UserError for what is unknown or refused.
+
+    >>> equipoise.load_recipe("digits-lt", epochs=3, lr=0.05).optim.lr
+    0.05
     """
     shipped = shipped_recipes()
     path = shipped.get(str(name), Path(name))

@@ -222,7 +222,12 @@ def load(path: str | Path, device: str = "auto", recipe: str = "imagenet-lt") ->
     """The model at `path`, ready for use: a run folder (its best checkpoint where validation chose one, else its last),
     a checkpoint, ours or the BCL authors', or a folder that `equipoise export --to safetensors` wrote. `recipe`: the
     one whose views a checkpoint of the BCL authors was trained with, which it does not say; 'inat2018' has another
-    mean. Raises UserError where there is no model."""
+    mean. Raises UserError where there is no model.
+
+    >>> predicted = equipoise.load("runs/first").predict(["picture.png"], top=3)
+    >>> [(file, len(classes)) for file, classes in predicted]
+    [('picture.png', 3)]
+    """
     path = Path(os.path.expanduser(path))
     where = choose_device(device)
     if (path / CONFIG).is_file():

@@ -119,7 +119,11 @@ def figure_weights(images_C: Labels, train_counts_C: Sequence[int]) -> dict[str,
 
 
 def wilson(shares: Fractions | float, images: Labels | float) -> Fractions:
-    """Wilson's score interval (JASA 1927) of `shares` of so many `images`, both `[...]`: `[..., 2]`, low and high."""
+    """Wilson's score interval (JASA 1927) of `shares` of so many `images`, both `[...]`: `[..., 2]`, low and high.
+
+    >>> wilson(0.9, 50).round(3)
+    array([0.786, 0.957])
+    """
     scale = 1 + _Z**2 / images
     centres = (shares + _Z**2 / (2 * images)) / scale
     halves = _Z * np.sqrt(shares * (1 - shares) / images + (_Z / (2 * images)) ** 2) / scale

@@ -314,7 +314,11 @@ def _with_classes_of(checkpoint: Checkpoint, found: Found, images: ImageList, pa
 
 @dataclass(frozen=True)
 class Run:
-    """A finished training run, in the folder `path`."""
+    """A finished training run, in the folder `path`.
+
+    >>> equipoise.Run(Path("runs/first")).recipe.epochs
+    1
+    """
 
     path: Path
 

@@ -180,7 +180,12 @@ def flat(features_BVD: Tensor, labels_B: Tensor, rows: slice) -> tuple[Tensor, T
 
 
 class LogitAdjustedCrossEntropy(nn.Module):
-    """See `logit_adjusted_cross_entropy`. `class_counts`: training images of each class, ValueError if 0."""
+    """See `logit_adjusted_cross_entropy`. `class_counts`: training images of each class, ValueError if 0.
+
+    >>> loss = equipoise.LogitAdjustedCrossEntropy([90, 10])
+    >>> loss(torch.zeros(1, 2), torch.tensor([1]))  # -log 0.1
+    tensor(2.3026)
+    """
 
     def __init__(self, class_counts: Sequence[int] | Tensor, tau: float = 1.0) -> None:
         super().__init__()
@@ -192,7 +197,13 @@ class LogitAdjustedCrossEntropy(nn.Module):
 
 
 class BalancedContrastiveLoss(nn.Module):
-    """See `balanced_contrastive_loss`. Any number of views V >= 1."""
+    """See `balanced_contrastive_loss`. Any number of views V >= 1.
+
+    >>> prototypes_CD, labels_B = torch.eye(3), torch.tensor([0, 0, 1])
+    >>> features_BVD = prototypes_CD[labels_B][:, None].repeat(1, 2, 1)  # two views of each image
+    >>> equipoise.BalancedContrastiveLoss(temperature=0.5)(features_BVD, labels_B, prototypes_CD)
+    tensor(0.2395)
+    """
 
     def __init__(self, temperature: float = 0.1) -> None:
         super().__init__()

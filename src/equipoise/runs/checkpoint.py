@@ -118,7 +118,12 @@ def described(file: Path, checkpoint: Checkpoint) -> str:
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
-    """Read what `Checkpoint.save` or the BCL authors' code wrote, onto the CPU. Raises UserError for anything else."""
+    """Read what `Checkpoint.save` or the BCL authors' code wrote, onto the CPU. Raises UserError for anything else.
+
+    >>> network = equipoise.load_checkpoint("runs/first/last.pt").build()
+    >>> network(torch.zeros(2, 3, 16, 16, dtype=torch.uint8)).shape
+    torch.Size([2, 10])
+    """
     path = Path(path)
     table = load_tensors(path, "checkpoint")
     if zipfile.is_zipfile(path) and not _is_whole(path):

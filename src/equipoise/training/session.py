@@ -30,6 +30,11 @@ def train(recipe: Recipe, out: Named = None, progress: bool = True, resume: Name
 
     Raises UserError for what the user must put right, and leaves no folder behind then; NonFiniteLossError if the loss
     became infinite or not a number; Stopped after SIGINT or SIGTERM, when the run is saved.
+
+    >>> recipe = equipoise.load_recipe("digits-lt", method="logit-adjusted", epochs=1)
+    >>> run = equipoise.train(recipe, "runs/first", progress=False)
+    >>> run.metrics["test"]["images"]
+    500
     """
     with join() as world, start(prepare(recipe, out, resume, world)) as session:
         return session.run(progress)
