@@ -66,7 +66,8 @@ def balanced_contrastive_loss(
     is compared with all other features of the batch and with all prototypes. *Class complement*: the prototypes put
     every class into every batch. *Class averaging*: each class enters the denominator by its mean, not its sum.
 
-        L_i = mean over the positives p of [ log sum_{k != i} exp(s_ik) / w_ik  -  s_ip ],    s = z . z' / temperature
+        L_i = mean over the positives p of [ log sum_{k != i} exp(s_ik) / w_ik  -  s_ip ]
+        s_ik = z_i . z_k / temperature
 
     w_ik is the number of columns of k's class, the anchor itself not counted; positives are the other columns of i's.
     `rows`: the images whose features are anchors. Only they are computed, still divided by V * B, so that the losses of
