@@ -124,6 +124,15 @@ def _predict(command: ArgumentParser, _: Sequence[str]) -> None:
     command.epilog = "Exit code: 0 where every file was predicted, 1 where some were passed over, 2 where all were."
 
 
+def _serve(command: ArgumentParser, _: Sequence[str]) -> None:
+    add = command.add_argument
+    add("target", metavar="RUN", help=_TARGET)
+    add("--port", type=int, default=8000, help="where on this machine, 0 for any that is free [%(default)s]")
+    near = "show the N nearest training images, by features kept in ~/.cache; 0 for none [%(default)s]"
+    add("--explain", type=int, default=4, metavar="N", help=near)
+    add_field(command, find_field("device"))
+
+
 def _export(command: ArgumentParser, _: Sequence[str]) -> None:
     add = command.add_argument
     add("target", metavar="RUN_OR_CHECKPOINT", help=_TARGET)
@@ -143,5 +152,6 @@ COMMANDS: dict[str, tuple[str, str, Callable[[ArgumentParser, Sequence[str]], No
     "data": ("what a folder holds: classes, counts, problems", "train", _data),
     "pack": ("re-encode images once, smaller, into one file a part", "train", _pack),
     "predict": ("name the classes of images", "use", _predict),
+    "serve": ("try a model on a page in the browser, or by HTTP", "use", _serve),
     "export": ("write a run in another layout", "use", _export),
 }

@@ -213,7 +213,7 @@ def print_predictions(predicted: "Predicted") -> None:
         (name, share), *others = [("none of these", None), *classes] if strange else classes
         further = ", ".join(f"{other} {percent(of_other)}" for other, of_other in others)
         table.add_row(*(_plain(" ".join(cell.split())) for cell in (file, name, percent(share), further)))
-        for near, of_near, cosine in neighbours:
+        for near, of_near, cosine, _ in neighbours:
             table.add_row(_plain(f"  near {near}"), _plain(of_near), "", f"cosine {cosine:.3f}")
     _print(table)
     if len(predicted) > _ROWS_SHOWN:

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import os
 import sys
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 
@@ -158,6 +159,19 @@ def _say_passed_over(predicted: Predicted) -> None:
         print(f"and {len(errors) - _PASSED_OVER_SHOWN:,} more", file=sys.stderr)
     if not len(predicted):
         raise UserError(f"nothing was predicted: {several(len(errors), 'file')} passed over")
+
+
+def serve(options: argparse.Namespace) -> None:
+    if not (find_spec("fastapi") and find_spec("uvicorn")):
+        raise UserError('serve needs FastAPI and uvicorn: pip install "equipoise[serve]"')
+    if options.explain < 0:
+        raise UserError(f"--explain must be at least 0, not {options.explain}")
+    from equipoise.deploy import serve
+
+    with serve.listen(options.port) as opened:  # before the model is read: a port may be taken
+        classifier = load(options.target, options.device or "auto")
+        print(f"{classifier.origin}, {described(classifier.origin, classifier.checkpoint)}")
+        serve.serve(classifier, options.explain, opened)
 
 
 def export(options: argparse.Namespace) -> None:

@@ -45,7 +45,8 @@ from equipoise.views.views import view_settings
 _BATCH = 32
 
 Prior = str | Path | Mapping[str, float]
-Neighbour = tuple[str, str, float]  # a training image, its class, the cosine of its features with those of another
+# A training image, its class, the cosine of its features with those of another, its row in the training part.
+Neighbour = tuple[str, str, float, int]
 
 
 class CalibratedNetwork(nn.Module):
@@ -195,9 +196,9 @@ class Classifier:
 
     def _neighbours(self, images: ImageList, batches: Batches, asked_MF: Tensor, k: int) -> list[list[Neighbour]]:
         cosines_MK, rows_MK = (found.tolist() for found in nearest(self.model, batches, asked_MF, k)[0])
-        about_N = [(images.images.name(row), images.class_names[c]) for row, c in enumerate(images.labels_N)]
-        both = zip(rows_MK, cosines_MK, strict=True)
-        return [[(*about_N[row], cosine) for row, cosine in zip(*of_one, strict=True)] for of_one in both]
+        name, names, labels_N = images.images.name, images.class_names, images.labels_N
+        both = (zip(*of_one, strict=True) for of_one in zip(rows_MK, cosines_MK, strict=True))
+        return [[(name(row), names[labels_N[row]], cosine, row) for row, cosine in of_one] for of_one in both]
 
     def _log_prior(self, prior: Prior) -> Tensor:
         """`[C]`, float64: log of the class prior where the model is used, up to a constant."""
@@ -256,7 +257,11 @@ def as_csv(predicted: Predicted) -> bytes:
     headings = (f"{name}_{rank + 1}" for ranks, names in groups for rank in range(ranks) for name in names)
     writer.writerow(["file", *headings, "none_of_these"])
     for (file, classes), neighbours, strange in zip(predicted, predicted.neighbours, predicted.strange, strict=True):
-        cells = (cell for *names, share in (*classes, *neighbours) for cell in (*names, f"{share:.6f}"))
+        cells = (
+            cell
+            for *names, share in (*classes, *(near[:3] for near in neighbours))
+            for cell in (*names, f"{share:.6f}")
+        )
         writer.writerow([file, *cells, "" if strange is None else int(strange)])
     return text.getvalue().encode("utf-8", "backslashreplace")
 
@@ -268,7 +273,7 @@ def as_json(predicted: Predicted, classifier: Classifier, prior: str) -> bytes:
             "file": file,
             "classes": [{"class": name, "probability": round(share, 6)} for name, share in classes],
             "none_of_these": strange,
-            "neighbours": [{"file": of, "class": name, "cosine": round(x, 6)} for of, name, x in neighbours],
+            "neighbours": [{"file": of, "class": name, "cosine": round(x, 6)} for of, name, x, _ in neighbours],
         }
         for (file, classes), neighbours, strange in zip(predicted, predicted.neighbours, predicted.strange, strict=True)
     ]

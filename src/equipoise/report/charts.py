@@ -266,15 +266,22 @@ def thumbnails(images: ImageList, rows: Sequence[int]) -> list[Markup]:
     """An <img> for each of these images that can be read, with the picture inside."""
     pictures: list[Markup] = []
     for row in rows:
-        try:
-            picture = Image.fromarray(decode(images, row))
-        except UserError:
-            continue
-        look, kind = ("pixels", "png") if max(picture.size) <= 40 else ("photo", "jpeg")  # which are smoothed
-        picture.thumbnail((72, 72))
-        content = io.BytesIO()
-        picture.save(content, kind)
-        data, name = base64.b64encode(content.getvalue()).decode(), images.class_names[images.labels_N[row]]
-        image = '<img class="{}" src="data:image/{};base64,{}" alt="{}" title="{}" width="56" height="56">'
-        pictures.append(Markup(image).format(look, kind, data, name, images.images.name(row)))
+        if url := thumbnail(images, row, 72):
+            look = "pixels" if url.startswith("data:image/png") else "photo"  # which are smoothed
+            image = '<img class="{}" src="{}" alt="{}" title="{}" width="56" height="56">'
+            of = images.class_names[images.labels_N[row]], images.images.name(row)
+            pictures.append(Markup(image).format(look, url, *of))
     return pictures
+
+
+def thumbnail(images: ImageList, row: int, side: int) -> str | None:
+    """A data URL of the image, of `side` pixels at most; PNG where it has 40 or fewer. None where it cannot be read."""
+    try:
+        picture = Image.fromarray(decode(images, row))
+    except UserError:
+        return None
+    kind = "png" if max(picture.size) <= 40 else "jpeg"
+    picture.thumbnail((side, side))
+    content = io.BytesIO()
+    picture.save(content, kind)
+    return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
