@@ -170,7 +170,7 @@ def rehearse(place: Path, photos: Path | None, size: int, epochs: int, encoders:
 
     imagenet = build_imagenet(place / "imagenet_2012", photos)
     inaturalist = build_inaturalist(place / "inat2018", photos)
-    small = f"-b 16 --set views.size={size}"
+    small = f"-b 16 --set views.size={size} --track tensorboard"
     check = Checks()
 
     def left(run: Path, images: dict[str, int]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from conftest import draw_folder, draw_picture, refusal
 from benchmarks.rehearsal import build_imagenet, build_inaturalist, rehearse, write_as_authors
 from equipoise import load_recipe
 from equipoise.cli import main as cli
+from equipoise.cli.flags import with_overrides
 from equipoise.cli.main import main
 from equipoise.config.reading import shipped_recipes
 from equipoise.config.recipe import recipe_fields
@@ -61,6 +62,48 @@ def test_recipes(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(shipped_recipes())
     assert all(load_recipe(line.split()[0]).summary in line for line in lines)
+
+
+COMPLETED = """
+source "$1"
+COMP_WORDS=("${@:2}") COMP_CWORD=$(($# - 2))
+_shtab_equipoise
+echo "${COMPREPLY[@]}"
+"""
+
+
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [
+        (["pred"], "predict"),
+        (["train", "--epo"], "--epochs"),
+        (["train", "--track", ""], "none tensorboard mlflow wandb"),
+        (["report", "an"], "another.html"),
+        (["export", "--to", "on"], "onnx"),
+    ],
+)
+def test_bash_completes(typed, completed, tmp_path, capsys):
+    assert main(["completion", "bash"]) == 0
+    (tmp_path / "completion").write_text(capsys.readouterr().out)
+    (tmp_path / "another.html").touch()
+    words = ["bash", "-c", COMPLETED, "bash", "completion", "equipoise", *typed]
+    assert subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True).stdout == f"{completed}\n"
+
+
+def test_which_setting_counts(tmp_path):
+    """As docs/terminal.md says it."""
+    (tmp_path / "mine.toml").write_text("epochs = 7\nmethod = 'ce'\n[loss]\nbeta = 0.7\n")
+
+    def taken(*words):
+        options = cli._parser([]).parse_args(["train", str(tmp_path / "mine.toml"), *words])
+        recipe = with_overrides(load_recipe(options.recipe), options)
+        return recipe.epochs, recipe.loss.beta
+
+    assert taken() == (7, 0.7)
+    assert taken("--set", "epochs=8") == (8, 0.7)
+    assert taken("--epochs", "9", "--set", "epochs=8", "--epochs", "10") == (10, 0.7)
+    assert taken("--method", "paco") == (7, 0.05)
+    assert taken("--set", "loss.beta=0.2", "--method", "paco") == (7, 0.2)
 
 
 # ---- train
@@ -195,6 +238,15 @@ def test_what_cannot_be_trained_is_refused_before_the_plan_is_shown(arguments, s
     assert said.err.count("\n") == 1
     assert said.out == ""
     assert set(tmp_path.rglob("*")) <= {tmp_path / "other.pth", tmp_path / "runs"}
+
+
+def test_quiet_leaves_the_results(capsys, tmp_path):
+    words = ["train", "digits-lt", "--epochs=1", "--arch=resnet8", "--method=ce", "--out", str(tmp_path / "run")]
+    assert main([*words, "--quiet"]) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    first, *_, last = said.out.strip().splitlines()
+    assert (first, last) == ("accuracy on the test part, percent", f"run folder: {tmp_path / 'run'}")
 
 
 @pytest.mark.slow

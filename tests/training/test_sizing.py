@@ -91,7 +91,7 @@ def test_a_choice_is_measured_and_trains(tune, settings, tmp_path):
     assert "# as it was asked for" in (tmp_path / "own.toml").read_text()
     run = train(replace(choice.recipe, epochs=2), tmp_path / "run", progress=False)
     assert run.metrics["best"] is not None
-    again = measure(prepare(choice.recipe, tmp_path / "another"))
+    again = measure(prepare(choice.recipe, tmp_path / "another"), 1, 6.0)
     assert again.before == 0, "the features are there"
 
 

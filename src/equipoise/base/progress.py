@@ -1,5 +1,6 @@
 """Progress in the terminal: one line that changes. Where the output is no terminal, a plain line now and then."""
 
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -7,9 +8,8 @@ from contextlib import closing
 from datetime import timedelta
 from typing import TypeVar
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
 T = TypeVar("T")
+quiet = False  # --quiet: set once, by the command line
 _SECONDS_BETWEEN_PLAIN_LINES = 10.0
 
 
@@ -17,8 +17,10 @@ class ProgressLine:
     """How much of `total` is done, of which `done` was done before. With `shown` false it prints nothing."""
 
     def __init__(self, done: int, total: int, unit: str, shown: bool = True) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
         self._before, self._total, self._unit = done, total, unit
-        terminal = sys.stdout.isatty()
+        shown, terminal = shown and not quiet, sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
         self._plain = shown and not terminal
         self._start = self._last_plain = time.monotonic()
         # Where there is little room, the end of the description goes.
@@ -38,6 +40,12 @@ class ProgressLine:
 
     def close(self) -> None:
         self._bar.stop()
+
+
+def say(text: str) -> None:
+    """Print what is neither a result nor an error."""
+    if not quiet:
+        print(text, flush=True)
 
 
 def counted(items: Iterable[T], total: int, what: str, images: int = 1) -> Iterator[T]:

@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from equipoise import __version__
+from equipoise.base import progress
 from equipoise.base.errors import SharedError, Stopped, UserError, in_words, one_line, out_of_memory
 from equipoise.cli.flags import with_overrides
 from equipoise.cli.options import COMMANDS
@@ -64,6 +65,7 @@ def _run(words: list[str]) -> int:
         option = unknown[0].partition("=")[0]
         valid = [name for name in options.parser._option_string_actions if name.startswith("--")]
         options.parser.error(f"no option is called {option}{nearest(option, valid)}")
+    progress.quiet = options.quiet
     if "set" in options and "WORLD_SIZE" not in os.environ:
         with_overrides(Recipe(), options)  # a process alone refuses a wrong value at once, before torch is imported
     return getattr(import_module(f"equipoise.cli.{options.module}"), options.command)(options) or 0
@@ -94,6 +96,7 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
         description = f"{summary[0].upper()}{summary[1:]}."
         command: Any = commands.add_parser(name, help=summary, description=description, allow_abbrev=False)
         command.set_defaults(module=module, parser=command)
+        command.add_argument("--quiet", action="store_true", help="print results and errors only: no plan, no progress")
         add_options(command, arguments)
     return parser
 
@@ -109,3 +112,16 @@ def recipes(options: argparse.Namespace) -> None:
         said = {name: load_recipe(name).summary for name in shipped_recipes()}
     for name, summary in said.items():
         print(f"{name:<14}  {summary}")
+
+
+def completion(options: argparse.Namespace) -> None:
+    import shtab
+
+    parser = _parser([])
+    commands: Any = parser._subparsers and parser._subparsers._group_actions[0].choices
+    for action in [action for command in commands.values() for action in command._actions]:
+        if "|" in str(action.metavar):
+            action.choices = str(action.metavar).split("|")
+        elif action.choices is None and action.nargs != 0:
+            action.complete = shtab.FILE
+    print(shtab.complete(parser, options.shell))

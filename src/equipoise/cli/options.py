@@ -140,6 +140,10 @@ def _export(command: ArgumentParser, _: Sequence[str]) -> None:
     add("--out", metavar="FILE", help="what to write (default: beside the checkpoint)")
 
 
+def _completion(command: ArgumentParser, _: Sequence[str]) -> None:
+    command.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="see docs/terminal.md for where it belongs")
+
+
 # Of each command: its summary, the module that has a function of its name, and what adds its options.
 COMMANDS: dict[str, tuple[str, str, Callable[[ArgumentParser, Sequence[str]], None]]] = {
     "train": ("train a classifier from a recipe", "train", _train),
@@ -154,4 +158,6 @@ COMMANDS: dict[str, tuple[str, str, Callable[[ArgumentParser, Sequence[str]], No
     "predict": ("name the classes of images", "use", _predict),
     "serve": ("try a model on a page in the browser, or by HTTP", "use", _serve),
     "export": ("write a run in another layout", "use", _export),
+    "doctor": ("what a bug report needs: versions, devices, speed", "doctor", lambda command, _: None),
+    "completion": ("what a shell must read to complete these commands", "main", _completion),
 }

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from equipoise.base import progress
 from equipoise.base.errors import one_line, several
 from equipoise.config.recipe import Method, Recipe
 from equipoise.data.decode import BadImageError
@@ -36,11 +37,12 @@ _BALANCED = 1.5  # below this imbalance factor nothing has to be done
 
 
 def print_plan(plan: Mapping[str, str]) -> None:
-    """What a run is about to do."""
+    """What a run is about to do, unless all shall be quiet."""
     table = Table.grid(Column(no_wrap=True), Column(overflow="fold", min_width=_NAME_WIDTH), padding=(0, 2))
     for name, value in plan.items():
         table.add_row(Text(name, "bold"), _plain(value))
-    _print(table)
+    if not progress.quiet:
+        _print(table)
 
 
 def print_metrics(results: Sequence[tuple[str, Mapping[str, Any]]], title: str, run: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from equipoise.authors.flags import LOG, authors_folder
 from equipoise.base.errors import UserError, one_line, own_command, several
 from equipoise.base.files import atomic_file
+from equipoise.base.progress import say
 from equipoise.base.world import World, join
 from equipoise.cli import flags
 from equipoise.cli.tables import print_data, print_doubts, print_metrics, print_plan, print_run, print_unreadable
@@ -93,7 +94,7 @@ def _choose(options: argparse.Namespace, recipe: Recipe, is_own: bool, ranks: in
     """The recipe for these pictures and this machine."""
     if not is_own:
         raise UserError(f"a recipe is only chosen for own pictures; take {recipe.name}, and set its --epochs")
-    print("looking at the pictures and timing some batches: up to a minute …", flush=True)
+    say("looking at the pictures and timing some batches: up to a minute …")
     return choose(flags.overrides_of(options), options.budget, options.out, ranks)
 
 
@@ -141,12 +142,12 @@ def _carry_out(plan: Plan, remark: str, chosen: Mapping[str, str]) -> Run:
     """Show the plan, once nothing can be refused any more, and train. `chosen`: what was chosen for it, and why."""
     with start(plan) as session:
         if remark:
-            print(remark)
+            say(remark)
         print_plan({**session.plan.describe(), **chosen})
         begun = time.monotonic()
         run = session.run()
         if chosen:
-            print(f"took {time.monotonic() - begun:,.0f} s")
+            say(f"took {time.monotonic() - begun:,.0f} s")
         return run
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
+from equipoise.base import progress as shown
 from equipoise.base.errors import UserError, reason, several
 from equipoise.base.files import atomic_file
 from equipoise.base.world import join
@@ -110,7 +111,8 @@ def predict(options: argparse.Namespace) -> int:
     if options.explain:
         with contextlib.redirect_stdout(sys.stderr):  # it may take minutes, and shows its own progress
             _ = classifier.train
-    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+    unseen = shown.quiet or not sys.stderr.isatty()
+    with Progress(console=Console(stderr=True), transient=True, disable=unseen) as progress:
         task = progress.add_task("predicting", total=None)
 
         def show(done: int, files: int) -> None:

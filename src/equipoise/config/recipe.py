@@ -181,6 +181,9 @@ class Recipe:
     workers: int = _field(-1, "loader threads, or processes for a GPU (-1: one a core)", "j", ge=-1, le=512)
     log_every: int = _field(20, "steps between two lines of metrics.jsonl", "p", "print-freq", ge=1)
     checkpoint_minutes: float = _field(10.0, "minutes between two checkpoints within an epoch", gt=0)
+    track: Literal["none", "tensorboard", "mlflow", "wandb"] = _field(
+        "none", "show settings, losses and accuracies in this tracker too (pip install it)"
+    )
     data: Data = Data()
     views: Views = Views()
     model: Model = Model()

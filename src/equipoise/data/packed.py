@@ -13,10 +13,10 @@ import cv2
 import msgspec
 import numpy as np
 from PIL import Image
-from rich.progress import track
 
 from equipoise.base.errors import UserError, reason
 from equipoise.base.files import UNFINISHED, atomic_file
+from equipoise.base.progress import counted
 from equipoise.data.decode import BadImageError, bad_images, decode, in_order
 from equipoise.data.images import Found, ImageFiles, ImageList, PackedImages, PixelArrays, import_pyarrow, map_packed
 
@@ -117,7 +117,7 @@ def _write(file: IO[bytes], images: ImageList, about: _About, threads: int) -> N
     source = images.images
     encoded = in_order(partial(_encoded, images, about.short_side), range(len(images)), threads)
     with pa.ipc.new_file(file, schema) as writer:
-        for first in track(range(0, len(images), _ROWS), f"packing {about.part}", transient=True):
+        for first in counted(range(0, len(images), _ROWS), len(images), f"packing {about.part}", _ROWS):
             rows = range(first, min(first + _ROWS, len(images)))
             contents = list(islice(encoded, len(rows)))
             names = [source.paths_N[row] if isinstance(source, ImageFiles) else source.name(row) for row in rows]

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib import metadata
 from itertools import takewhile
 from pathlib import Path
@@ -27,10 +28,11 @@ from equipoise.runs.records import LogLine
 
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"  # the checkpoints
 RECIPE, RECORD, METRICS, LOCK = "recipe.toml", "run.json", "metrics.json", "run.lock"
-LOG, CURVES = "metrics.jsonl", "tensorboard"
+LOG = "metrics.jsonl"
 BAD_IMAGES = "bad-images.json"  # the images that could not be read so far
 OBSERVED = "observed.npz"  # what the report draws beside the metrics
 KNOWN = "known-classes.npz"  # by which images of no class are told
+Track = Callable[[dict[str, float], int], object]  # takes figures by name, and the step after which they are
 _NAMES_OF_AUTHORS = {"bcl_ckpt.pth.tar": LAST, "bcl_ckpt.best.pth.tar": BEST}  # what their code calls ours
 
 
@@ -127,13 +129,13 @@ def write_record(folder: Path, recipe: Recipe, about: dict[str, Any]) -> None:
     record = {
         "command": shlex.join(sys.argv),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "versions": {"python": platform.python_version(), "equipoise": f"{__version__}{_commit()}", **versions},
+        "versions": {"python": platform.python_version(), "equipoise": f"{__version__}{commit()}", **versions},
         **about,
     }
     write_json(folder / RECORD, record)
 
 
-def _commit() -> str:
+def commit() -> str:
     """'+' and the commit of this code where it runs from a clone, with '-dirty' if that has changes; else ''."""
     clone = Path(__file__).parents[3]
     if not (clone / ".git").exists() or not shutil.which("git"):
@@ -144,49 +146,41 @@ def _commit() -> str:
 
 
 class RunLog:
-    """The log of the run in `folder`; without a folder (all ranks but the first), nothing is written."""
+    """The log of the run in `folder`, whose figures `track` gets too, by 'train/loss' and the like, with the step;
+    without a folder (all ranks but the first), nothing is written."""
 
-    def __init__(self, folder: Path | None, epoch: int, step: int) -> None:
-        """Go on after `epoch` whole epochs and `step` steps: lines and points of later steps, which will be computed
-        again, are dropped."""
+    def __init__(self, folder: Path | None, epoch: int, step: int, track: Track = lambda figures, step: None) -> None:
+        """Go on after `epoch` whole epochs and `step` steps: lines of later steps, which will be computed again, are
+        dropped."""
         self._lines: IO[str] | None = None
-        self._curves: Any = None  # a SummaryWriter
+        self._track = track
         if folder is None:
             return
         file = folder / LOG
         if file.exists():
             with file.open("rb") as lines:
                 os.truncate(file, sum(map(len, takewhile(lambda line: _is_done(line, epoch, step), lines))))
-        with contextlib.suppress(ImportError):  # where TensorBoard is not installed there are no curves
-            from torch.utils import tensorboard  # takes a second to import
-
-            # TensorBoard drops what earlier files have from the next step on.
-            self._curves = tensorboard.SummaryWriter(str(folder / CURVES), purge_step=step + 1)
         self._lines = file.open("a", encoding="utf-8")
 
     def write(self, kind: str, step: int, epoch: int, values: dict[str, float | None]) -> None:
-        """One line, of 'train' or 'validation', after `step` steps. A value of None (absent) is no point of a curve.
+        """One line, of 'train' or 'validation', after `step` steps. A value of None (absent) is not tracked.
         Raises OSError where the disk is full."""
         if self._lines is None:
             return
         self._lines.write(json.dumps({"kind": kind, "step": step, "epoch": epoch, **values}) + "\n")
         self._lines.flush()
-        for name, value in values.items():
-            if value is not None and self._curves is not None:
-                self._curves.add_scalar(f"{kind}/{name}", value, step)
+        self._track({f"{kind}/{name}": value for name, value in values.items() if value is not None}, step)
 
     def sync(self) -> None:
         """Put what was written on the disk: before a checkpoint, since a run that goes on from it writes no line of
         an earlier step. Raises OSError."""
-        if self._curves is not None:
-            self._curves.flush()
         if self._lines is not None:
             os.fsync(self._lines.fileno())
 
     def close(self) -> None:
-        for opened in filter(None, (self._curves, self._lines)):
+        if self._lines is not None:
             with contextlib.suppress(OSError):  # of a full disk, which `write` or `sync` has told
-                opened.close()
+                self._lines.close()
 
 
 def _is_done(line: bytes, epoch: int, step: int) -> bool:

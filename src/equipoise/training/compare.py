@@ -17,6 +17,7 @@ import numpy as np
 
 from equipoise.base.errors import UserError, several
 from equipoise.base.files import atomic_file
+from equipoise.base.progress import say
 from equipoise.config.reading import load_recipe
 from equipoise.config.recipe import Recipe
 from equipoise.evaluation.metrics import bootstrap, figure_weights
@@ -75,7 +76,7 @@ def compare(of_methods: Sequence[Recipe], seeds: int, out: Path) -> dict[str, An
     for number, (folder, of_run) in enumerate(recipes.items(), 1):
         finished = (folder / METRICS).is_file()
         found = "is there" if finished else "trains"
-        print(f"{number} of {len(recipes)}: {of_run.method}, seed {of_run.seed}, {found}", flush=True)
+        say(f"{number} of {len(recipes)}: {of_run.method}, seed {of_run.seed}, {found}")
         if not finished:
             place = (None, folder) if folder.exists() else (folder, None)
             with start(prepare(of_run, *place, parts=plan.parts)) as session:

@@ -25,7 +25,7 @@ from equipoise.evaluation.score import record_bad_images
 from equipoise.method.network import TwoBranchNetwork, batch_norms
 from equipoise.method.tuning import parameter_groups
 from equipoise.runs.checkpoint import Checkpoint, state_on_cpu
-from equipoise.runs.folder import BEST, RunLog
+from equipoise.runs.folder import BEST, RunLog, Track
 from equipoise.training.plan import Plan
 from equipoise.training.step import Step
 from equipoise.views.loader import Batch, Batches
@@ -132,8 +132,9 @@ class Trainer:
             self._optimizer.load_state_dict({"state": done.optimizer["state"], "param_groups": groups})
             self._gradients.objective.load_state_dict(done.objective)
 
-    def train(self, progress: bool) -> None:
-        """All steps that are left. Raises Stopped, NonFiniteLossError, and OSError where there is no room to write."""
+    def train(self, progress: bool, track: Track) -> None:
+        """All steps that are left; `track`: see `RunLog`. Raises Stopped, NonFiniteLossError, and OSError where there
+        is no room to write."""
         recipe, plan = self._plan.recipe, self._plan
         if recipe.optim.ema:
             self._averaged = copy.deepcopy(self._network)
@@ -143,7 +144,7 @@ class Trainer:
             closing(self._batches),
             closing(self._validation or self._batches),
             closing(ProgressLine(self.step, plan.steps, "step", progress)) as line,
-            closing(RunLog(plan.folder if plan.world.is_first else None, self.epoch, self.step)) as log,
+            closing(RunLog(plan.folder if plan.world.is_first else None, self.epoch, self.step, track)) as log,
         ):
             # One stream over all epochs: its workers make the next epoch's first batches while this one is validated.
             how = range(self.step, plan.steps), recipe.data.sampler, recipe.epochs

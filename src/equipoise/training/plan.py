@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ Named = str | Path | None  # a file or folder that a user names
 
 # Fields in which a recipe may change while a run goes on: they say where and how it is computed, not what.
 HOW = ("precision", "compile", "cuda_graph", "deterministic", "data.on_bad_image", "data.allow_outside")
-FREE = frozenset({*HOW, "name", "summary", "device", "workers", "log_every", "checkpoint_minutes"})
+FREE = frozenset({*HOW, "name", "summary", "device", "workers", "log_every", "checkpoint_minutes", "track"})
 # Files may be moved, and lie elsewhere on each host: fingerprints tell whether they are the same.
 FILES = frozenset({"model.weights", "data.path", "data.train_list", "data.val_list", "data.test_list"})
 
@@ -123,6 +124,7 @@ class Plan:
             "device": f"{self.device}, {self.precision}{ranks}",
             "steps": "none: the classifier is computed" if self.classifier else steps,
             "goes on": self._goes_on(),
+            "tracker": "" if recipe.track == "none" else recipe.track,
             "run folder": str(self.folder),
         }
         return {name: value for name, value in said.items() if value}
@@ -250,7 +252,7 @@ def _refuse_idle_settings(recipe: Recipe) -> None:
     unmixed = "a frozen encoder's features" if method.mixes else f"{name}, whose views train both branches,"
     resampled, smoothed = recipe.data.sampler != "instance", recipe.loss.label_smoothing > 0
     no_text = start == "text" and not (started and model.encoder.startswith(PREFIX))
-    no_scale = start == "scaled" and not (frozen and model.weights)
+    no_scale, tracker = start == "scaled" and not (frozen and model.weights), recipe.track
     for refused, why, instead in (
         (method.cosine and not cosine, f"{name} needs a cosine classifier", "set --classifier cosine"),
         (resampled and not method.resamples, f"{name} goes by the class counts as they are", "set --sampler instance"),
@@ -262,6 +264,7 @@ def _refuse_idle_settings(recipe: Recipe) -> None:
         (no_text, f"only a cosine classifier on a pretrained {PREFIX}... starts at text", "drop --classifier-start"),
         (no_scale, "scaled is for equipoise retune RUN --with lws", "drop --classifier-start"),
         (model.anchor and not started, "only cosine classifiers on pretrained encoders are held", "set --anchor 0"),
+        (tracker != "none" and not find_spec(tracker), f"{tracker} is not installed", f"pip install {tracker}"),
     ):
         if refused:
             raise UserError(f"{why}: {instead}")

@@ -18,9 +18,10 @@ from equipoise.evaluation.score import Run, evaluate_run
 from equipoise.method.clip import text_directions
 from equipoise.method.network import CosineClassifier, TwoBranchNetwork
 from equipoise.runs.checkpoint import create_network
-from equipoise.runs.folder import BAD_IMAGES, LAST, METRICS, PREVIOUS, RunFolder, write_record
+from equipoise.runs.folder import BAD_IMAGES, LAST, METRICS, PREVIOUS, RunFolder, Track, write_record
 from equipoise.training.loop import NonFiniteLossError, Requests, Trainer
 from equipoise.training.plan import Named, Plan, default_folder, prepare
+from equipoise.training.track import tracked
 from equipoise.views.loader import Batches
 
 
@@ -48,6 +49,7 @@ class Session:
     network: TwoBranchNetwork
     trainer: Trainer
     opened: Mapping[str, Batches]
+    track: Track
 
     def run(self, progress: bool = True) -> Run:
         """Train and score. See `train`."""
@@ -69,16 +71,19 @@ class Session:
                 elif model.classifier_start == "text":
                     text = model.encoder, model.weights, plan.parts.train.class_names
                     classifier.start_at(plan.world.first_makes(lambda: text_directions(*text)))
-            self.trainer.train(progress and plan.world.is_first)
+            self.trainer.train(progress and plan.world.is_first, self.track)
         state = "training is done and saved, but not scored"  # nothing more has to be saved
         plan.world.each_makes(lambda: requests.stop_at_once(state, plan.resume_command()))
         try:
-            evaluate_run(plan.folder, plan.parts, str(plan.device), plan.world)
+            metrics = evaluate_run(plan.folder, plan.parts, str(plan.device), plan.world)
         except (UserError, RuntimeError, MemoryError) as error:
             if not isinstance(error, UserError) and not out_of_memory(error):
                 raise
             again = f"{own_command()} evaluate {shlex.quote(str(plan.folder))}"
             raise UserError(f"{in_words(error)}. Training is done and kept; then: {again}") from None
+        scored = metrics["test"] or metrics["validation"] or {}
+        final = {f"final/{name}": value for name, value in scored.items() if isinstance(value, float)}
+        self.track(final, self.trainer.step)
         return Run(plan.folder)
 
 
@@ -101,9 +106,9 @@ def start(plan: Plan) -> Generator[Session]:
     with deterministic(plan.recipe.deterministic), Requests() as requests, RunFolder() as folder:
         got = plan.world.first_makes(lambda: _take(folder, plan))
         plan = replace(plan, place=replace(plan.place, folder=got))
-        with _failures_in_one_line(plan, folder):
+        with _failures_in_one_line(plan, folder), tracked(plan) as track:
             trainer = Trainer(plan, network, opened["train"], opened.get("validation"), requests)
-            yield Session(plan, network, trainer, opened)
+            yield Session(plan, network, trainer, opened, track)
 
 
 def open_network(plan: Plan) -> TwoBranchNetwork:

@@ -92,7 +92,7 @@ def choose(settings: Settings, budget: float | None = None, out: Named = None, r
             recipe = replace(recipe, batch_size=batch - batch % ranks)
         plan = prepare(recipe, out, parts=parts)
         left = None if budget is None else budget - (time.monotonic() - begun)
-        recipe, parts, cost = plan.recipe, plan.parts, measure(plan, ranks)
+        recipe, parts, cost = plan.recipe, plan.parts, measure(plan, ranks, _TIMED_FOR)
         if left is not None and "epochs" not in fixed:
             affordable = int((left - cost.before - cost.after) / cost.epoch)
             least = 1 if len(tunes) == 1 and tune != "frozen" else -(-recipe.epochs // 2)
@@ -127,8 +127,9 @@ def _candidates(fixed: set[str], budget: float | None, settings: Settings) -> tu
     return ["frozen"], "on a CPU, each image passes the encoder once; with --budget TIME it is tuned if that suffices"
 
 
-def measure(plan: Plan, ranks: int = 1) -> Cost:
-    """What a run by so many processes costs, by timing some batches; without what they send each other."""
+def measure(plan: Plan, ranks: int, timed_for: float) -> Cost:
+    """What a run by so many processes costs, by timing some batches, twice for so many seconds; without what they send
+    each other."""
     own, resting = max(plan.recipe.batch_size // ranks, 2), replace(plan.recipe.optim, lr=0.0)  # the weights stay
     recipe = replace(plan.recipe, workers=worker_count(plan.recipe.workers, ranks), optim=resting)
     parts, device, frozen = plan.parts, plan.device, recipe.model.tune == "frozen"
@@ -142,7 +143,7 @@ def measure(plan: Plan, ranks: int = 1) -> Cost:
         steps = made if frozen else batches.training(0, own, range(1000))
         set_training(network, recipe)
         trainer = Trainer(replace(plan, recipe=recipe), network, batches, None, Requests())
-        a_step = _paced(steps, trainer.take_step, ahead, device)
+        a_step = _paced(steps, trainer.take_step, ahead, device, timed_for)
 
         def encode(batch: Batch) -> None:
             with torch.inference_mode(), exact_float32():
@@ -150,14 +151,17 @@ def measure(plan: Plan, ranks: int = 1) -> Cost:
 
         network.eval()
         seen = min(len(parts.train), _IMAGES) * ranks
-        an_image = _paced(batches.evaluation(_IMAGES), encode, ahead, device) / seen if todo or not frozen else 0.0
+        encoding = batches.evaluation(_IMAGES), encode, ahead, device, timed_for
+        an_image = _paced(*encoding) / seen if todo or not frozen else 0.0
     validation, test = (len(part) if part else 0 for part in (parts.validation, parts.test))
     scored = 0.0 if frozen else an_image
     last = 2 * (validation + test) + (0 if recipe.model.tune == "scratch" else len(parts.train))
     return Cost(todo * an_image, plan.steps_per_epoch * a_step + validation * scored, last * scored + _REST)
 
 
-def _paced(items: Iterable[Batch], work: Callable[[Batch], object], ahead: int, device: torch.device) -> float:
+def _paced(
+    items: Iterable[Batch], work: Callable[[Batch], object], ahead: int, device: torch.device, timed_for: float
+) -> float:
     """Seconds for an item, with its making by the loader, which is `ahead` by so many: they do not count, since all
     must get ready first. Of fewer items, all count."""
     ends = [time.perf_counter()]
@@ -166,6 +170,6 @@ def _paced(items: Iterable[Batch], work: Callable[[Batch], object], ahead: int, 
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         ends.append(time.perf_counter())
-        if number > ahead and ends[-1] - ends[ahead + 1] > _TIMED_FOR:
+        if number > ahead and ends[-1] - ends[ahead + 1] > timed_for:
             break
     return float(np.diff(ends[ahead + 1 :] if len(ends) > ahead + 2 else ends).mean())
