@@ -48,20 +48,20 @@ def test_what_the_time_allows(budget, tune, epochs, why, settings, monkeypatch):
     """Costs of 200 s, 49 s and 0.2 s an epoch: the most thorough way of which half the recipe's epochs (10, 10 and 15)
     fit in, with as many as fit in, up to twice the recipe's."""
     seconds = {"full": 200.0, "last-stage": 49.0, "frozen": 0.2}
-    monkeypatch.setattr(sizing, "measure", lambda plan, ranks: Cost(10, seconds[plan.recipe.model.tune], 2))
+    monkeypatch.setattr(sizing, "measure", lambda plan, *_: Cost(10, seconds[plan.recipe.model.tune], 2))
     choice = choose(settings, budget)
     assert (choice.recipe.model.tune, choice.recipe.epochs, choice.recipe.batch_size) == (tune, epochs, 6)
     assert why in choice.describe()["chosen"]
 
 
 def test_what_was_asked_for_is_fitted_into_the_time(settings, monkeypatch):
-    monkeypatch.setattr(sizing, "measure", lambda plan, ranks: Cost(10, 200, 2))
+    monkeypatch.setattr(sizing, "measure", lambda *_: Cost(10, 200, 2))
     choice = choose([*settings, (find_field("tune"), "full")], budget=650)
     assert (choice.recipe.epochs, choice.cost.of(choice.recipe.epochs)) == (3, 612)
 
 
 def test_what_is_set_stays(settings, monkeypatch):
-    monkeypatch.setattr(sizing, "measure", lambda plan, ranks: Cost(0, 1, 0))
+    monkeypatch.setattr(sizing, "measure", lambda *_: Cost(0, 1, 0))
     fields = {"tune": "last-stage", "epochs": 3, "batch_size": 6, "lr": 0.5}
     choice = choose([*settings, *((find_field(name), value) for name, value in fields.items())], budget=1000)
     recipe = choice.recipe
@@ -107,7 +107,6 @@ def test_the_pace_of_work(items, expected, monkeypatch):
     only one, or one of few. After thirty seconds it is enough."""
     clock, worked = [0.0], list[int]()
     monkeypatch.setattr(sizing.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(sizing, "_TIMED_FOR", 30.0)
 
     def wait(seconds: float, number: int) -> int:
         clock[0] += seconds + 10 * (number == 0)
@@ -117,7 +116,7 @@ def test_the_pace_of_work(items, expected, monkeypatch):
         worked.append(wait(3, number))
 
     made = (wait(2, number) for number in range(items))
-    assert sizing._paced(made, work, 2, torch.device("cpu")) == expected
+    assert sizing._paced(made, work, 2, torch.device("cpu"), 30.0) == expected
     assert len(worked) == min(items, 2 + 1 + 7)
 
 
@@ -136,7 +135,7 @@ def test_an_interrupted_choice_goes_on(settings, tmp_path, monkeypatch, capsys):
     """With the recipe of before, whatever the clock says now; other settings are another run."""
     monkeypatch.chdir(tmp_path)
     epochs = iter((0.5, 0.05))
-    monkeypatch.setattr(sizing, "measure", lambda plan, ranks: Cost(0, next(epochs), 0))
+    monkeypatch.setattr(sizing, "measure", lambda *_: Cost(0, next(epochs), 0))
     words = [f"--{field.key.split('.')[-1]}={value}" for field, value in settings if field.key != "model.encoder"]
     words = ["train", *words, "--arch=resnet8", "--tune=last-stage", "--budget=4s", "-j0", "--resume=auto"]
     honest, steps = Step.__call__, []
