@@ -179,11 +179,11 @@ SITUATIONS = {
         "is a link to /nowhere/x.png, which is not there",
     ),
     "a named pipe": (pipe, ".", 0, FINE),
-    "a URL": (
+    "the URL of an archive": (
         lambda root: None,
         "https://example.org/a.zip",
         2,
-        "https://example.org/a.zip is a URL, which is not fetched",
+        "https://example.org/a.zip cannot be read (an archive: unpack it)",
     ),
 }
 

@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from unittest.mock import Mock
@@ -25,6 +26,8 @@ from equipoise.data.decode import decode
 from equipoise.data.packed import pack
 from equipoise.data.sources import as_recognised, find_parts, recognise
 
+TRAIN, VALIDATION = "train-00000-of-00001.tar", "validation-00000-of-00001.tar"
+
 
 def large_pictures(root: Path, size: tuple[int, int] = (90, 130)) -> Path:
     """Two classes of two parts: smooth pictures, so that JPEG keeps them."""
@@ -39,17 +42,16 @@ def large_pictures(root: Path, size: tuple[int, int] = (90, 130)) -> Path:
     return root
 
 
-def packed(data: Path, out: Path, short_side: int = 48, threads: int = 0) -> list[str]:
+def packed(data: Path, out: Path, short_side: int = 48, threads: int = 0) -> str:
     return pack(find_parts(as_recognised(Data(str(data)))), out, short_side, threads)
 
 
 def test_large_images_become_smaller(tmp_path):
     data, out = large_pictures(tmp_path / "data"), tmp_path / "out"
-    told = packed(data, out)
-    assert [line.partition(" (")[0] for line in told] == [f"written: {out}/{p}.pack" for p in ("train", "validation")]
+    assert packed(data, out).startswith(f"{out}: 2 tars written, 0 were there already (10 images, 0.")
     packed(data, tmp_path / "again", threads=3)
-    for part in ("train", "validation"):
-        assert (tmp_path / f"again/{part}.pack").read_bytes() == (out / f"{part}.pack").read_bytes()
+    for name in (TRAIN, VALIDATION):
+        assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes()
     before, after = opened(data), opened(out)
     assert after.kind == "packed class folders"
     for mine, theirs in zip(after.named().values(), before.named().values(), strict=True):
@@ -69,7 +71,7 @@ def test_small_images_stay_byte_for_byte(pictures, tmp_path):
     before, after = find_parts(str(pictures)).parts["train"], find_parts(str(tmp_path / "out")).parts["train"]
     for index in range(len(before)):
         assert after.images.content(index) == before.images.content(index)
-    assert after.images.name(13) == f"bee/1.png in {tmp_path}/out/train.pack"
+    assert after.images.name(13) == f"bee/1.png in {tmp_path}/out/{TRAIN}"
     assert not find_parts(str(tmp_path / "out")).divided, "and so a part is held out, as of the folders"
 
 
@@ -108,12 +110,12 @@ def test_a_published_data_set_is_recognised_packed(tmp_path):
 def test_what_is_there_already_is_kept(tmp_path):
     data, out = large_pictures(tmp_path / "data"), tmp_path / "out"
     packed(data, out)
-    before = (out / "train.pack").stat().st_mtime_ns
-    (out / "validation.pack").unlink()
-    (out / ".validation.pack.x1y2.equipoise-part").write_bytes(b"of a killed process")
-    assert [line.split(":")[0] for line in packed(data, out)] == ["there already", "written"]
-    assert (out / "train.pack").stat().st_mtime_ns == before
-    assert sorted(path.name for path in out.iterdir()) == ["train.pack", "validation.pack"]
+    before = (out / TRAIN).stat().st_mtime_ns
+    (out / VALIDATION).unlink()
+    (out / f".{VALIDATION}.x1y2.equipoise-part").write_bytes(b"of a killed process")
+    assert "1 tars written, 1 were there already" in packed(data, out)
+    assert (out / TRAIN).stat().st_mtime_ns == before
+    assert sorted(path.name for path in out.iterdir()) == [TRAIN, VALIDATION]
     with pytest.raises(UserError, match="there already, of other images or another size; name another --out"):
         packed(data, out, short_side=40)
 
@@ -123,8 +125,8 @@ def test_other_files_are_not_hidden_by_packed_ones(pictures, tmp_path):
     with pytest.raises(UserError, match="lies inside the data, where"):
         packed(pictures, pictures)
     packed(pictures, tmp_path / "out")
-    (tmp_path / "out" / "train.pack").rename(tmp_path / "out" / "validation.pack")
-    with pytest.raises(UserError, match=r"holds other files, as validation\.pack; name a folder of its own"):
+    (tmp_path / "out" / TRAIN).rename(tmp_path / "out" / VALIDATION)
+    with pytest.raises(UserError, match=r"holds other files, as validation-.*; name a folder of its own"):
         packed(pictures, tmp_path / "out")
 
 
@@ -144,12 +146,12 @@ def test_what_pack_says(tmp_path, capsys, monkeypatch):
     assert main(words) == 0
     command = capsys.readouterr().out.splitlines()[-1].removeprefix("train on it: ")
     assert shlex.split(command)[1:] == ["train", "--data", str(out)]
-    draw_folder(data / "test", {"ant": 2, "bee": 1})
+    (out / TRAIN).unlink()
     monkeypatch.setattr("equipoise.data.packed._write", Mock(side_effect=OSError(28, "No space left on device")))
-    assert refusal(capsys, *words) == f"no space left on device: {out}/test.pack"
-    assert [path.name for path in out.iterdir()] == ["train.pack"]
+    assert refusal(capsys, *words) == f"no space left on device: {out}/{TRAIN}"
+    assert list(out.iterdir()) == []
     assert refusal(capsys, *words, "--short-side", "4") == "--short-side must be at least 8 pixels, not 4"
-    with pytest.raises(UserError, match="digits needs no packing: its images are in one file already"):
+    with pytest.raises(UserError, match="digits needs no packing: its images are in a few files already"):
         packed(Path("digits"), tmp_path / "other")
 
 
@@ -207,12 +209,12 @@ def test_subsets_and_other_processes_see_the_same(out):
     assert some.images.name(0).startswith("cat/2.png in ")
     assert len({some.fingerprint(), images.fingerprint(), images.take(np.array([3, 20, 3])).fingerprint()}) == 3
     sent = pickle.dumps(some)
-    assert len(sent) < (out / "train.pack").stat().st_size / 4, "to a process that does not share, the path is sent"
+    assert len(sent) < (out / TRAIN).stat().st_size / 4, "to a process that does not share, the path is sent"
     assert pickle.loads(sent).images.content(0) == contents[0]
 
 
 def test_a_changed_image_is_named(out):
-    path = out / "train.pack"
+    path = out / TRAIN
     content = path.read_bytes()
     image = find_parts(str(out)).parts["train"].images.content(0)
     place = content.index(image) + len(image) // 2
@@ -221,7 +223,7 @@ def test_a_changed_image_is_named(out):
     with pytest.raises(UserError) as error:
         decode(images, 0)
     assert str(error.value).startswith(
-        f"ant/0.png in {out}/train.pack cannot be read (its bytes have changed since they were packed); "
+        f"ant/0.png in {out}/{TRAIN} cannot be read (its bytes have changed since they were packed); "
     )
     decode(images, 1)
 
@@ -230,20 +232,20 @@ def test_a_changed_image_is_named(out):
     "damage",
     [
         *[lambda path, share=share: path.read_bytes()[: int(share * path.stat().st_size)] for share in (0, 0.3, 0.999)],
-        lambda path: b"equipoise packed images 1\n" + bytes(200),  # the first format
+        lambda path: path.read_bytes().replace(b'"images"', b'"imagez"'),
     ],
 )
 def test_what_is_no_whole_file_of_packed_images(damage, out):
-    (out / "train.pack").write_bytes(damage(out / "train.pack"))
-    with pytest.raises(UserError, match=r"train.pack is no whole file of packed images .*; copy it again, or pack"):
+    (out / TRAIN).write_bytes(damage(out / TRAIN))
+    with pytest.raises(UserError, match=r"train-.*tar is no whole tar of packed images .*; copy it again, or pack"):
         find_parts(str(out))
 
 
 def test_files_that_do_not_belong_together(out, tmp_path):
-    assert len(find_parts(str(out / "train.pack")).parts["train"]) == 21, "one file is a data set too"
+    assert len(find_parts(str(out / TRAIN)).parts["train"]) == 21, "one file is a data set too"
     other = draw_folder(tmp_path / "other", {"dog": 3, "eel": 3})
     pack(find_parts(str(other)), tmp_path / "second", 256, 0)
-    (tmp_path / "second" / "train.pack").rename(out / "test.pack")
+    (tmp_path / "second" / TRAIN).rename(out / "test-00000-of-00001.tar")
     with pytest.raises(UserError, match=r"were not packed together"):
         find_parts(str(out))
 
@@ -252,3 +254,105 @@ def test_packed_images_inside_the_data_are_refused(pictures):
     with pytest.raises(UserError, match="packed lies inside the data, where it would be taken for a class"):
         packed(pictures, pictures / "packed")
     assert not (pictures / "packed").exists()
+
+
+# ---------------------------------------------------------------------------------------------- tars of others
+
+
+def picture(label: int, kind: str = "JPEG") -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (30, 20), (200 * (label == 0), 100, 50)).save(file, kind)
+    return file.getvalue()
+
+
+def write_tar(path: Path, members: dict[str, bytes], **how) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", **how) as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size, member.mtime = len(content), 1.5  # as webdataset's writer: a block of pax before each member
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def test_numbers_as_labels_and_names_beside(tmp_path):
+    """As clip-benchmark has them: folders of parts, other members in a sample, endings in capitals, names in a file."""
+    for part, count in (("train", 2), ("test", 1)):
+        for number in range(count):
+            samples = [
+                {f"{row:04}.cls": b"%d\n" % (row % 2), f"{row:04}.JPG": picture(row % 2), f"{row:04}.txt": b"a photo"}
+                for row in range(4)
+            ]
+            members = {name: content for sample in samples for name, content in sample.items()}
+            write_tar(tmp_path / f"set/{part}/{number}.tar", members)
+    (tmp_path / "set/classnames.txt").write_text("hairy ant\nbee\n")
+    found = find_parts(str(tmp_path / "set"))
+    assert (found.kind, found.named, found.divided) == ("WebDataset", True, True)
+    assert {part: len(images) for part, images in found.parts.items()} == {"train": 8, "test": 4}
+    train = found.parts["train"]
+    assert train.class_names == ("hairy ant", "bee")
+    assert train.labels_N.tolist() == [0, 1] * 4
+    assert [int(decode(train, row)[5, 5, 0] < 100) for row in range(8)] == [0, 1] * 4
+    assert train.images.name(5) == f"0001.JPG in {tmp_path}/set/train/1.tar"
+    (tmp_path / "set/classnames.txt").unlink()
+    assert find_parts(str(tmp_path / "set")).parts["train"].class_names == ("0", "1")
+
+
+@pytest.mark.parametrize("kind", ["txt", "cls", "json"])
+@pytest.mark.parametrize("how", [{"format": tarfile.GNU_FORMAT}, {"format": tarfile.USTAR_FORMAT}])
+def test_names_as_labels(tmp_path, kind, how):
+    says = {"txt": "%s", "cls": "%s", "json": '{"width": 30, "label": "%s"}'}[kind]
+    names = ["owl", "bat", "owl", "bat"]
+    members: dict[str, bytes] = {}
+    for row, name in enumerate(names):
+        members |= {f"deep.er/{row}.png": picture(0, "PNG"), f"deep.er/{row}.{kind}": (says % name).encode()}
+    part = opened(write_tar(tmp_path / "set.tar", members, **how)).train
+    assert part.class_names == ("bat", "owl")
+    assert part.labels_N.tolist() == [1, 0, 1, 0]
+    assert decode(part, 3).shape == (20, 30, 3)
+
+
+def test_tars_of_others_are_packed_too(tmp_path):
+    members = {
+        f"{row}.{kind}": content
+        for row in range(6)
+        for kind, content in (("png", picture(0, "PNG")), ("cls", b"%d" % (row % 2)))
+    }
+    write_tar(tmp_path / "set" / "0.tar", members)
+    packed(tmp_path / "set", tmp_path / "out", short_side=10)
+    assert decode(opened(tmp_path / "out").train, 0).shape == (10, 15, 3)
+
+
+@pytest.mark.parametrize(
+    ("members", "said"),
+    [
+        ({"0.jpg": b"x", "0.cls": b"0", "1.jpg": b"x"}, "1.jpg has no label: write KEY.cls, or 'label' into KEY.json"),
+        ({"0.flac": b"x", "0.cls": b"0"}, r"holds no images \(bmp, gif"),
+        ({"0.jpg": b"x", "0.json": b"[1"}, "is no whole tar of packed images"),
+        ({"0.jpg": b"x", "0.cls": b"77"}, "label 77 is out of range"),
+    ],
+)
+def test_tars_that_are_no_labelled_images(tmp_path, members, said):
+    with pytest.raises(UserError, match=said):
+        find_parts(str(write_tar(tmp_path / "set.tar", members)))
+
+
+def test_an_archive_beside_class_folders_is_passed_over(pictures):
+    write_tar(pictures / "download.tar", {"cat/0.jpg": b"x", "cat/1.jpg": b"y"})
+    assert find_parts(str(pictures)).kind == "class folders"
+    with pytest.raises(UserError, match=r"download.tar is a file \(.tar, no image\); name a folder"):
+        find_parts(str(pictures / "download.tar"))
+
+
+def test_a_tar_that_is_missing_and_files_of_before(tmp_path, monkeypatch):
+    monkeypatch.setattr("equipoise.data.packed._IMAGES", 3)
+    out = tmp_path / "out"
+    packed(large_pictures(tmp_path / "data"), out)
+    (out / "train-00001-of-00002.tar").unlink()
+    with pytest.raises(UserError, match=r"1 of the 2 files .*out/train-\*.tar are there: copy the others, or pack on"):
+        find_parts(str(out))
+    (out / "old.pack").touch()
+    with pytest.raises(
+        UserError, match=r"old.pack is of an earlier version, and not read any more: pack the images again"
+    ):
+        find_parts(str(out))

@@ -32,6 +32,11 @@ def real_path(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
+def cache_folder(what: str) -> Path:
+    """Where to keep what can be made or fetched again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "equipoise" / what
+
+
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Generator[IO[bytes]]:
     """A file to write that takes its name only when it is complete and on the disk. A link stays, and the file that it

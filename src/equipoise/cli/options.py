@@ -154,7 +154,7 @@ COMMANDS: dict[str, tuple[str, str, Callable[[ArgumentParser, Sequence[str]], No
     "report": ("write runs as one HTML page, side by side", "use", _report),
     "recipes": ("the recipes that come with the package", "main", _recipes),
     "data": ("what a folder holds: classes, counts, problems", "train", _data),
-    "pack": ("re-encode images once, smaller, into one file a part", "train", _pack),
+    "pack": ("re-encode images once, smaller, into tars of WebDataset", "train", _pack),
     "predict": ("name the classes of images", "use", _predict),
     "serve": ("try a model on a page in the browser, or by HTTP", "use", _serve),
     "export": ("write a run in another layout", "use", _export),

@@ -49,7 +49,7 @@ def data(options: argparse.Namespace) -> int:
     copies = inspection.problems() if inspection else []
     recognised, doubts = recognise(meant.path), None
     recipe = load_recipe(flags.FITTING.get(recognised, recognised))
-    print_data(str(path), found, [*problems, *copies], bad, inspection is not None, recipe)
+    print_data(meant.path, found, [*problems, *copies], bad, inspection is not None, recipe)
     if options.check_labels:
         doubts = labels.doubtful_labels(
             {part: images for part, images in found.parts.items() if part not in found.faults}
@@ -63,7 +63,7 @@ def data(options: argparse.Namespace) -> int:
     if inspection.too_alike:
         print("many images resemble others so closely that only exact copies could be told from them")
     if options.report:
-        print(f"report: {write_data_page(str(path), found, inspection, Path(options.report), doubts)}")
+        print(f"report: {write_data_page(meant.path, found, inspection, Path(options.report), doubts)}")
     pairs = inspection.copies
     return 1 if problems or bad or pairs["parts"] or pairs["labels"] else 0
 
@@ -73,8 +73,8 @@ def pack(options: argparse.Namespace) -> None:
         raise UserError(f"--short-side must be at least 8 pixels, not {options.short_side}")
     meant = flags.with_overrides(Recipe(), options)
     out, workers = Path(os.path.expanduser(options.out)), worker_count(meant.workers)
-    lines = write_packed_parts(find_parts(as_recognised(meant.data)), out, options.short_side, workers)
-    print("\n".join([*lines, f"train on it: {own_command()} train --data {shlex.quote(str(out))}"]))
+    print(write_packed_parts(find_parts(as_recognised(meant.data)), out, options.short_side, workers))
+    print(f"train on it: {own_command()} train --data {shlex.quote(str(out))}")
 
 
 def train(options: argparse.Namespace) -> None:

@@ -57,7 +57,9 @@ def _field(default: Any, help: str, *flags: str, length: int | None = None, **bo
 @dataclass(frozen=True)
 class Data:
     path: str = _field(
-        "digits", "class folders, images with a table of labels, a published data set, 'digits' (built in)", "data"
+        "digits",
+        "class folders, images with a table of labels, packed images, a published data set, 'digits'; or a URL",
+        "data",
     )
     benchmark: Literal["", "imagenet-lt", "inat2018", "places-lt"] = _field("", "its published lists name the images")
     train_list: str = _field("", "list file 'path label' or table of the training images, paths below the data folder")

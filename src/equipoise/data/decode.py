@@ -17,7 +17,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from equipoise.base.errors import UserError, one_line, reason
-from equipoise.data.images import EncodedImages, ImageFiles, ImageList, PackedImages, PixelArrays
+from equipoise.data.images import EncodedImages, ImageFiles, ImageList, PixelArrays, TarImages
 
 Pixels = npt.NDArray[np.uint8]
 T = TypeVar("T")
@@ -128,9 +128,9 @@ def _what_it_is(head: bytes) -> str:
 
 def bad_images(images: ImageList) -> Iterator[BadImageError]:
     """The errors of the list's bad images, in its order. Headers are read: these tell of most bad files, in no time.
-    None for images in memory, nor for packed ones: they were decoded when they were packed."""
+    None for images in memory, for packed ones, which were decoded when they were packed, and for those at a URL."""
     source = images.images
-    if isinstance(source, PixelArrays | PackedImages):
+    if isinstance(source, PixelArrays | TarImages) or (isinstance(source, ImageFiles) and source.url):
         return
 
     def look(index: int) -> BadImageError | None:
@@ -198,9 +198,9 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _named(source: ImageFiles | EncodedImages, index: int, error: Exception) -> BadImageError:
+def _named(source: ImageFiles | EncodedImages | TarImages, index: int, error: Exception) -> BadImageError:
     """The error that names an image of which a decoder has raised this one."""
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError | UserError):  # the latter: the network has failed, not the image
         raise error
     why = reason(error, library=True)
     if isinstance(error, Image.DecompressionBombError):

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from equipoise.base.errors import UserError
+from equipoise.data.storage import download
 
 DIGITS = "digits"
 PART_NAMES = {
@@ -35,10 +36,12 @@ Indices = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Files below a folder. `paths_N`: their relative paths, in one array, which forked processes share."""
+    """Files below a folder. `paths_N`: their relative paths, in one array, which forked processes share. `url`: from
+    where those that are not there yet are copied."""
 
     root: Path
     paths_N: npt.NDArray[np.bytes_]
+    url: str = ""
 
     @classmethod
     def of(cls, root: Path, paths: Iterable[str]) -> "ImageFiles":
@@ -51,10 +54,14 @@ class ImageFiles:
         return replace(self, paths_N=self.paths_N[indices_N])
 
     def path(self, index: int) -> Path:
-        return self.root / os.fsdecode(self.paths_N[index])
+        name = os.fsdecode(self.paths_N[index])
+        path = self.root / name
+        if self.url and not path.exists():
+            download(f"{self.url}/{name}", path)
+        return path
 
     def name(self, index: int) -> str:
-        return str(self.path(index))
+        return os.path.join(self.url or self.root, os.fsdecode(self.paths_N[index]))
 
     def content(self, index: int) -> bytes:
         return self.path(index).read_bytes()
@@ -89,33 +96,32 @@ class EncodedImages:
 
 
 @dataclass(frozen=True)
-class PackedImages(EncodedImages):
-    """Those of the packed file `origin` (`packed.py`), whose table has their names and checksums too."""
+class TarImages:
+    """Image files in tars, opened for each: any process can, and none is mapped, which kills where a file was cut.
+    `places_N4`: number of the tar, first byte, bytes, CRC-32 (-1: not known)."""
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return map_packed, (self.origin, self.rows_N)  # another process maps the file itself
+    tars: Sequence[Path]
+    paths_N: npt.NDArray[np.bytes_]
+    places_N4: Indices
+
+    def take(self, indices_N: Indices) -> "TarImages":
+        return replace(self, paths_N=self.paths_N[indices_N], places_N4=self.places_N4[indices_N])
 
     def name(self, index: int) -> str:
-        return f"{os.fsdecode(self.table['name'][int(self.rows_N[index])].as_py())} in {self.origin}"
+        return f"{os.fsdecode(self.paths_N[index])} in {self.tars[self.places_N4[index, 0]]}"
 
     def content(self, index: int) -> bytes:
         """Raises ValueError where the bytes are not those that were packed."""
-        content = super().content(index)
-        if zlib.crc32(content) != self.table["crc32"][int(self.rows_N[index])].as_py():
+        tar, start, size, checksum = self.places_N4[index].tolist()
+        with self.tars[tar].open("rb") as file:
+            file.seek(start)
+            content = file.read(size)
+        if len(content) < size or (checksum >= 0 and zlib.crc32(content) != checksum):
             raise ValueError("its bytes have changed since they were packed")
         return content
 
     def digest(self) -> str:
-        names, checksums = self.table["name"].to_pylist(), self.table["crc32"].to_numpy()
-        return hashlib.sha256(b"\0".join([*names, checksums.tobytes(), self.rows_N.tobytes()])).hexdigest()
-
-
-def map_packed(path: str, rows_N: Indices | None = None) -> PackedImages:
-    """These rows of a packed file, or all, mapped into memory. Raises pyarrow's errors for a damaged file."""
-    pa = import_pyarrow(path)
-    table = pa.ipc.open_file(pa.memory_map(path)).read_all()
-    table.validate(full=True)  # looks at offsets, not at images
-    return PackedImages(path, table, np.arange(table.num_rows) if rows_N is None else rows_N)
+        return hashlib.sha256(b"\0".join([*self.paths_N.tolist(), self.places_N4[:, 2:].tobytes()])).hexdigest()
 
 
 def import_pyarrow(path: str | Path) -> Any:
@@ -149,7 +155,7 @@ class ImageList:
     """Labelled images. `labels_N` index `class_names`; a class may have no image in a test part."""
 
     origin: str
-    images: ImageFiles | EncodedImages | PixelArrays
+    images: ImageFiles | EncodedImages | TarImages | PixelArrays
     labels_N: Indices
     class_names: tuple[str, ...]
     groups_N: npt.NDArray[np.str_] | None = None  # images of one specimen, film or place are not independent

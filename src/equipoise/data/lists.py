@@ -113,10 +113,10 @@ def _from_annotations(file: Path) -> bytes:
         raise UserError(f"{file} is {what}; {how}") from None
 
 
-def open_lists(root: Path, named: Mapping[str, Path], benchmark: str, allow_outside: bool) -> Found:
-    """The images below `root` of the lists `named` by part, or else of a benchmark's, wherever these are found. Classes
-    are 0 to the largest label of the training list (of all, without one). Raises UserError for a larger label, and
-    where no list is found."""
+def open_lists(root: Path, named: Mapping[str, Path], benchmark: str, allow_outside: bool, url: str = "") -> Found:
+    """The images below `root`, copied there from `url` when needed, of the lists `named` by part, or else of a
+    benchmark's, wherever these are found. Classes are 0 to the largest label of the training list (of all, without
+    one). Raises UserError for a larger label, and where no list is found."""
     benchmark, files = "" if named else benchmark, dict(named)
     published = BENCHMARKS.get(benchmark, {})
     faults: dict[str, str] = {}
@@ -139,7 +139,7 @@ def open_lists(root: Path, named: Mapping[str, Path], benchmark: str, allow_outs
     for part, read in lists.items():
         if (largest := int(read.labels_N.max())) >= classes:
             raise UserError(f"{read.file} has label {largest}, but the training list's classes are 0 to {classes - 1}")
-        parts[part] = ImageList(str(read.file), ImageFiles(root, read.paths_N), read.labels_N, names)
+        parts[part] = ImageList(str(read.file), ImageFiles(root, read.paths_N, url), read.labels_N, names)
         identity, departs = identify(read, published.get(part))
         described.append(identity)
         notes += [departs] if departs else []

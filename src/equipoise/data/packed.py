@@ -1,13 +1,21 @@
-"""Packed images: an Arrow IPC file for each part, mapped into memory, in which large images were made smaller once. A
-row is an image: `name` and `image` (bytes), `crc32` of the image, `label`. The schema's metadata say what it all is."""
+"""Packed images: tars as WebDataset has them, in which KEY.jpg (or another kind) is an image and KEY.cls its label.
+Those that `pack` writes, with large images made smaller once, begin with a table of what is where. Other readers pass
+it over, since its name has no ending."""
 
+import hashlib
+import io
 import json
+import os
+import re
+import tarfile
 import zlib
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections import Counter, defaultdict
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import cv2
 import msgspec
@@ -17,112 +25,187 @@ from PIL import Image
 from equipoise.base.errors import UserError, reason
 from equipoise.base.files import UNFINISHED, atomic_file
 from equipoise.base.progress import counted
-from equipoise.data.decode import BadImageError, bad_images, decode, in_order
-from equipoise.data.images import Found, ImageFiles, ImageList, PackedImages, PixelArrays, import_pyarrow, map_packed
+from equipoise.data import names
+from equipoise.data.decode import BadImageError, decode, in_order
+from equipoise.data.images import PART_NAMES, Found, ImageFiles, ImageList, Indices, PixelArrays, TarImages
+from equipoise.data.parquet import open_by_part
 
-SUFFIX = ".pack"
-_KEY = b"equipoise"  # of the metadata
+FOLDERS = ("", "data", *PART_NAMES)  # in a folder of images: where tars and Parquet files may be
+_TABLE = "__equipoise__"
+_KINDS = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tiff", "ppm"))
 _LONGEST_JPEG = 65_500  # pixels: libjpeg writes no longer side. Such a strip stays as it is
 _QUALITY = 90  # of JPEG: short sides of 256 pixels take 30 kB
-_ROWS = 256  # written at a time
+_IMAGES = 4096  # in a tar, at most: 120 MB
 
 
 @dataclass(frozen=True)
-class _About:
-    """What a packed file says of itself. `fingerprint`: of the list that was packed; the rest is `Found`'s."""
+class _Table:
+    """What is in a tar of `size` bytes: of each image name, label, first byte, bytes and CRC-32 (-1: not known). The
+    rest is of the whole set: fields of its `Found`, and the fingerprint of what was packed."""
 
-    part: str
-    kind: str
-    benchmark: str
-    divided: bool
-    named: bool
-    class_names: tuple[str, ...]
-    short_side: int
     fingerprint: str
+    found: dict[str, Any]
+    class_names: tuple[str, ...]
+    size: int
+    images: list[tuple[str, str, int, int, int]]
 
 
-def _read(path: Path) -> tuple[_About, ImageList]:
-    """What a packed file says of itself, and its images. Raises UserError where it is none, or damaged."""
-    import_pyarrow(path)
+def holds_samples(file: Path) -> bool:
+    """Whether a label lies beside an image in a tar; else it is an archive. A damaged one is for `open_packed`."""
+    with suppress(Exception), tarfile.open(file, "r:") as tar:
+        first = [member.name for member in islice(filter(tarfile.TarInfo.isfile, tar), 2)]
+        return _TABLE in first or len({_split(name)[0] for name in first}) < len(first)
+    return True
+
+
+def _split(name: str) -> tuple[str, str]:
+    """The key that the members of one sample share, and the kind of this one: before and after the file's first dot."""
+    kind = name.rpartition("/")[2].partition(".")[2]
+    return name.removesuffix(f".{kind}"), kind.lower()
+
+
+def _read(file: Path) -> _Table:
+    """What is in a tar. Raises UserError for a file that is no whole tar of images with labels."""
     try:
-        images = map_packed(str(path))
-        # Not msgspec's own decoder: the name of a class is that of a folder, which need not be UTF-8.
-        about = msgspec.convert(json.loads(images.table.schema.metadata[_KEY]), _About)
-        labels_N = images.table["label"].to_numpy()
-    except Exception as error:  # pyarrow has many
-        what, how = f"no whole file of packed images ({reason(error)})", "copy it again, or pack the images again"
-        raise UserError(f"{path} is {what}; {how}") from None
-    return about, ImageList(str(path), images, labels_N, about.class_names)
+        with tarfile.open(file, "r:") as tar:
+            first, status = tar.next(), file.stat()
+            if first is None or first.name != _TABLE or (member := tar.extractfile(first)) is None:
+                return _scanned(file, status.st_size, status.st_mtime_ns)
+            # Not msgspec's own decoder: the name of a class is that of a folder, which need not be UTF-8.
+            table = msgspec.convert(json.loads(member.read()), _Table)
+        if table.size != status.st_size:
+            raise ValueError
+        return table
+    except (UserError, OSError):
+        raise
+    except Exception as error:
+        what, how = f"no whole tar of packed images ({reason(error)})", "copy it again, or pack the images again"
+        raise UserError(f"{file} is {what}; {how}") from None
 
 
-def open_packed(files: list[Path]) -> Found:
-    """The images of packed files, a part each. Raises UserError for a file that is damaged or of other images."""
-    opened = [_read(path) for path in files]
-    of = opened[0][0]
-    for about, images in opened:
-        if (about.class_names, about.kind) != (of.class_names, of.kind):
-            raise UserError(f"{images.origin} and {files[0]} were not packed together; keep them in two folders")
-    parts = {about.part: images for about, images in opened}
-    described = [f"{images.origin}: short sides of at most {about.short_side} pixels" for about, images in opened]
-    return Found(f"packed {of.kind}", parts, of.divided, of.named, described=described, benchmark=of.benchmark)
+@cache
+def _scanned(file: Path, size: int, _changed: int) -> _Table:
+    """What is in a tar that somebody else wrote, of which every member is looked at."""
+    table, samples = _Table("", {}, (), size, []), defaultdict[str, dict[str, tarfile.TarInfo]](dict)
+    with tarfile.open(file, "r:") as tar:
+        for member in filter(tarfile.TarInfo.isfile, tar):
+            key, kind = _split(member.name)
+            samples[key][kind] = member
+        for sample in samples.values():
+            beside = {kind: tar.extractfile(sample[kind]) for kind in ("cls", "json", "txt") if kind in sample}
+            text = {kind: opened.read().decode().strip() for kind, opened in beside.items() if opened}
+            label = text.get("cls") or str(json.loads(text.get("json", "{}")).get("label", text.get("txt", "")))
+            for image in (sample[kind] for kind in _KINDS & sample.keys()):
+                if not label:
+                    raise UserError(f"{file}: {image.name} has no label: write KEY.cls, or 'label' into KEY.json")
+                table.images.append((image.name, label, image.offset_data, image.size, -1))
+    if not table.images:
+        raise UserError(f"{file} holds no images ({', '.join(sorted(_KINDS))})")
+    return table
 
 
-def pack(found: Found, out: Path, short_side: int, threads: int) -> list[str]:
-    """Write the parts of what was found into the folder `out`; one line about each. An image whose short side is longer
-    than `short_side` pixels is resized (Pillow's antialiased bilinear filter) and becomes JPEG; others stay as they
-    are, byte for byte. A part that is there already, of the same images, is kept. Raises UserError for images that
+def open_packed(root: Path, files: list[Path]) -> Found:
+    """The images in tars. Raises UserError for one that is damaged or of another set, and where tars are missing."""
+    tables = {file: _read(file) for file in files}
+    first = tables[files[0]]
+    for file, table in tables.items():
+        if table.fingerprint != first.fingerprint:
+            raise UserError(f"{file} and {files[0]} were not packed together; keep them in two folders")
+    numbered = re.findall(r"^(.*)-\d+-of-0*(\d+).tar$", "\n".join(map(str, files)), re.MULTILINE)
+    for (path, of), number in Counter(numbered).items():
+        if int(of) != number:
+            raise UserError(f"{number} of the {of} files {path}-*.tar are there: copy the others, or pack on")
+    found = open_by_part("WebDataset", root, files, lambda of_part: _listed({file: tables[file] for file in of_part}))
+    return replace(found, **first.found)
+
+
+def _listed(tables: dict[Path, _Table]) -> ImageList:
+    """The images of one part, with the names of its classes where they are known."""
+    first, *others = tables
+    origin = f"{first} and {len(others):,} more" if others else str(first)
+    images = [(number, *image) for number, table in enumerate(tables.values()) for image in table.images]
+    numbers, paths, labels, *places = zip(*images, strict=True)
+    beside = [folder / "classnames.txt" for folder in first.parents[:2]]  # the second: where parts have folders
+    known = next((file.read_text("utf-8").splitlines() for file in beside if file.is_file()), ())
+    class_names = tables[first].class_names or tuple(known)
+    if all(map(str.isdecimal, labels)):
+        labels_N = np.array(labels, np.int64)
+    else:
+        class_names = class_names or names.in_order(labels)
+        labels_N = names.numbered(labels, class_names, origin)
+    paths_N, places_N4 = np.array([*map(os.fsencode, paths)], np.bytes_), np.column_stack([numbers, *places])
+    return ImageList(origin, TarImages([*tables], paths_N, places_N4), labels_N, class_names)
+
+
+def pack(found: Found, out: Path, short_side: int, threads: int) -> str:
+    """Write the parts of what was found into the folder `out`, and say what is there then. An image whose short side is
+    longer than `short_side` pixels is resized (Pillow's antialiased bilinear filter) and becomes JPEG; others stay as
+    they are, byte for byte. A tar that is there already, of the same images, is kept. Raises UserError for images that
     cannot be read or need no packing, or where other files are there; OSError for a full disk. A file appears only when
     it is complete."""
-    import_pyarrow(out)
     if found.faults:
         raise UserError(next(iter(found.faults.values())))
-    for part in found.parts.values():
-        if isinstance(part.images, PixelArrays | PackedImages):
-            raise UserError(f"{part.origin} needs no packing: its images are in one file already")
+    tars: dict[Path, tuple[ImageList, Indices]] = {}
+    for name, part in found.parts.items():
+        if isinstance(part.images, PixelArrays) or found.kind.startswith("packed "):
+            raise UserError(f"{part.origin} needs no packing: its images are in a few files already")
         if isinstance(part.images, ImageFiles) and out.resolve().is_relative_to(part.images.root.resolve()):
             raise UserError(f"{out} lies inside the data, where it would be taken for a class; name another --out")
-    files = {out / f"{name}{SUFFIX}" for name in found.parts}
-    others = [path for path in out.glob("*") if path not in files and not path.name.endswith(UNFINISHED)]
+        pieces = np.array_split(np.arange(len(part)), -(-len(part) // _IMAGES))
+        for number, rows_M in enumerate(pieces):
+            tars[out / f"{name}-{number:05}-of-{len(pieces):05}.tar"] = part, rows_M
+    others = [path for path in out.glob("*") if path not in tars and not path.name.endswith(UNFINISHED)]
     if others:  # a part of other images, or the class folders themselves, which packed files would hide
         raise UserError(f"{out} holds other files, as {others[0].name}; name a folder of its own with --out")
     out.mkdir(parents=True, exist_ok=True)
     for path in out.glob(f".*{UNFINISHED}"):  # of a killed process
         path.unlink()
-    said: list[str] = []
-    for name, images in found.parts.items():
-        file = out / f"{name}{SUFFIX}"
-        fields = (name, found.kind, found.benchmark, found.divided, found.named, images.class_names)
-        about = _About(*fields, short_side, images.fingerprint())
-        if file.exists():
-            if _read(file)[0] != about:
-                raise UserError(f"{file} is there already, of other images or another size; name another --out")
-            said.append(f"there already: {file}")
-            continue
-        try:
-            for error in bad_images(images):
-                raise error
+    of_set = {"kind": f"packed {found.kind}", "divided": found.divided, "named": found.named}
+    of_set |= {"benchmark": found.benchmark, "described": [f"short sides of at most {short_side} pixels"]}
+    parts = "".join(part.fingerprint() for part in found.parts.values())
+    fingerprint = hashlib.sha256(f"{parts}{of_set}".encode()).hexdigest()
+    before = {file for file in tars if file.exists()}
+    for file, (part, rows_M) in tars.items():
+        if file not in before:
             with atomic_file(file) as opened:
-                _write(opened, images, about, threads)
+                table = _Table(fingerprint, of_set, part.class_names, 0, [])
+                _write(opened, part, rows_M.tolist(), table, short_side, threads)
+        elif _read(file).fingerprint != fingerprint:
+            raise UserError(f"{file} is there already, of other images or another size; name another --out")
+    size = sum(file.stat().st_size for file in tars) / 1e6
+    images = f"{sum(map(len, found.parts.values())):,} images, {size:,.1f} MB"
+    return f"{out}: {len(tars) - len(before):,} tars written, {len(before):,} were there already ({images})"
+
+
+def _write(file: IO[bytes], images: ImageList, rows: list[int], table: _Table, short_side: int, threads: int) -> None:
+    """Write a tar of these images. Its table is the first member, and the last to be known."""
+    source, labels = images.images, [str(images.labels_N[row]) for row in rows]
+    paths_N = source.paths_N[rows].tolist() if isinstance(source, ImageFiles | TarImages) else map(source.name, rows)
+    paths = [*map(os.fsdecode, paths_N)]
+    room = len(json.dumps([asdict(table), paths, labels])) + 60 * (1 + len(rows))  # the numbers are shorter
+    with tarfile.open(fileobj=file, mode="w") as tar:
+
+        def add(name: str, content: bytes) -> None:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+        add(_TABLE, bytes(room))
+        made = in_order(partial(_encoded, images, short_side), rows, threads)
+        shown = counted(made, len(rows), f"packing {os.path.basename(file.name)}")
+        try:
+            for row, path, label, content in zip(rows, paths, labels, shown, strict=True):
+                kind = str(Image.open(io.BytesIO(content)).format).lower()
+                place = tar.offset + tarfile.BLOCKSIZE, len(content), zlib.crc32(content)
+                table.images.append((path, label, *place))
+                add(f"{row:08}.{'jpg' if kind in ('jpeg', 'mpo') else kind}", content)
+                add(f"{row:08}.cls", label.encode())
         except BadImageError as error:
-            raise UserError(f"{error.fault}; repair it (equipoise data FOLDER --check lists all such images)") from None
-        said.append(f"written: {file} ({len(images):,} images, {file.stat().st_size / 1e6:,.1f} MB)")
-    return said
-
-
-def _write(file: IO[bytes], images: ImageList, about: _About, threads: int) -> None:
-    """Write all images as they are to be stored."""
-    pa = import_pyarrow(file.name)
-    kinds = [("name", pa.binary()), ("image", pa.large_binary()), ("crc32", pa.uint32()), ("label", pa.int64())]
-    schema = pa.schema(kinds, {_KEY: json.dumps(asdict(about))})
-    source = images.images
-    encoded = in_order(partial(_encoded, images, about.short_side), range(len(images)), threads)
-    with pa.ipc.new_file(file, schema) as writer:
-        for first in counted(range(0, len(images), _ROWS), len(images), f"packing {about.part}", _ROWS):
-            rows = range(first, min(first + _ROWS, len(images)))
-            contents = list(islice(encoded, len(rows)))
-            names = [source.paths_N[row] if isinstance(source, ImageFiles) else source.name(row) for row in rows]
-            checksums = [zlib.crc32(content) for content in contents]
-            writer.write(pa.record_batch([names, contents, checksums, images.labels_N[rows]], schema))
+            how = "repair it (equipoise data FOLDER --check lists all such images)"
+            raise UserError(f"{error.fault}; {how}") from None
+    written = json.dumps(asdict(replace(table, size=file.tell()))).encode()
+    file.seek(tarfile.BLOCKSIZE)
+    file.write(written.ljust(room))
 
 
 def _encoded(images: ImageList, short_side: int, index: int) -> bytes:

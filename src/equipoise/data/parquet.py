@@ -1,7 +1,8 @@
 """Parquet files as the `datasets` library publishes them become image lists."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,22 @@ from equipoise.data.names import in_order, look_alikes, normal, numbered
 from equipoise.data.rows import LABELS, named_column, part_named
 
 
-def open_parquet(files: list[Path], data: Data) -> Found:
-    """The images of the files, by part where their names begin with that of one. Columns that `data` does not name are
-    found. Raises UserError for what cannot be read, and for labels that do not fit."""
+def open_parquet(root: Path, files: list[Path], data: Data) -> Found:
+    """The images of the files. Columns that `data` does not name are found. Raises UserError for what cannot be read,
+    and for labels that do not fit."""
+    return open_by_part("Parquet", root, files, partial(_read, data))
+
+
+def open_by_part(kind: str, root: Path, files: list[Path], read: Callable[[list[Path]], ImageList]) -> Found:
+    """The images of files at `root`, by part where their names, or those of their folders, begin with that of one.
+    `read` makes the list of a part; without class names, its classes are numbers."""
     by_part: dict[str, list[Path]] = {}
     for file in files:
-        by_part.setdefault(part_named(file.stem), []).append(file)
+        name = file.name if file == root else file.relative_to(root).as_posix().removeprefix("data/")
+        by_part.setdefault(part_named(name), []).append(file)
     others = by_part.pop("", [])
     notes = [f"{file}: no part's name (train, val, test) begins its own, passed over" for file in others if by_part]
-    parts = {part: _read(of_part, data) for part, of_part in (by_part or {"train": others}).items()}
+    parts = {part: read(of_part) for part, of_part in (by_part or {"train": others}).items()}
     leading = parts.get("train", next(iter(parts.values())))
     names, largest = leading.class_names, int(leading.labels_N.max())
     if not names and largest >= len(leading):
@@ -35,13 +43,13 @@ def open_parquet(files: list[Path], data: Data) -> Found:
         if len(wrong):
             what = f"row {wrong[0]} has label {labels_N[wrong[0]]}, which is out of range"
             raise UserError(f"{origin}: {what}: the classes are 0 to {len(all_names) - 1}")
-        if images.class_names:
+        if images.class_names not in ((), all_names):
             labels_N = numbered(images.class_names, all_names, origin)[labels_N]
         parts[part] = replace(images, labels_N=labels_N, class_names=all_names)
-    return Found("Parquet", parts, divided=bool(by_part), named=bool(names), notes=[*notes, *look_alikes(names)])
+    return Found(kind, parts, divided=bool(by_part), named=bool(names), notes=[*notes, *look_alikes(names)])
 
 
-def _read(files: Sequence[Path], data: Data) -> ImageList:
+def _read(data: Data, files: Sequence[Path]) -> ImageList:
     """The images of one part, with the class names that the file gives, if any."""
     file, pa = files[0], import_pyarrow(files[0])
     try:

@@ -21,9 +21,10 @@ from equipoise.data.images import DIGITS, Found, ImageFiles, ImageList, Parts, P
 from equipoise.data.inspection import Inspection, inspect
 from equipoise.data.lists import BENCHMARKS, find_list, open_lists
 from equipoise.data.names import normal, unknown_classes
-from equipoise.data.packed import SUFFIX, open_packed
+from equipoise.data.packed import FOLDERS, holds_samples, open_packed
 from equipoise.data.parquet import holds_images, open_parquet
 from equipoise.data.rows import TABLES, NoTableError
+from equipoise.data.storage import copied, folder_of
 from equipoise.data.subsets import grouped, hold_out, long_tailed
 from equipoise.data.tables import find_tables, open_tables
 
@@ -36,24 +37,36 @@ _CIFAR = {"cifar-10-batches-py": "cifar10", "cifar-100-python": "cifar100"}
 def named_lists(data: Data) -> dict[str, Path]:
     """The list files that a recipe names, by part."""
     files = {part: getattr(data, key.removeprefix("data.")) for part, key in LISTS.items()}
-    return {part: Path(os.path.expanduser(file)) for part, file in files.items() if file}
+    return {part: _local(file) for part, file in files.items() if file}
+
+
+def _local(file: str) -> Path:
+    """A file here, or the copy here of one at a URL."""
+    return copied(file) / file.rpartition("/")[2] if "://" in file else Path(os.path.expanduser(file))
 
 
 def _files(root: Path, suffix: str) -> list[Path]:
-    """The files of this kind at `root`: itself, or those in it or in its `data/`, as the `datasets` library has it."""
+    """The files of this kind at `root`: itself, or those in it and in its `data/`, `train/`, ..."""
     if root.is_file():
         return [root] if root.suffix.lower() == suffix else []
-    return sorted([*root.glob(f"*{suffix}"), *root.glob(f"data/*{suffix}")])
+    return sorted(file for folder in FOLDERS for file in (root / folder).glob(f"*{suffix}"))
+
+
+def _packed(root: Path) -> list[Path]:
+    """The tars of packed images at `root`."""
+    if before := _files(root, ".pack"):
+        raise UserError(f"{before[0]} is of an earlier version, and not read any more: pack the images again")
+    return [file for file in _files(root, ".tar") if holds_samples(file)]
 
 
 def recognise(path: str) -> str:
-    """Which published data set is at `path`, by the names of its own files and folders: 'digits', 'imagenet-lt',
-    'inat2018', 'places-lt', 'cifar10', 'cifar100'; '' for anything else. A packed file says itself what it was."""
-    if path in (DIGITS, ""):
-        return path
+    """Which published data set is at `path`, by the names of its own files and folders, or as packed images say:
+    'digits', 'imagenet-lt', 'inat2018', 'places-lt', 'cifar10', 'cifar100'; '' for anything else, and for a URL."""
+    if path in (DIGITS, "") or "://" in path:
+        return path if path == DIGITS else ""
     root = _existing(path)
-    if packed := _files(root, SUFFIX):
-        return open_packed(packed).benchmark
+    if packed := _packed(root):
+        return open_packed(root, packed).benchmark
     if archive := find_cifar(root):
         return archive[1]
     if (root / "train_val2018").is_dir():
@@ -82,7 +95,7 @@ def find_parts(data: Data | str) -> Found:
     files = {name: part.images for name, part in found.parts.items() if isinstance(part.images, ImageFiles)}
     for name, images in files.items():
         bounds = None if data.allow_outside else root if root.is_dir() else root.parent
-        if absent := absent_files(images, bounds):
+        if absent := [] if images.url else absent_files(images, bounds):
             number = f"{len(absent):,} of the {len(images):,} images of {found.parts[name].origin} are missing"
             where = "its paths are looked for below the folder given as data"
             faults[name] = f"{images.name(absent[0])} is not there, and {number}; {where}"
@@ -98,11 +111,17 @@ def find_parts(data: Data | str) -> Found:
 def _find(data: Data) -> Found:
     if data.path == DIGITS:
         return _open_digits()
-    root, named = _existing(data.path), named_lists(data)
-    if packed := _files(root, SUFFIX):
+    named, url = named_lists(data), data.path.rstrip("/") if "://" in data.path else ""
+    if url and named:
+        return open_lists(folder_of(url), named, "", False, url)
+    root = copied(url, FOLDERS) if url else _existing(data.path)
+    if packed := _packed(root):
         if named:
             raise UserError(f"{root} is packed: its parts are in its files, and no list can divide it otherwise")
-        return open_packed(packed)
+        return open_packed(root, packed)
+    if url and not _files(root, ".parquet"):
+        how = "pack the images (equipoise pack), name tars as train-{000000..000011}.tar, or a list by --train-list"
+        raise UserError(f"no packed images (.tar) or Parquet files are listed at {data.path}: {how}")
     if any(file.suffix.lower() in TABLES for file in named.values()):
         return open_tables(root, named, data)
     if data.benchmark or named:
@@ -116,7 +135,7 @@ def _find(data: Data) -> Found:
     if archive:
         return open_cifar(*archive)
     if parquet:
-        found = open_parquet(parquet, data)
+        found = open_parquet(root, parquet, data)
         others = [f"{file} holds no images and was passed over" for file in tables if file not in parquet]
         return replace(found, notes=[*found.notes, *others])
     if root.is_file() and root.suffix.lower() in TABLES:
@@ -171,8 +190,6 @@ def survey(data: Data, check: bool = False) -> tuple[Found, list[str], list[BadI
 def _existing(path: str) -> Path:
     if not path:
         raise UserError("this recipe needs data: name a folder with --data FOLDER")
-    if "://" in path:
-        raise UserError(f"{path} is a URL, which is not fetched: download it, and name the file or folder")
     root = Path(os.path.expanduser(path))
     if not os.path.exists(root):  # nor where it is too long, or has a zero byte in it, for which Path.exists raises
         raise UserError(f"there is no file or folder at {root}; if a run's data have moved, name it by --data")

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from equipoise.base.errors import UserError, several
-from equipoise.data.images import ImageFiles, ImageList, Indices, PackedImages
+from equipoise.data.images import ImageFiles, ImageList, Indices, TarImages
 
 _FOLDS_OF_SHARE = 20
 
@@ -110,14 +110,10 @@ def grouped(images: ImageList, by: str) -> ImageList:
     if images.groups_N is not None:
         return images
     source = images.images
-    if isinstance(source, ImageFiles):
-        paths = source.paths_N.tolist()
-    elif isinstance(source, PackedImages):
-        paths = source.table["name"].take(source.rows_N).to_pylist()
-    else:
+    if not isinstance(source, ImageFiles | TarImages):
         raise UserError(f"{images.origin} has no column '{by}', and its images have no paths, for data.group_by")
     try:
-        matches = [(path, re.search(by, path)) for path in map(os.fsdecode, paths)]
+        matches = [(path, re.search(by, path)) for path in map(os.fsdecode, source.paths_N.tolist())]
     except re.error as error:
         raise UserError(f"data.group_by is no column and no regular expression: '{by}' ({error})") from None
     groups = [next(filter(None, found.groups() or (found[0],)), "") if found else "" for _, found in matches]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from equipoise.base.device import exact_float32
 from equipoise.base.errors import SharedError, UserError
-from equipoise.base.files import atomic_file
+from equipoise.base.files import atomic_file, cache_folder
 from equipoise.base.progress import ProgressLine
 from equipoise.base.world import ALONE, World
 from equipoise.config.recipe import Recipe
@@ -137,7 +137,8 @@ def _file(recipe: Recipe, images: ImageList, network: TwoBranchNetwork) -> Path:
     view."""
     hasher = hashlib.sha256(images.fingerprint().encode())
     if isinstance(images.images, ImageFiles):
-        for index in range(len(images)):
+        hasher.update(images.images.url.encode())
+        for index in range(0 if images.images.url else len(images)):
             with contextlib.suppress(OSError):  # it is a bad image
                 status = os.stat(images.images.path(index))
                 hasher.update(f"{status.st_size} {status.st_mtime_ns} ".encode())
@@ -147,8 +148,7 @@ def _file(recipe: Recipe, images: ImageList, network: TwoBranchNetwork) -> Path:
         if name.endswith((".0.a", ".0.b")):  # of LoRA: at the start they add nothing
             continue
         hasher.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")  # of what can be computed again
-    return cache / "equipoise" / "features" / f"{hasher.hexdigest()}.npy"
+    return cache_folder("features") / f"{hasher.hexdigest()}.npy"
 
 
 @torch.inference_mode()

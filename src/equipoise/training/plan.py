@@ -287,7 +287,7 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
     """The recipe with absolute paths, as it can be trained again from elsewhere."""
     for field in map(find_field, FILES):
         path = field_value(recipe, field)
-        if path not in (DIGITS, ""):
+        if path not in (DIGITS, "") and "://" not in path:
             absolute = real_path(Path(os.path.expanduser(path)))
             if field.key == "model.weights" and absolute.is_dir():  # a run folder
                 absolute = chosen_checkpoint(absolute)
