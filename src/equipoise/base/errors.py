@@ -3,6 +3,7 @@
 import re
 import reprlib
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 from shutil import which
@@ -96,7 +97,12 @@ def one_line(text: str) -> str:
 def own_command() -> str:
     """How a shell finds this program: by its name, or where no environment is activated, by the path of this call."""
     called = Path(sys.argv[0])
-    return shlex.quote(str(called)) if called.name == "equipoise" and which("equipoise") is None else "equipoise"
+    return quoted(called) if called.name == "equipoise" and which("equipoise") is None else "equipoise"
+
+
+def quoted(word: str | Path) -> str:
+    """A word of a command as the system's shell takes it: to that of Windows, single quotes are letters."""
+    return subprocess.list2cmdline([str(word)]) if sys.platform == "win32" else shlex.quote(str(word))
 
 
 def several(number: int, noun: str) -> str:

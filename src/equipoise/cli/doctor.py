@@ -63,7 +63,7 @@ def _machine() -> Iterator[tuple[str, str]]:
 
 def _lines(file: str, title: str = "") -> str:
     """The first lines of a file of Linux; '' elsewhere."""
-    found = Path(file).read_text().splitlines()[:3] if os.path.exists(file) else []
+    found = Path(file).read_text(encoding="utf-8").splitlines()[:3] if os.path.exists(file) else []
     return title * bool(found) + ", ".join(" ".join(line.split()) for line in found)
 
 

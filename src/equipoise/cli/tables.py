@@ -183,7 +183,8 @@ def _print_counts(part: str, images: ImageList) -> None:
     _console().print(Text.assemble("\n", (part, "bold"), f": {number}"))
     table = Table.grid(Column(min_width=_NAME_WIDTH), Column(justify="right"), Column(min_width=4), padding=(0, 1))
     for label in _ends(range(len(counts)), counts):
-        bar = Bar(max(counts), 0, counts[label], width=30)
+        # A file on Windows may have no blocks.
+        bar = Bar(max(counts), 0, counts[label], width=30) if _console().encoding.startswith("utf") else ""
         table.add_row(_cut(images.class_names[label]), f"{counts[label]:,}", bar)
     _print(table)
     if len(counts) > _ROWS_SHOWN:

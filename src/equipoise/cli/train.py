@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import io
 import os
-import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from equipoise.authors.flags import LOG, authors_folder
-from equipoise.base.errors import UserError, one_line, own_command, several
+from equipoise.base.errors import UserError, one_line, own_command, quoted, several
 from equipoise.base.files import atomic_file
 from equipoise.base.progress import say
 from equipoise.base.world import World, join
@@ -74,7 +73,7 @@ def pack(options: argparse.Namespace) -> None:
     meant = flags.with_overrides(Recipe(), options)
     out, workers = Path(os.path.expanduser(options.out)), worker_count(meant.workers)
     print(write_packed_parts(find_parts(as_recognised(meant.data)), out, options.short_side, workers))
-    print(f"train on it: {own_command()} train --data {shlex.quote(str(out))}")
+    print(f"train on it: {own_command()} train --data {quoted(out)}")
 
 
 def train(options: argparse.Namespace) -> None:
@@ -172,7 +171,7 @@ def init(options: argparse.Namespace) -> None:
     with atomic_file(out) as file:
         file.write(explained_toml(choice.recipe, choice.reasons).encode())
     print_plan(choice.describe())
-    print(f"written: {out}; then: {own_command()} train {shlex.quote(str(out))}")
+    print(f"written: {out}; then: {own_command()} train {quoted(out)}")
 
 
 def _show(runs: Sequence[Run]) -> None:

@@ -5,7 +5,6 @@ out of them. Shape suffix: N images."""
 import contextlib
 import hashlib
 import os
-import shlex
 import sys
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from equipoise.base.errors import UserError
+from equipoise.base.errors import UserError, quoted
 from equipoise.data.storage import download
 
 DIGITS = "digits"
@@ -130,7 +129,7 @@ def import_pyarrow(path: str | Path) -> Any:
         import_module("pyarrow.parquet")
         return import_module("pyarrow")
     except ImportError:
-        raise UserError(f"{path} needs pyarrow: {shlex.quote(sys.executable)} -m pip install pyarrow") from None
+        raise UserError(f"{path} needs pyarrow: {quoted(sys.executable)} -m pip install pyarrow") from None
 
 
 @dataclass(frozen=True)

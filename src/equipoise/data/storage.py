@@ -5,7 +5,6 @@ import errno
 import hashlib
 import os
 import re
-import shlex
 import sys
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -15,7 +14,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from equipoise.base.errors import UserError, reason
+from equipoise.base.errors import UserError, quoted, reason
 from equipoise.base.files import atomic_file, cache_folder
 from equipoise.base.progress import ProgressLine
 
@@ -96,7 +95,7 @@ def _in_one_line(url: str) -> Generator[None]:
         yield
     except ImportError as error:
         package = getattr(error.__cause__, "name", error.name)
-        raise UserError(f"{url} needs {package}: {shlex.quote(sys.executable)} -m pip install {package}") from None
+        raise UserError(f"{url} needs {package}: {quoted(sys.executable)} -m pip install {package}") from None
     except Exception as error:
         cause = error.__cause__ if isinstance(error.__cause__, OSError) else error  # of https: the network's
         if isinstance(cause, FileNotFoundError):

@@ -141,7 +141,7 @@ def commit() -> str:
     if not (clone / ".git").exists() or not shutil.which("git"):
         return ""
     git = ["git", "-C", str(clone), "describe", "--always", "--dirty"]
-    said = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    said = subprocess.run(git, capture_output=True, encoding="utf-8", check=False).stdout.strip()
     return f"+{said}" if said else ""
 
 

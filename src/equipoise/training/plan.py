@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import os
-import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from torch import nn
 
 from equipoise import __version__
 from equipoise.base.device import choose_device, choose_precision
-from equipoise.base.errors import SharedError, UserError, own_command, several
+from equipoise.base.errors import SharedError, UserError, own_command, quoted, several
 from equipoise.base.files import real_path
 from equipoise.base.world import ALONE, World
 from equipoise.config.reading import load_recipe
@@ -146,7 +145,7 @@ class Plan:
             hosts = world.size // world.local_size
             where = "--standalone" if hosts == 1 else f"--nnodes {hosts} --rdzv-backend c10d --rdzv-endpoint HOST:PORT"
             program = f"torchrun {where} --nproc-per-node {world.local_size} -m equipoise"
-        return f"{program} train --resume {shlex.quote(str(self.folder))}"
+        return f"{program} train --resume {quoted(self.folder)}"
 
 
 def prepare(

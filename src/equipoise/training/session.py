@@ -1,6 +1,5 @@
 """A plan becomes a run folder: it is opened, taken, trained and scored, and what goes wrong is said in one line."""
 
-import shlex
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 
 from equipoise.base.device import describe_machine, deterministic, keep_freed_memory
-from equipoise.base.errors import UserError, in_words, out_of_memory, own_command
+from equipoise.base.errors import UserError, in_words, out_of_memory, own_command, quoted
 from equipoise.base.world import join, lost_rank
 from equipoise.config.recipe import Recipe
 from equipoise.evaluation.features import class_means, open_encoded_batches
@@ -79,7 +78,7 @@ class Session:
         except (UserError, RuntimeError, MemoryError) as error:
             if not isinstance(error, UserError) and not out_of_memory(error):
                 raise
-            again = f"{own_command()} evaluate {shlex.quote(str(plan.folder))}"
+            again = f"{own_command()} evaluate {quoted(plan.folder)}"
             raise UserError(f"{in_words(error)}. Training is done and kept; then: {again}") from None
         scored = metrics["test"] or metrics["validation"] or {}
         final = {f"final/{name}": value for name, value in scored.items() if isinstance(value, float)}
