@@ -64,6 +64,18 @@ def test_the_version_is_in_one_place():
     assert sections[:2] == ["Unreleased", equipoise.__version__]
 
 
+def test_the_readme_names_every_extra_and_its_packages():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    table = re.findall(
+        r"^\| extra .+?\n\n", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:-1]]
+    told = {name for row in rows for name in re.findall(r"`(\w+)`", row[0])}
+    assert told == extras.keys() - {"docs", "test", "check", "fuzz", "audit"}
+    packages = [name for row in rows for name in row[2].split(", ")]
+    assert sorted(packages) == sorted(re.split(r"[>=]", line)[0] for extra in told for line in extras[extra])
+
+
 FIRST = """\
 import torch
 from torch.nn.functional import normalize
