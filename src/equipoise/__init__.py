@@ -6,7 +6,7 @@ Names are imported when they are first used, so that `equipoise --help` does not
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"  # pyproject.toml takes it from here
+__version__ = "0.2.0"  # pyproject.toml takes it from here
 
 if TYPE_CHECKING:  # the same names, for editors and type checkers
     from equipoise.base.errors import UserError as UserError
