@@ -27,7 +27,7 @@ results = [(f"{part} {which}", figures) for part in ("validation", "test") for w
 print_metrics(results, "accuracy", {"class_names": [name, "b"], "train_counts": [12345, 3]})
 print_plan({"data": f"/{name}/{name}: 12,345 images", "batch": "64"})
 shares = np.array([[1.0, 0.234]])
-near = [[(name, name, 0.9876)]]
+near = [[(name, name, 0.9876, 0)]]
 print_predictions(Predicted((f"/{name}/1.png",), (name,), shares.astype(int) * 0, shares, (), near, {}, (None,)))
 main(["data", folder])
 """

@@ -60,7 +60,8 @@ class ImageFiles:
         return path
 
     def name(self, index: int) -> str:
-        return os.path.join(self.url or self.root, os.fsdecode(self.paths_N[index]))
+        name = os.fsdecode(self.paths_N[index])
+        return f"{self.url}/{name}" if self.url else str(self.root / name)
 
     def content(self, index: int) -> bytes:
         return self.path(index).read_bytes()
