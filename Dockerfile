@@ -19,7 +19,7 @@ COPY --from=build /opt/equipoise /opt/equipoise
 # Of the container's toolkit: without it, a GPU is only shown by nvidia-smi.
 ENV PATH=/opt/equipoise/bin:$PATH HOME=/home/equipoise NVIDIA_DRIVER_CAPABILITIES=compute,utility
 # A user of another number (docker run --user) may write here too: features are kept in ~/.cache.
-RUN useradd --uid 1000 --create-home equipoise && chmod 1777 /home/equipoise
+RUN useradd --uid 1000 --create-home equipoise && mkdir /home/equipoise/.cache && chmod 1777 /home/equipoise /home/equipoise/.cache
 USER equipoise
 WORKDIR /work
 ENTRYPOINT ["equipoise"]

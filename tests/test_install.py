@@ -116,7 +116,7 @@ def named_pictures(tmp_path_factory) -> Path:
 
 
 @pytest.mark.long
-def test_every_command_on_a_console_of_code_page_1252(named_pictures, tmp_path, monkeypatch):
+def test_commands_on_a_console_of_code_page_1252(named_pictures, tmp_path, monkeypatch):
     """It has an ä, and neither lines and blocks nor 蜂: what it lacks becomes other characters. Files are UTF-8."""
     monkeypatch.chdir(tmp_path)
     pictures = str(named_pictures)
