@@ -19,8 +19,7 @@ Tracker = tuple[Track, Callable[[bool], object]]  # takes figures; ends, of a ru
 
 @contextmanager
 def tracked(plan: Plan) -> Generator[Track]:
-    """What sends figures to the plan's tracker. Where that fails it is said, and the run goes on without it; the end is
-    tried all the same, since what is left open is a library's for the whole process."""
+    """What sends figures to the plan's tracker. Where that fails it is said once, and of the rest only the end tried."""
     name, gone, finished = plan.recipe.track, plan.recipe.track == "none" or not plan.world.is_first, False
 
     def attempt(act: Callable[[], Any]) -> Any:
@@ -33,18 +32,16 @@ def tracked(plan: Plan) -> Generator[Track]:
                 print(f"equipoise: {name} has failed ({why}); the run goes on without it", file=sys.stderr, flush=True)
             gone = True
 
-    tracker = None if gone else attempt(lambda: _TRACKERS[name](plan))
+    tracker: Any = None if gone else attempt(lambda: _TRACKERS[name](plan))
     try:
         yield lambda figures, step: None if gone else attempt(lambda: tracker[0](figures, step))
         finished = not gone
     finally:
-        if tracker:
-            attempt(lambda: tracker[1](finished))
+        attempt(lambda: tracker and tracker[1](finished))  # the next run of the process must not lie within this one
 
 
 def _settings(plan: Plan) -> dict[str, Any]:
-    """The recipe, field by field, without paths and addresses, which are private, and what the training classes are
-    like."""
+    """The recipe without its paths and addresses, which are private, and what the training classes are like."""
     counts = plan.parts.train.class_counts
     about = {"classes": len(counts), "train_images": sum(counts), "imbalance": round(imbalance_factor(counts), 2)}
     return {field.key: field_value(plan.recipe, field) for field in recipe_fields() if field.key not in FILES} | about
@@ -71,17 +68,12 @@ def _mlflow(plan: Plan) -> Tracker:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     import mlflow
 
-    if (file := plan.folder / "mlflow.id").exists():
-        mlflow.start_run(file.read_text(), nested=True)
-    else:
+    if not (file := plan.folder / "mlflow.id").exists():
         mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", "equipoise"))
-        run = mlflow.start_run(run_name=plan.folder.name, nested=True)
-        try:
+        with mlflow.start_run(run_name=plan.folder.name, nested=True) as run:  # which ends it, should that fail
             mlflow.log_params(_settings(plan))
-        except Exception:
-            mlflow.end_run("KILLED")
-            raise
-        file.write_text(run.info.run_id)  # of a run that has its settings
+        file.write_text(run.info.run_id)
+    mlflow.start_run(file.read_text(), nested=True)
     return mlflow.log_metrics, lambda finished: mlflow.end_run("FINISHED" if finished else "KILLED")
 
 
