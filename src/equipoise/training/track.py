@@ -19,7 +19,7 @@ Tracker = tuple[Track, Callable[[bool], object]]  # takes figures; ends, of a ru
 
 @contextmanager
 def tracked(plan: Plan) -> Generator[Track]:
-    """What sends figures to the plan's tracker. Where that fails it is said once, and of the rest only the end tried."""
+    """What sends figures to the plan's tracker. Where that fails it is said once, and only the end still tried."""
     name, gone, finished = plan.recipe.track, plan.recipe.track == "none" or not plan.world.is_first, False
 
     def attempt(act: Callable[[], Any]) -> Any:
