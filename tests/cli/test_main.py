@@ -80,6 +80,7 @@ echo "${COMPREPLY[@]}"
         (["train", "--track", ""], "none tensorboard mlflow wandb"),
         (["report", "an"], "another.html"),
         (["export", "--to", "on"], "onnx"),
+        (["predict", "--prior", "an"], "another.html"),
     ],
 )
 def test_bash_completes(typed, completed, tmp_path, capsys):

@@ -24,7 +24,7 @@ from browser import brightness
 from conftest import ODD_NAMES, refusal
 from PIL import Image
 
-from equipoise import load
+from equipoise import UserError, load
 from equipoise.cli import use
 from equipoise.deploy import serve
 from equipoise.evaluation.none_of_these import KnownClasses
@@ -131,7 +131,8 @@ def test_a_wrong_file_gets_its_sentence(content, status, sentence, classifier):
         answered, said = ask(port, "/predict", content)
         assert answered == status
         assert sentence in said["detail"]
-        assert ask(port, "/predict?tau=1.1", b"")[0] == 422
+        said = "tau: Input should be less than or equal to 1; top: Input should be greater than or equal to 1"
+        assert ask(port, "/predict?tau=1.1&top=0", b"") == (422, {"detail": said})
 
 
 def test_a_model_without_counts(classifier, picture):
@@ -165,7 +166,8 @@ def test_others_are_refused(classifier):
             )
         assert ask(port, "/predict", b"", Host=own, Origin="http://evil.example")[0] == 403
         _, described = ask(port, "/openapi.json")
-    assert set(described["paths"]) == {"/model", "/predict"}
+    documented = {path: {*next(iter(of.values()))["responses"]} for path, of in described["paths"].items()}
+    assert documented == {"/model": {"200", "403"}, "/predict": {"200", "400", "403", "413", "422", "503"}}
 
 
 # ---- many at once
@@ -187,16 +189,24 @@ def held(monkeypatch):
     free.set()
 
 
-def test_twenty_at_once_are_answered_in_order(classifier, picture, held):
+def test_twenty_at_once_are_answered_in_order(classifier, picture, held, monkeypatch):
     """One after the other, as they came, each with its own answer."""
     free, order = held
+    arrived, received = [], serve._received
+
+    async def receive(request):
+        arrived.append(await received(request))
+        return arrived[-1]
+
+    monkeypatch.setattr(serve, "_received", receive)
     pictures = [picture.read_bytes() + bytes([number]) for number in range(20)]  # PNG ignores what follows
     with running(classifier, explain=0) as port, ThreadPoolExecutor(20) as senders:
         alone = ask(port, "/model")
         answers = []
         for content in pictures:
             answers.append(senders.submit(ask, port, "/predict", content))
-            time.sleep(0.02)
+            while content not in arrived:
+                time.sleep(0.01)
             assert ask(port, "/model") == alone, "it answers meanwhile"
         assert order == pictures[:1]
         free.set()
@@ -267,6 +277,20 @@ def test_the_command(odd_run, picture, capsys):
         finally:
             process.kill()
     assert (process.returncode, out, err) == (0, "", "")
+
+
+def test_the_recipe_of_an_authors_checkpoint(monkeypatch, capsys):
+    """As of `predict`: the authors' checkpoint does not say with which mean it was trained."""
+    taken = []
+
+    def stop(*words):
+        taken.extend(words)
+        raise UserError("enough")
+
+    monkeypatch.setattr(use, "load", stop)
+    words = "serve", "inat.pth.tar", "--recipe", "inat2018", "--device", "cpu", "--port", "0"
+    assert refusal(capsys, *words) == "enough"
+    assert taken == ["inat.pth.tar", "cpu", "inat2018"]
 
 
 def test_refusals(odd_run, capsys, monkeypatch):
@@ -366,12 +390,9 @@ def test_in_a_browser(browser, classifier, odd_run, picture, tmp_path):
             reached.append(browser.switch_to.active_element.accessible_name)
             ActionChains(browser).send_keys(Keys.TAB).perform()
         assert [name.split()[0] for name in reached] == ["Choose", "How", "Clear", "From"]
-        browser.find_element("css selector", "#program summary").send_keys(Keys.ENTER)
-        for _ in range(100):
-            if "tau=0" in browser.find_element("id", "paths").text:
-                break
-            time.sleep(0.05)
-        assert "POST /predict" in browser.find_element("id", "paths").text
+        browser.find_element("css selector", "summary").send_keys(Keys.ENTER)
+        example = f'curl --data-binary @picture.jpg "{url}predict?top=3"'
+        assert browser.find_element("css selector", "details[open] pre").text == example
         browser.find_element("id", "clear").send_keys(Keys.ENTER)
         wait_for(browser, 0)
         assert browser.switch_to.active_element.get_attribute("id") == "files"
@@ -380,9 +401,38 @@ def test_in_a_browser(browser, classifier, odd_run, picture, tmp_path):
         asked = [
             event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"
         ]
-        assert {one for one in asked if not one.startswith(("data:", "blob:"))} <= {
-            url, *(url + path for path in ("model", "openapi.json", "predict?top=3"))
+        assert {one for one in asked if not one.startswith(("data:", "blob:"))} == {
+            url, *(url + path for path in ("model", "predict?top=3"))
         }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_cleared_while_it_looks(browser, classifier, picture, held):
+    free, order = held
+    with running(classifier, explain=0) as port:
+        browser.get(f"http://127.0.0.1:{port}/")
+        browser.find_element("id", "files").send_keys(str(picture))
+        while not order:
+            time.sleep(0.01)
+        browser.find_element("id", "clear").click()
+        free.set()
+        while browser.execute_script("return looking"):
+            time.sleep(0.01)
+        assert browser.find_element("id", "status").text == "No picture yet."
+        browser.find_element("id", "files").send_keys(str(picture))
+        wait_for(browser, 1)
+        assert browser.find_element("id", "status").text.startswith(f"{picture.name}: ")
+
+
+@pytest.mark.slow
+def test_a_page_without_its_model_says_so(browser, classifier, monkeypatch):
+    monkeypatch.setattr(serve, "described", lambda *_: 1 / 0)
+    with running(classifier, explain=0) as port:
+        browser.get(f"http://127.0.0.1:{port}/")
+        about = browser.find_element("id", "about")
+        while about.text == "…":
+            time.sleep(0.01)
+        assert about.text.startswith("This page has failed (")
 
 
 @pytest.mark.slow

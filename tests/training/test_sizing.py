@@ -93,6 +93,7 @@ def test_a_choice_is_measured_and_trains(tune, settings, tmp_path):
     assert run.metrics["best"] is not None
     again = measure(prepare(choice.recipe, tmp_path / "another"), 1, 6.0)
     assert again.before == 0, "the features are there"
+    assert (again.image > 0) == (tune != "frozen")
 
 
 def test_seconds():

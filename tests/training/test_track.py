@@ -8,7 +8,10 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -18,7 +21,8 @@ from equipoise.runs.folder import RunLog
 from equipoise.training.plan import prepare
 
 # One that has the whole of MLflow: its client alone, which the tests install, cannot serve.
-SERVER = os.environ.get("MLFLOW_PYTHON") or (sys.executable if find_spec("flask") and find_spec("pandas") else "")
+WHOLE = find_spec("sqlalchemy") and find_spec("alembic") and find_spec("mlflow.server")
+SERVER = os.environ.get("MLFLOW_PYTHON") or (sys.executable if WHOLE else "")
 SMALL = {"epochs": 1, "method": "ce", "arch": "resnet8", "precision": "fp32", "log_every": 2, "workers": 0}
 
 
@@ -47,7 +51,11 @@ def test_tensorboard_has_one_point_a_step_where_a_run_goes_on(tmp_path):
     assert [point.step for point in points] == [step for step, _ in logged] == [2, 4, 6, 8, 10, 12]
     assert [point.value for point in points] == pytest.approx([loss for _, loss in logged])
     assert curves.Scalars("final/top1")[-1].value == pytest.approx(run.metrics["test"]["top1"])
-    assert "method = ce" in str(curves.Tensors("settings/text_summary"))
+    settings = str(curves.Tensors("settings/text_summary"))
+    assert "method = ce" in settings
+    assert "data.path" not in settings, "paths are private"
+    assert "data.train_list" not in settings
+    assert "model.weights" not in settings
 
 
 def whole_records(file):
@@ -104,6 +112,53 @@ def test_a_server_that_is_not_there_stops_nothing(tmp_path, monkeypatch, capsys)
         run, _ = trained("mlflow", tmp_path / "run")
     assert capsys.readouterr().err == "equipoise: mlflow has failed (no answer); the run goes on without it\n"
     assert run.metrics["last"]["epoch"] == 1
+
+
+@pytest.mark.parametrize("failing", ["log_params", "log_metrics", "end_run"])
+def test_what_fails_midway_is_ended_once(failing, tmp_path, monkeypatch, capsys):
+    """Else the next run of the process would lie within it."""
+    import mlflow
+
+    active, ended, failed = [], [], []
+
+    @contextmanager
+    def started():
+        try:
+            yield SimpleNamespace(info=SimpleNamespace(run_id="1"))
+        finally:
+            active.pop()
+
+    def start(*_, **__):
+        active.append("run")
+        return started()
+
+    def end(status):
+        ended.append((active.pop(), status))
+        act("end_run")
+
+    def act(name, *_):
+        if name == failing:
+            failed.append(name)
+            raise ConnectionError("gone")
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setattr(mlflow, "set_experiment", lambda _: None)
+    monkeypatch.setattr(mlflow, "start_run", start)
+    monkeypatch.setattr(mlflow, "end_run", end)
+    for name in ("log_params", "log_metrics"):
+        monkeypatch.setattr(mlflow, name, partial(act, name))
+    run, _ = trained("mlflow", tmp_path / "run")
+    assert capsys.readouterr().err == "equipoise: mlflow has failed (gone); the run goes on without it\n"
+    statuses = {"log_params": [], "log_metrics": ["KILLED"], "end_run": ["FINISHED"]}
+    assert (active, failed, [status for _, status in ended]) == ([], [failing], statuses[failing])
+    assert (run.path / "mlflow.id").exists() == (failing != "log_params")
+
+
+def test_a_client_of_mlflow_without_a_server_is_refused(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setitem(sys.modules, "alembic", None)
+    with pytest.raises(UserError, match=r"^mlflow-skinny keeps no runs itself: set MLFLOW_TRACKING_URI"):
+        prepare(load_recipe("digits-lt", track="mlflow"), tmp_path / "run")
 
 
 def test_a_tracker_that_is_not_installed_is_refused(tmp_path, monkeypatch):

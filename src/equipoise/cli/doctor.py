@@ -12,10 +12,9 @@ from itertools import chain
 from pathlib import Path
 
 from equipoise import __version__
-from equipoise.base.errors import one_line
+from equipoise.base.errors import UserError, one_line
 
 _ENCODER = "tf_efficientnet_lite0"  # of the recipes for own pictures
-_TIMED_FOR = 1.0  # seconds, for each of two; with what they need to get going about five
 
 
 def doctor(_: argparse.Namespace) -> int:
@@ -75,11 +74,15 @@ def _training() -> Iterator[tuple[str, str]]:
     from equipoise.training.plan import prepare
     from equipoise.training.sizing import duration, measure
 
-    found = find_pretrained(_ENCODER)
+    try:
+        found = find_pretrained(_ENCODER)
+    except UserError:
+        yield "hub", "not reached"
+        raise
     yield "hub", "not reached" if found.file else "reached"
     yield "weights", f"{_ENCODER}: {found.said}"
     batch = 8 if choose_device("auto").type == "cpu" else 32  # smaller: soon done
     plan = prepare(load_recipe("finetune", data="digits", batch_size=batch))
-    cost = measure(plan, 1, _TIMED_FOR)
-    first, epoch = (duration(1000 / len(plan.parts.train) * seconds) for seconds in (cost.before, cost.epoch))
+    cost = measure(plan, 1, 1.0)  # a second for each of two; with what they need to get going about five
+    first, epoch = duration(1000 * cost.image), duration(1000 / len(plan.parts.train) * cost.epoch)
     yield "speed", f"1,000 images at 224 pixels: features for --tune frozen {first}, an epoch of --tune full {epoch}"

@@ -30,8 +30,8 @@ Train image classifiers on long-tailed data with Balanced Contrastive Learning (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line `arguments` (default: those of this process) and return its exit code: 1 for what `data` and
-    `predict` found, 2 for what the user must put right, 130 and 143 after SIGINT, and SIGTERM or SIGHUP."""
+    """Run the command line `arguments` (default: those of this process) and return its exit code: 1 for what `data`,
+    `doctor` and `predict` found, 2 for what a user must put right, 130 and 143 after SIGINT, and SIGTERM or SIGHUP."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names may be no valid text
@@ -120,7 +120,7 @@ def completion(options: argparse.Namespace) -> None:
     parser = _parser([])
     commands: Any = parser._subparsers and parser._subparsers._group_actions[0].choices
     for action in [action for command in commands.values() for action in command._actions]:
-        if "|" in str(action.metavar):
+        if "|" in str(action.metavar) and "FILE" not in str(action.metavar):
             action.choices = str(action.metavar).split("|")
         elif action.choices is None and action.nargs != 0:
             action.complete = shtab.FILE

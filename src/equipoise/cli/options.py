@@ -13,6 +13,7 @@ ENDINGS = {"onnx": ".onnx", "safetensors": "-safetensors", "torch-export": ".pt2
 _BUDGET = "time limit for own pictures, as 30m or 2h, within which a recipe is chosen"
 _CHOSEN = "the best checkpoint where validation chose one, else the last"
 _TARGET = f"a run folder ({_CHOSEN}), a checkpoint, or a folder from --to safetensors"
+_VIEWS = "views of a BCL authors' checkpoint [imagenet-lt]"
 _FORMS = (
     "onnx: one file for ONNX Runtime and the like; safetensors: a folder for a model hub, which equipoise.load() opens "
     "and whose encoder timm loads; torch-export: one file for torch.export.load"
@@ -119,7 +120,7 @@ def _predict(command: ArgumentParser, _: Sequence[str]) -> None:
     add("--explain", type=int, metavar="N", help="show the N nearest training images, by features kept in ~/.cache")
     prior = "class frequencies: equal, as in training, estimated from these images, or a CSV file of weights [uniform]"
     add("--prior", default="uniform", metavar="uniform|train|estimate|FILE", help=prior)
-    add("--recipe", default="imagenet-lt", metavar="RECIPE", help="views of a BCL authors' checkpoint [imagenet-lt]")
+    add("--recipe", default="imagenet-lt", metavar="RECIPE", help=_VIEWS)
     add_field(command, find_field("device"))
     command.epilog = "Exit code: 0 where every file was predicted, 1 where some were passed over, 2 where all were."
 
@@ -130,6 +131,7 @@ def _serve(command: ArgumentParser, _: Sequence[str]) -> None:
     add("--port", type=int, default=8000, help="where on this machine, 0 for any that is free [%(default)s]")
     near = "show the N nearest training images, by features kept in ~/.cache; 0 for none [%(default)s]"
     add("--explain", type=int, default=4, metavar="N", help=near)
+    add("--recipe", default="imagenet-lt", metavar="RECIPE", help=_VIEWS)
     add_field(command, find_field("device"))
 
 

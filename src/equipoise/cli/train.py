@@ -124,7 +124,7 @@ def _train(world: World, options: argparse.Namespace, recipe: Recipe, remark: st
     out = options.out or (authors_folder(root_log, recipe) if root_log else None)
     plans = [prepare(recipe, out, options.resume, world)]
     if options.resume == "auto" and not plans[0].place.resumes:
-        print("no unfinished run of this recipe was found: a new one begins")
+        say("no unfinished run of this recipe was found: a new one begins")
     if beside and beside != recipe.method:
         of = flags.recipe_of_method(options, beside)
         other = replace(recipe, method=of.method, loss=of.loss, views=replace(recipe.views, mix=of.views.mix))
@@ -198,7 +198,7 @@ def compare(options: argparse.Namespace) -> None:
     out = Path(options.out or Path("runs") / f"compare-{of_methods[0].name}")
     with contextlib.redirect_stdout(sys.stderr if options.markdown else sys.stdout) as said:
         result = train_all(of_methods, options.seeds, out)
-        print()
+        say("")
     print(markdown(result), end="")
     print(f"\nwritten: {out / 'compare.json'}, {out / 'compare.md'}", file=said)
     of_first_seed = [out / name for name in list(result["runs"].values())[: len(result["methods"])]]

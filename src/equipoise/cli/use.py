@@ -171,7 +171,7 @@ def serve(options: argparse.Namespace) -> None:
     from equipoise.deploy import serve
 
     with serve.listen(options.port) as opened:  # before the model is read: a port may be taken
-        classifier = load(options.target, options.device or "auto")
+        classifier = load(options.target, options.device or "auto", options.recipe)
         print(f"{classifier.origin}, {described(classifier.origin, classifier.checkpoint)}")
         serve.serve(classifier, options.explain, opened)
 

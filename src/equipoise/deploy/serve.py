@@ -1,5 +1,5 @@
-"""A trained model on a page in the browser: pictures dropped on it become classes. Beside the page, which is
-`serve.html`, the same as JSON. Only this machine is answered, and in its browsers no page but this one.
+"""A trained model on a page in the browser, `serve.html`: pictures dropped on it become classes. Programs get the same
+as JSON. Only this machine is answered, and of the pages in its browsers only this one.
 
 Pictures are looked at one at a time, in the order in which they have arrived.
 """
@@ -18,6 +18,7 @@ from typing import Annotated, Any
 
 import uvicorn
 from fastapi import FastAPI, HTTPException, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.requests import ClientDisconnect
 
@@ -37,11 +38,7 @@ _HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 _BODY = {"requestBody": {"required": True, "content": {"image/*": {"schema": {"type": "string", "format": "binary"}}}}}
-_REFUSALS: dict[int | str, dict[str, Any]] = {
-    400: {"description": "no picture that can be read; `detail` says why"},
-    413: {"description": f"more than {_MOST_BYTES // 2**20} MB"},
-    503: {"description": f"{_MOST_WAITING} pictures are waiting already"},
-}
+_REFUSED = {"description": "refused; `detail` is a sentence that says why"}
 _TAU = "how frequent classes are: as their training images to this power, so 0 for all alike and 1 for as in training"
 Tau = Annotated[float, Query(ge=0, le=1, description=_TAU)]
 Top = Annotated[int, Query(ge=1, description="how many of the most probable classes")]
@@ -116,8 +113,9 @@ def serve(classifier: Classifier, explain: int, opened: socket.socket) -> None:
 
 def application(classifier: Classifier, explain: int) -> FastAPI:
     """The page and the same as JSON. The features of the training images are computed first, unless they were."""
-    app = FastAPI(title="Equipoise", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="Equipoise", version=__version__, docs_url=None, redoc_url=None, responses={403: _REFUSED})
     app.middleware("http")(_refuse_others)
+    app.exception_handler(RequestValidationError)(_refuse_parameters)
     without_neighbours = "" if explain else "they were not asked for"
     try:
         _ = explain and classifier.train
@@ -136,7 +134,7 @@ def application(classifier: Classifier, explain: int) -> FastAPI:
         classes, known = (list(checkpoint.class_names), list(checkpoint.class_counts)), classifier.known is not None
         return Model(*about, *classes, known, without_neighbours, _MOST_BYTES)
 
-    @app.post("/predict", openapi_extra=_BODY, responses=_REFUSALS)
+    @app.post("/predict", openapi_extra=_BODY, responses=dict.fromkeys((400, 413, 422, 503), _REFUSED))
     async def predict(request: Request, tau: Tau = 0, top: Top = 5) -> Answer:
         """The classes of a picture, which is the body."""
         if places.locked():
@@ -181,8 +179,12 @@ async def _received(request: Request) -> bytes:
     return bytes(content)
 
 
+async def _refuse_parameters(_: Request, error: RequestValidationError) -> Response:
+    return JSONResponse({"detail": "; ".join(f"{of['loc'][-1]}: {of['msg']}" for of in error.errors())}, 422)
+
+
 async def _refuse_others(request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
-    """Refuse requests by pages of other sites, also of those whose name leads to this machine (DNS rebinding)."""
+    """Refuse what pages of other sites ask, even of one whose name leads to this machine's address (DNS rebinding)."""
     host, origin = request.headers.get("host", ""), request.headers.get("origin")
     if host.split(":")[0] not in ("127.0.0.1", "localhost") or origin not in (None, f"http://{host}"):
         detail = "only this machine is answered, at http://127.0.0.1 or http://localhost, and no pages of other sites"

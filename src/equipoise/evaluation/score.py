@@ -16,6 +16,7 @@ import torch
 
 from equipoise.base.device import choose_device
 from equipoise.base.errors import UserError
+from equipoise.base.progress import say
 from equipoise.base.world import ALONE, World
 from equipoise.config.reading import load_recipe
 from equipoise.config.recipe import Data, Field, Recipe, field_value, find_field, override
@@ -61,7 +62,7 @@ def evaluate_run(
     )
     last = checkpoints[0]
     if last.best is not None and len(names) == 1 and world.is_first:
-        print(f"{path / BEST}, which validation chose, is missing: the figures are of the last checkpoint")
+        say(f"{path / BEST}, which validation chose, is missing: the figures are of the last checkpoint")
     named = (parts or world.each_makes(lambda: unchanged_data(last, path))).named()
     if last.recipe.model.tune == "scratch":  # such an encoder tells no wrong label from a hard one
         del named["train"]

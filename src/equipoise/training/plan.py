@@ -252,6 +252,7 @@ def _refuse_idle_settings(recipe: Recipe) -> None:
     resampled, smoothed = recipe.data.sampler != "instance", recipe.loss.label_smoothing > 0
     no_text = start == "text" and not (started and model.encoder.startswith(PREFIX))
     no_scale, tracker = start == "scaled" and not (frozen and model.weights), recipe.track
+    nowhere = tracker == "mlflow" and not (os.environ.get("MLFLOW_TRACKING_URI") or find_spec("alembic"))
     for refused, why, instead in (
         (method.cosine and not cosine, f"{name} needs a cosine classifier", "set --classifier cosine"),
         (resampled and not method.resamples, f"{name} goes by the class counts as they are", "set --sampler instance"),
@@ -264,6 +265,7 @@ def _refuse_idle_settings(recipe: Recipe) -> None:
         (no_scale, "scaled is for equipoise retune RUN --with lws", "drop --classifier-start"),
         (model.anchor and not started, "only cosine classifiers on pretrained encoders are held", "set --anchor 0"),
         (tracker != "none" and not find_spec(tracker), f"{tracker} is not installed", f"pip install {tracker}"),
+        (nowhere, "mlflow-skinny keeps no runs itself", "set MLFLOW_TRACKING_URI to a server, or pip install mlflow"),
     ):
         if refused:
             raise UserError(f"{why}: {instead}")

@@ -35,11 +35,12 @@ _REST = 3.0  # seconds in which networks are built and files are written
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds that a run takes: before its first epoch, for each, after the last."""
+    """Seconds that a run takes: before its first epoch, for each, after the last. `image`: to encode one, if any is."""
 
     before: float
     epoch: float
     after: float
+    image: float = 0.0
 
     def of(self, epochs: int) -> float:
         return self.before + epochs * self.epoch + self.after
@@ -156,7 +157,8 @@ def measure(plan: Plan, ranks: int, timed_for: float) -> Cost:
     validation, test = (len(part) if part else 0 for part in (parts.validation, parts.test))
     scored = 0.0 if frozen else an_image
     last = 2 * (validation + test) + (0 if recipe.model.tune == "scratch" else len(parts.train))
-    return Cost(todo * an_image, plan.steps_per_epoch * a_step + validation * scored, last * scored + _REST)
+    an_epoch = plan.steps_per_epoch * a_step + validation * scored
+    return Cost(todo * an_image, an_epoch, last * scored + _REST, an_image)
 
 
 def _paced(

@@ -12,37 +12,39 @@ from equipoise.base.errors import reason
 from equipoise.config.recipe import field_value, recipe_fields
 from equipoise.data.images import imbalance_factor
 from equipoise.runs.folder import Track
-from equipoise.training.plan import Plan
+from equipoise.training.plan import FILES, Plan
 
 Tracker = tuple[Track, Callable[[bool], object]]  # takes figures; ends, of a run that is finished or not
 
 
 @contextmanager
 def tracked(plan: Plan) -> Generator[Track]:
-    """What sends figures to the plan's tracker. Where that fails it is said, and the run goes on without it."""
+    """What sends figures to the plan's tracker. Where that fails it is said once, and only the end still tried."""
     name, gone, finished = plan.recipe.track, plan.recipe.track == "none" or not plan.world.is_first, False
 
     def attempt(act: Callable[[], Any]) -> Any:
         nonlocal gone
         try:
-            return None if gone else act()
+            return act()
         except Exception as error:  # libraries raise what they like
-            gone, why = True, reason(error, library=True, otherwise="no answer")
-            print(f"equipoise: {name} has failed ({why}); the run goes on without it", file=sys.stderr, flush=True)
+            why = reason(error, library=True, otherwise="no answer")
+            if not gone:
+                print(f"equipoise: {name} has failed ({why}); the run goes on without it", file=sys.stderr, flush=True)
+            gone = True
 
-    tracker = attempt(lambda: _TRACKERS[name](plan))
+    tracker: Any = None if gone else attempt(lambda: _TRACKERS[name](plan))
     try:
-        yield lambda figures, step: attempt(lambda: tracker[0](figures, step))
-        finished = True
+        yield lambda figures, step: None if gone else attempt(lambda: tracker[0](figures, step))
+        finished = not gone
     finally:
-        attempt(lambda: tracker[1](finished))
+        attempt(lambda: tracker and tracker[1](finished))  # the next run of the process must not lie within this one
 
 
 def _settings(plan: Plan) -> dict[str, Any]:
-    """The recipe, field by field, and what the training classes are like."""
+    """The recipe without its paths and addresses, which are private, and what the training classes are like."""
     counts = plan.parts.train.class_counts
     about = {"classes": len(counts), "train_images": sum(counts), "imbalance": round(imbalance_factor(counts), 2)}
-    return {field.key: field_value(plan.recipe, field) for field in recipe_fields()} | about
+    return {field.key: field_value(plan.recipe, field) for field in recipe_fields() if field.key not in FILES} | about
 
 
 def _tensorboard(plan: Plan) -> Tracker:
@@ -66,12 +68,12 @@ def _mlflow(plan: Plan) -> Tracker:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     import mlflow
 
-    if (file := plan.folder / "mlflow.id").exists():
-        mlflow.start_run(file.read_text(), nested=True)
-    else:
+    if not (file := plan.folder / "mlflow.id").exists():
         mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", "equipoise"))
-        file.write_text(mlflow.start_run(run_name=plan.folder.name, nested=True).info.run_id)
-        mlflow.log_params(_settings(plan))
+        with mlflow.start_run(run_name=plan.folder.name, nested=True) as run:  # which ends it, should that fail
+            mlflow.log_params(_settings(plan))
+        file.write_text(run.info.run_id)
+    mlflow.start_run(file.read_text(), nested=True)
     return mlflow.log_metrics, lambda finished: mlflow.end_run("FINISHED" if finished else "KILLED")
 
 
