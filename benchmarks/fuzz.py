@@ -3,7 +3,7 @@
 What is held to: a reader gives a valid result or a `UserError` of one line, in which no library speaks of its objects
 and classes, never another exception, within 20 seconds. Atheris makes the inputs, from small whole files and by what
 the code does with them. Those that went somewhere new, and those that failed, are kept in build/fuzz; the next run
-starts from the former. Formats that a library reads whole (Parquet, Arrow, torch's and safetensors' files) are not
+starts from the former. Formats that a library reads whole (Parquet, torch's and safetensors' files) are not
 here: their libraries are fuzzed elsewhere, and what we do with their errors is tested in the rooms.
 """
 
@@ -15,6 +15,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -48,6 +49,8 @@ with _instrumented():
     from equipoise.data.decode import decode
     from equipoise.data.images import ImageFiles, ImageList
     from equipoise.data.lists import read_list
+    from equipoise.data.packed import pack
+    from equipoise.data.sources import find_parts
     from equipoise.deploy.hub import read_hub_folder
     from equipoise.evaluation.shift import in_class_order, read_weights
     from equipoise.report.page import read_runs
@@ -97,6 +100,21 @@ def _lists() -> list[bytes]:
         b"x/1.jpg\t0\r\n\r\n./x//2.jpg 0\n",
         "ä/ö.jpg 1\nü/1.jpg 0".encode(),
     ]
+
+
+def _tars() -> list[bytes]:
+    """One of others, with a label of each kind, and what `pack` makes of it in one part."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "x.tar")
+        labels = {"0.cls": b"1", "1.json": b'{"label": 0}', "2.txt": b"1\n"}
+        with tarfile.open(file, "w") as tar:
+            for label, content in labels.items():
+                for name, held in ((f"{label[0]}.png", _images()[0]), (label, content)):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(held)
+                    tar.addfile(member, io.BytesIO(held))
+        pack(find_parts(str(file)), Path(folder, "out"), 8, 0)
+        return [file.read_bytes(), *(packed.read_bytes() for packed in Path(folder, "out").iterdir())]
 
 
 def _annotations() -> list[bytes]:
@@ -184,6 +202,11 @@ def _read_list(file: Path) -> object:
     return read
 
 
+def _read_tar(file: Path) -> object:
+    parts = find_parts(str(file)).parts
+    return [decode(images, row) for images in parts.values() for row in range(len(images))]
+
+
 def _read_recipe(file: Path) -> object:
     recipe = load_recipe(file)
     file.write_text(recipe_toml(recipe), encoding="utf-8")
@@ -216,6 +239,7 @@ READERS = {
     "image": Reader("x.jpg", _images, _decode, share=3),
     "list": Reader("list.txt", _lists, _read_list, share=2),
     "annotations": Reader("train2018.json", _annotations, _read_list, share=2),
+    "tar": Reader("x.tar", _tars, _read_tar),
     "recipe": Reader("recipe.toml", _recipes, _read_recipe),
     "metrics": Reader("metrics.json", lambda: [_metrics()], read_metrics, share=0.5),
     "record": Reader("run.json", lambda: [_record()], read_record, share=0.5),

@@ -40,6 +40,23 @@ def test_help_imports_nothing_heavy():
     assert re.fullmatch(r"equipoise \d+\.\d+\.\d+\n", run("--version").stdout)
 
 
+def test_every_rank_copies_data_at_a_url_before_one_chooses(tmp_path, monkeypatch):
+    """Else rank 0 would copy all of it, while the others wait for its choice."""
+    from equipoise import UserError
+    from equipoise.base.world import World
+    from equipoise.cli import train
+
+    found = Mock()
+    monkeypatch.setattr(train, "find_parts", found)
+    monkeypatch.setattr(World, "each_makes", lambda _world, make: make())
+    monkeypatch.setattr(World, "first_makes", Mock(side_effect=UserError("the others wait here")))
+    recipe = load_recipe("pictures", data="s3://bucket/set")
+    options = Mock(recipe=None, dataset=None, beside=None, budget=None)
+    with pytest.raises(UserError, match="the others wait here"):
+        train._train(World(1, 2, 1, 2), options, recipe, "", True)
+    found.assert_called_once_with(recipe.data)
+
+
 def test_public_names():
     import equipoise
 

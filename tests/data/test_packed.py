@@ -1,5 +1,6 @@
 """Packed images: what is made smaller, what stays, what is left when packing fails; files shared, and damaged ones."""
 
+import gzip
 import io
 import os
 import pickle
@@ -48,7 +49,7 @@ def packed(data: Path, out: Path, short_side: int = 48, threads: int = 0) -> str
 
 def test_large_images_become_smaller(tmp_path):
     data, out = large_pictures(tmp_path / "data"), tmp_path / "out"
-    assert packed(data, out).startswith(f"{out}: 2 tars written, 0 were there already (10 images, 0.")
+    assert packed(data, out).startswith(f"{out}: 2 tars written, 0 there already (10 images, 0.")
     packed(data, tmp_path / "again", threads=3)
     for name in (TRAIN, VALIDATION):
         assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes()
@@ -113,7 +114,7 @@ def test_what_is_there_already_is_kept(tmp_path):
     before = (out / TRAIN).stat().st_mtime_ns
     (out / VALIDATION).unlink()
     (out / f".{VALIDATION}.x1y2.equipoise-part").write_bytes(b"of a killed process")
-    assert "1 tars written, 1 were there already" in packed(data, out)
+    assert "1 tar written, 1 there already" in packed(data, out)
     assert (out / TRAIN).stat().st_mtime_ns == before
     assert sorted(path.name for path in out.iterdir()) == [TRAIN, VALIDATION]
     with pytest.raises(UserError, match="there already, of other images or another size; name another --out"):
@@ -327,8 +328,14 @@ def test_tars_of_others_are_packed_too(tmp_path):
     ("members", "said"),
     [
         ({"0.jpg": b"x", "0.cls": b"0", "1.jpg": b"x"}, "1.jpg has no label: write KEY.cls, or 'label' into KEY.json"),
-        ({"0.flac": b"x", "0.cls": b"0"}, r"holds no images \(bmp, gif"),
-        ({"0.jpg": b"x", "0.json": b"[1"}, "is no whole tar of packed images"),
+        ({"0.flac": b"x", "0.cls": b"0"}, r"set.tar is a file \(.tar, no image\)"),
+        ({"0.jpg": b"x", "0.json": b"[1"}, "set.tar: 0.json is no JSON object in UTF-8"),
+        ({"0.jpg": b"x", "0.json": b"[1]"}, "set.tar: 0.json is no JSON object in UTF-8"),
+        ({"0.jpg": b"x", "0.json": b'{"label": "\\ud800"}'}, "set.tar: 0.json is no JSON object in UTF-8"),
+        ({"0.jpg": b"x", "0.cls": b"\xff"}, "set.tar: 0.cls is no text in UTF-8"),
+        ({"0.jpg": b"x", "0.cls": b"9" * 25}, "0.cls has the label '9+...9+': neither a class's name nor its number"),
+        ({"0.jpg": b"x", "0.json": b'{"label": null}'}, "0.json has the label None: neither"),
+        ({"0.jpg": b"x", "0.json": b'{"label": [1, 2]}'}, r"0.json has the label \[1, 2\]: neither"),
         ({"0.jpg": b"x", "0.cls": b"77"}, "label 77 is out of range"),
     ],
 )
@@ -344,15 +351,37 @@ def test_an_archive_beside_class_folders_is_passed_over(pictures):
         find_parts(str(pictures / "download.tar"))
 
 
-def test_a_tar_that_is_missing_and_files_of_before(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "stray",
+    [
+        lambda file: file.write_bytes(write_tar(file, {"cat/0.jpg": b"x" * 2000}).read_bytes()[:1000]),
+        lambda file: file.write_bytes(gzip.compress(b"x" * 1000)),
+        lambda file: file.touch(),
+        lambda file: file.mkdir(),
+        lambda file: write_tar(file, {"1.jpg": picture(0), "1.xml": b"<boxes/>"}),
+        lambda file: write_tar(file, {"foo.c": b"x", "foo.h": b"y"}),
+    ],
+)
+def test_a_stray_tar_is_passed_over(stray, pictures, tmp_path):
+    stray(pictures / "stray.tar")
+    assert find_parts(str(pictures)).kind == "class folders"
+    write_tar(tmp_path / "tars" / "0.tar", {"0.png": picture(0, "PNG"), "0.cls": b"0"})
+    stray(tmp_path / "tars" / "stray.tar")
+    found = find_parts(str(tmp_path / "tars"))
+    assert len(found.parts["train"]) == 1
+    assert [note for note in found.notes if "stray.tar" in note]
+
+
+def test_recognising_tars_of_others_reads_none_of_them(tmp_path, monkeypatch):
+    file = write_tar(tmp_path / "set.tar", {"0.jpg": picture(0), "0.cls": b"0"})
+    monkeypatch.setattr("equipoise.data.packed._scanned", Mock(side_effect=AssertionError))
+    assert recognise(str(file)) == ""
+
+
+def test_a_tar_that_is_missing(tmp_path, monkeypatch):
     monkeypatch.setattr("equipoise.data.packed._IMAGES", 3)
     out = tmp_path / "out"
     packed(large_pictures(tmp_path / "data"), out)
     (out / "train-00001-of-00002.tar").unlink()
-    with pytest.raises(UserError, match=r"1 of the 2 files .*out/train-\*.tar are there: copy the others, or pack on"):
-        find_parts(str(out))
-    (out / "old.pack").touch()
-    with pytest.raises(
-        UserError, match=r"old.pack is of an earlier version, and not read any more: pack the images again"
-    ):
+    with pytest.raises(UserError, match=r"1 of the 2 files .*out/train-\*.tar are there: .* run equipoise pack again"):
         find_parts(str(out))

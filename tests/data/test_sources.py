@@ -16,6 +16,7 @@ from benchmarks.rehearsal import build_imagenet, build_inaturalist
 from equipoise import UserError
 from equipoise.config.recipe import Data
 from equipoise.data.lists import PUBLISHED
+from equipoise.data.packed import pack
 from equipoise.data.sources import find_cifar, find_parts, labelled_as, open_cifar, part_of, recognise, survey
 
 
@@ -245,6 +246,14 @@ def test_archives_and_tables_that_are_links_out_of_the_folder(tmp_path):
         opened(data)
     assert len(opened(data, allow_outside=True).train) == 2
     assert len(opened(data / "train.parquet").train) == 2, "named itself, it is meant"
+    (data / "train.parquet").unlink()
+    draw_folder(tmp_path / "drawn", {"ant": 2, "bee": 2})
+    pack(find_parts(str(tmp_path / "drawn")), tmp_path / "tars", 24, 0)
+    (data / "train-00000-of-00001.tar").symlink_to("../tars/train-00000-of-00001.tar")
+    with pytest.raises(UserError, match=r"data/train-00000-of-00001.tar leads over a link out of the data folder"):
+        opened(data)
+    assert len(opened(data, allow_outside=True).train) == 4
+    (data / "train-00000-of-00001.tar").unlink()
     (tmp_path / "cifar-10-batches-py").mkdir()
     (data / "cifar-10-batches-py").symlink_to("../cifar-10-batches-py")
     with pytest.raises(UserError, match=r"data/cifar-10-batches-py leads over a link"):

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import tarfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -150,7 +151,19 @@ def test_each_file_is_fetched_once_and_again_when_it_has_changed(set_of_tars):
             draw_folder(set_of_tars / "../other" / part, {"cat": cats, "dog": dogs})
         packed.pack(find_parts(str(set_of_tars / "../other")), set_of_tars, 24, 0)
         assert find_parts(server.url).parts["train"].class_names == ("cat", "dog")
-        assert len(contents(before)) == 33, "a run that goes on keeps what it began with"
+        assert len(contents(before)) == 33, "what is open stays"
+
+
+def test_what_was_listed_is_listed_anew(set_of_tars, bucket):
+    """s3fs keeps listings for the life of a process."""
+    upload(set_of_tars, bucket, "set")
+    find_parts("s3://pictures/set")
+    (set_of_tars / "more").mkdir()
+    member = tarfile.TarInfo("stray")
+    with tarfile.open(set_of_tars / "more" / "z.tar", "w") as tar:
+        tar.addfile(member)
+    upload(set_of_tars / "more", bucket, "set")
+    assert any("z.tar" in note for note in find_parts("s3://pictures/set").notes)
 
 
 def test_a_rank_begins_with_its_own_files(set_of_tars, monkeypatch):
@@ -210,9 +223,23 @@ def test_a_transfer_that_breaks_off_leaves_nothing(set_of_tars):
         folder = next((Path(os.environ["XDG_CACHE_HOME"]) / "equipoise" / "storage").iterdir())
         assert sorted(path.name for path in folder.glob("*.tar")) == [f"train-0000{n}-of-00004.tar" for n in range(2)]
         assert not list(folder.glob(".*"))
+        left = folder / ".train-00002-of-00004.tar.x1y2.equipoise-part"
+        left.write_bytes(b"of a killed process")
         server.cut.clear()
         check_same(find_parts(server.url).parts, find_parts(str(set_of_tars)).parts)
         assert server.asked.count("/train-00000-of-00004.tar") == 1
+        assert not left.exists()
+
+
+def test_a_signature_is_no_part_of_the_name(set_of_tars):
+    with web(set_of_tars) as server:
+        for signature in ("a/b", "other"):
+            found = find_parts(f"{server.url}/validation-00000-of-00001.tar?X-Amz-Signature={signature}")
+            assert list(found.parts) == ["validation"]
+        assert server.asked == ["/validation-00000-of-00001.tar?X-Amz-Signature=a/b"], "and it was copied once"
+        with pytest.raises(UserError) as error:
+            find_parts(f"{server.url}/absent.tar?X-Amz-Signature=secret")
+        assert "secret" not in str(error.value)
 
 
 def test_parquet_and_folders_of_parts(tmp_path):
@@ -250,6 +277,13 @@ def test_a_list_of_images(listed, where, request):
         with web(listed) as server:
             check(server.url)
             assert server.asked.count("/ant/0.png") == 1
+
+
+def test_a_list_may_be_called_anything(listed):
+    (listed / "train.txt").rename(listed / "train.lst")
+    with web(listed) as server:
+        data = Data(server.url, train_list=f"{server.url}/train.lst?X-Amz-Signature=a/b")
+        assert len(find_parts(data).parts["train"]) == 15
 
 
 def test_an_image_that_is_not_there_is_a_bad_one_and_a_network_that_fails_is_not(listed):
@@ -290,12 +324,16 @@ def test_training_from_a_list_in_s3(listed, bucket, tmp_path):
         ("http://127.0.0.1:9/x", "http://127.0.0.1:9/x cannot be read ("),
         ("nothing://x/y", "nothing://x/y cannot be read (Protocol not known: nothing)"),
         ("gs://pictures/x", "gs://pictures/x needs gcsfs: "),
+        ("https://example.org/a.zip", "https://example.org/a.zip cannot be read (an archive: unpack it)"),
     ],
 )
 def test_what_cannot_be_read(url, said, bucket, capsys, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)  # as where it is not installed
     assert said in refusal(capsys, "train", "pictures", "--data", url, "--out", str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError) as error:  # not OSError: only that is expected of data
+        find_parts(Data(url))
+    assert ("look at the address" in str(error.value)) == ("cannot be read" in said and ".zip" not in url)
 
 
 def test_nobody_said_who_we_are(bucket, monkeypatch, tmp_path):

@@ -1,6 +1,8 @@
 """Features of a frozen encoder: computed once, the same as from the image, noticed when an image changes."""
 
 import os
+import shutil
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,6 +65,41 @@ def test_features_are_computed_once_and_anew_for_a_changed_image(recipe, tmp_pat
     draw_picture(tmp_path / "data" / "ant" / "0.png", 2, seed=99)
     train(recipe, tmp_path / "three", progress=False)
     assert len(files(tmp_path)) == 3
+
+
+def test_features_are_computed_anew_for_a_changed_copy(recipe, tmp_path):
+    data, listed = tmp_path / "data", tmp_path / "train.txt"
+    listed.write_text(
+        "".join(
+            f"{path.relative_to(data)} {'abc'.index(path.parent.name[0])}\n" for path in sorted(data.rglob("*.png"))
+        )
+    )
+    recipe = replace(recipe, data=replace(recipe.data, path=f"file://{data}", train_list=str(listed)))
+    train(recipe, tmp_path / "one", progress=False)
+    before = files(tmp_path)
+    assert len(before) == 2, "of the training and the validation part"
+    train(recipe, tmp_path / "two", progress=False)
+    assert files(tmp_path) == before
+    shutil.rmtree(tmp_path / "cache" / "equipoise" / "storage")
+    draw_picture(data / "ant" / "0.png", 2, seed=99)
+    train(recipe, tmp_path / "three", progress=False)
+    assert len(files(tmp_path)) == 4, "all copies are new"
+
+
+def test_features_are_computed_anew_for_a_changed_tar(recipe, tmp_path):
+    """Tars of others have no checksums."""
+    images = sorted((tmp_path / "data").rglob("*.png"))
+    for run, count in (("one", 2), ("two", 2), ("three", 4)):
+        if run != "two":
+            with tarfile.open(tmp_path / "set.tar", "w") as tar:
+                for row, image in enumerate(images):
+                    (tmp_path / "label").write_text(image.parent.name)
+                    tar.add(image, f"{row}.png")
+                    tar.add(tmp_path / "label", f"{row}.cls")
+        train(
+            replace(recipe, data=replace(recipe.data, path=str(tmp_path / "set.tar"))), tmp_path / run, progress=False
+        )
+        assert len(files(tmp_path)) == count
 
 
 def test_what_was_interrupted_goes_on(recipe, tmp_path, monkeypatch):

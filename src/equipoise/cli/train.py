@@ -116,6 +116,8 @@ def _train(world: World, options: argparse.Namespace, recipe: Recipe, remark: st
     demo = not (options.recipe or options.dataset or options.resume) and recipe.data.path == "digits"
     beside, chosen = options.beside or ("ce" if demo else None), dict[str, str]()
     if options.budget is not None or is_own:
+        if world.size > 1 and "://" in recipe.data.path:  # else rank 0 alone would copy all, while the others wait
+            world.each_makes(lambda: find_parts(recipe.data))
         recipe, chosen = world.first_makes(lambda: _sized(world, options, recipe, is_own))
         remark = ""
     # The authors' commands name no recipe, and expect the run where their README looks for it.

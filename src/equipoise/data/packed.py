@@ -10,9 +10,8 @@ import re
 import tarfile
 import zlib
 from collections import Counter, defaultdict
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -22,7 +21,7 @@ import msgspec
 import numpy as np
 from PIL import Image
 
-from equipoise.base.errors import UserError, reason
+from equipoise.base.errors import UserError, reason, several, shown
 from equipoise.base.files import UNFINISHED, atomic_file
 from equipoise.base.progress import counted
 from equipoise.data import names
@@ -33,6 +32,8 @@ from equipoise.data.parquet import open_by_part
 FOLDERS = ("", "data", *PART_NAMES)  # in a folder of images: where tars and Parquet files may be
 _TABLE = "__equipoise__"
 _KINDS = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tiff", "ppm"))
+_LABELS = ("cls", "json", "txt")  # the first that says something counts
+_LONGEST_LABEL = 255, 18  # letters of a name, as of a folder; digits of a number
 _LONGEST_JPEG = 65_500  # pixels: libjpeg writes no longer side. Such a strip stays as it is
 _QUALITY = 90  # of JPEG: short sides of 256 pixels take 30 kB
 _IMAGES = 4096  # in a tar, at most: 120 MB
@@ -50,12 +51,20 @@ class _Table:
     images: list[tuple[str, str, int, int, int]]
 
 
-def holds_samples(file: Path) -> bool:
-    """Whether a label lies beside an image in a tar; else it is an archive. A damaged one is for `open_packed`."""
-    with suppress(Exception), tarfile.open(file, "r:") as tar:
-        first = [member.name for member in islice(filter(tarfile.TarInfo.isfile, tar), 2)]
-        return _TABLE in first or len({_split(name)[0] for name in first}) < len(first)
-    return True
+def holds_samples(root: Path, file: Path) -> bool:
+    """Whether a tar of the data at `root` begins with our table, or a label lies beside an image among its first
+    members; else it is an archive. One that cannot be opened is for `open_packed` if it is the data, or named so."""
+    samples = defaultdict[str, set[str]](set)
+    try:
+        with tarfile.open(file, "r:") as tar:
+            for member in islice(filter(tarfile.TarInfo.isfile, tar), 16):
+                key, kind = _split(member.name)
+                samples[key].add(kind)
+                if member.name == _TABLE or (_KINDS & samples[key] and samples[key].intersection(_LABELS)):
+                    return True
+        return False
+    except Exception:
+        return file == root or file.match("*-of-*.tar")
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -64,13 +73,19 @@ def _split(name: str) -> tuple[str, str]:
     return name.removesuffix(f".{kind}"), kind.lower()
 
 
-def _read(file: Path) -> _Table:
-    """What is in a tar. Raises UserError for a file that is no whole tar of images with labels."""
+def benchmark_of(file: Path) -> str:
+    """The published data set that is packed in a tar, if one is. Raises UserError for one that is damaged."""
+    return _read(file, scan=False).found.get("benchmark", "")
+
+
+def _read(file: Path, scan: bool = True) -> _Table:
+    """What is in a tar; without `scan` nothing, where it has no table. Raises UserError for a file that is no whole tar
+    of images with labels."""
     try:
         with tarfile.open(file, "r:") as tar:
             first, status = tar.next(), file.stat()
             if first is None or first.name != _TABLE or (member := tar.extractfile(first)) is None:
-                return _scanned(file, status.st_size, status.st_mtime_ns)
+                return _scanned(file, tar) if scan else _Table("", {}, (), 0, [])
             # Not msgspec's own decoder: the name of a class is that of a folder, which need not be UTF-8.
             table = msgspec.convert(json.loads(member.read()), _Table)
         if table.size != status.st_size:
@@ -83,25 +98,35 @@ def _read(file: Path) -> _Table:
         raise UserError(f"{file} is {what}; {how}") from None
 
 
-@cache
-def _scanned(file: Path, size: int, _changed: int) -> _Table:
+def _scanned(file: Path, tar: tarfile.TarFile) -> _Table:
     """What is in a tar that somebody else wrote, of which every member is looked at."""
-    table, samples = _Table("", {}, (), size, []), defaultdict[str, dict[str, tarfile.TarInfo]](dict)
-    with tarfile.open(file, "r:") as tar:
-        for member in filter(tarfile.TarInfo.isfile, tar):
-            key, kind = _split(member.name)
-            samples[key][kind] = member
-        for sample in samples.values():
-            beside = {kind: tar.extractfile(sample[kind]) for kind in ("cls", "json", "txt") if kind in sample}
-            text = {kind: opened.read().decode().strip() for kind, opened in beside.items() if opened}
-            label = text.get("cls") or str(json.loads(text.get("json", "{}")).get("label", text.get("txt", "")))
-            for image in (sample[kind] for kind in _KINDS & sample.keys()):
-                if not label:
-                    raise UserError(f"{file}: {image.name} has no label: write KEY.cls, or 'label' into KEY.json")
-                table.images.append((image.name, label, image.offset_data, image.size, -1))
-    if not table.images:
-        raise UserError(f"{file} holds no images ({', '.join(sorted(_KINDS))})")
+    table, samples = _Table("", {}, (), 0, []), defaultdict[str, dict[str, tarfile.TarInfo]](dict)
+    for member in filter(tarfile.TarInfo.isfile, tar):
+        key, kind = _split(member.name)
+        samples[key][kind] = member
+    for sample in samples.values():
+        for image in (sample[kind] for kind in sorted(_KINDS & sample.keys())):
+            said = (_label(file, tar, sample[kind]) for kind in _LABELS if kind in sample)
+            if not (label := next(filter(None, said), "")):
+                raise UserError(f"{file}: {image.name} has no label: write KEY.cls, or 'label' into KEY.json")
+            table.images.append((image.name, label, image.offset_data, image.size, -1))
     return table
+
+
+def _label(file: Path, tar: tarfile.TarFile, member: tarfile.TarInfo) -> str:
+    """The label that a member says, if any. Raises UserError where it is neither a name nor a number."""
+    opened, is_json = tar.extractfile(member), member.name.lower().endswith(".json")
+    try:
+        text = opened.read().decode().strip() if opened else ""
+        label = json.loads(text).get("label", "") if is_json else text
+        name = str(label).strip()
+        name.encode()  # JSON may escape halves of surrogates
+    except (ValueError, AttributeError, RecursionError):
+        what = "JSON object" if is_json else "text"
+        raise UserError(f"{file}: {member.name} is no {what} in UTF-8: write the label into it anew") from None
+    if not isinstance(label, str | int) or isinstance(label, bool) or len(name) > _LONGEST_LABEL[name.isdecimal()]:
+        raise UserError(f"{file}: {member.name} has the label {shown(label)}: neither a class's name nor its number")
+    return name
 
 
 def open_packed(root: Path, files: list[Path]) -> Found:
@@ -114,7 +139,8 @@ def open_packed(root: Path, files: list[Path]) -> Found:
     numbered = re.findall(r"^(.*)-\d+-of-0*(\d+).tar$", "\n".join(map(str, files)), re.MULTILINE)
     for (path, of), number in Counter(numbered).items():
         if int(of) != number:
-            raise UserError(f"{number} of the {of} files {path}-*.tar are there: copy the others, or pack on")
+            how = "copy the others, or run equipoise pack again"
+            raise UserError(f"{number} of the {of} files {path}-*.tar are there: {how}")
     found = open_by_part("WebDataset", root, files, lambda of_part: _listed({file: tables[file] for file in of_part}))
     return replace(found, **first.found)
 
@@ -174,7 +200,7 @@ def pack(found: Found, out: Path, short_side: int, threads: int) -> str:
             raise UserError(f"{file} is there already, of other images or another size; name another --out")
     size = sum(file.stat().st_size for file in tars) / 1e6
     images = f"{sum(map(len, found.parts.values())):,} images, {size:,.1f} MB"
-    return f"{out}: {len(tars) - len(before):,} tars written, {len(before):,} were there already ({images})"
+    return f"{out}: {several(len(tars) - len(before), 'tar')} written, {len(before):,} there already ({images})"
 
 
 def _write(file: IO[bytes], images: ImageList, rows: list[int], table: _Table, short_side: int, threads: int) -> None:

@@ -21,7 +21,7 @@ from equipoise.data.images import DIGITS, Found, ImageFiles, ImageList, Parts, P
 from equipoise.data.inspection import Inspection, inspect
 from equipoise.data.lists import BENCHMARKS, find_list, open_lists
 from equipoise.data.names import normal, unknown_classes
-from equipoise.data.packed import FOLDERS, holds_samples, open_packed
+from equipoise.data.packed import FOLDERS, benchmark_of, holds_samples, open_packed
 from equipoise.data.parquet import holds_images, open_parquet
 from equipoise.data.rows import TABLES, NoTableError
 from equipoise.data.storage import copied, folder_of
@@ -42,7 +42,8 @@ def named_lists(data: Data) -> dict[str, Path]:
 
 def _local(file: str) -> Path:
     """A file here, or the copy here of one at a URL."""
-    return copied(file) / file.rpartition("/")[2] if "://" in file else Path(os.path.expanduser(file))
+    name = file.partition("?")[0].rpartition("/")[2]
+    return copied(file) / name if "://" in file else Path(os.path.expanduser(file))
 
 
 def _files(root: Path, suffix: str) -> list[Path]:
@@ -54,9 +55,17 @@ def _files(root: Path, suffix: str) -> list[Path]:
 
 def _packed(root: Path) -> list[Path]:
     """The tars of packed images at `root`."""
-    if before := _files(root, ".pack"):
-        raise UserError(f"{before[0]} is of an earlier version, and not read any more: pack the images again")
-    return [file for file in _files(root, ".tar") if holds_samples(file)]
+    return [file for file in _files(root, ".tar") if holds_samples(root, file)]
+
+
+def _refuse_links(root: Path, files: Sequence[Path], data: Data) -> None:
+    if root.is_dir() and not data.allow_outside:
+        for file in files:
+            refuse_outside(root, file)
+
+
+def _but_for(found: Found, others: Sequence[Path]) -> Found:
+    return replace(found, notes=[*found.notes, *(f"{file} holds no images and was passed over" for file in others)])
 
 
 def recognise(path: str) -> str:
@@ -66,7 +75,7 @@ def recognise(path: str) -> str:
         return path if path == DIGITS else ""
     root = _existing(path)
     if packed := _packed(root):
-        return open_packed(root, packed).benchmark
+        return benchmark_of(packed[0])
     if archive := find_cifar(root):
         return archive[1]
     if (root / "train_val2018").is_dir():
@@ -118,7 +127,8 @@ def _find(data: Data) -> Found:
     if packed := _packed(root):
         if named:
             raise UserError(f"{root} is packed: its parts are in its files, and no list can divide it otherwise")
-        return open_packed(root, packed)
+        _refuse_links(root, packed, data)
+        return _but_for(open_packed(root, packed), [file for file in _files(root, ".tar") if file not in packed])
     if url and not _files(root, ".parquet"):
         how = "pack the images (equipoise pack), name tars as train-{000000..000011}.tar, or a list by --train-list"
         raise UserError(f"no packed images (.tar) or Parquet files are listed at {data.path}: {how}")
@@ -129,15 +139,11 @@ def _find(data: Data) -> Found:
     archive = find_cifar(root)
     tables = [] if archive else _files(root, ".parquet")
     parquet = [file for file in tables if holds_images(file)]
-    if root.is_dir() and not data.allow_outside:
-        for file in [*parquet, *([archive[0], *archive[0].glob("*")] if archive else [])]:
-            refuse_outside(root, file)
+    _refuse_links(root, [*parquet, *([archive[0], *archive[0].glob("*")] if archive else [])], data)
     if archive:
         return open_cifar(*archive)
     if parquet:
-        found = open_parquet(root, parquet, data)
-        others = [f"{file} holds no images and was passed over" for file in tables if file not in parquet]
-        return replace(found, notes=[*found.notes, *others])
+        return _but_for(open_parquet(root, parquet, data), [file for file in tables if file not in parquet])
     if root.is_file() and root.suffix.lower() in TABLES:
         return open_tables(root.parent, {"": root}, data)
     if not root.is_dir() or not find_tables(root):

@@ -23,8 +23,8 @@ from equipoise.base.files import atomic_file, cache_folder
 from equipoise.base.progress import ProgressLine
 from equipoise.base.world import ALONE, World
 from equipoise.config.recipe import Recipe
-from equipoise.data.decode import BadImageError, stand_in
-from equipoise.data.images import ImageFiles, ImageList, Indices, Parts
+from equipoise.data.decode import BadImageError, in_order, stand_in
+from equipoise.data.images import ImageFiles, ImageList, Indices, Parts, TarImages
 from equipoise.evaluation.none_of_these import KnownClasses, know_classes
 from equipoise.evaluation.predictions import Table
 from equipoise.method.network import TwoBranchNetwork
@@ -82,6 +82,9 @@ def compute_features(
     """The encoder's features `[N, F]`, float32, mapped from their file, and the images that cannot be read. Rows that
     are not computed yet are NaN, so that what was interrupted goes on. The ranks of a machine share the work, and all
     ranks call it."""
+    source = images.images
+    if isinstance(source, ImageFiles) and source.url:  # the file is named by the copies, which must be there
+        world.each_makes(lambda: _copy(source, range(world.local_rank, len(images), world.local_size), look))
     file = _file(recipe, images, network)
     if world.local_rank == 0 and not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -109,6 +112,19 @@ def compute_features(
     return features_NF, {index: error for of_rank in of_ranks for index, error in of_rank.items()}
 
 
+def _copy(files: ImageFiles, share: range, look: Callable[[], None]) -> None:
+    """Copy these images from their URL, where they are not here yet."""
+
+    def there(index: int) -> None:
+        with contextlib.suppress(OSError):  # it is a bad image
+            files.path(index)
+
+    with closing(ProgressLine(0, len(share), "image", share.start == 0)) as line:
+        for done, _ in enumerate(in_order(there, share, threads=8), 1):
+            look()
+            line.update(done, "copied")
+
+
 def class_means(
     recipe: Recipe, images: ImageList, network: TwoBranchNetwork, world: World, look: Callable[[], None]
 ) -> Tensor:
@@ -133,15 +149,16 @@ def missing_features(recipe: Recipe, images: ImageList, network: TwoBranchNetwor
 
 
 def _file(recipe: Recipe, images: ImageList, network: TwoBranchNetwork) -> Path:
-    """Named by what the features follow from: the images (of files also size and time of change), encoder, weights and
-    view."""
+    """Named by what the features follow from: the images (of files and tars also size and time of change), encoder,
+    weights and view."""
     hasher = hashlib.sha256(images.fingerprint().encode())
-    if isinstance(images.images, ImageFiles):
-        hasher.update(images.images.url.encode())
-        for index in range(0 if images.images.url else len(images)):
-            with contextlib.suppress(OSError):  # it is a bad image
-                status = os.stat(images.images.path(index))
-                hasher.update(f"{status.st_size} {status.st_mtime_ns} ".encode())
+    if isinstance(source := images.images, ImageFiles | TarImages):
+        names = source.tars if isinstance(source, TarImages) else map(os.fsdecode, source.paths_N.tolist())
+        for name in names:
+            hasher.update(b",")
+            with contextlib.suppress(OSError):  # it is a bad image, or not copied yet
+                status = os.stat(source.root / name if isinstance(source, ImageFiles) else name)
+                hasher.update(f"{status.st_size} {status.st_mtime_ns}".encode())
     views = recipe.views
     hasher.update(f"{recipe.model.encoder} {views.policy} {views.size} {views.mean} {views.std}".encode())
     for name, tensor in network.encoder.state_dict().items():
