@@ -96,8 +96,6 @@ def _in_one_line(url: str, absent: type[Exception] = UserError) -> Generator[Non
     """What a file system raises, which may be anything, as `download` says."""
     try:
         yield
-    except UserError:
-        raise
     except ImportError as error:
         package = getattr(error.__cause__, "name", error.name)
         raise UserError(f"{url} needs {package}: {quoted(sys.executable)} -m pip install {package}") from None
@@ -106,7 +104,7 @@ def _in_one_line(url: str, absent: type[Exception] = UserError) -> Generator[Non
         if isinstance(cause, FileNotFoundError):
             missing = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url)
             raise (UserError(in_words(missing)) if absent is UserError else missing) from None
-        if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
+        if isinstance(cause, UserError) or (isinstance(cause, OSError) and cause.errno == errno.ENOSPC):
             raise
         why = reason(cause, library=True)
         raise UserError(f"{url} cannot be read ({why}): look at the address, the credentials and the network") from None

@@ -116,7 +116,7 @@ def _copy(files: ImageFiles, share: range, look: Callable[[], None]) -> None:
     """Copy these images from their URL, where they are not here yet."""
 
     def there(index: int) -> None:
-        with contextlib.suppress(OSError):  # it is a bad image
+        with contextlib.suppress(FileNotFoundError):  # it is a bad image
             files.path(index)
 
     with closing(ProgressLine(0, len(share), "image", share.start == 0)) as line:
