@@ -344,6 +344,16 @@ def test_tars_that_are_no_labelled_images(tmp_path, members, said):
         find_parts(str(write_tar(tmp_path / "set.tar", members)))
 
 
+def test_a_tar_that_was_cut_between_two_images(tmp_path):
+    members = {f"{number}.{kind}": content for number in range(8) for kind, content in (("cls", b"0"), ("jpg", b"x"))}
+    file = write_tar(tmp_path / "set.tar", members)
+    with tarfile.open(file) as tar:
+        end = tar.getmember("3.jpg").offset_data + tarfile.BLOCKSIZE
+    file.write_bytes(file.read_bytes()[:end])
+    with pytest.raises(UserError, match=r"set.tar ends too early: copy it again"):
+        find_parts(str(file))
+
+
 def test_an_archive_beside_class_folders_is_passed_over(pictures):
     write_tar(pictures / "download.tar", {"cat/0.jpg": b"x", "cat/1.jpg": b"y"})
     assert find_parts(str(pictures)).kind == "class folders"

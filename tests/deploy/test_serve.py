@@ -298,7 +298,7 @@ def test_refusals(odd_run, capsys, monkeypatch):
     assert refusal(capsys, "serve", str(odd_run), "--explain", "-1") == "--explain must be at least 0, not -1"
     monkeypatch.setattr(use, "find_spec", lambda name: None)
     said = refusal(capsys, "serve", str(odd_run))
-    assert said == 'serve needs FastAPI and uvicorn: pip install "equipoise[serve]"'
+    assert said == "serve needs FastAPI and uvicorn: pip install fastapi uvicorn"
 
 
 # ---- the page

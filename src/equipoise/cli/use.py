@@ -165,7 +165,7 @@ def _say_passed_over(predicted: Predicted) -> None:
 
 def serve(options: argparse.Namespace) -> None:
     if not (find_spec("fastapi") and find_spec("uvicorn")):
-        raise UserError('serve needs FastAPI and uvicorn: pip install "equipoise[serve]"')
+        raise UserError("serve needs FastAPI and uvicorn: pip install fastapi uvicorn")
     if options.explain < 0:
         raise UserError(f"--explain must be at least 0, not {options.explain}")
     from equipoise.deploy import serve

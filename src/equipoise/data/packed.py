@@ -104,6 +104,8 @@ def _scanned(file: Path, tar: tarfile.TarFile) -> _Table:
     for member in filter(tarfile.TarInfo.isfile, tar):
         key, kind = _split(member.name)
         samples[key][kind] = member
+    if tar.offset + tarfile.BLOCKSIZE > file.stat().st_size:  # the block that ends a tar
+        raise UserError(f"{file} ends too early: copy it again")
     for sample in samples.values():
         for image in (sample[kind] for kind in sorted(_KINDS & sample.keys())):
             said = (_label(file, tar, sample[kind]) for kind in _LABELS if kind in sample)
