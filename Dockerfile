@@ -1,18 +1,18 @@
-# docker build -t equipoise .
-# docker build -t equipoise:cuda --build-arg INDEX=https://pypi.org/simple .
+# docker build -t equipoise .                        # for CPU and GPU
+# docker build -t equipoise --build-arg INDEX=… .    # smaller: PyTorch's index for the CPU alone, which its site names
 #
 # docker run --rm -v "$PWD:/work" equipoise train --data pictures
-# docker run --rm -v "$PWD:/work" --gpus all --shm-size 2g equipoise:cuda train --data pictures
+# docker run --rm -v "$PWD:/work" --gpus all --shm-size 2g equipoise train --data pictures
 
 FROM python:3.12-slim AS build
-# PyTorch's index has builds for the CPU alone, which pip takes for newer than PyPI's, and bounds stay those of
-# pyproject.toml. PyPI's builds bring CUDA along as wheels, so that a CUDA image needs no other base.
-ARG INDEX=https://download.pytorch.org/whl/cpu
+# PyTorch's index has builds for the CPU alone, which pip takes for newer than the usual ones, and bounds stay those of
+# pyproject.toml. The usual builds bring CUDA along as wheels, so that a CUDA image needs no other base.
+ARG INDEX=
 RUN python -m venv /opt/equipoise
 WORKDIR /build
 COPY . .
 RUN --mount=type=cache,target=/root/.cache/pip \
-    /opt/equipoise/bin/pip install --no-compile --extra-index-url "$INDEX" ".[weights,parquet,export]"
+    /opt/equipoise/bin/pip install --no-compile ${INDEX:+--extra-index-url "$INDEX"} ".[weights,parquet,export]"
 
 FROM python:3.12-slim
 COPY --from=build /opt/equipoise /opt/equipoise
