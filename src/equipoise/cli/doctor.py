@@ -30,7 +30,9 @@ def doctor(_: argparse.Namespace) -> int:
 
 def _machine() -> Iterator[tuple[str, str]]:
     """What is there, imported piece by piece, since it may be broken."""
-    needed = [line for line in metadata.requires("equipoise") or () if not re.search("test|check|fuzz|audit", line)]
+    needed = [
+        line for line in metadata.requires("equipoise") or () if not re.search("test|check|docs|fuzz|audit", line)
+    ]
     names = {re.split(r"[^\w-]", line)[0].replace("_", "-").lower() for line in needed}
     found = {of.name.replace("_", "-").lower(): of.version for of in metadata.distributions()}
     yield "packages", ", ".join(f"{name} {found[name]}" for name in sorted(names & found.keys()))
@@ -83,6 +85,6 @@ def _training() -> Iterator[tuple[str, str]]:
     yield "weights", f"{_ENCODER}: {found.said}"
     batch = 8 if choose_device("auto").type == "cpu" else 32  # smaller: soon done
     plan = prepare(load_recipe("finetune", data="digits", batch_size=batch))
-    cost = measure(plan, 1, 1.0)  # a second for each of two; with what they need to get going about five
+    cost = measure(plan, 1, 1.0)  # a second for each of two, beside what they need to get going
     first, epoch = duration(1000 * cost.image), duration(1000 / len(plan.parts.train) * cost.epoch)
     yield "speed", f"1,000 images at 224 pixels: features for --tune frozen {first}, an epoch of --tune full {epoch}"

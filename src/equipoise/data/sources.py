@@ -65,9 +65,8 @@ def _refuse_links(root: Path, files: Sequence[Path], data: Data) -> None:
 
 
 def _but_for(found: Found, others: Sequence[Path]) -> Found:
-    return replace(
-        found, notes=[*found.notes, *(f"{file} holds no images with labels, and was passed over" for file in others)]
-    )
+    notes = (f"{file} holds no images with labels, and was passed over" for file in others)
+    return replace(found, notes=[*found.notes, *notes])
 
 
 def recognise(path: str) -> str:

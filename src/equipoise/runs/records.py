@@ -93,10 +93,9 @@ class CheckpointMetrics(TypedDict):
 
 
 class NoneOfThese(TypedDict):
-    """Of strange images, which show none of the classes, beside those of a part: their number, that of the files beside
-    them that cannot be read, the area under the ROC
-    curve, the false positive rate at 95 %; the threshold that validation chose, the share of the part's images (mean
-    over classes) that it keeps, and of the strange ones that it refuses."""
+    """Of strange images, which show none of the classes, beside those of a part: their number, and of the files that
+    could not be read; the area under the ROC curve, the false positive rate at 95 %; the threshold that validation
+    chose, the share of the part's images (mean over classes) that it keeps, and of the strange ones that it refuses."""
 
     images: int
     passed_over: int
